@@ -1,0 +1,1570 @@
+"""eventstore: FlexPrice's usage-events API in one Python file on SQLite.
+
+It takes usage events over the same wire as FlexPrice (singly or in batches of up to 1000), keeps them in one
+SQLite file and reads them back with filters and cursors. It is not a billing system: no customers, meters,
+plans or invoices, and one process on one machine.
+
+    python eventstore.py serve               # http://127.0.0.1:8080/v1
+    app = eventstore.create_app(settings)    # the same as an ASGI application
+
+The rooms of this module, in order; none knows of those below it:
+
+    Settings        everything that can be configured
+    errors          ApiError and the table of codes
+    wire types      what comes in and what goes out
+    time, ids, cursors, values
+    validation      from bytes and parameters to rows and queries
+    SQL             statements and the filter builder
+    operations      insert_events, list_events
+    Store           one writer thread with group commit, reader threads
+    HTTP            authentication, handlers, the route table, create_app
+    command line    serve
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import hashlib
+import hmac
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sqlite3
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import msgspec
+import uvicorn
+from msgspec import UNSET, Raw, Struct, UnsetType
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("eventstore")
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------- Settings
+
+
+class ApiKey(Struct, frozen=True):
+    """A key as the server holds it: hashed, and bound to one environment (SPEC 1)."""
+
+    digest: bytes
+    environment: str
+
+    @classmethod
+    def hashed(cls, key: str, environment: str = "development") -> ApiKey:
+        return cls(hashlib.sha256(key.encode()).digest(), environment)
+
+
+def now_us() -> int:
+    """The wall clock in microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """Everything that can be configured, with its default. `api_keys` must name at least one key."""
+
+    api_keys: tuple[ApiKey, ...] = ()
+    db: str = "events.db"  # ":memory:" is a temporary file, removed when the store closes
+    max_body_bytes: int = 32 * 1024 * 1024
+    query_timeout_s: float = 30.0
+    queue_events: int = 50_000  # what may wait for the writer
+    clock: Callable[[], int] = now_us
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+STATUS_OF_CODE = {
+    "validation_error": 400,
+    "unauthorized": 401,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "too_many_requests": 429,
+    "database_error": 500,
+    "internal_error": 500,
+    "service_unavailable": 503,
+}
+
+MAX_ECHO_CHARS = 100
+MAX_FAULTS = 100
+
+
+class Fault(Struct, frozen=True):
+    """One thing that is wrong with a request; `index` and `event_id` say in which event, if in one (SPEC 3)."""
+
+    index: int | None
+    event_id: str | None
+    field: str
+    code: str  # required, invalid_type, invalid_format or out_of_range
+    message: str
+
+
+class ErrorDetails(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    rejected: int | UnsetType = UNSET  # how many events have faults
+    truncated: bool | UnsetType = UNSET  # whether there were more faults than are listed
+    errors: list[Fault] | UnsetType = UNSET
+
+
+class ApiError(Exception):
+    """A refusal that the caller can act on. `code` is a key of STATUS_OF_CODE (SPEC 1)."""
+
+    def __init__(
+        self, code: str, message: str, details: ErrorDetails | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details or ErrorDetails()
+        self.retry_after_s = retry_after_s
+
+
+class FieldError(ValueError):
+    """A value that its field cannot take; `problem` reads on from the field's name."""
+
+    def __init__(self, code: str, problem: str) -> None:
+        super().__init__(problem)
+        self.code = code
+        self.problem = problem
+
+
+class StartError(Exception):
+    """The server cannot start; the message says what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- wire types
+
+
+class EventIn(Struct):
+    """One event as a client sends it (SPEC 2). Absent, null and, for strings, "" are the same."""
+
+    event_name: str | None = None
+    external_customer_id: str | None = None
+    event_id: str | None = None
+    customer_id: str | None = None
+    source: str | None = None
+    timestamp: str | None = None
+    properties: Raw = Raw()
+
+
+MAX_BATCH = 1000
+
+
+def _batch_of(item: type) -> Any:
+    """An array of at most 1000 items. `list[item]` would build eleven million structs (5 s, 1.2 GB) from 32 MiB of
+    `[{},{},...]` before anyone could count them; a struct with 1000 places stops at the 1001st, and is as fast."""
+    places = [(f"event_{i}", item, None) for i in range(MAX_BATCH)]
+    return msgspec.defstruct("Batch", places, array_like=True, forbid_unknown_fields=True)
+
+
+class BulkIn(Struct):
+    """The body of POST /v1/events/bulk (SPEC 3)."""
+
+    events: _batch_of(EventIn)  # type: ignore[valid-type]
+
+
+class RawBulkIn(Struct):
+    """The same body when some event in it does not fit EventIn: each is then looked at alone."""
+
+    events: _batch_of(Raw)  # type: ignore[valid-type]
+
+
+class _Anything(Struct, gc=False):
+    """Sixteen bytes for an object of any size: enough to count a batch that is too long."""
+
+
+class OuterBulkIn(Struct):
+    events: Raw = Raw(b"null")
+
+
+class EventQueryIn(Struct):
+    """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (SPEC 4, 5)."""
+
+    external_customer_id: str | None = None
+    event_name: str | None = None
+    event_id: str | None = None
+    source: str | None = None
+    start_time: str | None = None
+    end_time: str | None = None
+    property_filters: dict[str, list[str] | None] | None = None
+    page_size: int | None = None
+    offset: int | None = None
+    sort: str | None = None
+    order: str | None = None
+    count_total: bool | None = None
+    iter_first_key: str | None = None
+    iter_last_key: str | None = None
+
+
+class EventAccepted(Struct):
+    message: str
+    event_id: str
+
+
+class BulkAccepted(Struct):
+    message: str
+
+
+class Event(Struct):
+    """One stored event as it is answered (SPEC 4)."""
+
+    id: str
+    external_customer_id: str
+    customer_id: str
+    event_name: str
+    timestamp: datetime
+    properties: Raw
+    source: str
+    environment_id: str
+    ingested_at: datetime
+
+
+class EventPage(Struct):
+    """One page of events and the cursors around it (SPEC 4)."""
+
+    events: list[Event]
+    has_more: bool
+    iter_first_key: str | None
+    iter_last_key: str | None
+    total_count: int | UnsetType | None  # unset: GET without count_total
+    offset: int | None  # where the next page starts; null in cursor mode
+
+
+class ErrorMessage(Struct):
+    message: str
+    internal_error: str | None = None
+
+
+class ErrorBody(Struct):
+    """Every error has this body; `success` and `error` are what older SDKs parse (SPEC 1)."""
+
+    code: str
+    message: str
+    http_status_code: int
+    details: ErrorDetails
+    error: ErrorMessage
+    success: bool = False
+
+
+class Health(Struct):
+    status: str = "ok"
+    version: str = __version__
+
+
+ENCODER = msgspec.json.Encoder()
+EVENT = msgspec.json.Decoder(EventIn)
+BULK = msgspec.json.Decoder(BulkIn)
+RAW_BULK = msgspec.json.Decoder(RawBulkIn)
+OUTER_BULK = msgspec.json.Decoder(OuterBulkIn)
+COUNTED = msgspec.json.Decoder(list[_Anything])
+EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
+OBJECT = msgspec.json.Decoder(dict[str, Any])
+MEMBERS = msgspec.json.Decoder(dict[str, Raw])
+STRING = msgspec.json.Decoder(str)
+
+# ---------------------------------------------------------------------------------------------- time, ids, cursors
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+MIN_TIME_US = (datetime.min.replace(tzinfo=UTC) - EPOCH) // MICROSECOND  # Go's zero time, "no time" on this wire
+MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
+DEFAULT_RANGE_US = 7 * 86_400 * 1_000_000
+
+# datetime.fromisoformat alone would also take week dates, a bare date, no zone and (3.13) an hour of 24.
+_RFC_3339 = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
+)
+
+
+def echo(value: str) -> str:
+    """A caller's value as an error message shows it: quoted, escaped, and cut to 100 characters."""
+    return json.dumps(value[:MAX_ECHO_CHARS], ensure_ascii=False)
+
+
+def parse_time(text: str) -> int:
+    """Microseconds since 1970 of an RFC 3339 time with a zone; finer digits are cut off. FieldError (SPEC 1)."""
+    if not _RFC_3339.fullmatch(text):
+        raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}")
+    try:
+        time_us = (datetime.fromisoformat(text.upper()) - EPOCH) // MICROSECOND
+    except ValueError:  # a day that its month does not have, the year 0
+        raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}: no such day") from None
+    if not MIN_TIME_US <= time_us <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {echo(text)}")
+    return time_us
+
+
+@lru_cache(10_000)  # events of one batch share their times: a page of 50 is made in 140 us less
+def to_datetime(time_us: int) -> datetime:
+    return EPOCH + timedelta(microseconds=time_us)
+
+
+class IdMaker:
+    """Makes `event_` + ULID: 48 bits of milliseconds, 80 bits of chance, each greater than the one before."""
+
+    _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._random = random.Random()  # noqa: S311 - need not be secret; secrets asks the kernel each time
+
+    def __call__(self, time_us: int) -> str:
+        fresh = (time_us // 1000) << 80 | self._random.getrandbits(79)  # the 80th bit is room to count up
+        self._last = value = fresh if fresh >> 80 > self._last >> 80 else self._last + 1
+        return "event_" + "".join([self._pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
+
+
+StoredEvent = tuple[str, int, str, str, str, str, int]  # the columns of EVENT_COLUMNS
+
+
+class Cursor(NamedTuple):
+    """A place between two events of a page's order; on the wire `<unix time in ns>::<event id>` (SPEC 4)."""
+
+    timestamp_us: int
+    id: str
+
+
+def cursor_text(event: StoredEvent) -> str:
+    return f"{event[1] * 1000}::{event[0]}"
+
+
+def parse_cursor(text: str) -> Cursor:
+    time_ns, separator, event_id = text.partition("::")
+    if not (separator and event_id and re.fullmatch(r"-?[0-9]{1,21}", time_ns)):
+        raise FieldError("invalid_format", f'must be a cursor like "1760528327962000000::event_id", got {echo(text)}')
+    timestamp_us = int(time_ns) // 1000
+    if not MIN_TIME_US <= timestamp_us <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must hold a time in the years 1 to 9999, got {echo(text)}")
+    return Cursor(timestamp_us, event_id)
+
+
+def parse_int(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
+        raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
+    return int(text)
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
+    return text.lower() in ("true", "1", "t")
+
+
+def parse_query_time(text: str) -> str:
+    """A `+` that nobody escaped arrives as a space: 10:00:00 05:30 is 10:00:00+05:30."""
+    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
+
+
+def parse_property_filters(text: str) -> dict[str, list[str] | None]:
+    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
+    filters: dict[str, list[str] | None] = {}
+    for part in text.split(";"):
+        key, colon, values = part.partition(":")
+        if not colon or not key:
+            raise FieldError("invalid_format", f"must look like key1:v1,v2;key2:v3, got {echo(part)}")
+        filters[key] = [*(filters.get(key) or []), *values.split(",")]
+    return filters
+
+
+# ---------------------------------------------------------------------------------------------- validation
+
+MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
+MAX_FILTER_VALUES = 1000
+MAX_FILTER_KEYS = 50
+MAX_OFFSET = 2**53  # what a JSON number carries safely
+
+_TYPE_NAMES = {
+    "str | None": "a string",
+    "int | None": "an integer",
+    "bool | None": "true or false",
+    "dict[str, list[str] | None] | None": "an object of string arrays",
+}
+
+
+class Row(NamedTuple):
+    """One event as the table holds it, column by column."""
+
+    environment: str
+    id: str
+    external_customer_id: str
+    customer_id: str
+    event_name: str
+    source: str
+    timestamp_us: int
+    ingested_at_us: int
+    properties: str
+
+
+class Faults:
+    """Everything that is wrong with one request, so that one answer names all of it."""
+
+    def __init__(self) -> None:
+        self._by_place: dict[tuple[int | None, str], Fault] = {}
+        self.index: int | None = None  # of the event under check
+        self.event_id: str | None = None
+
+    def add(self, field: str, code: str, problem: str) -> None:
+        """Note a fault; the first one of a field stays, a later one would only follow from it."""
+        event_id = self.event_id and self.event_id[:MAX_ECHO_CHARS]
+        self._by_place.setdefault((self.index, field), Fault(self.index, event_id, field, code, f"{field} {problem}"))
+
+    def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
+        """convert(value); None for an absent value, and for a bad one, which is noted."""
+        if value is None or value == "":
+            return None
+        try:
+            return convert(value)
+        except FieldError as error:
+            self.add(field, error.code, error.problem)
+            return None
+
+    def raise_for_query(self) -> None:
+        self._raise(lambda found: "; ".join(fault.message for fault in found[:MAX_FAULTS]))
+
+    def raise_for_events(self, sent: int | None = None) -> None:
+        """ApiError if there were faults; `sent` is the size of the batch, None for a single event (SPEC 3)."""
+        if not self._by_place:
+            return
+        rejected = len({index for index, _ in self._by_place})
+        if sent is None:
+            self._raise(lambda found: "; ".join(fault.message for fault in found), rejected)
+        else:
+            verb = "is" if rejected == 1 else "are"
+            self._raise(lambda _: f"{rejected} of {sent} events {verb} invalid; nothing was stored", rejected)
+
+    def _raise(self, message: Callable[[list[Fault]], str], rejected: int | UnsetType = UNSET) -> None:
+        found = list(self._by_place.values())
+        if found:
+            raise ApiError(
+                "validation_error",
+                message(found),
+                ErrorDetails(rejected=rejected, truncated=len(found) > MAX_FAULTS, errors=found[:MAX_FAULTS]),
+            )
+
+
+def refuse(field: str, code: str, problem: str) -> NoReturn:
+    """Refuse a request for one field that makes the rest not worth a look."""
+    faults = Faults()
+    faults.add(field, code, problem)
+    faults.raise_for_query()
+    raise AssertionError("unreachable")
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
+    """The body as the decoder's type; None if it is JSON of another shape; ApiError if it is not JSON (SPEC 1)."""
+    try:
+        if not body.isascii():
+            body.decode()  # msgspec skips what it does not decode, bad UTF-8 included
+        return decoder.decode(body)
+    except msgspec.ValidationError:
+        return None
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not UTF-8"
+    except RecursionError:
+        reason = "it is nested too deep"
+    except msgspec.DecodeError as error:
+        reason = str(error)
+        if reason == "Input data was truncated":  # said of a lone surrogate at a string's end, too
+            reason = "it ends too early, or holds half of a \\u surrogate pair" if body else "it is empty"
+    raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
+
+
+def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
+    """The struct from an object whose fields do not all have its types; a field that has not is noted and absent."""
+    members = decode(MEMBERS, raw)
+    if members is None:
+        faults.add("body" if faults.index is None else "event", "invalid_type", f"must be an object, got {_show(raw)}")
+        return struct()
+    values = {}
+    for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
+        if field.name in members:
+            member = bytes(members[field.name])
+            value = values[field.name] = decode(msgspec.json.Decoder(field.type), member)
+            if value is None and member != b"null":
+                expected = _TYPE_NAMES[struct.__annotations__[field.name]]
+                faults.add(field.name, "invalid_type", f"must be {expected}, got {_show(member)}")
+    return struct(**values)
+
+
+def _show(raw: bytes) -> str:
+    """The start of a JSON text as an error message shows it."""
+    return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
+
+
+def check_properties(raw: bytes) -> str:
+    """The JSON text of an event's properties: an object, each number a double can hold, 500 levels at most."""
+    if not raw or raw == b"null":
+        return "{}"
+    try:
+        value = OBJECT.decode(raw)
+        text = str(raw, "utf-8")
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error):
+            raise FieldError("out_of_range", "holds a number that no 64-bit float or 4,300 digits can hold") from None
+        raise FieldError("invalid_type", f"must be an object, got {_show(raw)}") from None
+    except RecursionError:
+        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
+        raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
+    if len(raw) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
+        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
+    return text
+
+
+def _is_deeper_than(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
+        ]
+    return bool(level)
+
+
+def event_row(event: EventIn, environment: str, now: int, make_id: IdMaker, faults: Faults) -> Row:
+    """The row of an event; what is wrong with it goes to `faults`, and the row is then not to be used (SPEC 2)."""
+    faults.event_id = event.event_id
+    event_name = (event.event_name or "").strip()
+    if not event_name:
+        faults.add("event_name", "required", "is required")
+    if not event.external_customer_id:
+        faults.add("external_customer_id", "required", "is required")
+    timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
+    return Row(
+        environment,
+        event.event_id or make_id(now),
+        event.external_customer_id or "",
+        event.customer_id or "",
+        event_name,
+        event.source or "",
+        now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us,
+        now,
+        faults.check("properties", check_properties, event.properties) or "{}",
+    )
+
+
+def decode_event(body: bytes) -> list[EventIn | Raw]:
+    return [decode(EVENT, body) or Raw(body)]
+
+
+def decode_batch(body: bytes) -> list[EventIn | Raw]:
+    """The events of a bulk body, raw where one of them does not fit EventIn. ApiError if it is no batch (SPEC 3)."""
+    batch = decode(BULK, body) or decode(RAW_BULK, body)
+    events = [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
+    if not events:
+        _refuse_batch(body)
+    return events
+
+
+def _refuse_batch(body: bytes) -> NoReturn:
+    outer = decode(OUTER_BULK, body)
+    if outer is None:
+        refuse("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {_show(body)}')
+    if outer.events == b"null":
+        refuse("events", "required", f"is required: an array of 1 to {MAX_BATCH} events")
+    if outer.events[:1] != b"[":
+        refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {_show(outer.events)}")
+    counted = decode(COUNTED, outer.events)
+    number = f"more than {MAX_BATCH}" if counted is None else len(counted)
+    refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
+
+
+def event_rows(events: Sequence[EventIn | Raw], bulk: bool, environment: str, now: int, make_id: IdMaker) -> list[Row]:
+    """The rows of a request's events, all of them good; else ApiError with every fault (SPEC 2, 3)."""
+    faults = Faults()
+    rows = []
+    for faults.index, event in enumerate(events):
+        fitting = decode_members(EventIn, event, faults) if isinstance(event, Raw) else event
+        rows.append(event_row(fitting, environment, now, make_id, faults))
+    faults.raise_for_events(len(events) if bulk else None)
+    return rows
+
+
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in allowed:
+            choices = " or ".join(f'"{value}"' for value in allowed)
+            raise FieldError("invalid_format", f"must be {choices} (case-sensitive), got {echo(text)}")
+        return text
+
+    return check
+
+
+_SORT = _one_of("timestamp", "event_name")
+_ORDER = _one_of("desc", "asc")
+
+
+class EventQuery(Struct, frozen=True, kw_only=True):
+    """What to list: checked, complete, the same from GET and POST (SPEC 4, 5)."""
+
+    environment: str
+    start_us: int  # inclusive, like the end
+    end_us: int
+    filters: dict[str, str]  # column -> value
+    property_filters: dict[str, list[str]]
+    page_size: int
+    offset: int
+    by_name: bool
+    descending: bool
+    after: Cursor | None
+    before: Cursor | None
+    count: bool | None  # None: a GET that did not ask, whose answer leaves total_count out
+
+
+FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
+                  "source": "source"}  # fmt: skip
+
+_PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
+    "start_time": parse_query_time,
+    "end_time": parse_query_time,
+    "property_filters": parse_property_filters,
+    "page_size": parse_int,
+    "offset": parse_int,
+    "count_total": parse_bool,
+}
+
+
+def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
+    """The query string as a dict. One that is not UTF-8, or names a parameter twice, is refused (SPEC 1)."""
+    try:
+        pairs = urllib.parse.parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        refuse("query string", "invalid_format", "must be UTF-8, percent-encoded")
+    parameters: dict[str, str] = {}
+    for name, value in pairs:
+        if name in parameters:
+            faults.add(name[:MAX_ECHO_CHARS], "invalid_format", "is given more than once")
+        parameters[name] = value
+    return parameters
+
+
+def query_of_parameters(query_string: bytes, faults: Faults) -> EventQueryIn:
+    """GET /v1/events: every parameter as the type it has in a body (SPEC 4)."""
+    sent = EventQueryIn()
+    for name, value in parse_parameters(query_string, faults).items():
+        if name in EventQueryIn.__struct_fields__:
+            setattr(sent, name, faults.check(name, _PARAMETER_PARSERS.get(name, str), value))
+    return sent
+
+
+def query_of_body(body: bytes, faults: Faults) -> EventQueryIn:
+    """POST /v1/events/query (SPEC 5)."""
+    return decode(EVENT_QUERY, body) or decode_members(EventQueryIn, body, faults)
+
+
+def event_query(sent: EventQueryIn, environment: str, now: int, max_page_size: int, faults: Faults) -> EventQuery:
+    """The query with its defaults filled in. ApiError with every fault, those already noted too (SPEC 4)."""
+    start_us, end_us = time_range(sent.start_time, sent.end_time, now, faults)
+    after = faults.check("iter_last_key", parse_cursor, sent.iter_last_key)
+    before = faults.check("iter_first_key", parse_cursor, sent.iter_first_key)
+    if after and before:
+        faults.add("iter_first_key", "invalid_format", "and iter_last_key exclude each other: send one of them")
+    sort = faults.check("sort", _SORT, sent.sort) or "timestamp"
+    order = faults.check("order", _ORDER, sent.order) or "desc"
+    offset = sent.offset or 0
+    if not 0 <= offset <= MAX_OFFSET:
+        faults.add("offset", "out_of_range", f"must be 0 to {MAX_OFFSET}, got {echo(str(offset))[1:-1]}")
+    page_size = sent.page_size or 0
+    property_filters = check_property_filters("property_filters", sent.property_filters, faults)
+    faults.raise_for_query()
+    return EventQuery(
+        environment=environment,
+        start_us=start_us,
+        end_us=end_us,
+        filters={column: value for name, column in FILTER_COLUMNS.items() if (value := getattr(sent, name))},
+        property_filters=property_filters,
+        page_size=50 if page_size <= 0 else min(page_size, max_page_size),
+        offset=offset,
+        by_name=sort == "event_name",
+        descending=order == "desc",
+        after=after,
+        before=before,
+        count=sent.count_total,
+    )
+
+
+def time_range(start_time: str | None, end_time: str | None, now: int, faults: Faults) -> tuple[int, int]:
+    """start and end in microseconds; the end defaults to now, the start to seven days before the end (SPEC 4)."""
+    end_us = faults.check("end_time", parse_time, end_time)
+    end_us = now if end_us is None else end_us
+    start_us = faults.check("start_time", parse_time, start_time)
+    start_us = end_us - DEFAULT_RANGE_US if start_us is None else start_us
+    if end_us < start_us:
+        got = (
+            f"{echo(end_time)} before {echo(start_time or '')}"
+            if end_time
+            else f"{echo(start_time or '')}, later than now"
+        )
+        faults.add(
+            "end_time" if end_time else "start_time",
+            "out_of_range",
+            f"must not make the range end before it starts, got {got}",
+        )
+    return start_us, end_us
+
+
+def check_property_filters(
+    field: str, sent: Mapping[str, list[str] | None] | None, faults: Faults
+) -> dict[str, list[str]]:
+    """The filters that filter something: a key without values does not, as on the real server (SPEC 4)."""
+    filters = {key: values for key, values in (sent or {}).items() if values}
+    if sent and "" in sent:
+        faults.add(field, "invalid_format", "has an empty key")
+    number = sum(map(len, filters.values()))
+    if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
+        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
+        faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
+    return filters
+
+
+# ---------------------------------------------------------------------------------------------- SQL
+
+PRAGMAS = (
+    "PRAGMA journal_mode = WAL",  # readers and the writer do not wait for each other
+    "PRAGMA synchronous = FULL",  # every commit is synced: what 202 promises (SPEC 2)
+    "PRAGMA fullfsync = ON",  # macOS: its fsync alone leaves the data in the drive's cache
+    "PRAGMA wal_autocheckpoint = 16000",  # 64 MB; with random ids +40-70 % over the default of 1000 pages
+    "PRAGMA journal_size_limit = 67108864",  # a WAL that a burst made large shrinks again
+    "PRAGMA busy_timeout = 5000",  # another process (an import) may hold the write lock for a moment
+)
+WRITER_PRAGMAS = ("PRAGMA cache_size = -65536",)  # 64 MB: the index pages that random ids touch
+READER_PRAGMAS = ("PRAGMA query_only = ON", "PRAGMA cache_size = -8192")
+
+INSERT = f"INSERT INTO events ({', '.join(Row._fields)}) VALUES "
+# Unlike INSERT OR IGNORE this forgives a known id and nothing else: a NULL or a wrong type still fails.
+ON_KNOWN_ID = " ON CONFLICT (environment, id) DO NOTHING"
+INSERT_CHUNKS = (256, 32, 4, 1)
+START_CLAUSE = "timestamp_us >= :start_us"
+END_CLAUSE = "timestamp_us <= :end_us"
+TIME_ORDER = ("timestamp_us", "id")
+NAME_ORDER = ("event_name", "timestamp_us", "id")
+
+SELECT_NAME = "SELECT event_name FROM events WHERE environment = :environment AND id = :id"
+# Rows are never deleted, so the last rowid is their number; count(*) would read a whole index at every start.
+COUNT_ALL = "SELECT coalesce(max(rowid), 0) FROM events"
+
+
+@lru_cache
+def insert_statement(rows: int) -> str:
+    """One statement for many rows: Python's executemany lets go of the GIL at every row, and fights for it."""
+    return INSERT + ", ".join([f"({', '.join('?' * len(Row._fields))})"] * rows) + ON_KNOWN_ID
+
+
+def filter_clauses(query: EventQuery, parameters: dict[str, object]) -> list[str]:
+    """The WHERE clauses of everything but the time range and the cursor. Values go to `parameters`, never the text."""
+    clauses = ["environment = :environment"]
+    parameters["environment"] = query.environment
+    for column, value in query.filters.items():
+        # The + keeps the planner from the event_name index where the customer's, the narrower one, can serve.
+        plus = "+" if column == "event_name" and "external_customer_id" in query.filters else ""
+        clauses.append(f"{plus}{column} = :{column}")
+        parameters[column] = value
+    for number, (key, values) in enumerate(query.property_filters.items()):
+        clauses.append(property_clause(number, key, values, parameters))
+    return clauses
+
+
+def keyset_clauses(
+    query: EventQuery, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
+) -> list[str]:
+    """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
+    if cursor is None:
+        return [START_CLAUSE, END_CLAUSE]
+    parameters |= {"cursor_us": cursor.timestamp_us, "cursor_id": cursor.id}
+    comparison = "<" if descending else ">"
+    if query.by_name:
+        return [
+            START_CLAUSE,
+            END_CLAUSE,
+            f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)",
+        ]
+    # Given two bounds on one side SQLite seeks by one and filters by the other, and a deep page reads all rows before
+    # it. So only the tighter one is given.
+    keyset = f"(timestamp_us, id) {comparison} (:cursor_us, :cursor_id)"
+    if descending:
+        return [START_CLAUSE, keyset if cursor.timestamp_us <= query.end_us else END_CLAUSE]
+    return [keyset if cursor.timestamp_us >= query.start_us else START_CLAUSE, END_CLAUSE]
+
+
+_JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false")
+_ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
+
+
+def property_clause(number: int, key: str, values: Iterable[str], parameters: dict[str, object]) -> str:
+    """Does a property equal one of the texts, be it a string, a number or a boolean (SPEC 4)?
+
+    SQLite's paths cannot hold a quote and, before 3.45, compare a key with its escaped form. Both matter only in
+    properties with a backslash, so those are read by `property_json`; all others by `->`, whose answer is JSON text.
+    """
+    texts = [
+        text for value in values for text in (f'"{value}"', value) if text is not value or _JSON_SCALAR.fullmatch(value)
+    ]
+    names = [f"p{number}_{i}" for i in range(len(texts))]
+    parameters.update(zip(names, texts, strict=True))
+    parameters[f"key{number}"] = key
+    parameters[f"path{number}"] = f'$."{key}"'
+    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :path{number}"
+    value = f"CASE WHEN instr(properties, '\\') THEN property_json(properties, :key{number}) ELSE {plain} END"
+    return f"{value} IN ({', '.join(':' + name for name in names)})"
+
+
+def property_json(properties: str, key: str) -> str | None:
+    """SQL function: a top-level property's JSON text, a string's without escapes; NULL if there is none."""
+    raw = MEMBERS.decode(properties).get(key)
+    if raw is None:
+        return None
+    return f'"{STRING.decode(raw)}"' if raw[:1] == b'"' else str(raw, "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+
+def insert_events(conn: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    """Insert rows; returns how many were new. The caller commits."""
+    inserted, at = 0, 0
+    for size in INSERT_CHUNKS:  # few sizes, so that each statement is prepared once
+        while len(rows) - at >= size:
+            chunk = list(itertools.chain.from_iterable(rows[at : at + size]))
+            inserted += conn.execute(insert_statement(size), chunk).rowcount
+            at += size
+    return inserted
+
+
+def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> list[int]:
+    """Insert the rows of several requests in one transaction; returns how many of each were new."""
+    rows = list(itertools.chain.from_iterable(group))
+    if len(rows) > MAX_BATCH:  # the requests are large: nothing is gained by taking them together
+        return [insert_events(conn, rows) for rows in group]
+    conn.execute("SAVEPOINT together")  # 64 single events in 2 statements, not 64: 1.1 times as many a second
+    if insert_events(conn, rows) == len(rows):
+        return [len(rows) for rows in group]
+    conn.execute("ROLLBACK TO together")  # some were known; only one by one is it known whose
+    return [insert_events(conn, rows) for rows in group]
+
+
+def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
+    """One page (SPEC 4). ApiError if a cursor of sort=event_name names an unknown event."""
+    parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+    where = " AND ".join(filter_clauses(query, parameters))
+    cursor = query.after or query.before
+    if cursor and query.by_name:
+        parameters["cursor_name"] = name_of_cursor(conn, query.environment, cursor, query.before is not None)
+    descending = query.descending is (query.before is None)  # iter_first_key reads backwards from its cursor
+    bounds = " AND ".join(keyset_clauses(query, cursor, descending, parameters))
+    direction = "DESC" if descending else "ASC"
+    order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if query.by_name else TIME_ORDER))
+    parameters |= {"limit": query.page_size + 1, "offset": 0 if cursor else query.offset}
+    clauses = f"{where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
+    counted = f"{where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
+    rows, total_count = select_events(conn, clauses, parameters, counted)
+    page = rows[: query.page_size]
+    if query.before:
+        page.reverse()
+    events = [
+        Event(id, customer, customer_id, name, to_datetime(timestamp_us), properties, source, query.environment,
+              to_datetime(ingested_at_us))
+        for (id, timestamp_us, customer, customer_id, name, source, ingested_at_us), properties in page
+    ]  # fmt: skip
+    return EventPage(
+        events=events,
+        has_more=len(rows) > query.page_size,
+        iter_first_key=cursor_text(page[0][0]) if page else None,
+        iter_last_key=cursor_text(page[-1][0]) if page else None,
+        total_count=UNSET if query.count is None else total_count,
+        offset=None if cursor else query.offset + query.page_size,
+    )
+
+
+def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, before: bool) -> str:
+    """With sort=event_name the place of a cursor is that of its event's name, too."""
+    row = conn.execute(SELECT_NAME, {"environment": environment, "id": cursor.id}).fetchone()
+    if row is None:
+        field = "iter_first_key" if before else "iter_last_key"
+        refuse(
+            field,
+            "invalid_format",
+            f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}",
+        )
+    return str(row[0])
+
+
+EVENT_COLUMNS = "id, timestamp_us, external_customer_id, customer_id, event_name, source, ingested_at_us"
+STORED_EVENTS = msgspec.json.Decoder(list[StoredEvent])
+RAWS = msgspec.json.Decoder(list[Raw])
+
+
+def select_events(
+    conn: sqlite3.Connection, clauses: str, parameters: Mapping[str, object], counted: str | None = None
+) -> tuple[list[tuple[StoredEvent, Raw]], int | None]:
+    """The events that match a WHERE clause with their properties, and the number of those that match `counted`.
+
+    SQLite packs them into one row, because Python's sqlite3 lets go of the GIL and takes it again at every row. The
+    properties go beside the other columns, not among them, because those are quoted.
+    """
+    counting = f"(SELECT count(*) FROM events WHERE {counted})" if counted else "NULL"
+    events, properties, total_count = conn.execute(
+        f"SELECT json_group_array(json_array({EVENT_COLUMNS})), '[' || group_concat(properties) || ']', {counting}"
+        f" FROM (SELECT {EVENT_COLUMNS}, properties FROM events WHERE {clauses})",
+        parameters,
+    ).fetchone()
+    return list(zip(STORED_EVENTS.decode(events), RAWS.decode(properties or b"[]"), strict=True)), total_count
+
+
+# ---------------------------------------------------------------------------------------------- Store
+
+GROUP_EVENTS = 4000  # a commit takes about this many: larger ones gain little and make everyone wait
+READER_THREADS = 4
+QUICK_S = 0.001  # what a read may take on the event loop itself, about as long as it parses a batch
+PROGRESS_STEPS = 10_000  # of SQLite's machine between two looks at the clock, more than a page of 50 takes
+
+
+class _Task(NamedTuple):
+    """What a thread is asked to do, and who waits for it on which event loop."""
+
+    work: Any  # the writer's: rows; a reader's: a function of its connection
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Any]
+
+
+_Queue = queue.SimpleQueue["_Task | None"]  # None: close
+
+
+class _Reader:
+    """A read-only connection whose queries end when their time is up."""
+
+    def __init__(self, path: str) -> None:
+        self.conn = connect(path, READER_PRAGMAS)
+        self.conn.create_function("property_json", 2, property_json, deterministic=True)
+        self.conn.set_progress_handler(lambda: time.monotonic() > self.deadline, PROGRESS_STEPS)
+        self.deadline = 0.0
+
+    def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
+        """The operation's result. TimeoutError if it takes longer than limit_s."""
+        self.deadline = time.monotonic() + limit_s
+        try:
+            return operation(self.conn)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+                raise TimeoutError from None
+            raise
+
+
+class Store:
+    """One SQLite file: a writer thread that commits whole groups of requests, and reader threads.
+
+    `insert` and `read` are for an event loop, `close` for any thread but the store's own. Raises StartError.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._temporary = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
+        self.path = os.path.join(self._temporary, "events.db") if self._temporary else settings.db
+        self.events_at_start = _prepare(self.path)
+        self._closing = False
+        self._pending_events = 0  # touched by the event loop only
+        self._writes: _Queue = queue.SimpleQueue()
+        self._reads: _Queue = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
+        self._quick_reader = _Reader(self.path)
+        self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
+        self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+        self._reader_threads = [
+            threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
+            for reader in self._readers
+        ]
+        for thread in (self._writer, *self._reader_threads):
+            thread.start()
+
+    async def insert(self, rows: Sequence[Row]) -> int:
+        """Store all rows or none; returns, once they are synced to disk, how many were new (SPEC 2).
+
+        ApiError: service_unavailable if too much waits or the store is closing, database_error if the commit failed.
+        """
+        limit = self._settings.queue_events
+        if self._pending_events and self._pending_events + len(rows) > limit:
+            reason = f"{self._pending_events} events wait to be written, the limit is {limit}"
+            raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
+        self._pending_events += len(rows)
+        try:
+            return int(await self._ask(self._writes, rows))
+        finally:
+            self._pending_events -= len(rows)
+
+    async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a reading operation, which is one statement if it needs one snapshot.
+
+        It gets a millisecond on the event loop; what is not done then starts over in a reader thread. The hand-over
+        costs more than a page does: with a thread for every page there were 0.6 times as many a second.
+
+        ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
+        """
+        try:
+            return self._quick_reader.run(operation, QUICK_S)
+        except (TimeoutError, sqlite3.Error):
+            result: T = await self._ask(self._reads, operation)
+            return result
+
+    def close(self) -> None:
+        """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
+        if self._closing:
+            return
+        self._closing = True
+        for reader in self._readers:
+            reader.deadline = 0.0  # ends what it runs
+            self._reads.put(None)
+        for thread in self._reader_threads:
+            thread.join()
+        for reader in (*self._readers, self._quick_reader):
+            reader.conn.close()
+        self._writes.put(None)
+        self._writer.join()  # last: the last connection to close removes the WAL
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _ask(self, tasks: _Queue, work: object) -> asyncio.Future[Any]:
+        if self._closing:
+            raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        tasks.put(_Task(work, loop, answer))
+        return answer
+
+    def _read_until_closed(self, reader: _Reader) -> None:
+        while task := self._reads.get():
+            _answer([task], [self._read(reader, task.work)])
+
+    def _read(self, reader: _Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
+        limit_s = self._settings.query_timeout_s
+        try:
+            return reader.run(operation, 0.0 if self._closing else limit_s)
+        except TimeoutError:
+            limit = f"the query took longer than {limit_s:g} s; narrow its time range or its filters"
+            reason = "the server is shutting down" if self._closing else limit
+            return ApiError("service_unavailable", reason, retry_after_s=1)
+        except sqlite3.Error:
+            log.exception("reading failed")
+            return ApiError("database_error", "the events could not be read; the server's log says why")
+        except Exception as error:
+            return error
+
+    def _write_until_closed(self) -> None:
+        conn = connect(self.path, WRITER_PRAGMAS)
+        while group := self._next_group():
+            _answer(group, self._commit(conn, group))
+        with suppress(sqlite3.Error):  # a reader in another process may be in the way; the WAL is as safe
+            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        conn.close()
+
+    def _next_group(self) -> list[_Task]:
+        """What waits now, up to about GROUP_EVENTS events; blocks while nothing does; empty when closed."""
+        group: list[_Task] = []
+        events = 0
+        with suppress(queue.Empty):
+            while events < GROUP_EVENTS:
+                task = self._writes.get(block=not group)
+                if task is None:
+                    self._writes.put(None)  # for the next call, after this group
+                    break
+                group.append(task)
+                events += len(task.work)
+        return group
+
+    def _commit(self, conn: sqlite3.Connection, group: list[_Task]) -> list[object]:
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+            outcomes = insert_group(conn, [task.work for task in group])
+            conn.execute("COMMIT")
+        except Exception:
+            log.exception("a commit failed; none of its %d requests was stored", len(group))
+            if conn.in_transaction:
+                conn.execute("ROLLBACK")
+            message = "the database refused the write; nothing was stored, the server's log says why"
+            return [ApiError("database_error", message) for _ in group]
+        return list(outcomes)
+
+
+def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
+    """Hand each task's outcome to whoever waits for it: one wake-up of the event loop for all of them."""
+
+    def settle(settled: list[tuple[_Task, object]]) -> None:
+        for task, outcome in settled:
+            if task.answer.done():  # its client has gone
+                continue
+            if isinstance(outcome, Exception):
+                task.answer.set_exception(outcome)
+            else:
+                task.answer.set_result(outcome)
+
+    for loop in {task.loop for task in tasks}:
+        with suppress(RuntimeError):  # a loop that is closed has nobody waiting
+            loop.call_soon_threadsafe(
+                settle, [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
+            )
+
+
+def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
+    """A connection in autocommit mode: transactions are begun and ended in so many words."""
+    conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # close() closes the readers'
+    for pragma in (*PRAGMAS, *pragmas):
+        conn.execute(pragma)
+    return conn
+
+
+def data_file(name: str) -> Path:
+    """A file that comes with the module: in a wheel's own folder, or beside the module in a checkout."""
+    here = Path(__file__).resolve().parent
+    installed = here / "eventstore_data" / name
+    return installed if installed.exists() else here / name
+
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x45565354
+
+
+def _prepare(path: str) -> int:
+    """Make the file or check that it is ours; returns its number of events. StartError says what to do if it is not."""
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    try:
+        conn = sqlite3.connect(path, isolation_level=None)
+        try:
+            return _migrate(conn, path)
+        finally:
+            conn.close()
+    except sqlite3.Error as error:
+        reasons = {
+            sqlite3.SQLITE_NOTADB: "it is not a SQLite database",
+            sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from a copy",
+            sqlite3.SQLITE_READONLY: "it is read-only: make it and its folder writable",
+            sqlite3.SQLITE_CANTOPEN: "it cannot be opened for writing: check it and its folder",
+            sqlite3.SQLITE_BUSY: "another process holds its write lock: end that process",
+        }
+        reason = reasons.get(error.sqlite_errorcode & 0xFF, str(error))
+        raise StartError(f"cannot use the database {path}: {reason}, or choose another file with --db") from error
+
+
+def _migrate(conn: sqlite3.Connection, path: str) -> int:
+    application_id = conn.execute("PRAGMA application_id").fetchone()[0]
+    tables = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if tables and application_id != APPLICATION_ID:
+        raise StartError(f"{path} is a database of some other program: choose another file with --db")
+    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        newer = f"{path} was written by a newer eventstore (format {version}, this one knows {SCHEMA_VERSION})"
+        raise StartError(f"{newer}: update eventstore")
+    for pragma in PRAGMAS:
+        conn.execute(pragma)
+    if version == 0:
+        conn.executescript(f"BEGIN IMMEDIATE; {data_file('schema.sql').read_text()} COMMIT;")
+    conn.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not by the first event
+    conn.execute("ROLLBACK")
+    return int(conn.execute(COUNT_ALL).fetchone()[0])
+
+
+# ---------------------------------------------------------------------------------------------- HTTP
+
+PUBLIC_PATHS = {"/health"}
+
+
+def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    body = content if isinstance(content, bytes) else ENCODER.encode(content)
+    return Response(body, status, headers, "application/json")
+
+
+def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """The error body of SPEC 1, and the one line that every refused request leaves in the log."""
+    status = STATUS_OF_CODE[error.code]
+    path = request.scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: no line breaks in the log
+    log.warning("%s %s: %d %s: %s", request.method, path, status, error.code, error.message)
+    retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return json_response(error_body(error), status, {**(headers or {}), **retry_after})
+
+
+def error_body(error: ApiError) -> ErrorBody:
+    return ErrorBody(error.code, error.message, STATUS_OF_CODE[error.code], error.details, ErrorMessage(error.message))
+
+
+class Authentication:
+    """ASGI middleware: finds the environment of the key in `x-api-key`, or answers 401 (SPEC 1)."""
+
+    def __init__(self, app: ASGIApp, api_keys: tuple[ApiKey, ...]) -> None:
+        self._app = app
+        self._api_keys = api_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
+            key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
+            scope["environment"] = environment = key and self._environment_of(key)
+            if environment is None:
+                problem = (
+                    "is missing: send your key in it" if key is None else "holds a key that this server does not know"
+                )
+                response = error_response(Request(scope), ApiError("unauthorized", f"the header x-api-key {problem}"))
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _environment_of(self, key: bytes) -> str | None:
+        digest = hashlib.sha256(key).digest()
+        environment = None
+        for known in self._api_keys:  # all of them, in constant time: how long it takes tells nothing about a key
+            if hmac.compare_digest(known.digest, digest):
+                environment = known.environment
+        return environment
+
+
+async def read_body(request: Request) -> bytes:
+    """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
+    limit: int = request.app.state.settings.max_body_bytes
+    announced = int(request.headers.get("content-length", 0))
+    chunks: list[bytes] = []
+    size = announced if announced > limit else 0
+    while size <= limit:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if not message.get("more_body"):
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {size}; nothing was stored")
+
+
+async def ingest_event(request: Request) -> Response:
+    """POST /v1/events (SPEC 2)."""
+    return await _ingest(request, decode_event(await read_body(request)), bulk=False)
+
+
+async def ingest_events_bulk(request: Request) -> Response:
+    """POST /v1/events/bulk (SPEC 3)."""
+    return await _ingest(request, decode_batch(await read_body(request)), bulk=True)
+
+
+async def _ingest(request: Request, events: Sequence[EventIn | Raw], bulk: bool) -> Response:
+    state = request.app.state
+    rows = event_rows(events, bulk, request["environment"], state.settings.clock(), state.make_id)
+    inserted = await state.store.insert(rows)
+    headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
+    return json_response(
+        BulkAccepted("Events accepted for processing")
+        if bulk
+        else EventAccepted("Event accepted for processing", rows[0].id),
+        202,
+        headers,
+    )
+
+
+async def list_events_by_parameters(request: Request) -> Response:
+    """GET /v1/events (SPEC 4)."""
+    faults = Faults()
+    sent = query_of_parameters(request["query_string"], faults)
+    return await _list(request, sent, 50, faults)
+
+
+async def query_events(request: Request) -> Response:
+    """POST /v1/events/query (SPEC 5)."""
+    faults = Faults()
+    sent = query_of_body(await read_body(request), faults)
+    if sent.count_total is None:
+        sent.count_total = True
+    return await _list(request, sent, 1000, faults)
+
+
+async def _list(request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
+    state = request.app.state
+    query = event_query(sent, request["environment"], state.settings.clock(), max_page_size, faults)
+    return json_response(await state.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+
+
+async def health(request: Request) -> Response:
+    """GET or POST /health: this process answers."""
+    return json_response(Health())
+
+
+ROUTES = [
+    Route("/v1/events", ingest_event, methods=["POST"]),
+    Route("/v1/events", list_events_by_parameters, methods=["GET"]),
+    Route("/v1/events/bulk", ingest_events_bulk, methods=["POST"]),
+    Route("/v1/events/query", query_events, methods=["POST"]),
+    Route("/health", health, methods=["GET", "POST"]),
+]
+
+
+async def on_api_error(request: Request, error: ApiError) -> Response:
+    return error_response(request, error)
+
+
+async def on_http_exception(request: Request, error: HTTPException) -> Response:
+    """Starlette's own refusals: no such route, or not with this method."""
+    routes = [route for route in ROUTES if route.path_regex.match(request["path"])]
+    if error.status_code == 405:
+        allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+        refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
+        return error_response(request, refusal, {"Allow": allowed})
+    served = ", ".join(
+        f"{method} {route.path}" for route in ROUTES for method in sorted(route.methods or ()) if method != "HEAD"
+    )
+    path = echo(request["path"])
+    return error_response(
+        request, ApiError("not_found", f"no route {path}: this server has the Events API only ({served})")
+    )
+
+
+async def on_exception(request: Request, error: Exception) -> Response:
+    # uvicorn logs the traceback: Starlette raises the error again after this answer.
+    return error_response(request, ApiError("internal_error", "an internal error; the server's log has its cause"))
+
+
+async def on_disconnect(request: Request, error: Exception) -> None:
+    log.warning("%s %s: the client went away before its request was complete", request.method, request["path"])
+
+
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    ApiError: on_api_error,
+    HTTPException: on_http_exception,
+    ClientDisconnect: on_disconnect,
+    Exception: on_exception,
+}
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The Events API as an ASGI application; it opens the database now and closes it with its lifespan.
+
+    Raises StartError if the database cannot be used, ValueError without an API key.
+    """
+    if not settings.api_keys:
+        raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
+    store = Store(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(store.close)
+
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Authentication, api_keys=settings.api_keys)],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
+    app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
+    return app
+
+
+class JsonErrorProtocol(HttpToolsProtocol):
+    """uvicorn answers what is not HTTP in plain text; every error here has the error body."""
+
+    def send_400_response(self, msg: str) -> None:
+        log.warning("400 validation_error: %s", msg)
+        body = ENCODER.encode(error_body(ApiError("validation_error", f"the request is not valid HTTP/1.1: {msg}")))
+        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+SHUTDOWN_TIMEOUT_S = 8  # what a request under way may still take after SIGTERM
+
+
+def parse_api_key(text: str) -> ApiKey:
+    """`KEY` or `KEY=ENVIRONMENT`, split at the last `=`. StartError, which never shows the key."""
+    key, separator, environment = text.rpartition("=")
+    if not separator:
+        key, environment = text, "development"
+    if not environment.strip():
+        raise StartError("an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise StartError(
+            "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
+        )
+    return ApiKey.hashed(key, environment.strip())
+
+
+def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
+    """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
+    several = [part.strip() for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
+    single = environ.get("FLEXPRICE_API_KEY", "").strip()
+    if flags or several:
+        source = "--api-key" if flags else "EVENTSTORE_API_KEYS"
+        keys = tuple(parse_api_key(text) for text in flags or several)
+        if len({key.digest for key in keys}) < len(keys):
+            raise StartError(f"{source} names the same key twice: a key is bound to one environment")
+        return keys, source, None
+    if single:
+        return (parse_api_key(f"{single}=development"),), "FLEXPRICE_API_KEY", None
+    made = f"evs_{secrets.token_urlsafe(18)}"
+    return (ApiKey.hashed(made),), "made for this run", made
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        hint = (
+            "choose another with --port (0 takes a free one)"
+            if error.errno == errno.EADDRINUSE
+            else "check --host and --port"
+        )
+        raise StartError(f"cannot listen on {host} port {port}: {error.strerror or error}: {hint}") from error
+
+
+def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
+    store: Store = app.state.store
+    environments = ", ".join(sorted({key.environment for key in app.state.settings.api_keys}))
+    key = made_key or "$FLEXPRICE_API_KEY"
+    key_note = made_key or f"from {key_source}"
+    if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
+        key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
+    event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
+    return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
+  database     {store.path} ({store.events_at_start:,} events)
+  base URL     {base_url}
+  API key      {key_note}{f" ({key_source})" if made_key else ""}
+  environment  {environments}
+
+Send an event, and read it back:
+  curl {base_url}/events -H "x-api-key: {key}" -d '{event}'
+  curl {base_url}/events -H "x-api-key: {key}"
+"""
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; then finish what is under way, drain the writer and return 0."""
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
+    api_keys, key_source, made_key = find_api_keys(arguments.api_key, os.environ)
+    if made_key and not is_loopback(arguments.host):
+        raise StartError(
+            f"--host {arguments.host} can be reached from other machines, and no API key was given: "
+            "choose one with --api-key or FLEXPRICE_API_KEY"
+        )
+    with listen(arguments.host, arguments.port) as listener:
+        app = create_app(
+            Settings(
+                api_keys=api_keys,
+                db=arguments.db,
+                max_body_bytes=arguments.max_body_bytes,
+                query_timeout_s=arguments.query_timeout_s,
+                queue_events=arguments.queue_events,
+            )
+        )
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
+        run_server(app, listener, arguments.access_log)
+        app.state.store.close()
+    return 0
+
+
+def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> None:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=JsonErrorProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=access_log,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+        )
+    )
+
+    def stop(signal_number: int, frame: object) -> None:
+        # uvicorn raises the signal again when it is done; the default handler would make the exit status -15.
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    server.run(sockets=[listener])
+
+
+def positive(kind: Callable[[str], T]) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        value = kind(text)
+        if not value > 0:  # type: ignore[operator]
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse says "invalid positive int value"
+    return parse
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    defaults = Settings()
+    parser = argparse.ArgumentParser("eventstore", description="FlexPrice's usage-events API in one file on SQLite")
+    parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("serve", help="serve the API", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=serve)
+    add = command.add_argument
+    add("--db", metavar="PATH", default=defaults.db, help='database file; ":memory:" is a temporary one')
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
+    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
+        "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
+    add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
+    add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
+    add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
+    add("--access-log", action="store_true", help="log every request, not only refused ones")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, or 2 if it cannot start."""
+    arguments = parse_arguments(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except StartError as error:
+        print(f"eventstore: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
