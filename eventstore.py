@@ -127,7 +127,7 @@ class Fault(Struct, frozen=True):
     message: str
 
 
-class ErrorDetails(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ErrorDetails(Struct, frozen=True):
     rejected: int | UnsetType = UNSET  # how many events have faults
     truncated: bool | UnsetType = UNSET  # whether there were more faults than are listed
     errors: list[Fault] | UnsetType = UNSET
@@ -259,7 +259,7 @@ class EventPage(Struct):
 
 class ErrorMessage(Struct):
     message: str
-    internal_error: str | None = None
+    internal_error: str | None
 
 
 class ErrorBody(Struct):
@@ -269,8 +269,8 @@ class ErrorBody(Struct):
     message: str
     http_status_code: int
     details: ErrorDetails
+    success: bool
     error: ErrorMessage
-    success: bool = False
 
 
 class Health(Struct):
@@ -427,14 +427,12 @@ class Faults:
     """Everything that is wrong with one request, so that one answer names all of it."""
 
     def __init__(self) -> None:
-        self._by_place: dict[tuple[int | None, str], Fault] = {}
         self.index: int | None = None  # of the event under check
-        self.event_id: str | None = None
+        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
 
     def add(self, field: str, code: str, problem: str) -> None:
         """Note a fault; the first one of a field stays, a later one would only follow from it."""
-        event_id = self.event_id and self.event_id[:MAX_ECHO_CHARS]
-        self._by_place.setdefault((self.index, field), Fault(self.index, event_id, field, code, f"{field} {problem}"))
+        self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
 
     def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
         """convert(value); None for an absent value, and for a bad one, which is noted."""
@@ -446,35 +444,28 @@ class Faults:
             self.add(field, error.code, error.problem)
             return None
 
-    def raise_for_query(self) -> None:
-        self._raise(lambda found: "; ".join(fault.message for fault in found[:MAX_FAULTS]))
-
-    def raise_for_events(self, sent: int | None = None) -> None:
-        """ApiError if there were faults; `sent` is the size of the batch, None for a single event (SPEC 3)."""
-        if not self._by_place:
+    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
+        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
+        if not self._found:
             return
-        rejected = len({index for index, _ in self._by_place})
-        if sent is None:
-            self._raise(lambda found: "; ".join(fault.message for fault in found), rejected)
-        else:
-            verb = "is" if rejected == 1 else "are"
-            self._raise(lambda _: f"{rejected} of {sent} events {verb} invalid; nothing was stored", rejected)
-
-    def _raise(self, message: Callable[[list[Fault]], str], rejected: int | UnsetType = UNSET) -> None:
-        found = list(self._by_place.values())
-        if found:
-            raise ApiError(
-                "validation_error",
-                message(found),
-                ErrorDetails(rejected=rejected, truncated=len(found) > MAX_FAULTS, errors=found[:MAX_FAULTS]),
-            )
+        faults = []
+        for (index, field), (code, message) in itertools.islice(self._found.items(), MAX_FAULTS):
+            event_id = events[index or 0].event_id if events else None
+            faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
+        rejected = len({index for index, _ in self._found})
+        message = "; ".join(fault.message for fault in faults)
+        if bulk:
+            are = "is" if rejected == 1 else "are"
+            message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
+        truncated = len(self._found) > MAX_FAULTS
+        raise ApiError("validation_error", message, ErrorDetails(rejected if events else UNSET, truncated, faults))
 
 
 def refuse(field: str, code: str, problem: str) -> NoReturn:
     """Refuse a request for one field that makes the rest not worth a look."""
     faults = Faults()
     faults.add(field, code, problem)
-    faults.raise_for_query()
+    faults.refuse()
     raise AssertionError("unreachable")
 
 
@@ -499,7 +490,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
 
 def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """The struct from an object whose fields do not all have its types; a field that has not is noted and absent."""
-    members = decode(MEMBERS, raw)
+    members = decode(MEMBERS, bytes(raw))
     if members is None:
         faults.add("body" if faults.index is None else "event", "invalid_type", f"must be an object, got {_show(raw)}")
         return struct()
@@ -521,21 +512,21 @@ def _show(raw: bytes) -> str:
 
 def check_properties(raw: bytes) -> str:
     """The JSON text of an event's properties: an object, each number a double can hold, 500 levels at most."""
-    if not raw or raw == b"null":
+    text = str(raw, "utf-8")
+    if text in ("", "null"):
         return "{}"
     try:
         value = OBJECT.decode(raw)
-        text = str(raw, "utf-8")
     except msgspec.ValidationError as error:
         if "out of range" in str(error):
             raise FieldError("out_of_range", "holds a number that no 64-bit float or 4,300 digits can hold") from None
         raise FieldError("invalid_type", f"must be an object, got {_show(raw)}") from None
     except RecursionError:
         raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except msgspec.DecodeError as error:
         reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
         raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
-    if len(raw) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
+    if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
         raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
     return text
 
@@ -553,7 +544,6 @@ def _is_deeper_than(value: object, limit: int) -> bool:
 
 def event_row(event: EventIn, environment: str, now: int, make_id: IdMaker, faults: Faults) -> Row:
     """The row of an event; what is wrong with it goes to `faults`, and the row is then not to be used (SPEC 2)."""
-    faults.event_id = event.event_id
     event_name = (event.event_name or "").strip()
     if not event_name:
         faults.add("event_name", "required", "is required")
@@ -573,11 +563,11 @@ def event_row(event: EventIn, environment: str, now: int, make_id: IdMaker, faul
     )
 
 
-def decode_event(body: bytes) -> list[EventIn | Raw]:
+def decode_event(body: bytes) -> list[Any]:
     return [decode(EVENT, body) or Raw(body)]
 
 
-def decode_batch(body: bytes) -> list[EventIn | Raw]:
+def decode_batch(body: bytes) -> list[Any]:
     """The events of a bulk body, raw where one of them does not fit EventIn. ApiError if it is no batch (SPEC 3)."""
     batch = decode(BULK, body) or decode(RAW_BULK, body)
     events = [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
@@ -590,23 +580,25 @@ def _refuse_batch(body: bytes) -> NoReturn:
     outer = decode(OUTER_BULK, body)
     if outer is None:
         refuse("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {_show(body)}')
-    if outer.events == b"null":
+    events = bytes(outer.events)
+    if events == b"null":
         refuse("events", "required", f"is required: an array of 1 to {MAX_BATCH} events")
-    if outer.events[:1] != b"[":
-        refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {_show(outer.events)}")
-    counted = decode(COUNTED, outer.events)
+    if events[:1] != b"[":
+        refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {_show(events)}")
+    counted = decode(COUNTED, events)
     number = f"more than {MAX_BATCH}" if counted is None else len(counted)
     refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
 
-def event_rows(events: Sequence[EventIn | Raw], bulk: bool, environment: str, now: int, make_id: IdMaker) -> list[Row]:
+def event_rows(events: list[Any], bulk: bool, environment: str, now: int, make_id: IdMaker) -> list[Row]:
     """The rows of a request's events, all of them good; else ApiError with every fault (SPEC 2, 3)."""
     faults = Faults()
     rows = []
     for faults.index, event in enumerate(events):
-        fitting = decode_members(EventIn, event, faults) if isinstance(event, Raw) else event
-        rows.append(event_row(fitting, environment, now, make_id, faults))
-    faults.raise_for_events(len(events) if bulk else None)
+        if isinstance(event, Raw):
+            events[faults.index] = decode_members(EventIn, event, faults)
+        rows.append(event_row(events[faults.index], environment, now, make_id, faults))
+    faults.refuse(events, bulk)
     return rows
 
 
@@ -696,7 +688,7 @@ def event_query(sent: EventQueryIn, environment: str, now: int, max_page_size: i
         faults.add("offset", "out_of_range", f"must be 0 to {MAX_OFFSET}, got {echo(str(offset))[1:-1]}")
     page_size = sent.page_size or 0
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
-    faults.raise_for_query()
+    faults.refuse()
     return EventQuery(
         environment=environment,
         start_us=start_us,
@@ -720,16 +712,10 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
     start_us = faults.check("start_time", parse_time, start_time)
     start_us = end_us - DEFAULT_RANGE_US if start_us is None else start_us
     if end_us < start_us:
-        got = (
-            f"{echo(end_time)} before {echo(start_time or '')}"
-            if end_time
-            else f"{echo(start_time or '')}, later than now"
+        problem = (
+            f"is {echo(end_time)}, before start_time {echo(start_time or '')}" if end_time else "is before start_time"
         )
-        faults.add(
-            "end_time" if end_time else "start_time",
-            "out_of_range",
-            f"must not make the range end before it starts, got {got}",
-        )
+        faults.add("end_time", "out_of_range", problem)
     return start_us, end_us
 
 
@@ -1214,7 +1200,8 @@ def error_response(request: Request, error: ApiError, headers: Mapping[str, str]
 
 
 def error_body(error: ApiError) -> ErrorBody:
-    return ErrorBody(error.code, error.message, STATUS_OF_CODE[error.code], error.details, ErrorMessage(error.message))
+    status = STATUS_OF_CODE[error.code]
+    return ErrorBody(error.code, error.message, status, error.details, False, ErrorMessage(error.message, None))
 
 
 class Authentication:
@@ -1273,7 +1260,7 @@ async def ingest_events_bulk(request: Request) -> Response:
     return await _ingest(request, decode_batch(await read_body(request)), bulk=True)
 
 
-async def _ingest(request: Request, events: Sequence[EventIn | Raw], bulk: bool) -> Response:
+async def _ingest(request: Request, events: list[Any], bulk: bool) -> Response:
     state = request.app.state
     rows = event_rows(events, bulk, request["environment"], state.settings.clock(), state.make_id)
     inserted = await state.store.insert(rows)
@@ -1442,13 +1429,10 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        hint = (
-            "choose another with --port (0 takes a free one)"
-            if error.errno == errno.EADDRINUSE
-            else "check --host and --port"
-        )
-        raise StartError(f"cannot listen on {host} port {port}: {error.strerror or error}: {hint}") from error
+    except (OSError, OverflowError) as error:
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        reason = "it is taken; choose another with --port (0 takes a free one)" if taken else f"{error}; check both"
+        raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
 def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
