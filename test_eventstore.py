@@ -774,17 +774,6 @@ def test_a_page_has_the_size_asked_for_within_its_limit(many, method, size, give
     assert (found["offset"], found["has_more"]) == (1 + given, True)
 
 
-OFFSETS = [(0, 50, True), (951, 50, True), (952, 50, False), (1001, 7, False), (1002, 7, False), (5000, 7, False)]
-
-
-@both_ways
-@table(("offset", "size", "has_more"), OFFSETS)
-def test_has_more_is_exact_after_an_offset(many, method, offset, size, has_more):
-    found = page(many, method, offset=offset, page_size=size)
-    assert len(found["events"]) == max(0, min(size, 1002 - offset))
-    assert (found["has_more"], found["offset"]) == (has_more, offset + size)
-
-
 @both_ways
 def test_an_empty_page_has_every_key_and_null_cursors(client, method):
     nothing = {"events": [], "has_more": False, "iter_first_key": None, "iter_last_key": None, "offset": 50}
