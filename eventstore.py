@@ -47,6 +47,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -64,7 +65,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 __version__ = "0.1.0"
@@ -99,7 +100,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 50_000  # what may wait for the writer
+    rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
     clock: Callable[[], int] = now_us
+
+
+DOCUMENTED_RATE_LIMITS = {"/v1/events": 1000, "/v1/events/bulk": 100}
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -216,8 +221,8 @@ class EventQueryIn(Struct):
     start_time: str | None = None
     end_time: str | None = None
     property_filters: dict[str, list[str] | None] | None = None
-    page_size: int | None = None
-    offset: int | None = None
+    page_size: int | float | None = None
+    offset: int | float | None = None
     sort: str | None = None
     order: str | None = None
     count_total: bool | None = None
@@ -441,6 +446,13 @@ def parse_int(text: str) -> int:
     return int(text)
 
 
+def check_whole(value: float) -> int:
+    """An integer; in JSON, 50.0 is one."""
+    if value != int(value):
+        raise FieldError("invalid_type", f"must be an integer, got {value}")
+    return int(value)
+
+
 def parse_bool(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "t", "f"):
         raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
@@ -539,7 +551,7 @@ MAX_OFFSET = 2**53  # what a JSON number carries safely
 
 _TYPE_NAMES = {
     "str | None": "a string",
-    "int | None": "an integer",
+    "int | float | None": "an integer",
     "bool | None": "true or false",
     "dict[str, list[str] | None] | None": "an object of string arrays",
     "list[str] | None": "an array of strings",
@@ -824,10 +836,10 @@ def event_query(sent: EventQueryIn, environment: str, now: int, max_page_size: i
         faults.add("iter_first_key", "invalid_format", "and iter_last_key exclude each other: send one of them")
     sort = faults.check("sort", _SORT, sent.sort) or "timestamp"
     order = faults.check("order", _ORDER, sent.order) or "desc"
-    offset = sent.offset or 0
+    offset = faults.check("offset", check_whole, sent.offset) or 0
     if not 0 <= offset <= MAX_OFFSET:
         faults.add("offset", "out_of_range", f"must be 0 to {MAX_OFFSET}, got {echo(str(offset))[1:-1]}")
-    page_size = sent.page_size or 0
+    page_size = faults.check("page_size", check_whole, sent.page_size) or 0
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return EventQuery(
@@ -1003,19 +1015,18 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]
 
 
 def keyset_clauses(
-    query: EventQuery, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
+    query: EventQuery, by_name: bool, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
 ) -> list[str]:
     """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
+    # By name, the + keeps the planner from the index by time, with which it would sort the whole range for a page.
+    time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if by_name else [START_CLAUSE, END_CLAUSE]
     if cursor is None:
-        return [START_CLAUSE, END_CLAUSE]
+        return time_clauses
     parameters |= {"cursor_us": cursor.timestamp_us, "cursor_id": cursor.id}
     comparison = "<" if descending else ">"
-    if query.by_name:
-        return [
-            START_CLAUSE,
-            END_CLAUSE,
-            f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)",
-        ]
+    if by_name:
+        keyset = f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)"
+        return [*time_clauses, keyset]
     # Given two bounds on one side SQLite seeks by one and filters by the other, and a deep page reads all rows before
     # it. So only the tighter one is given.
     keyset = f"(timestamp_us, id) {comparison} (:cursor_us, :cursor_id)"
@@ -1146,9 +1157,10 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     if cursor and query.by_name:
         parameters["cursor_name"] = name_of_cursor(conn, query.environment, cursor, query.before is not None)
     descending = query.descending is (query.before is None)  # iter_first_key reads backwards from its cursor
-    bounds = " AND ".join(keyset_clauses(query, cursor, descending, parameters))
+    by_name = query.by_name and "event_name" not in query.filters  # of one name, the order by name is that by time
+    bounds = " AND ".join(keyset_clauses(query, by_name, cursor, descending, parameters))
     direction = "DESC" if descending else "ASC"
-    order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if query.by_name else TIME_ORDER))
+    order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if by_name else TIME_ORDER))
     parameters |= {"limit": query.page_size + 1, "offset": 0 if cursor else query.offset}
     clauses = f"{where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
     counted = f"{where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
@@ -1464,6 +1476,8 @@ def _prepare(path: str) -> int:
     """Make the file or check that it is ours; returns its number of events. StartError says what to do if it is not."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
+    if not path:
+        raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
@@ -1537,23 +1551,63 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
-            scope["environment"] = environment = key and self._environment_of(key)
-            if environment is None:
-                problem = (
-                    "is missing: send your key in it" if key is None else "holds a key that this server does not know"
-                )
+            api_key = None if key is None else self._find(key)
+            if api_key is None:
+                unknown = "holds a key that this server does not know"
+                problem = "is missing: send your key in it" if key is None else unknown
                 response = error_response(Request(scope), ApiError("unauthorized", f"the header x-api-key {problem}"))
                 await response(scope, receive, send)
                 return
+            scope["api_key"], scope["environment"] = api_key, api_key.environment
         await self._app(scope, receive, send)
 
-    def _environment_of(self, key: bytes) -> str | None:
+    def _find(self, key: bytes) -> ApiKey | None:
         digest = hashlib.sha256(key).digest()
-        environment = None
+        found = None
         for known in self._api_keys:  # all of them, in constant time: how long it takes tells nothing about a key
             if hmac.compare_digest(known.digest, digest):
-                environment = known.environment
-        return environment
+                found = known
+        return found
+
+
+class RateLimits:
+    """ASGI middleware: so many ingest requests a minute for each key, by the clock's minutes (SPEC 9)."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._minute = 0
+        self._used: Counter[tuple[bytes, str]] = Counter()  # of this minute
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self._settings.rate_limits.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        if limit is None:
+            await self._app(scope, receive, send)
+            return
+        now_s = self._settings.clock() // 1_000_000
+        if now_s // 60 != self._minute:
+            self._minute = now_s // 60
+            self._used.clear()
+        place = (scope["api_key"].digest, scope["path"])
+        self._used[place] += 1
+        reset_s = (self._minute + 1) * 60
+        left = max(limit - self._used[place], 0)
+        numbers = {b"limit": limit, b"remaining": left, b"reset": reset_s}
+        headers = [(b"x-ratelimit-" + name, str(number).encode()) for name, number in numbers.items()]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
+
+        app = self._app
+        if self._used[place] > limit:
+            reason = (
+                f"this key may send {limit} requests a minute to {scope['path']}; nothing was stored, try again later"
+            )
+            refusal = ApiError("too_many_requests", reason, retry_after_s=reset_s - now_s)
+            app = error_response(Request(scope), refusal)
+        await app(scope, receive, send_with_headers)
 
 
 async def read_body(request: Request) -> bytes:
@@ -1568,7 +1622,7 @@ async def read_body(request: Request) -> bytes:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
-        if not message.get("more_body"):
+        if size <= limit and not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
     raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {size}; nothing was stored")
 
@@ -1601,6 +1655,7 @@ async def list_events_by_parameters(request: Request) -> Response:
     """GET /v1/events (SPEC 4)."""
     faults = Faults()
     sent = query_of_parameters(request["query_string"], faults)
+    sent.count_total = sent.count_total or None
     return await _list(request, sent, 50, faults)
 
 
@@ -1729,9 +1784,11 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
-    routes = [route for route in ROUTES if route.path_regex.match(request["path"])]
     if error.status_code == 405:
-        allowed = ", ".join(sorted({method for route in routes for method in route.methods or ()}))
+        path = next(route.path for route in ROUTES if route.path_regex.match(request["path"]))
+        allowed = ", ".join(
+            sorted({method for route in ROUTES if route.path == path for method in route.methods or ()})
+        )
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
     served = ", ".join(
@@ -1774,12 +1831,10 @@ def create_app(settings: Settings) -> Starlette:
         yield
         await asyncio.to_thread(store.close)
 
-    app = Starlette(
-        routes=ROUTES,
-        middleware=[Middleware(Authentication, api_keys=settings.api_keys)],
-        exception_handlers=EXCEPTION_HANDLERS,
-        lifespan=lifespan,
-    )
+    middleware = [Middleware(Authentication, api_keys=settings.api_keys)]
+    if settings.rate_limits:
+        middleware.append(Middleware(RateLimits, settings=settings))
+    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
     return app
@@ -1907,7 +1962,8 @@ def _ref(kind: Any) -> dict[str, Any]:
 def _describe(operation: Operation) -> dict[str, Any]:
     public = operation.path in PUBLIC_PATHS
     accepted = "202" if operation.answer in (EventAccepted, BulkAccepted) else "200"
-    statuses = () if public else (400, 401, 500, 503) + (404,) * (operation.answer is EventLookup)
+    limited = operation.path in DOCUMENTED_RATE_LIMITS and operation.method == "POST"
+    statuses = () if public else (400, 401, 500, 503, *(404,) * (operation.answer is EventLookup), *(429,) * limited)
     content = {"application/json": {"schema": _ref(operation.answer)}}
     responses: dict[str, Any] = {accepted: {"description": "Done", "content": content}}
     for status in sorted(statuses):
@@ -1978,11 +2034,13 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:
+        raise StartError(f"--port must be 0 to 65535, got {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
         reason = "it is taken; choose another with --port (0 takes a free one)" if taken else f"{error}; check both"
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
@@ -2025,6 +2083,7 @@ def serve(arguments: argparse.Namespace) -> int:
                 max_body_bytes=arguments.max_body_bytes,
                 query_timeout_s=arguments.query_timeout_s,
                 queue_events=arguments.queue_events,
+                rate_limits=arguments.rate_limit,
             )
         )
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
@@ -2070,6 +2129,16 @@ def positive(kind: Callable[[str], T]) -> Callable[[str], T]:
     return parse
 
 
+def rate_limits(text: str) -> dict[str, int]:
+    if text == "documented":
+        return DOCUMENTED_RATE_LIMITS
+    numbers = [positive(int)(number) for number in text.split(",")]
+    return dict(zip(DOCUMENTED_RATE_LIMITS, numbers, strict=True))
+
+
+rate_limits.__name__ = "rate limit"  # argparse says "invalid rate limit value"
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser("eventstore", description="FlexPrice's usage-events API in one file on SQLite")
@@ -2086,6 +2155,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
+    add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
+        "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
     return parser.parse_args(argv)
