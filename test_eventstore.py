@@ -1,0 +1,1393 @@
+"""What eventstore promises, in sentences; the numbers in the headings are SPEC's.
+
+Most tests talk to the application in this process; where the wire matters they start `eventstore.py serve` as a user
+would. The database is always a real file, and the clock stands still, so that nothing here waits or measures time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from unittest.mock import Mock
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+import eventstore
+from eventstore import ApiError, ApiKey, Settings, Store, create_app
+
+ROOT = Path(__file__).resolve().parent
+KEY, STAGING_KEY = "key-of-development", "key-of-staging"
+KEYS = (ApiKey.hashed(KEY), ApiKey.hashed(STAGING_KEY, "staging"))
+NOW = 1_760_528_327_962_000  # 2025-10-15T11:38:47.962Z
+DAY_US = 86_400_000_000
+EVER = {"start_time": "0001-01-02T00:00:00Z", "end_time": "9999-12-31T00:00:00Z"}
+KEYS_OF_A_PAGE = {"events", "has_more", "iter_first_key", "iter_last_key", "offset"}
+table = pytest.mark.parametrize
+both_ways = table("method", ["GET", "POST"])
+
+
+def serving(folder: Path, **settings):
+    """A client of the application in this process, on folder/events.db. To be entered and left."""
+    settings = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
+    return TestClient(create_app(Settings(**settings)), raise_server_exceptions=False, headers={"x-api-key": KEY})
+
+
+@pytest.fixture
+def client(tmp_path):
+    with serving(tmp_path) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """For tests that care for nothing but their own events."""
+    with serving(tmp_path_factory.mktemp("shared")) as client:
+        yield client
+
+
+def at(after_us: int = 0) -> str:
+    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=NOW + after_us)).isoformat()
+
+
+def event(event_id: object = None, **fields) -> dict:
+    return {"event_name": "call", "external_customer_id": "cust", "event_id": event_id, **fields}
+
+
+def store(client, *events: dict) -> httpx.Response:
+    response = client.post("/v1/events/bulk", json={"events": events})
+    assert response.status_code == 202, response.text
+    return response
+
+
+def counts(response: httpx.Response) -> tuple[int, int]:
+    """How many events were new, and how many were known."""
+    return int(response.headers["X-Events-Inserted"]), int(response.headers["X-Events-Duplicate"])
+
+
+def ask(client, method: str, **query) -> httpx.Response:
+    """The same query as GET parameters or as a POST body."""
+    if method == "POST":
+        return client.post("/v1/events/query", json=query)
+    if filters := query.pop("property_filters", None):
+        query["property_filters"] = ";".join(f"{key}:{','.join(values)}" for key, values in filters.items())
+    return client.get("/v1/events", params=query)
+
+
+def page(client, method: str = "GET", **query) -> dict:
+    response = ask(client, method, **query)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def ids(client, method: str = "GET", **query) -> list[str]:
+    return [stored["id"] for stored in page(client, method, **query)["events"]]
+
+
+def total(client) -> int:
+    return page(client, "POST", page_size=1, **EVER)["total_count"]
+
+
+def refused(response: httpx.Response, status: int = 400, code: str = "validation_error", part: str = "") -> dict:
+    """Checks the whole error answer (1); returns its details."""
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/json"), response.text
+    body = response.json()
+    message, details = body["message"], body["details"]
+    assert message
+    assert part in message
+    assert isinstance(details, dict)
+    assert body == {"code": code, "message": message, "http_status_code": status, "details": details, "success": False,
+                    "error": {"message": message, "internal_error": None}}  # fmt: skip
+    return details
+
+
+@contextmanager
+def stores_nothing(client) -> Iterator[None]:
+    """What happens inside leaves no event behind, and the server takes a good one after it."""
+    before = total(client)
+    yield
+    assert total(client) == before
+    assert counts(store(client, event())) == (1, 0)
+
+
+@contextmanager
+def write_lock(folder: Path) -> Iterator[None]:
+    """Keeps the server's writer waiting, as another process that writes would."""
+    with closing(sqlite3.connect(folder / "events.db", isolation_level=None)) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def refuse_to_write(folder: Path, condition: str) -> None:
+    with closing(sqlite3.connect(folder / "events.db")) as conn:
+        action = "BEGIN SELECT RAISE(ABORT, 'full'); END"
+        conn.execute(f"CREATE TRIGGER full BEFORE INSERT ON events WHEN {condition} {action}")
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
+
+
+def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
+    options = {"timeout": 60, "capture_output": True, "text": True} | options
+    return subprocess.run([*map(str, command)], check=False, **options)
+
+
+SCRIPT = (sys.executable, ROOT / "eventstore.py")
+
+
+class Live:
+    """`eventstore serve` in a process and a folder of its own. To be entered and left."""
+
+    def __init__(self, folder: Path, *flags: str, command=SCRIPT, **environ: str):
+        folder.mkdir(exist_ok=True)
+        self.log_file, self.banner = folder / "stderr.txt", ""
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen([*command, "serve", "--port", "0", *flags], cwd=folder, text=True,
+                                            stdout=subprocess.PIPE, stderr=log, env=os.environ | environ)  # fmt: skip
+        watchdog = threading.Timer(60, self.process.kill)
+        watchdog.start()
+        while self.banner.count("curl") < 2 and (line := self.process.stdout.readline()):
+            self.banner += line
+        watchdog.cancel()
+        self.curl_lines = re.findall(r"curl .*", self.banner)
+        assert len(self.curl_lines) == 2, self.log
+        self.url, self.port = re.search(r"(http://127.0.0.1:(\d+))/v1", self.banner).groups()
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def client(self, key: str = KEY) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"x-api-key": key}, timeout=60)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", int(self.port)), timeout=30)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def __enter__(self) -> Live:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def answer_on(sock: socket.socket) -> httpx.Response:
+    answer = http.client.HTTPResponse(sock)
+    answer.begin()
+    return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    with Live(tmp_path_factory.mktemp("live"), "--api-key", KEY) as live:
+        yield live
+        assert KEY not in live.banner + live.log
+        assert "Traceback" not in live.log
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_environment():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        patch.delenv("FLEXPRICE_API_KEY", raising=False)
+        patch.delenv("EVENTSTORE_API_KEYS", raising=False)
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- 2: one event
+
+
+def test_a_single_event_is_answered_with_202_and_its_id(client):
+    response = client.post("/v1/events", json=event("evt_1"))
+    assert (response.status_code, response.headers["content-type"]) == (202, "application/json")
+    assert response.json() == {"message": "Event accepted for processing", "event_id": "evt_1"}
+    assert counts(response) == (1, 0)
+
+
+@both_ways
+def test_a_stored_event_comes_back_whole(client, method):
+    store(client, event("evt_1", customer_id="c1", source="app", properties={"n": {"a": [1, None]}}, timestamp=at(-1)))
+    (stored,) = page(client, method)["events"]
+    times = stored.pop("timestamp"), stored.pop("ingested_at")
+    assert stored == {"id": "evt_1", "external_customer_id": "cust", "customer_id": "c1", "event_name": "call",
+                      "source": "app", "environment_id": "development", "properties": {"n": {"a": [1, None]}}
+                      }  # fmt: skip
+    assert [datetime.fromisoformat(time) for time in times] == [datetime.fromisoformat(at(us)) for us in (-1, 0)]
+    assert all(time.endswith("Z") for time in times)
+
+
+OPTIONAL = ("event_id", "customer_id", "source", "timestamp", "properties")
+NOTHING_SAID = {"absent": {}, "null": dict.fromkeys(OPTIONAL), "empty": dict.fromkeys(OPTIONAL[:-1], ""),
+                "zero time": {"timestamp": "0001-01-01T00:00:00Z", "properties": {}},
+                "zero time in digits": {"timestamp": "0001-01-01T00:00:00.000000000Z"}}  # fmt: skip
+
+
+@table("fields", NOTHING_SAID.values(), ids=NOTHING_SAID)
+def test_an_event_needs_nothing_but_a_name_and_a_customer(client, fields):
+    response = client.post("/v1/events", json={"event_name": "call", "external_customer_id": "cust"} | fields)
+    (stored,) = page(client)["events"]
+    assert stored["id"] == response.json()["event_id"]
+    assert (stored["customer_id"], stored["source"], stored["properties"]) == ("", "", {})
+    assert stored["timestamp"] == stored["ingested_at"]
+    assert datetime.fromisoformat(stored["timestamp"]) == datetime.fromisoformat(at())
+
+
+TIMES = [
+    ("2025-10-15T11:38:47Z", "2025-10-15T11:38:47+00:00"),
+    ("2025-10-15t11:38:47z", "2025-10-15T11:38:47+00:00"),
+    ("2025-10-15T11:38:47.9Z", "2025-10-15T11:38:47.900+00:00"),
+    ("2025-10-15T11:38:47.962000999Z", "2025-10-15T11:38:47.962+00:00"),
+    ("2025-10-15T11:38:47.123456789+05:30", "2025-10-15T06:08:47.123456+00:00"),
+    ("2025-10-14T23:38:47-12:00", "2025-10-15T11:38:47+00:00"),
+    ("2024-02-29T23:59:59.9999999Z", "2024-02-29T23:59:59.999999+00:00"),
+    ("1969-12-31T23:59:59.9999999Z", "1969-12-31T23:59:59.999999+00:00"),
+    ("0001-01-02T00:00:00Z", "0001-01-02T00:00:00+00:00"),
+    ("9999-12-30T23:59:59.999999Z", "9999-12-30T23:59:59.999999+00:00"),
+]
+
+
+@table(("sent", "stored"), TIMES)
+def test_a_time_is_cut_to_the_microsecond_and_answered_in_utc(shared, sent, stored):
+    store(shared, event(f"at {sent}", timestamp=sent))
+    answered = page(shared, **EVER, event_id=f"at {sent}")["events"][0]["timestamp"]
+    assert answered.endswith("Z")
+    assert datetime.fromisoformat(answered) == datetime.fromisoformat(stored)
+
+
+def test_the_servers_ids_are_ulids_and_ascend_even_when_the_clock_goes_back(tmp_path):
+    clock, made = Mock(return_value=NOW), []
+    with serving(tmp_path, clock=clock) as client:
+        for step_us in (0, 0, 1, 999, -5_000_000, 0, 1000, 10_000_000):
+            clock.return_value += step_us
+            made.append(client.post("/v1/events", json=event()).json()["event_id"])
+        store(client, *[event(source="bulk")] * 100)
+        made += sorted(ids(client, "POST", source="bulk", page_size=100))
+    assert all(re.fullmatch(r"event_[0-7][0-9A-HJKMNP-TV-Z]{25}", event_id) for event_id in made)
+    assert made == sorted(set(made))
+    digits = ("0123456789ABCDEFGHJKMNPQRSTVWXYZ".index(letter) for letter in made[0].removeprefix("event_")[9::-1])
+    assert sum(digit << 5 * power for power, digit in enumerate(digits)) == NOW // 1000
+
+
+def test_white_space_is_trimmed_off_the_event_name_only(client):
+    store(client, event(" id ", event_name=" \t api call\u00a0\n", external_customer_id=" c ", source=" s "))
+    (stored,) = page(client, event_name="api call")["events"]
+    assert (stored["id"], stored["external_customer_id"], stored["source"]) == (" id ", " c ", " s ")
+
+
+def test_unknown_fields_and_the_content_type_are_ignored(client):
+    content = json.dumps(event("evt_1", tenant_id=5, id="x", ingested_at=[{"deep": None}]))
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        response = client.post("/v1/events", content=content, headers={"content-type": content_type})
+        assert response.status_code == 202
+    assert ids(client) == ["evt_1"]
+
+
+VALUES = [
+    "12345678901234567890", "-0", "0.10", "1e3", "1E+03", "1.7976931348623157e308", "123456789012345678.123456789",
+    "1" * 4000, '"200"', "true", "null", "[]", "{}", '{"a":{"b":[1,[2.50,{"c":null}]]}}', '"\u00e9\u4e16\U0001f600"',
+    r'"\u00e9\ud83d\ude00"', r'"\u0000"', r'"a\u0000b\n\t\"\\\/"', '""', "[" * 300 + "]" * 300,
+]  # fmt: skip
+
+
+@both_ways
+@table("raw", VALUES, ids=lambda raw: raw[:30])
+def test_properties_come_back_with_the_same_types_and_digits(shared, raw, method):
+    def literally(text: str):
+        return json.loads(text, parse_int=lambda digits: ("int", digits), parse_float=lambda digits: ("float", digits))
+
+    properties = f'{{"a": {raw}, "\\u0000": 1, "": {{}}}}'
+    content = f'{{"event_name": "call", "external_customer_id": "cust", "properties": {properties}}}'
+    response = shared.post("/v1/events", content=content.encode())
+    assert response.status_code == 202, response.text
+    answer = ask(shared, method, event_id=response.json()["event_id"])
+    assert literally(answer.text)["events"][0]["properties"] == literally(properties)
+
+
+@table("path", ["/v1/events", "/v1/events/bulk"])
+def test_202_means_that_another_connection_sees_the_event(client, tmp_path, path):
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        for number in range(1, 6):
+            sent = event(f"evt_{number}")
+            assert client.post(path, json={"events": [sent], **sent}).status_code == 202
+            assert conn.execute("SELECT count(*), max(id) FROM events").fetchone() == (number, f"evt_{number}")
+
+
+def test_the_first_event_with_an_id_stays_whatever_comes_later(client):
+    store(client, event("evt_1", properties={"n": 1}))
+    (first,) = page(client)["events"]
+    later = event("evt_1", event_name="other", external_customer_id="x", timestamp="2024-01-01T00:00:00Z", source="y")
+    response = client.post("/v1/events", json=later)
+    assert (response.status_code, response.json()["event_id"], counts(response)) == (202, "evt_1", (0, 1))
+    assert counts(store(client, later, event("evt_2"))) == (1, 1)
+    assert page(client, **EVER, event_id="evt_1")["events"] == [first]
+
+
+# ---------------------------------------------------------------------------------------------- 3: batches
+
+
+@table("size", [1, 2, 257, 999, 1000])
+def test_a_batch_of_up_to_1000_is_stored_whole(client, size):
+    response = store(client, *[event(f"evt_{number}") for number in range(size)])
+    assert response.json() == {"message": "Events accepted for processing"}
+    assert counts(response) == (size, 0)
+    assert sorted(ids(client, "POST", page_size=1000)) == sorted(f"evt_{number}" for number in range(size))
+
+
+def test_a_batch_counts_its_duplicates_and_keeps_the_first(client):
+    store(client, event("known"))
+    batch = [event("a", source="1"), event("known"), event("b"), event("a", source="2"), event("a", source="3")]
+    assert counts(store(client, *batch)) == (2, 3)
+    assert [stored["source"] for stored in page(client, event_id="a")["events"]] == ["1"]
+    assert counts(store(client, *batch)) == (0, 5)
+
+
+NO_BATCH = {
+    "empty": ('{"events": []}', " 0"), "1001": (json.dumps({"events": [event()] * 1001}), "1001"),
+    "54321": (json.dumps({"events": [{}] * 54_321}), "54321"), "object": ('{"events": {"event_id": "a"}}', ""),
+    "string": ('{"events": "all"}', ""), "number": ('{"events": 7}', ""), "null": ('{"events": null}', ""),
+    "missing": ("{}", ""), "one event": (json.dumps(event()), ""),
+}  # fmt: skip
+
+
+@table(("content", "number"), NO_BATCH.values(), ids=NO_BATCH)
+def test_what_is_no_batch_is_refused_with_the_limit_and_the_number_sent(shared, content, number):
+    with stores_nothing(shared):
+        response = shared.post("/v1/events/bulk", content=content)
+        refused(response, part="1000")
+        assert number in response.json()["message"]
+
+
+def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
+    batch = [event(f"evt_{number}") for number in range(1000)]
+    batch[17] = event("evt_9", event_name=" ")
+    batch[40] = event(timestamp="yesterday")
+    batch[999] = event(7, external_customer_id=None, properties=[])
+    with stores_nothing(client):
+        response = client.post("/v1/events/bulk", json={"events": batch})
+        details = refused(response, part="3 of 1000 events are invalid; nothing was stored")
+    assert (details["rejected"], details["truncated"], len(details["errors"])) == (3, False, 5)
+    assert details["errors"][:2] == [
+        {"index": 17, "event_id": "evt_9", "field": "event_name", "code": "required",
+         "message": "event_name is required"},
+        {"index": 40, "event_id": None, "field": "timestamp", "code": "invalid_format",
+         "message": 'timestamp must be RFC 3339 with a zone, got "yesterday"'},
+    ]  # fmt: skip
+    faults = {"event_id": "invalid_type", "external_customer_id": "required", "properties": "invalid_type"}
+    assert {fault["field"]: fault["code"] for fault in details["errors"][2:]} == faults
+    assert {(fault["index"], fault["event_id"]) for fault in details["errors"][2:]} == {(999, None)}
+
+
+def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client):
+    with stores_nothing(client):
+        details = refused(client.post("/v1/events/bulk", json={"events": [event(), None, 5, event(), [event()], "x"]}))
+    assert details["rejected"] == 4
+    assert [index for index, _ in itertools.groupby(fault["index"] for fault in details["errors"])] == [1, 2, 4, 5]
+
+
+@table(("bad", "truncated"), [(99, False), (100, False), (101, True), (1000, True)])
+def test_at_most_100_faults_are_listed(shared, bad, truncated):
+    batch = [event(event_name=None)] * bad + [event()] * (1000 - bad)
+    with stores_nothing(shared):
+        details = refused(shared.post("/v1/events/bulk", json={"events": batch}), part=f"{bad} of 1000 events")
+    assert (details["rejected"], details["truncated"], len(details["errors"])) == (bad, truncated, min(bad, 100))
+
+
+def test_an_echoed_value_is_cut_to_100_characters(shared):
+    response = shared.post("/v1/events", json=event("i" * 5000, timestamp="x" * 5000, properties=["y" * 5000]))
+    refused(response)
+    assert [letter for letter in "ixy" if letter * 101 in response.text] == []
+
+
+def test_50_concurrent_retries_of_one_event_store_it_once(live):
+    def send(attempt: int) -> httpx.Response:
+        sent = event("retried", properties={"attempt": attempt})
+        return store(client, sent) if attempt % 2 else client.post("/v1/events", json=sent)
+
+    with live.client() as client, ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(send, range(50)))
+        (stored,) = page(client, event_id="retried")["events"]
+    assert {answer.status_code for answer in answers} == {202}
+    assert sorted(counts(answer) for answer in answers) == [(0, 1)] * 49 + [(1, 0)]
+    assert counts(answers[stored["properties"]["attempt"]]) == (1, 0)
+
+
+def test_concurrent_batches_that_overlap_get_each_their_own_counts(client):
+    batches = [range(start, start + 300) for start in range(0, 1000, 50)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda batch: counts(store(client, *[event(f"{id}") for id in batch])), batches))
+    assert [sum(answer) for answer in answers] == [300] * len(batches)
+    assert sum(new for new, _ in answers) == len({*itertools.chain(*batches)}) == total(client)
+
+
+# ---------------------------------------------------------------------------------------------- 1: bad input
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+DEEP_OBJECTS = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+NO_OBJECT = {
+    "nothing": b"", "blanks": b" \n", "words": b"hello", "cut off": b'{"event_name": "call", "source": "ap',
+    "not closed": b'{"events": [{"event_name": "call"}', "two values": b"{} {}", "comma at the end": b'{"a": 1,}',
+    "NaN": b'{"a": NaN}', "leading zero": b'{"a": 01}', "single quotes": b"{'a': 1}", "line break": b'{"a": "\n"}',
+    "unknown escape": b'{"a": "\\q"}', "byte order mark": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"),
+    "invalid UTF-8": b'{"a": "\xff"}', "invalid UTF-8 key": b'{"\xc3": 1}', "UTF-8 surrogate": b'{"a": "\xed\xa0\x80"}',
+    "lone surrogate": b'{"a": "\\ud800"}', "lone low surrogate": b'{"a": "\\udc00 "}',
+    "lone surrogate in a key": b'{"\\ud800x": 1}', "deep arrays": b'{"a": ' + DEEP + b"}", "deep objects": DEEP_OBJECTS,
+    "deep array": DEEP, "null": b"null", "array": b"[]", "number": b"1", "string": b'"{}"',
+}  # fmt: skip
+
+
+@table("path", ["/v1/events", "/v1/events/bulk", "/v1/events/query"])
+@table("content", NO_OBJECT.values(), ids=NO_OBJECT)
+def test_a_body_that_is_no_json_object_is_refused(shared, path, content):
+    with stores_nothing(shared):
+        refused(shared.post(path, content=content))
+
+
+BAD_TIMES = [
+    "yesterday", "2025-10-15", "2025-10-15T11:38:47", "2025-10-15T11:38Z", "2025-10-15 11:38:47Z", "1760528327", "0",
+    "2025-10-15T11:38:60Z", "2016-12-31T23:59:60Z", "2025-10-15T24:00:00Z", "2025-10-15T11:60:00Z",
+    "2025-02-30T00:00:00Z", "2025-02-29T00:00:00Z", "2025-13-01T00:00:00Z", "2025-00-01T00:00:00Z",
+    "0000-01-01T00:00:00Z", "12025-10-15T11:38:47Z", "-2025-10-15T11:38:47Z", "25-10-15T11:38:47Z",
+    "2025-W42-3T11:38:47Z", "2025-288T11:38:47Z", "20251015T113847Z", "2025-10-15T11:38:47.Z", "2025-10-15T11:38:47,5Z",
+    "2025-10-15T11:38:47.0123456789Z", "2025-10-15T11:38:47+0530", "2025-10-15T11:38:47+05",
+    "2025-10-15T11:38:47+24:00", "2025-10-15T11:38:47+05:60", "2025-10-15T11:38:47 UTC", "2025-10-15T11:38:47ZZ",
+    " 2025-10-15T11:38:47Z", "2025-10-15T11:38:47Z\n",
+    "\u0662\u0660\u0662\u0665-10-15T11:38:47Z", "Wed, 15 Oct 2025 11:38:47 GMT",
+]  # fmt: skip
+TIMES_OUT_OF_RANGE = ["0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01"]
+BAD_FIELDS = [  # field, its JSON ("": the field is missing), code
+    *[("event_name", raw, "required") for raw in ("", "null", '""', r'" \t\n"')],
+    *[("external_customer_id", raw, "required") for raw in ("", "null", '""')],
+    *[("event_name", raw, "invalid_type") for raw in ("5", "true", '["call"]', "{}")],
+    *[(name, "5", "invalid_type") for name in ("external_customer_id", "event_id", "customer_id", "source")],
+    *[("timestamp", raw, "invalid_type") for raw in ("1760528327", "1760528327.5", "{}", "false")],
+    *[("timestamp", json.dumps(time), "invalid_format") for time in BAD_TIMES],
+    *[("timestamp", json.dumps(time), "out_of_range") for time in TIMES_OUT_OF_RANGE],
+    *[("properties", raw, "invalid_type") for raw in ("[]", '[{"a": 1}]', '"a"', '"{}"', '""', "5", "false")],
+    *[("properties", f'{{"a": {raw}}}', "out_of_range") for raw in ("1e400", "-1e400", "[1e999]", "1" * 5000)],
+]
+
+
+@table(("field", "raw", "code"), BAD_FIELDS, ids=lambda value: value[:40])
+def test_an_event_with_a_bad_field_is_refused_and_the_field_named(shared, field, raw, code):
+    fields = {name: json.dumps(value) for name, value in event("evt_1").items()} | {field: raw}
+    bad = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items() if value) + "}"
+    with stores_nothing(shared):
+        details = refused(shared.post("/v1/events", content=bad.encode()), part=field)
+        (fault,) = details["errors"]
+        assert fault.pop("message").startswith(f"{field} ")
+        assert fault == {"index": 0, "event_id": None if field == "event_id" else "evt_1", "field": field, "code": code}
+        assert (details["rejected"], details["truncated"]) == (1, False)
+        batch = f'{{"events": [{json.dumps(event())}, {bad}]}}'
+        details = refused(shared.post("/v1/events/bulk", content=batch.encode()), part="1 of 2 events is invalid")
+        assert [(fault["index"], fault["field"], fault["code"]) for fault in details["errors"]] == [(1, field, code)]
+
+
+BAD_JSON = {"deep arrays": b'{"a": %s}' % DEEP, "deep objects": DEEP_OBJECTS, "lone surrogate": rb'{"a": "\ud800"}',
+            "low surrogate": rb'{"a": ["\udc00"]}', "surrogate key": rb'{"\ud83d": 1}', "not UTF-8": b'{"a": "\xff"}',
+            "not closed": b'{"a": 1', "closed wrongly": b'{"a": 1]', "no colon": b'{"a" 1}', "cut off": b'{"a": tru}'
+            }  # fmt: skip
+
+
+@table("raw", BAD_JSON.values(), ids=BAD_JSON)
+def test_bad_json_in_properties_is_refused(shared, raw):
+    single = b'{"event_name": "call", "external_customer_id": "cust", "properties": %s}' % raw
+    with stores_nothing(shared):
+        refused(shared.post("/v1/events", content=single))
+        refused(shared.post("/v1/events/bulk", content=b'{"events": [%s]}' % single))
+        refused(shared.post("/v1/events/query", content=b'{"property_filters": %s}' % raw))
+
+
+@table("send", [bytes, lambda content: iter([content])], ids=["announced", "chunked"])
+@table("path", ["/v1/events", "/v1/events/bulk", "/v1/events/query"])
+def test_a_body_may_be_as_long_as_the_limit_and_no_longer(tmp_path, path, send):
+    fitting = json.dumps({"events": [event()], **event()}).encode().ljust(2000)
+    with serving(tmp_path, max_body_bytes=2000) as client:
+        with stores_nothing(client):
+            refused(client.post(path, content=send(fitting + b" ")), part="2000")
+        assert client.post(path, content=send(fitting)).status_code in (200, 202)
+
+
+@table("send", [b"".join, iter], ids=["announced", "chunked"])
+def test_33_mib_are_over_the_default_limit(live, send):
+    with live.client() as client, stores_nothing(client):
+        refused(client.post("/v1/events/bulk", content=send([b" " * 2**20] * 33)), part=str(32 * 2**20))
+
+
+HEAD = f"Host: test\r\nx-api-key: {KEY}\r\n".encode()
+POST = b"POST /v1/events HTTP/1.1\r\n" + HEAD
+BODY = json.dumps(event()).encode()
+BAD_HTTP = {
+    "garbage": b"garbage\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no such version": b"GET /v1/events HTTP/9.9\r\n" + HEAD + b"\r\n",
+    "bytes in the path": b"GET /v1/events?source=\xff HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "escaped bytes in a parameter": b"GET /v1/events?source=%ff HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "length in words": POST + b"Content-Length: many\r\n\r\n" + BODY,
+    "negative length": POST + b"Content-Length: -1\r\n\r\n" + BODY,
+    "empty length": POST + b"Content-Length: \r\n\r\n" + BODY,
+    "length of 30 digits": POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + BODY,
+    "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n" + BODY,
+    "length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "bad chunk": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "length too short": POST + b"Connection: close\r\nContent-Length: 10\r\n\r\n" + BODY,
+    "33 MiB announced, none sent": POST + b"Content-Length: %d\r\n\r\n" % (33 * 2**20),
+}
+
+
+@table("request_bytes", BAD_HTTP.values(), ids=BAD_HTTP)
+def test_what_is_not_http_is_refused_with_the_same_error_body(live, request_bytes):
+    with live.client() as client, stores_nothing(client), live.connect() as sock:
+        sock.sendall(request_bytes)
+        refused(answer_on(sock))
+
+
+def test_a_client_that_goes_away_in_its_body_leaves_nothing_behind(live):
+    with live.client() as client, stores_nothing(client):
+        seen = live.log.count("client went away")
+        with live.connect() as sock:
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY)
+        eventually(lambda: live.log.count("client went away") > seen)
+
+
+HOSTILE = [
+    "'; DROP TABLE events; --", "' OR '1'='1", '" OR ""="', ") OR (1=1", "%", "_", "*", "?1", ":environment", "@a",
+    "$1", "$.a", "$[0]", "$", "a.b", '"a"', "a'b", 'a"b', "\\", "\\u0041", "a\\", "[0]", "#-1", "a::b", "::", "1::2",
+    "null", "{}", "a/b?c=d&e#f+g%20", "../..", "lookup", " ", "a\nb", "\u0000", "a\u0000b", "\u00e9", "e\u0301",
+    "\u4e16\U0001f600",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("hostile")) as client:
+        for text in HOSTILE:
+            sent = event(text, event_name=f"n{text}n", external_customer_id=text, customer_id=text, source=text)
+            store(client, sent | {"properties": {text: text, "same": text}})
+        yield client
+
+
+@both_ways
+@table("field", ["event_id", "event_name", "external_customer_id", "source"])
+def test_fragments_of_sql_and_paths_are_stored_and_found_literally(hostile, field, method):
+    for text in HOSTILE:
+        assert ids(hostile, method, **{field: f"n{text}n" if field == "event_name" else text}) == [text]
+    assert ids(hostile, method, **{field: "x' OR 1=1 --"}) == []
+
+
+@table("key", [None, "same"], ids=["key", "value"])
+def test_fragments_of_sql_and_paths_are_literal_in_property_filters(hostile, key):
+    for text in HOSTILE:
+        assert ids(hostile, "POST", property_filters={key or text: [text]}) == [text]
+
+
+@both_ways
+@table(("sort", "place"), [("timestamp", str), ("event_name", "n{}n".format)])
+def test_fragments_of_sql_and_paths_are_literal_in_cursors(hostile, sort, place, method):
+    in_order = sorted(HOSTILE, key=place)
+    for number, text in enumerate(in_order):
+        query = {"sort": sort, "order": "asc", "iter_last_key": f"{NOW}000::{text}"}
+        assert ids(hostile, method, **query) == in_order[number + 1 :]
+
+
+# ---------------------------------------------------------------------------------------------- 1: keys, routes, log
+
+
+@table("key", [None, "", "wrong", KEY.upper(), KEY[:-1], KEY + "x", f"{KEY}, {KEY}", b"\xff\xfe"])
+def test_without_a_known_key_everything_is_401(shared, key):
+    paths = ("/v1/events", "/v1/events/bulk", "/v1/events/query", "/v1/customers", "/v1", "/v1/", "/")
+    with stores_nothing(shared), httpx.Client(transport=shared._transport, base_url=shared.base_url) as stranger:
+        for method, path in itertools.product(("GET", "POST", "PUT"), paths):
+            headers = {} if key is None else {"x-api-key": key}
+            response = stranger.request(method, path, headers=headers, content=BODY)
+            refused(response, 401, "unauthorized", "x-api-key")
+
+
+@both_ways
+def test_health_needs_no_key(client, method):
+    for client.headers["x-api-key"] in (KEY, "", "wrong"):
+        response = client.request(method, "/health")
+        assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+        assert response.json()["status"] == "ok"
+
+
+@table("path", ["/v1/customers", "/v1/meters/1", "/v1/invoices", "/v1", "/v2/events", "/", "/v1/a%0Ab"])
+def test_an_unknown_route_is_404_and_says_what_this_server_has(shared, path):
+    for method in ("GET", "POST", "DELETE"):
+        refused(shared.request(method, path), 404, "not_found", "Events API only")
+
+
+WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/bulk", {"POST"}),
+                 ("PATCH", "/v1/events/query", {"POST"}), ("DELETE", "/health", {"GET", "POST"})]  # fmt: skip
+
+
+@table(("method", "path", "allowed"), WRONG_METHODS)
+def test_a_wrong_method_is_405_with_the_right_ones(shared, method, path, allowed):
+    response = shared.request(method, path)
+    refused(response, 405, "method_not_allowed")
+    assert allowed <= set(response.headers["Allow"].split(", ")) <= allowed | {"GET", "HEAD"}
+
+
+def test_keys_never_reach_the_log(shared, caplog):
+    caplog.set_level(0)
+    for headers in ({}, {"x-api-key": "wrong-but-secret"}):
+        for method, path in (("POST", "/v1/events"), ("GET", "/v1/events"), ("GET", "/nowhere"), ("PUT", "/v1/events")):
+            shared.request(method, path, headers=headers)
+    assert "401" in caplog.text
+    assert [key for key in (KEY, STAGING_KEY, "wrong-but-secret") if key in caplog.text] == []
+
+
+REFUSED = [("POST", "/v1/events", "{", 400), ("POST", "/v1/events", json.dumps(event(timestamp="a\nb")), 400),
+           ("GET", "/v1/events?order=%0Aup", "", 400), ("GET", "/v1/a%0Ab", "", 404), ("PUT", "/v1/events", "", 405)
+           ]  # fmt: skip
+
+
+@table("request_", REFUSED, ids=str)
+def test_a_refused_request_is_one_line_in_the_log_and_a_good_one_none(shared, caplog, request_):
+    method, path, content, status = request_
+    store(shared, event())
+    shared.request(method, path, content=content)
+    (record,) = [record for record in caplog.records if record.name == "eventstore"]
+    assert record.levelname == "WARNING"
+    assert f"{method} {path.partition('?')[0]}: {status}" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_environments_do_not_see_each_other(client):
+    store(client, event("same", source="development"), event("only_here"))
+    for key, environment, expected in ((STAGING_KEY, "staging", ["same"]), (KEY, "development", ["same", "only_here"])):
+        client.headers["x-api-key"] = key
+        response = client.post("/v1/events", json=event("same", source=environment))
+        assert counts(response) == ((1, 0) if key == STAGING_KEY else (0, 1))
+        found = page(client, "POST")
+        assert [stored["id"] for stored in found["events"]] == expected
+        assert {stored["environment_id"] for stored in found["events"]} == {environment}
+        assert found["total_count"] == len(expected)
+        assert [stored["source"] for stored in page(client, event_id="same")["events"]] == [environment]
+        by_name = ask(client, "GET", sort="event_name", iter_last_key=f"{NOW}000::only_here")
+        assert by_name.status_code == (400 if key == STAGING_KEY else 200)
+
+
+def test_an_application_without_a_key_is_not_made(tmp_path):
+    with pytest.raises(ValueError, match="API key"):
+        create_app(Settings(db=str(tmp_path / "events.db")))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- 4, 5: queries
+
+
+@both_ways
+@table("field", ["event_id", "event_name", "external_customer_id", "source"])
+def test_a_filter_matches_exactly(client, field, method):
+    values = {"event_id": "a", "event_name": "call", "external_customer_id": "cust", "source": "app"}
+    other = values | {"event_id": "b", field: values[field].upper()}
+    store(client, values, other)
+    assert ids(client, method, **{field: values[field]}) == ["a"]
+    assert ids(client, method, **values) == ["a"]
+    assert ids(client, method, **other) == [other["event_id"]]
+    assert ids(client, method, **{field: values[field][:-1] + "%"}) == []
+
+
+@both_ways
+def test_the_range_includes_both_ends(client, method):
+    store(client, *[event(f"{us:+}", timestamp=at(us)) for us in (-11, -10, 0, 10, 11)])
+    assert ids(client, method, start_time=at(-10), end_time=at(10)) == ["+10", "+0", "-10"]
+    assert ids(client, method, start_time=at(10), end_time=at(10)) == ["+10"]
+
+
+@both_ways
+def test_the_range_defaults_to_the_seven_days_before_now(client, method):
+    too_old, week_ago, day_ago = f"{-7 * DAY_US - 1}", f"{-7 * DAY_US}", f"{-DAY_US}"
+    store(client, *[event(us, timestamp=at(int(us))) for us in (too_old, week_ago, day_ago, "0", "1")])
+    assert ids(client, method) == ["0", day_ago, week_ago]
+    assert ids(client, method, start_time="", end_time="") == ["0", day_ago, week_ago]
+    assert ids(client, method, start_time=at(-9 * DAY_US)) == ["0", day_ago, week_ago, too_old]
+    assert ids(client, method, end_time=at(-DAY_US)) == [day_ago, week_ago, too_old]
+    assert ids(client, method, end_time=at(1)) == ["1", "0", day_ago]
+
+
+@table("plus", ["+", "%20", "%2B"])
+def test_a_plus_that_arrived_as_a_space_is_read_as_a_plus(client, plus):
+    store(client, event("before", timestamp=at(-1)), event("now"))
+    local = f"2025-10-15T17:08:47.962{plus}05:30"
+    answer = client.get(f"/v1/events?start_time={local}&end_time={local}")
+    assert [stored["id"] for stored in answer.json()["events"]] == ["now"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """1002 events, their ids in the order of their times."""
+    with serving(tmp_path_factory.mktemp("many")) as client:
+        events = [event(f"{number:04}", timestamp=at(number - 2000)) for number in range(1002)]
+        store(client, *events[:1000])
+        store(client, *events[1000:])
+        yield client
+
+
+SIZES = [
+    *[("GET", size, given) for size, given in [("", 50), (1, 1), (7, 7), (49, 49), (50, 50), (51, 50), (1000, 50)]],
+    *[("GET", size, 50) for size in (10**30, 0, -1, -(10**30))],
+    *[("POST", size, given) for size, given in [(None, 50), (1, 1), (51, 51), (999, 999), (1000, 1000), (1001, 1000)]],
+    *[("POST", size, given) for size, given in [(10**18, 1000), (0, 50), (-1, 50)]],
+]
+
+
+@table(("method", "size", "given"), SIZES)
+def test_a_page_has_the_size_asked_for_within_its_limit(many, method, size, given):
+    found = page(many, method, offset=1, page_size=size)
+    newest_first = [f"{number:04}" for number in range(1001, -1, -1)]
+    assert [stored["id"] for stored in found["events"]] == newest_first[1 : 1 + given]
+    assert (found["offset"], found["has_more"]) == (1 + given, True)
+
+
+OFFSETS = [(0, 50, True), (951, 50, True), (952, 50, False), (1001, 7, False), (1002, 7, False), (5000, 7, False)]
+
+
+@both_ways
+@table(("offset", "size", "has_more"), OFFSETS)
+def test_has_more_is_exact_after_an_offset(many, method, offset, size, has_more):
+    found = page(many, method, offset=offset, page_size=size)
+    assert len(found["events"]) == max(0, min(size, 1002 - offset))
+    assert (found["has_more"], found["offset"]) == (has_more, offset + size)
+
+
+@both_ways
+def test_an_empty_page_has_every_key_and_null_cursors(client, method):
+    nothing = {"events": [], "has_more": False, "iter_first_key": None, "iter_last_key": None, "offset": 50}
+    assert page(client, method) == nothing | ({"total_count": 0} if method == "POST" else {})
+
+
+@table("form", ["true", "TRUE", "True", "1", "t", "T"])
+def test_get_counts_when_told_to(many, form):
+    assert page(many, count_total=form)["total_count"] == 1002
+
+
+@table("form", ["", "false", "FALSE", "False", "0", "f", "F"])
+def test_get_leaves_the_total_out_when_not_told_to_count(many, form):
+    assert set(page(many, count_total=form)) == set(page(many)) == KEYS_OF_A_PAGE
+
+
+@table(("sent", "answered"), [({}, 1002), ({"count_total": True}, 1002), ({"count_total": None}, 1002),
+                              ({"count_total": False}, None)])  # fmt: skip
+def test_post_counts_unless_told_not_to_and_always_has_the_key(many, sent, answered):
+    found = page(many, "POST", **sent)
+    assert (found["total_count"], set(found)) == (answered, KEYS_OF_A_PAGE | {"total_count"})
+
+
+BAD_QUERIES = [
+    *[("page_size", value) for value in ("x", "1.5", "7 ", "1e2", "0x10", "1_0", "\u0667")],
+    *[("offset", value) for value in ("-1", "x", "1.5", "9" * 30)],
+    *[("sort", value) for value in ("Timestamp", "EVENT_NAME", "id", "timestamp ", "timestamp;--")],
+    *[("order", value) for value in ("DESC", "Asc", "up", "desc ")],
+    *[("count_total", value) for value in ("yes", "2", "on", "tru", " true")],
+    *[("property_filters", value) for value in ("a", ":v", "a:1;b", "a:1;", ";", "a:1;:v")],
+]
+BAD_TIMES_AND_CURSORS = [
+    *itertools.product(("start_time", "end_time"), (*BAD_TIMES, *TIMES_OUT_OF_RANGE)),
+    *itertools.product(("iter_first_key", "iter_last_key"), (
+        "x", "1760528327962000000", "1760528327962000000:a", "::a", "a::b", "1.5::a", "12::", " 1::a", "1e3::a",
+        "\u0661::a", "0x1::a", "9" * 30 + "::a", "' OR 1=1::a")),
+]  # fmt: skip
+BAD_BODIES = [
+    *[("page_size", value) for value in ("7", 1.5, True, [], 1e300)],
+    *[("offset", value) for value in (-1, "0", 0.5, 10**30)],
+    *[(name, value) for name in ("sort", "order") for value in (1, "Desc", ["asc"])],
+    *[("count_total", value) for value in ("true", 1, "yes")],
+    *[(name, value) for name in ("start_time", "iter_last_key", "event_name", "event_id") for value in (5, {})],
+    *[("property_filters", value) for value in ("a:b", [], {"a": "b"}, {"a": [1]}, {"a": [None]}, {"": ["v"]})],
+]
+
+
+@table(("method", "field", "value"), [
+    *[("GET", *bad) for bad in BAD_QUERIES + BAD_TIMES_AND_CURSORS],
+    *[("POST", *bad) for bad in BAD_BODIES + BAD_TIMES_AND_CURSORS],
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_a_bad_parameter_is_refused_and_named(many, method, field, value):
+    response = many.get("/v1/events", params={field: value}) if method == "GET" else ask(many, "POST", **{field: value})
+    (fault,) = refused(response, part=field)["errors"]
+    assert (fault["field"], fault["index"], fault["event_id"]) == (field, None, None)
+    assert fault["code"] in ("invalid_type", "invalid_format", "out_of_range")
+
+
+def test_every_bad_parameter_is_named_at_once(many):
+    details = refused(many.get("/v1/events?page_size=x&offset=-1&sort=up&start_time=now"))
+    assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
+
+
+CONTRADICTIONS = {
+    "end before start": {"start_time": at(0), "end_time": at(-1)},
+    "start after now": {"start_time": at(1)},
+    "both cursors": {"iter_first_key": f"{NOW}000::a", "iter_last_key": f"{NOW}000::a"},
+}
+
+
+@both_ways
+@table("query", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_parameters_that_contradict_each_other_are_refused(many, method, query):
+    refused(ask(many, method, **query), part="_")
+
+
+@table("name", ["event_name", "page_size", "order", "iter_last_key"])
+def test_a_parameter_given_twice_is_refused(many, name):
+    refused(many.get(f"/v1/events?{name}=&{name}="), part=name)
+
+
+def test_unknown_parameters_and_null_fields_change_nothing(many):
+    assert page(many, tenant="x", limit=3, event_name="") == page(many)
+    fields = dict.fromkeys(eventstore.EventQueryIn.__struct_fields__)
+    assert page(many, "POST", **fields, unknown={}) == page(many, "POST")
+
+
+# ---------------------------------------------------------------------------------------------- 4: property filters
+
+MATCHES = [  # the filter's value, the property's JSON
+    ("200", "200"), ("200", '"200"'), ("true", "true"), ("true", '"true"'), ("false", "false"), ("0.10", "0.10"),
+    ("1e3", "1e3"), ("-0", "-0"), ("12345678901234567890", "12345678901234567890"), ("null", '"null"'), ("{}", '"{}"'),
+    ("x", r'"\u0078"'), ('"x"', r'"\"x\""'), ("a\\b", r'"a\\b"'), ("a/b", r'"a\/b"'), ("a\nb", r'"a\nb"'),
+    ("\u00e9", '"\u00e9"'), ("\u00e9", r'"\u00e9"'), ("\U0001f600", r'"\ud83d\ude00"'), ("\u0000", r'"\u0000"'),
+    ("", '""'), (" ", '" "'), ("%", '"%"'),
+]  # fmt: skip
+DIFFERS = [
+    ("200", "2000"), ("20", "200"), ("200", '"200 "'), ("200.0", "200"), ("0.1", "0.10"), ("0.10", "0.1"),
+    ("1000", "1e3"), ("1", "true"), ("True", "true"), ("TRUE", '"true"'), ("null", "null"), ("", "null"), ("{}", "{}"),
+    ("[]", "[]"),
+    ("[1]", "[1]"), ("1", "[1]"), ('{"b":1}', '{"b":1}'), ('"x"', '"x"'), ("\\u0078", '"x"'), ("e", '"\u00e9"'),
+    ("%", '"x"'), ("_", '"x"'), ("X", '"x"'),
+]  # fmt: skip
+
+
+@table("matches", [True, False])
+@table("more", ["", r', "with a backslash": "\t"'])
+def test_a_property_filter_compares_text(client, matches, more):
+    for number, (value, raw) in enumerate(MATCHES if matches else DIFFERS):
+        for space in ("", " "):
+            properties = f'{{"a"{space}:{space}{raw}{more}}}'
+            content = f'{{"event_name": "e", "external_customer_id": "{number}", "properties": {properties}}}'
+            assert client.post("/v1/events", content=content.encode()).status_code == 202
+        query = {"external_customer_id": str(number), "property_filters": {"a": [value]}}
+        found = {method: len(ids(client, method, **query)) for method in ("GET", "POST")}
+        assert (value, raw, found) == (value, raw, {"GET": 2 * matches, "POST": 2 * matches})
+
+
+LITERAL_KEYS = [
+    "a.b", "$", "$.a", "$.a.b", "1st", "0", "[0]", "a[0]", "#-1", "*", 'a"b', '"', "a'b", "a\\b", "\\", "\\u0061",
+    "a b", " ", "a:b", "a;b", "a,b", "cl\u00e9", "\U0001f600", "a\u0000b", "\u0000", "a\nb", "\u007f", "A", "null",
+]  # fmt: skip
+
+
+@table("ensure_ascii", [True, False], ids=["escaped", "unescaped"])
+def test_a_property_key_is_literal(client, ensure_ascii):
+    others = {"a": {"b": "hit", "": "hit"}, "x": ["hit"], "b": "hit", "\u00e9": "miss", "u0061": "hit"}
+    for number, key in enumerate(LITERAL_KEYS):
+        for name, properties in ("hit", {key: "hit"}), ("no", {key: "miss", **others}), ("longer", {f"{key}x": "hit"}):
+            sent = event(event_name=name, external_customer_id=f"{number}", properties=properties)
+            assert client.post("/v1/events", content=json.dumps(sent, ensure_ascii=ensure_ascii)).status_code == 202
+        for method in ("POST",) if {":", ";", ","} & set(key) else ("GET", "POST"):
+            found = page(client, method, external_customer_id=f"{number}", property_filters={key: ["hit"]})
+            assert (key, [stored["event_name"] for stored in found["events"]]) == (key, ["hit"])
+
+
+@both_ways
+def test_values_of_a_key_are_alternatives_and_keys_must_all_match(client, method):
+    for model, region in itertools.product("abc", "xyz"):
+        store(client, event(model + region, properties={"model": model, "region": region}))
+    query = {"order": "asc", "property_filters": {"model": ["a", "c"], "region": ["y", "z", "nowhere"]}}
+    assert ids(client, method, **query) == ["ay", "az", "cy", "cz"]
+    assert ids(client, method, **query, event_id="ay", event_name="call") == ["ay"]
+    counted = page(client, method, **query, count_total=True, page_size=1)
+    assert (counted["total_count"], counted["has_more"]) == (4, True)
+
+
+@both_ways
+def test_a_filter_is_split_at_the_first_colon(client, method):
+    store(client, event("1", properties={"url": "http://x:80/"}), event("2", properties={"url": "http"}))
+    assert ids(client, method, property_filters={"url": ["http://x:80/"]}) == ["1"]
+
+
+@table("filters", [{}, {"a": []}, {"a": None}, {"a": [], "b": ["1"]}, None])
+def test_a_key_without_values_filters_nothing(client, filters):
+    store(client, event("1", properties={"b": 1}))
+    assert ids(client, "POST", property_filters=filters) == ["1"]
+
+
+# ---------------------------------------------------------------------------------------------- 4: order and paging
+
+four_orders = table(("sort", "order"), [*itertools.product(["timestamp", "event_name"], ["desc", "asc"])])
+
+
+def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict]:
+    """Events with few names and times, so that most of them tie, and with awkward ids."""
+    return [
+        event(prefix + randomness.choice(["", "::", "Z", "a", "\u00e9", "\U0001f600"]) + str(number),
+              event_name=randomness.choice("AaB"), external_customer_id=randomness.choice("cd"),
+              timestamp=at(-randomness.randrange(5)))
+        for number in range(size)
+    ]  # fmt: skip
+
+
+def place_by(sort: str) -> Callable[[dict], tuple]:
+    """Where an event stands in the total order."""
+    names = ("event_name", "timestamp", "event_id") if sort == "event_name" else ("timestamp", "event_id")
+    return lambda one: tuple(one[name] for name in names)
+
+
+def cursor(one: dict) -> str:
+    after = datetime.fromisoformat(one["timestamp"]) - datetime.fromisoformat(at())
+    return f"{NOW + after // timedelta(microseconds=1)}000::{one['event_id']}"
+
+
+@four_orders
+@table("size", [1, 7, 50])
+def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client, sort, order, size):
+    randomness = random.Random(size)
+    originals, arriving = crowd(randomness, 60), iter(crowd(randomness, 100, "new"))
+    store(client, *originals)
+    known, visited, query, has_more = list(originals), [], {"sort": sort, "order": order, "page_size": size}, True
+    while has_more:
+        found = page(client, **query)
+        has_more, query["iter_last_key"] = found["has_more"], found["iter_last_key"]
+        assert len(found["events"]) == size or not has_more
+        visited += [stored["id"] for stored in found["events"]]
+        if new := list(itertools.islice(arriving, 2)):
+            store(client, *new)
+            known += new
+    in_order = [one["event_id"] for one in sorted(known, key=place_by(sort), reverse=order == "desc")]
+    assert visited == [event_id for event_id in in_order if event_id in set(visited)]
+    assert {one["event_id"] for one in originals} <= set(visited)
+
+
+@four_orders
+@both_ways
+def test_every_page_is_the_one_that_the_rules_describe(client, sort, order, method):
+    randomness, place, descending = random.Random(4), place_by(sort), order == "desc"
+    events = crowd(randomness, 40)
+    store(client, *events)
+    for _ in range(60):
+        start, end = sorted(randomness.choices(range(-5, 1), k=2))
+        size, offset, mark = randomness.randint(1, 12), randomness.randint(0, 20), randomness.choice(events)
+        query = {"sort": sort, "order": order, "page_size": size, "start_time": at(start), "end_time": at(end)}
+        narrow = randomness.choice([{}, {"external_customer_id": "c"}, {"event_name": "a"}])
+        rows = [one for one in events if at(start) <= one["timestamp"] <= at(end) and narrow.items() <= one.items()]
+        rows.sort(key=place, reverse=descending)
+        match randomness.choice(["offset", "iter_last_key", "iter_first_key"]):
+            case "offset":
+                cursors, expected, left = {"offset": offset}, rows[offset:][:size], rows[offset:]
+            case "iter_last_key":  # a cursor beats the offset
+                left = [one for one in rows if (place(one) < place(mark) if descending else place(one) > place(mark))]
+                cursors, expected = {"iter_last_key": cursor(mark), "offset": 3}, left[:size]
+            case "iter_first_key":
+                left = [one for one in rows if (place(one) > place(mark) if descending else place(one) < place(mark))]
+                cursors, expected = {"iter_first_key": cursor(mark), "offset": 3}, left[-size:]
+        found = page(client, method, **query, **narrow, **cursors, count_total=True)
+        assert [stored["id"] for stored in found.pop("events")] == [one["event_id"] for one in expected]
+        assert found == {
+            "has_more": len(left) > size,
+            "total_count": len(rows),
+            "offset": offset + size if len(cursors) == 1 else None,
+            "iter_first_key": cursor(expected[0]) if expected else None,
+            "iter_last_key": cursor(expected[-1]) if expected else None,
+        }
+
+
+@four_orders
+def test_iter_first_key_polls_for_what_is_new(client, sort, order):
+    def new(number: int) -> dict:  # newer events come before the first page, in every order
+        step = number if order == "desc" else -number
+        return event(f"evt::{number}", event_name=f"n{500 + step}", timestamp=at(step * 10 - 500))
+
+    def poll(key: str) -> tuple[list[str], bool, str]:
+        found = page(client, sort=sort, order=order, iter_first_key=key, page_size=3)
+        return [stored["id"] for stored in found["events"]], found["has_more"], found["iter_first_key"]
+
+    store(client, *map(new, range(5)))
+    key = page(client, sort=sort, order=order)["iter_first_key"]
+    assert poll(key) == ([], False, None)
+    store(client, *map(new, range(5, 9)))
+    events, has_more, next_key = poll(key)
+    assert (events, has_more) == (["evt::7", "evt::6", "evt::5"], True)
+    assert poll(next_key)[:2] == (["evt::8"], False)
+
+
+@both_ways
+@table(("side", "neighbour"), [("iter_last_key", "0500"), ("iter_first_key", "0501")])
+def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(many, method, side, neighbour):
+    query = {"page_size": 1, side: f"{NOW - 1500}000::0500x"}
+    assert ids(many, method, **query) == [neighbour]
+    refused(ask(many, method, **query, sort="event_name"), part=side)
+
+
+@table("descending", [True, False], ids=["desc", "asc"])
+@table("by_name", [False, True], ids=["timestamp", "event_name"])
+@table("filters", [{}, {"external_customer_id": "cust"}, {"event_name": "call"}], ids=str)
+def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(many, by_name, descending, filters):
+    query = {"environment": "development", "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
+             "property_filters": {}, "page_size": 20, "by_name": by_name, "descending": descending, "after": None,
+             "before": None, "count": None}  # fmt: skip
+    pages = [{}, *[{side: number} for side in ("after", "before") for number in (100, 900)]]
+    if by_name and "external_customer_id" in filters:
+        del pages[0]  # no index has this order, and a sort of one customer's events is as good
+    steps = []
+    with closing(sqlite3.connect(many.app.state.store.path)) as conn:
+        for one in pages:
+            cursors = {side: eventstore.Cursor(NOW + number - 2000, f"{number:04}") for side, number in one.items()}
+            statements, counter = [], itertools.count()
+            conn.set_trace_callback(statements.append)
+            conn.set_progress_handler(lambda counter=counter: next(counter) and None, 1)
+            assert len(eventstore.list_events(conn, eventstore.EventQuery(**query | cursors)).events) == 20
+            conn.set_trace_callback(None)
+            conn.set_progress_handler(None, 1)
+            steps.append(next(counter))  # of SQLite's machine: what a query costs, the same on every machine
+            (statement,) = [text for text in statements if "ORDER BY" in text]
+            plan = "\n".join(row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}"))
+            assert "SEARCH events USING" in plan
+            assert "SCAN events" not in plan
+            assert "TEMP B-TREE" not in plan
+    assert max(steps) < 2 * min(steps)
+
+
+# ---------------------------------------------------------------------------------------------- the store
+
+
+def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works(client, tmp_path, caplog):
+    store(client, event("before"))
+    refuse_to_write(tmp_path, "new.event_name = 'boom'")
+    boom = event("boom", event_name="boom")
+    for path, body in (("/v1/events", boom), ("/v1/events/bulk", {"events": [event("good"), boom, event("before")]})):
+        caplog.clear()
+        with stores_nothing(client):
+            response = client.post(path, json=body)
+            refused(response, 500, "database_error")
+        assert "IntegrityError: full" in caplog.text  # the cause goes to the log, not to the caller
+        assert "full" not in response.text
+    assert counts(store(client, event("good"), event("before"))) == (1, 1)
+
+
+def test_a_commit_that_fails_takes_none_of_its_requests_and_no_other(tmp_path):
+    clock, sent = Mock(return_value=NOW), [event(f"{number}") for number in range(40)]
+    with serving(tmp_path, clock=clock) as client, ThreadPoolExecutor(len(sent)) as pool:
+        refuse_to_write(tmp_path, "new.id = '20'")
+        with write_lock(tmp_path):  # all of them wait, so that they are committed together
+            answers = [pool.submit(client.post, "/v1/events", json=one) for one in sent]
+            eventually(lambda: clock.call_count == len(sent))
+        outcome = {one["event_id"]: answer.result() for one, answer in zip(sent, answers, strict=True)}
+        stored = {event_id for event_id, answer in outcome.items() if answer.status_code == 202}
+        for event_id in outcome.keys() - stored:
+            refused(outcome[event_id], 500, "database_error")
+        assert set(ids(client)) == stored
+        assert "20" not in stored
+        assert len(stored) < len(sent) - 1  # at least one shared its commit
+        retried = [one for one in sent if one["event_id"] != "20"]
+        assert counts(store(client, *retried)) == (len(retried) - len(stored), len(stored))
+
+
+def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path):
+    clock = Mock(return_value=NOW)
+    with serving(tmp_path, queue_events=3, clock=clock) as client, ThreadPoolExecutor(3) as pool:
+        with write_lock(tmp_path):
+            waiting = [pool.submit(client.post, "/v1/events", json=event(f"{number}")) for number in range(3)]
+            eventually(lambda: clock.call_count == 3)
+            for path in ("/v1/events", "/v1/events/bulk"):
+                response = client.post(path, json={"events": [event("late")], **event("late")})
+                refused(response, 503, "service_unavailable")
+                assert int(response.headers["Retry-After"]) > 0
+            assert ids(client) == []
+            assert client.get("/health").status_code == 200
+        assert [answer.result().status_code for answer in waiting] == [202] * 3
+        assert counts(store(client, event("late"))) == (1, 0)
+        assert sorted(ids(client)) == ["0", "1", "2", "late"]
+        assert counts(store(client, *[event()] * 1000)) == (1000, 0)  # more than the limit, but nothing waits
+
+
+def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path):
+    properties = {f"p{number}": "\\" * 100 for number in range(50)}
+    filters = {f"p{number}": ["x", "\\" * 100] if number < 49 else ["x"] for number in range(50)}
+    with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
+        store(client, *[event(f"{number:03}", properties=properties) for number in range(200)])
+        slow, meanwhile = pool.submit(ask, client, "POST", property_filters=filters), 0
+        while not slow.done():
+            assert client.get("/health").status_code == 200
+            assert ids(client, page_size=1) == ["199"]
+            meanwhile += not slow.done()
+        assert (meanwhile > 0, slow.result().json()["events"]) == (True, [])
+    with serving(tmp_path, query_timeout_s=0.01) as client:
+        response = ask(client, "POST", property_filters=filters)
+        refused(response, 503, "service_unavailable", "0.01 s")
+        assert int(response.headers["Retry-After"]) > 0
+        assert client.get("/health").status_code == 200
+
+
+def test_a_restart_keeps_everything(tmp_path):
+    with serving(tmp_path) as client:
+        store(client, event("a", properties={"n": 0.10}), event("b::c"))
+        before = page(client)
+    assert [path.name for path in tmp_path.iterdir()] == ["events.db"]
+    with serving(tmp_path) as client:
+        assert page(client) == before
+        assert counts(store(client, event("a"), event("new"))) == (1, 1)
+
+
+def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_path):
+    async def close_while_writing() -> list[int]:
+        store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
+        row = eventstore.Row("development", "", "cust", "", "call", "", NOW, NOW, "{}")
+        with write_lock(tmp_path):
+            waiting = [asyncio.ensure_future(store.insert([row._replace(id=f"{number}")])) for number in range(50)]
+            await asyncio.sleep(0)  # each of them runs until it waits for the writer
+            closed = asyncio.ensure_future(asyncio.to_thread(store.close))
+            await asyncio.sleep(0)
+        await closed
+        with pytest.raises(ApiError) as refusal:
+            await store.insert([row._replace(id="late")])
+        assert refusal.value.code == "service_unavailable"
+        return await asyncio.gather(*waiting)
+
+    assert asyncio.run(close_while_writing()) == [1] * 50
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        assert conn.execute("SELECT count(*), count(*) FILTER (WHERE id = 'late') FROM events").fetchone() == (50, 0)
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
+CANNOT_START = [  # flags, what the message names
+    ("--port {taken}", "--port"),
+    ("--host no.such.host.invalid --api-key secret", "no.such.host.invalid"),
+    ("--db text.db", "not a SQLite database"),
+    ("--db other.db", "other program"),
+    ("--db newer.db", "newer"),
+    ("--db folder", "folder"),
+    ("--db=", "--db"),
+    ("--db missing/events.db", "does not exist"),
+    pytest.param("--db sealed/events.db", "sealed", marks=pytest.mark.skipif(is_root, reason="root writes anywhere")),
+    ("--api-key secret=", "environment"),
+    ("--api-key =development", "empty"),
+    ("--api-key s\u00e9cret", "ASCII"),
+    ("--api-key secret=a --api-key secret=b", "twice"),
+    ("--host 0.0.0.0", "--api-key"),
+]
+
+
+@table(("flags", "part"), CANNOT_START)
+def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags, part):
+    (tmp_path / "text.db").write_text("Dear diary, this is no database. " * 100)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "sealed").mkdir(mode=0o555)
+    with serving(tmp_path, db=str(tmp_path / "newer.db")):
+        pass
+    for name, statement in (("newer.db", "PRAGMA user_version = 99"), ("other.db", "CREATE TABLE events (id)")):
+        with closing(sqlite3.connect(tmp_path / name)) as conn:
+            conn.execute(statement)
+    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = flags.format(taken=taken.getsockname()[1]).split(" ")
+        command = (*SCRIPT, "serve", *(flags if "--port" in flags else ["--port", "0", *flags]))
+        try:
+            done = run(*command, cwd=tmp_path, timeout=10)
+        except subprocess.TimeoutExpired as expired:
+            pytest.fail(f"it started: {expired.stdout}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"eventstore: .+\n", done.stderr)
+    assert part in done.stderr
+    assert "secret" not in done.stderr
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
+
+
+def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
+    version = run(*SCRIPT, "--version", cwd=tmp_path)
+    assert (version.returncode, version.stdout) == (0, f"eventstore {eventstore.__version__}\n")
+    shown = run(*SCRIPT, "serve", "--help", cwd=tmp_path)
+    flags = ("--db", "--host", "--port", "--api-key", "--max-body-bytes", "--query-timeout-s", "--queue-events",
+             "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "50000")  # fmt: skip
+    assert (shown.returncode, [flag for flag in flags if flag not in shown.stdout]) == (0, [])
+    for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"]):
+        assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
+    imported = run(sys.executable, "-c", "import eventstore", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_path):
+    with serving(tmp_path) as client:
+        store(client, *[event()] * 1000)
+        store(client, event())
+    with Live(tmp_path) as live:
+        for part in (eventstore.__version__, "events.db", "1,001 events", f"{live.url}/v1", "made for this run"):
+            assert part in live.banner
+        key = re.search(r'x-api-key: ([^"]+)"', live.banner)[1]
+        with live.client(key) as client:
+            assert total(client) == 1001
+        assert key not in live.log
+
+
+BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app=key"}
+SOURCES = [
+    ("--api-key flag --api-key a=b=prod", BOTH, {"flag": "development", "a=b": "prod"}, "--api-key"),
+    ("", BOTH, {"one": "production", "two": "staging"}, "EVENTSTORE_API_KEYS"),
+    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app=key": "development"}, "FLEXPRICE_API_KEY"),
+]
+
+
+@table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
+def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(tmp_path, flags, environ, accepted, source):
+    with Live(tmp_path, *flags.split(), **environ) as live:
+        for key in ("flag", "a=b", "one", "two", "app=key", "app"):
+            with live.client(key) as client:
+                response = client.post("/v1/events", json=event())
+                if key in accepted:
+                    assert page(client)["events"][0]["environment_id"] == accepted[key]
+                else:
+                    refused(response, 401, "unauthorized")
+        assert source in live.banner
+        shown = live.banner + live.log
+        assert [key for key in ("flag", "a=b", "one=", "two=", "app=key", "evs_") if key in shown] == []
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs bash and curl")
+@table(("flags", "environ"), [("", {}), ("--api-key given", {"FLEXPRICE_API_KEY": "given"})], ids=["made", "given"])
+def test_the_banners_curl_lines_work_as_pasted(tmp_path, flags, environ):
+    with Live(tmp_path, *flags.split()) as live:
+        sent, read = (run("bash", "-c", line, env=os.environ | environ) for line in live.curl_lines)
+        event_id = json.loads(sent.stdout)["event_id"]
+        assert [stored["id"] for stored in json.loads(read.stdout)["events"]] == [event_id]
+
+
+def test_memory_leaves_no_file(tmp_path):
+    (tmp_path / "temp").mkdir()
+    with Live(tmp_path / "cwd", "--db", ":memory:", "--api-key", KEY, TMPDIR=str(tmp_path / "temp")) as live:
+        with live.client() as client:
+            store(client, event("a"))
+            assert ids(client) == ["a"]
+        assert live.stop() == 0
+    assert list((tmp_path / "temp").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["stderr.txt"]
+
+
+@table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path, number):
+    def takes_no_more() -> bool:
+        try:
+            live.connect().close()
+        except OSError:
+            return True
+        return False
+
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as idle, live.connect() as sock:
+        store(idle, event("before"))
+        body = json.dumps(event("under way")).encode()
+        sock.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # the server waits for the body
+        live.process.send_signal(number)
+        eventually(takes_no_more)
+        sock.sendall(body)
+        assert answer_on(sock).status_code == 202
+        assert (live.process.wait(30), live.log) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "stderr.txt"]
+    with closing(sqlite3.connect(f"file:{tmp_path}/events.db?immutable=1", uri=True)) as conn:
+        assert conn.execute("SELECT id FROM events ORDER BY rowid").fetchall() == [("before",), ("under way",)]
+
+
+@table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
+def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown):
+    with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:
+        store(client, event())
+        refused(client.get("/v1/nowhere"), 404, "not_found")
+        assert "404 not_found" in live.log
+        assert ('/v1/events/bulk HTTP/1.1" 202' in live.log) is shown
+
+
+# ---------------------------------------------------------------------------------------------- SDK and wheel
+
+
+def test_the_official_sdk_writes_reads_and_pages(live):
+    from flexprice import Flexprice
+
+    who = {"external_customer_id": "sdk_customer"}
+    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
+        one = {"event_name": "call", "event_id": "sdk_1", "properties": {"tokens": "12"}, "source": "sdk", **who}
+        assert sdk.events.ingest_event(**one) == {"message": "Event accepted for processing", "event_id": "sdk_1"}
+        batch = [{"event_name": "batch", "event_id": f"sdk_{number}", **who} for number in range(1, 4)]
+        assert sdk.events.ingest_events_bulk(events=batch) == {"message": "Events accepted for processing"}
+        found = [sdk.events.list_raw_events(**who, page_size=1, order="asc")]
+        while found[-1].has_more:
+            key = found[-1].iter_last_key
+            found.append(sdk.events.list_raw_events(**who, page_size=1, order="asc", iter_last_key=key))
+        assert [[stored.id for stored in answer.events] for answer in found] == [["sdk_1"], ["sdk_2"], ["sdk_3"]]
+        assert (found[0].total_count, found[0].offset, found[0].events[0].environment_id) == (3, 1, "development")
+        tokens = sdk.events.list_raw_events(**who, property_filters={"tokens": ["12", "13"]})
+        assert [(stored.id, stored.properties, stored.source) for stored in tokens.events] == [
+            ("sdk_1", {"tokens": "12"}, "sdk")
+        ]
+
+
+def test_the_official_async_sdk_writes_and_reads(live):
+    from flexprice import Flexprice
+
+    async def round_trip() -> list[str]:
+        who = {"external_customer_id": "async_customer"}
+        async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
+            await sdk.events.ingest_event_async(event_name="call", event_id="async_1", **who)
+            await sdk.events.ingest_events_bulk_async(events=[{"event_name": "call", "event_id": "async_2", **who}])
+            answer = await sdk.events.list_raw_events_async(**who, order="asc")
+            return [stored.id for stored in answer.events]
+
+    assert asyncio.run(round_trip()) == ["async_1", "async_2"]
+
+
+@table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
+def test_the_official_sdk_raises_the_servers_message(live, key, status, message):
+    from flexprice import Flexprice
+    from flexprice.models.errors import FlexpriceError
+
+    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=key) as sdk:
+        with pytest.raises(FlexpriceError, match=message) as refusal:
+            sdk.events.ingest_event(event_name="call", external_customer_id="cust", timestamp="yesterday")
+        assert refusal.value.status_code == status
+
+
+def test_the_wheel_serves_from_a_clean_environment(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
+    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    for command in (
+        [sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", tmp_path / "checkout"],
+        [sys.executable, "-m", "venv", tmp_path / "venv"],
+        [programs / "python", "-m", "pip", "install", "--find-links", tmp_path / "dist", "eventstore"],
+    ):
+        done = run(*command, timeout=600, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (site_packages,) = (path.parent for path in (tmp_path / "venv").rglob("eventstore.py"))
+    assert [path.name for path in site_packages.glob("*.sql")] == []
+    with Live(tmp_path / "elsewhere", "--api-key", KEY, command=[programs / "eventstore"]) as live:
+        with live.client() as client:
+            store(client, event("from the wheel"))
+            assert ids(client) == ["from the wheel"]
+        assert live.stop() == 0
