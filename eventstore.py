@@ -12,12 +12,13 @@ The rooms of this module, in order; none knows of those below it:
     Settings        everything that can be configured
     errors          ApiError and the table of codes
     wire types      what comes in and what goes out
-    time, ids, cursors, values
+    time, ids, cursors, windows
     validation      from bytes and parameters to rows and queries
     SQL             statements and the filter builder
-    operations      insert_events, list_events
+    operations      insert_events, list_events, find_event, usage
     Store           one writer thread with group commit, reader threads
-    HTTP            authentication, handlers, the route table, create_app
+    HTTP            authentication, rate limits, handlers, the route table, create_app
+    OpenAPI         the document, made from the wire types and the route table
     command line    serve
 """
 
@@ -354,7 +355,7 @@ OBJECT = msgspec.json.Decoder(dict[str, Any])
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
 
-# ---------------------------------------------------------------------------------------------- time, ids, cursors
+# ---------------------------------------------------------------------------------------------- time, ids, windows
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -909,10 +910,7 @@ def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> Us
     if not sent.aggregation_type:
         faults.add("aggregation_type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
     kind = faults.check("aggregation_type", _AGGREGATION, (sent.aggregation_type or "").upper()) or "COUNT"
-    multiplier = faults.check("multiplier", parse_multiplier, sent.multiplier)
-    if (kind == "SUM_WITH_MULTIPLIER") is (sent.multiplier in (None, "")):
-        problem = "is required for SUM_WITH_MULTIPLIER" if sent.multiplier in (None, "") else f"does not go with {kind}"
-        faults.add("multiplier", "required" if sent.multiplier in (None, "") else "invalid_format", problem)
+    multiplier = check_multiplier(sent.multiplier, kind, faults)
     start_us, end_us = time_range(sent.start_time, sent.end_time, now, faults)
     window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
     bucket_size = faults.check("bucket_size", _WINDOW_SIZE, sent.bucket_size)
@@ -935,18 +933,27 @@ def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> Us
         property_name=sent.property_name or "",
         filters={column: value for column, value in filtered.items() if value},
         property_filters=property_filters,
-        multiplier=multiplier or 1.0,
+        multiplier=multiplier,
         windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None,
         bucketed=bucketed,
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )
 
 
-def parse_multiplier(value: str | float) -> float:
-    text = str(value)
-    if not (DECIMAL.fullmatch(text) and 0 < float(text) < math.inf):
-        raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {echo(text)}")
-    return float(text)
+def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> float:
+    """The factor of SUM_WITH_MULTIPLIER, which needs one; it goes with no other aggregation (SPEC 7)."""
+    text = "" if sent is None else str(sent)
+    if kind != "SUM_WITH_MULTIPLIER":
+        if text:
+            faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+        return 1.0
+    if not text:
+        faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
+    elif not (DECIMAL.fullmatch(text) and 0 < float(text) < math.inf):
+        faults.add("multiplier", "out_of_range", f"must be a decimal number greater than 0, got {echo(text)}")
+    else:
+        return float(text)
+    return 1.0
 
 
 def monitoring_query(query_string: bytes, environment: str, now: int) -> UsageQuery:
