@@ -786,6 +786,11 @@ class EventQuery(Struct, frozen=True, kw_only=True):
     before: Cursor | None
     count: bool | None  # None: a GET that did not ask, whose answer leaves total_count out
 
+    @property
+    def spans_names(self) -> bool:
+        """Whether the order by name is another than that by time: of one name, they are the same."""
+        return self.by_name and "event_name" not in self.filters
+
 
 FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                   "source": "source"}  # fmt: skip
@@ -1022,16 +1027,16 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]
 
 
 def keyset_clauses(
-    query: EventQuery, by_name: bool, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
+    query: EventQuery, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
 ) -> list[str]:
     """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
     # By name, the + keeps the planner from the index by time, with which it would sort the whole range for a page.
-    time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if by_name else [START_CLAUSE, END_CLAUSE]
+    time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if query.spans_names else [START_CLAUSE, END_CLAUSE]
     if cursor is None:
         return time_clauses
     parameters |= {"cursor_us": cursor.timestamp_us, "cursor_id": cursor.id}
     comparison = "<" if descending else ">"
-    if by_name:
+    if query.by_name and parameters["cursor_name"] != query.filters.get("event_name"):
         keyset = f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)"
         return [*time_clauses, keyset]
     # Given two bounds on one side SQLite seeks by one and filters by the other, and a deep page reads all rows before
@@ -1164,10 +1169,9 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     if cursor and query.by_name:
         parameters["cursor_name"] = name_of_cursor(conn, query.environment, cursor, query.before is not None)
     descending = query.descending is (query.before is None)  # iter_first_key reads backwards from its cursor
-    by_name = query.by_name and "event_name" not in query.filters  # of one name, the order by name is that by time
-    bounds = " AND ".join(keyset_clauses(query, by_name, cursor, descending, parameters))
+    bounds = " AND ".join(keyset_clauses(query, cursor, descending, parameters))
     direction = "DESC" if descending else "ASC"
-    order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if by_name else TIME_ORDER))
+    order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if query.spans_names else TIME_ORDER))
     parameters |= {"limit": query.page_size + 1, "offset": 0 if cursor else query.offset}
     clauses = f"{where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
     counted = f"{where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
