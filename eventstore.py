@@ -61,6 +61,7 @@ import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -491,13 +492,13 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int) -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
-        bounds = [self._floor(start_us)]
         try:
+            bounds = [max(self._floor(start_us), MIN_TIME_US)]
             while bounds[-1] < end_us:
                 bounds.append(self._next(bounds[-1]))
                 if len(bounds) > MAX_WINDOWS + 1:
                     refuse("window_size", "out_of_range", f"makes more than {MAX_WINDOWS} windows of this time range")
-        except OverflowError:
+        except (OverflowError, ValueError):
             refuse("window_size", "out_of_range", "makes a window outside the years 1 to 9999")
         return bounds
 
@@ -507,8 +508,9 @@ class Windows(Struct, frozen=True):
         day = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
         if minutes := WINDOW_MINUTES.get(self.size):
             past = (local.hour * 60 + local.minute) % minutes
-            # The fold tells the second 1:30 of a night on which clocks go back from the first.
-            return to_us((local - timedelta(minutes=past)).replace(second=0, microsecond=0, fold=local.fold))
+            # The fold tells the second 1:30 of a night on which clocks go back from the first; three hours hold both.
+            fold = local.fold if minutes <= 60 else 0
+            return to_us((local - timedelta(minutes=past)).replace(second=0, microsecond=0, fold=fold))
         if self.size == "WEEK":
             day -= timedelta(days=(day.weekday() + 1) % 7)
         elif self.size == "MONTH":
@@ -938,7 +940,7 @@ def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> Us
         property_name=sent.property_name or "",
         filters={column: value for column, value in filtered.items() if value},
         property_filters=property_filters,
-        multiplier=multiplier,
+        multiplier=multiplier if kind == "SUM_WITH_MULTIPLIER" else 1.0,
         windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None,
         bucketed=bucketed,
         group_property=first_group.removeprefix("properties.") if grouped else "",
@@ -1090,6 +1092,8 @@ def number_expression(key: str, parameters: dict[str, object]) -> str:
 def property_json(properties: str, key: str) -> str | None:
     """SQL function: a top-level property's JSON text, a string's without escapes; NULL if there is none."""
     raw = bytes(MEMBERS.decode(properties).get(key, b""))
+    if raw[:1] in (b"{", b"["):
+        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` has it
     return f'"{STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
 
 
@@ -1101,7 +1105,7 @@ def property_text(properties: str, key: str) -> str | None:
 
 def property_number(properties: str, key: str) -> float:
     """SQL function: a property that is a number or the text of one; 0 if it is not (SPEC 7)."""
-    text = (property_text(properties, key) or "").strip()
+    text = (property_text(properties, key) or "").strip(" \t\n\v\f\r")  # what SQLite strips, too
     number = float(text) if DECIMAL.fullmatch(text) else 0.0
     return number if math.isfinite(number) else 0.0
 
@@ -1261,14 +1265,14 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
-        value = math.fsum(map(float, sums)) / sum(map(int, counts))
+        value = sum(map(float, sums)) / sum(map(int, counts))
     elif query.aggregation == "LATEST":
         value = found[-1] if found else 0.0
     elif query.aggregation == "MAX" and not query.bucketed:
         value = max(found, default=0.0)
     else:
-        value = math.fsum(found) * query.multiplier
-    return max(float(value), 0.0)
+        value = sum(found) * query.multiplier
+    return min(max(float(value), 0.0), sys.float_info.max)  # JSON has no infinity
 
 
 # ---------------------------------------------------------------------------------------------- Store
@@ -1755,6 +1759,15 @@ async def describe_api(request: Request) -> Response:
     return json_response(openapi_document())
 
 
+class AnythingConvertor(PathConvertor):
+    """Starlette's path, which stops at a line break, in an id as well."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("anything", AnythingConvertor())
+
+
 class Operation(NamedTuple):
     """A row of the route table: what is served, and what the OpenAPI document says of it."""
 
@@ -1764,6 +1777,10 @@ class Operation(NamedTuple):
     answer: Any
     body: Any = None
     parameters: Sequence[str] = ()  # of the query string; names in PARAMETER_SCHEMAS
+
+    @property
+    def public_path(self) -> str:
+        return self.path.replace(":anything}", "}")
 
     @property
     def route(self) -> Route:
@@ -1781,7 +1798,7 @@ OPERATIONS = (
     Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*_RANGE, "window_size")),
     Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP)),
-    Operation("GET", "/v1/events/{id:path}", look_up_event, EventLookup, None, _LOOKUP),  # last: an id holds anything
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),  # last: it matches all
     Operation("GET", "/health", health, Health),
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
@@ -1802,9 +1819,7 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
         )
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
-    served = ", ".join(
-        f"{method} {route.path}" for route in ROUTES for method in sorted(route.methods or ()) if method != "HEAD"
-    )
+    served = ", ".join(f"{operation.method} {operation.public_path}" for operation in OPERATIONS)
     path = echo(request["path"])
     return error_response(
         request, ApiError("not_found", f"no route {path}: this server has the Events API only ({served})")
@@ -1954,8 +1969,7 @@ def openapi_document() -> dict[str, Any]:
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
-        path = operation.path.replace(":path}", "}")
-        paths.setdefault(path, {})[operation.method.lower()] = _describe(operation)
+        paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
     return {
         "openapi": "3.1.0",
