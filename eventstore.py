@@ -450,7 +450,7 @@ def parse_int(text: str) -> int:
 
 def check_whole(value: float) -> int:
     """An integer; in JSON, 50.0 is one."""
-    if value != int(value):
+    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
         raise FieldError("invalid_type", f"must be an integer, got {value}")
     return int(value)
 
@@ -492,15 +492,23 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int) -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
+        step_us = WINDOW_MINUTES.get(self.size, 23 * 60) * 60 * 1_000_000
+        too_many = (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
         try:
             bounds = [max(self._floor(start_us), MIN_TIME_US)]
-            while bounds[-1] < end_us:
-                bounds.append(self._next(bounds[-1]))
-                if len(bounds) > MAX_WINDOWS + 1:
-                    refuse("window_size", "out_of_range", f"makes more than {MAX_WINDOWS} windows of this time range")
+            while bounds[-1] < end_us and not too_many:
+                bounds.append(bounds[-1] + step_us if self._is_regular else self._next(bounds[-1]))
+                too_many = len(bounds) > MAX_WINDOWS + 1
+            if too_many:
+                refuse("window_size", "out_of_range", f"makes more than {MAX_WINDOWS} windows of this time range")
         except (OverflowError, ValueError):
             refuse("window_size", "out_of_range", "makes a window outside the years 1 to 9999")
         return bounds
+
+    @property
+    def _is_regular(self) -> bool:
+        """All windows are equally long: 100,000 of them take 10 ms, not 2 s."""
+        return self.zone is UTC and self.size in WINDOW_MINUTES
 
     def _floor(self, time_us: int) -> int:
         """The start of the window that a time is in. Wall-clock arithmetic, so days and hours are those of the zone."""
@@ -539,7 +547,7 @@ class Windows(Struct, frozen=True):
 def parse_zone(name: str) -> tzinfo:
     """An IANA time zone; UTC if there is none of that name, as on the real server (SPEC 7)."""
     try:
-        return ZoneInfo(name)
+        return UTC if name == "UTC" else ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         return UTC
 
@@ -1125,7 +1133,7 @@ def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
         "COUNT_UNIQUE": f"count(DISTINCT {text})",
         "LATEST": number,
         "SUM_WITH_MULTIPLIER": f"total({number})",
-        "WEIGHTED_SUM": f"total({number} * (:end_us - timestamp_us)) / (:end_us - :start_us)",
+        "WEIGHTED_SUM": f"total({number} * ((:end_us - timestamp_us) * 1.0 / (:end_us - :start_us)))",
     }[query.aggregation]
     if query.aggregation == "LATEST":
         cell = f"SELECT {aggregate} FROM events WHERE {where} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
@@ -1892,7 +1900,7 @@ def _choice(*values: str) -> dict[str, Any]:
 # What the types do not say: which fields are required, and what a string must look like.
 FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventIn": {
-        "event_name": {"type": "string", "pattern": r"\S", "description": "White space is trimmed off both ends."},
+        "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"},
         "external_customer_id": {"type": "string", "minLength": 1},
         "event_id": {"type": ["string", "null"], "description": "The idempotency key; made by the server if absent."},
         "timestamp": _TIME,
@@ -1904,6 +1912,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "property_filters": {"type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS,
                              "propertyNames": {"minLength": 1},
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
+        "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
         "sort": _choice("timestamp", "event_name"),
         "order": _choice("desc", "asc"),
@@ -1918,6 +1927,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "window_size": _choice(*WINDOW_SIZES),
         "bucket_size": _choice(*WINDOW_SIZES),
         "billing_anchor": _TIME,
+        "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
+                                 {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
     },
     "Event": {"properties": {"type": "object"}},
 }  # fmt: skip
