@@ -10,6 +10,7 @@ import asyncio
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest.mock import Mock
+from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
@@ -1065,6 +1068,597 @@ def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(many
             assert "SCAN events" not in plan
             assert "TEMP B-TREE" not in plan
     assert max(steps) < 2 * min(steps)
+
+
+# ---------------------------------------------------------------------------------------------- 6: lookup
+
+ODD_IDS = ["a/b", "/", "//a//", "?", "a?b=c#d", "%", "%2F", "a::b", "::", "lookup", "bulk", "query", "usage",
+               "monitoring", " ", "a b", "+", ".", "..", "a/../b", "é世😀", "e\u0301", "a\nb", "&id=x", ";", "\u0000"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def odd_ids(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("odd_ids")) as client:
+        store(client, *[event(event_id, properties={"n": event_id}) for event_id in ODD_IDS])
+        yield client
+
+
+def found(response: httpx.Response) -> dict:
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer | {"event": {}} == {"event": {}, "status": "processed", "processed_events": [], "debug_tracker": None}
+    return answer["event"]
+
+
+@table("event_id", ODD_IDS)
+def test_an_event_is_looked_up_by_any_id(odd_ids, event_id):
+    (listed,) = page(odd_ids, event_id=event_id)["events"]
+    assert listed["properties"] == {"n": event_id}
+    assert found(odd_ids.get("/v1/events/lookup", params={"id": event_id})) == listed
+
+
+@table("event_id", [event_id for event_id in ODD_IDS if event_id not in ("lookup", "monitoring")])
+def test_an_event_is_looked_up_by_its_path(live, event_id):
+    with live.client() as client, live.connect() as sock:  # a socket, because clients and test clients edit paths
+        store(client, event(event_id))
+        path = urllib.parse.quote(event_id).encode()
+        sock.sendall(b"GET /v1/events/%b HTTP/1.1\r\nHost: a\r\nx-api-key: %b\r\n\r\n" % (path, KEY.encode()))
+        assert found(answer_on(sock))["id"] == event_id
+
+
+def test_a_lookup_finds_events_of_all_times_of_its_environment_only(client):
+    store(client, event("old", timestamp="0001-01-02T00:00:00Z"), event("new", timestamp="9999-12-30T00:00:00Z"))
+    for event_id in ("old", "new"):
+        assert found(client.get(f"/v1/events/{event_id}"))["id"] == event_id
+        for path in (f"/v1/events/{event_id}", f"/v1/events/lookup?id={event_id}"):
+            refused(client.get(path, headers={"x-api-key": STAGING_KEY}), 404, "not_found", event_id)
+
+
+@table(("narrowed", "is_found"), [
+    ({"external_customer_id": "cust"}, True), ({"external_customer_id": "other"}, False),
+    ({"external_customer_id": "", "start_time": "", "end_time": ""}, True),
+    ({"start_time": at()}, True), ({"end_time": at()}, True),  # both inclusive, as in 4
+    ({"start_time": at(1)}, False), ({"end_time": at(-1)}, False),
+])  # fmt: skip
+def test_a_lookup_can_be_narrowed(client, narrowed, is_found):
+    store(client, event("evt_1", timestamp=at()))
+    for path, query in (("/v1/events/lookup", {"id": "evt_1"}), ("/v1/events/evt_1", {})):
+        response = client.get(path, params=narrowed | query)
+        if is_found:
+            assert found(response)["id"] == "evt_1"
+        else:
+            refused(response, 404, "not_found", "evt_1")
+
+
+@table("query", ["", "?id=", "?external_customer_id=cust", "?id=a&id=b", "?id=a&start_time=yesterday",
+                 "?id=%ff", f"?id=a&start_time={NOW}", "?id=a&start_time=2025-01-02T00:00:00Z&end_time=2025-01-01T00:00:00Z"])  # fmt: skip
+def test_a_bad_lookup_is_refused(shared, query):
+    refused(shared.get(f"/v1/events/lookup{query}"))
+
+
+# ---------------------------------------------------------------------------------------------- 7: usage
+
+
+def usage(client, kind: str = "COUNT", **query) -> dict:
+    query = {key: value for key, value in query.items() if value is not None}
+    response = client.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": kind} | query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert list(answer) == ["event_name", "type", "value", "results"]
+    assert [list(result) for result in answer["results"]] == [["window_size", "value"]] * len(answer["results"])
+    return answer
+
+
+def windows_of(answer: dict) -> list[tuple[datetime, float]]:
+    return [(datetime.fromisoformat(row["window_size"]), row["value"]) for row in answer["results"]]
+
+
+NAMES = ["tokens", "a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " "]
+LEDGER_START = datetime(2024, 10, 25, tzinfo=UTC)  # clocks go back in Berlin on October 27, in New York on November 3
+SIZES = ("MINUTE", "15MIN", "30MIN", "HOUR", "3HOUR", "6HOUR", "12HOUR", "DAY", "WEEK", "MONTH")
+MINUTES = dict(zip(SIZES, (1, 15, 30, 60, 180, 360, 720), strict=False))
+ZONES = ("UTC", "America/New_York", "Asia/Kolkata", "Europe/Berlin", "Pacific/Apia")
+AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
+
+
+def random_value(choose: random.Random) -> object:
+    return choose.choice([
+        choose.randint(-20, 100), choose.randint(0, 10**20), round(choose.uniform(-5, 50), 3), choose.random() * 1e-9,
+        f"{choose.uniform(0, 50):.2f}", str(choose.randint(-9, 9)), "1e3", "+7", ".5", "5.", "-0.0", "007",
+        "", "text", "12 apples", "0x10", "1_0", "NaN", "inf", "1e400", "true", "null", "1,5", "½", "٣", "--1",
+        True, False, None, {"a": 1}, [7], [], "tab\there", 'say "5"', "back\\slash", '"5"', "é世😀", "line\u2028", "'; --",
+    ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    """A client, and what its server has: some 400 events with all kinds of properties, in ASCII and not."""
+    choose, events = random.Random(7), []
+    for number in range(400):
+        after = timedelta(seconds=choose.randrange(18 * 86_400)) if number % 4 else timedelta(hours=number)
+        properties = {name: random_value(choose) for name in NAMES if choose.random() < 0.8}
+        properties |= {} if number % 5 == 0 else {"region": choose.choice(["eu", "us", "5", 5, True, None, 'e"u'])}
+        events.append(event(f"{choose.randrange(10**6):06}-{number}", event_name=choose.choice(["call", "call", "other"]),
+                            external_customer_id=choose.choice("xyz"), customer_id=choose.choice(["", "c1"]),
+                            timestamp=(LEDGER_START + after).isoformat(), properties=properties))  # fmt: skip
+    with serving(tmp_path_factory.mktemp("ledger")) as client:
+        for at_, ascii_only in ((0, True), (1, False)):
+            body = json.dumps({"events": events[at_::2]}, ensure_ascii=ascii_only, separators=(",", ":")).encode()
+            assert client.post("/v1/events/bulk", content=body).status_code == 202
+        other = {"events": [event(properties=dict.fromkeys(NAMES, 1000), timestamp=events[0]["timestamp"])] * 10}
+        assert client.post("/v1/events/bulk", json=other, headers={"x-api-key": STAGING_KEY}).status_code == 202
+        yield client, events
+
+
+def number_of(value: object) -> float:
+    is_decimal = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value, re.ASCII)
+    if isinstance(value, bool) or not (is_decimal or isinstance(value, (int, float))):
+        return 0.0
+    return float(value) if math.isfinite(float(value)) else 0.0
+
+
+def text_of(value: object) -> str | None:
+    return value if isinstance(value, str) or value is None else json.dumps(value, separators=(",", ":"))
+
+
+def window_start(time: datetime, size: str, zone: str) -> datetime:
+    local = time.astimezone(ZoneInfo(zone))
+    day = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    if minutes := MINUTES.get(size):
+        hour, minute = divmod((local.hour * 60 + local.minute) // minutes * minutes, 60)
+        day = day.replace(hour=hour, minute=minute, fold=local.fold)
+    elif size == "WEEK":
+        day -= timedelta(days=day.isoweekday() % 7)
+    elif size == "MONTH":
+        day = day.replace(day=1)
+    return day.astimezone(UTC)
+
+
+def brute_force(events: list[dict], kind: str, query: dict) -> tuple[float, list[tuple[datetime, float]]]:
+    """The value over all events and that of each window, by the words of SPEC 7."""
+    start, end = (datetime.fromisoformat(query[name]) for name in ("start_time", "end_time"))
+    taken = []
+    for sent in events:
+        time, properties = datetime.fromisoformat(sent["timestamp"]), sent["properties"]
+        chosen = [name for name in ("external_customer_id", "customer_id") if query.get(name)]
+        scalars = {
+            key: None if isinstance(value, (dict, list)) else text_of(value) for key, value in properties.items()
+        }
+        if (start <= time < end and sent["event_name"] == "call" and all(sent[name] == query[name] for name in chosen)
+                and all(scalars.get(key) in values for key, values in query.get("filters", {}).items())):  # fmt: skip
+            taken.append((time, sent["event_id"], properties))
+
+    def aggregate(rows: list) -> float:
+        values = [number_of(properties.get(query["property_name"])) for _, _, properties in rows]
+        texts = {text_of(properties.get(query["property_name"])) for _, _, properties in rows} - {None}
+        group_property = query.get("group_by", ["properties."])[0].removeprefix("properties.")
+        groups: dict[str, list[float]] = {}
+        for value, (_, _, properties) in zip(values, rows, strict=True):
+            groups.setdefault(text_of(properties.get(group_property)) or "", []).append(value)
+        return {"COUNT": lambda: len(rows), "SUM": lambda: math.fsum(values), "AVG": lambda: math.fsum(values) / len(rows),
+                "MAX": lambda: math.fsum(map(max, groups.values())), "COUNT_UNIQUE": lambda: len(texts),
+                "LATEST": lambda: number_of(max(rows, key=lambda row: row[:2])[2].get(query["property_name"])),
+                "SUM_WITH_MULTIPLIER": lambda: math.fsum(values) * 2.5,
+                "WEIGHTED_SUM": lambda: math.fsum(value * ((end - row[0]) / (end - start))
+                                                  for value, row in zip(values, rows, strict=True))}[kind]()  # fmt: skip
+
+    size, cells = query.get("bucket_size") or query.get("window_size"), {}
+    for row in taken:
+        cells.setdefault(window_start(row[0], size or "MONTH", query.get("timezone", "UTC")), []).append(row)
+    per_cell = [(time, aggregate(cells[time])) for time in sorted(cells)]
+    whole = (
+        math.fsum(value for _, value in per_cell) if query.get("bucket_size") else aggregate(taken) if taken else 0.0
+    )
+    return max(whole, 0.0), [(time, max(value, 0.0)) for time, value in per_cell] if size else []
+
+
+@table("kind", AGGREGATIONS)
+def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
+    client, events = ledger
+    choose, compared = random.Random(kind), 0
+    for number in range(45):
+        start = LEDGER_START + timedelta(hours=choose.randrange(200))
+        query = {"start_time": start.isoformat(), "property_name": choose.choice(NAMES), "timezone": choose.choice(ZONES),
+                 "end_time": (start + timedelta(hours=choose.randrange(4, 300, 4))).isoformat()}  # fmt: skip
+        if kind == "SUM_WITH_MULTIPLIER":
+            query["multiplier"] = choose.choice(["2.5", 2.5, "+25e-1"])
+        if number % 3:
+            query["window_size"] = choose.choice(SIZES)
+        if kind in ("MAX", "SUM") and number % 2:
+            query["bucket_size"] = choose.choice(SIZES)
+            if kind == "MAX" and number % 4 == 1:
+                query["group_by"] = [f"properties.{choose.choice(['region', *NAMES])}", "source"]
+        for name, values in (("external_customer_id", "xyz"), ("customer_id", ["c1"])):
+            if choose.random() < 0.2:
+                query[name] = choose.choice(values)
+        if choose.random() < 0.3:
+            query["filters"] = {"region": choose.choice([["eu", "us"], ["5"], ["true"], ['e"u', "nowhere"]])}
+        value, per_window = brute_force(events, kind, query)
+        answer = usage(client, kind, **query)
+        windowed = "window_size" in query and "bucket_size" not in query
+        assert answer["type"] == kind
+        assert answer["value"] is None if windowed else answer["value"] == pytest.approx(value, rel=1e-9), query
+        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window], query
+        expected = [each for _, each in per_window]
+        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9), query
+        if "group_by" in query:
+            deprecated = query | {
+                "group_by": None,
+                "group_by_property": query["group_by"][0].removeprefix("properties."),
+            }
+            assert usage(client, kind, **deprecated) == answer
+        compared += value > 0
+    assert compared > (5 if kind == "LATEST" else 25)
+
+
+NEW_YORK, KOLKATA = "America/New_York", "Asia/Kolkata"
+# size, zone, billing_anchor, {window: its events}: all UTC, an event is so much later than its window's start
+IN_WINDOWS = {
+    "MINUTE": ("MINUTE UTC", {"2026-01-01 00:00": "0:00:00 0:00:59.999999", "2026-01-01 00:01": "0:00:00"}),
+    "15MIN": ("15MIN UTC", {"2026-01-01 00:00": "0:14:59", "2026-01-01 00:45": "0:00:00 0:14:59"}),
+    "30MIN": (f"30MIN {KOLKATA}", {"2026-01-01 00:00": "0:29:59.999999", "2026-01-01 00:30": "0:00:00"}),
+    "6HOUR": ("6HOUR Asia/Kathmandu", {"2026-01-01 00:15": "5:59:59", "2026-01-01 06:15": "0:00:00"}),
+    "12HOUR": ("12HOUR UTC", {"2025-12-31 12:00": "0:00:00 11:59:59.999999", "2026-01-01 00:00": "0:00:00"}),
+    "unknown zone": ("DAY Mars/Olympus", {"2026-01-01 00:00": "0:00:00 23:59:59", "2026-01-02 00:00": "0:00:00"}),
+    "spring HOUR": (f"HOUR {NEW_YORK}", {"2026-03-08 06:00": "0:59:59.999999", "2026-03-08 07:00": "0:00:00 0:30:00"}),
+    "spring 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-03-08 05:00": "0:00:00 1:59:59", "2026-03-08 07:00": "0:00:00 2:59:59", "2026-03-08 10:00": "0:00:00"}),
+    "spring DAY": (f"DAY {NEW_YORK}", {"2026-03-07 05:00": "23:59:59", "2026-03-08 05:00": "0:00:00 22:59:59", "2026-03-09 04:00": "0:00:00 23:59:59", "2026-03-10 04:00": "0:00:00"}),
+    "spring WEEK": (f"WEEK {NEW_YORK}", {"2026-03-01 05:00": "167:59:59", "2026-03-08 05:00": "0:00:00 166:59:59", "2026-03-15 04:00": "0:00:00"}),
+    "spring MONTH": (f"MONTH {NEW_YORK}", {"2026-03-01 05:00": "0:00:00 742:59:59", "2026-04-01 04:00": "0:00:00"}),
+    "autumn 30MIN": (f"30MIN {NEW_YORK}", {"2026-11-01 05:30": "0:29:59", "2026-11-01 06:00": "0:00:00", "2026-11-01 06:30": "0:00:00"}),
+    "autumn HOUR": (f"HOUR {NEW_YORK}", {"2026-11-01 05:00": "0:00:00 0:30:00", "2026-11-01 06:00": "0:00:00 0:30:00", "2026-11-01 07:00": "0:00:00"}),
+    "autumn 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-11-01 04:00": "0:00:00 3:59:59.999999", "2026-11-01 08:00": "0:00:00"}),
+    "autumn DAY": (f"DAY {NEW_YORK}", {"2026-10-31 04:00": "23:59:59", "2026-11-01 04:00": "0:00:00 24:59:59", "2026-11-02 05:00": "0:00:00"}),
+    "no midnight": ("DAY America/Sao_Paulo", {"2018-11-03 03:00": "23:59:59", "2018-11-04 03:00": "0:00:00 22:59:59", "2018-11-05 02:00": "0:00:00"}),
+    "two midnights": ("3HOUR America/Havana", {"2024-11-03 04:00": "0:30:00 1:30:00 2:30:00 3:59:59", "2024-11-03 08:00": "0:00:00"}),
+    "second midnight": ("3HOUR America/Havana", {"2024-11-03 04:00": "1:30:00 3:30:00", "2024-11-03 08:00": "0:00:00"}),
+    "Kolkata HOUR": (f"HOUR {KOLKATA}", {"2026-01-01 09:30": "0:59:59.999999", "2026-01-01 10:30": "0:00:00"}),
+    "Kolkata DAY": (f"DAY {KOLKATA}", {"2025-12-31 18:30": "0:00:00 23:59:59", "2026-01-01 18:30": "0:00:00"}),
+    "new year's WEEK": ("WEEK UTC", {"2025-12-21 00:00": "167:59:59", "2025-12-28 00:00": "0:00:00 96:00:00 167:59:59", "2026-01-04 00:00": "0:00:00"}),
+    "MONTH": ("MONTH UTC", {"2024-02-01 00:00": "0:00:00 695:59:59", "2024-03-01 00:00": "0:00:00"}),
+    "from the 15th": ("MONTH UTC 2024-01-15", {"2024-12-15 00:00": "0:00:00 743:59:59", "2025-01-15 00:00": "0:00:00"}),
+    "Kolkata's 5th": (f"MONTH {KOLKATA} 2024-01-05", {"2026-01-04 18:30": "0:00:00 743:59:59", "2026-02-04 18:30": "0:00:00"}),
+    "the 29th, leap": ("MONTH UTC 2024-02-29", {"2024-01-29 00:00": "0:00:00 743:59:59", "2024-02-29 00:00": "0:00:00 695:59:59", "2024-03-29 00:00": "0:00:00"}),
+    "the 29th": ("MONTH UTC 2024-02-29", {"2025-01-29 00:00": "0:00:00 743:59:59", "2025-03-01 00:00": "0:00:00 671:59:59", "2025-03-29 00:00": "0:00:00"}),
+    "the 30th, leap": ("MONTH UTC 2024-01-30", {"2024-01-30 00:00": "0:00:00 743:59:59", "2024-03-01 00:00": "0:00:00 695:59:59", "2024-03-30 00:00": "0:00:00"}),
+    "the 30th": ("MONTH UTC 2024-01-30", {"2025-01-30 00:00": "0:00:00 743:59:59", "2025-03-02 00:00": "0:00:00 671:59:59", "2025-03-30 00:00": "0:00:00"}),
+    "the 31st, leap": ("MONTH UTC 2024-01-31", {"2023-12-31 00:00": "743:59:59", "2024-01-31 00:00": "0:00:00 743:59:59", "2024-03-02 00:00": "0:00:00 695:59:59", "2024-03-31 00:00": "0:00:00"}),
+    "the 31st": ("MONTH UTC 2024-01-31", {"2025-01-31 00:00": "0:00:00 743:59:59", "2025-03-03 00:00": "0:00:00 671:59:59", "2025-03-31 00:00": "0:00:00"}),
+    "an anchor for DAY": ("DAY UTC 2024-01-31", {"2026-01-01 00:00": "0:00:00", "2026-01-02 00:00": "23:59:59"}),
+}  # fmt: skip
+
+
+@table(("how", "windows"), IN_WINDOWS.values(), ids=IN_WINDOWS)
+def test_an_event_counts_in_the_window_of_its_zone(client, how, windows):
+    size, zone, *anchor = how.split()
+    expected, times = [], []
+    for stamp, offsets in windows.items():
+        begin = datetime.fromisoformat(f"{stamp}+00:00")
+        expected.append((begin, len(offsets.split())))
+        for offset in offsets.split():
+            hours, minutes, seconds = map(float, offset.split(":"))
+            times.append(begin + timedelta(hours=hours, minutes=minutes, seconds=seconds))
+    store(client, *[event(timestamp=time.isoformat()) for time in times])
+    anchored = {"billing_anchor": f"{anchor[0]}T18:45:00Z"} if anchor else {}
+    query = {"window_size": size, "timezone": zone, "start_time": times[0].isoformat(), **anchored}
+    until_now = usage(client, **query, end_time=(times[-1] + timedelta(microseconds=1)).isoformat())
+    assert (until_now["value"], windows_of(until_now)) == (None, expected)
+    last_left_out = [*expected[:-1], (expected[-1][0], expected[-1][1] - 1)]  # the end is exclusive
+    before = usage(client, **query, end_time=times[-1].isoformat())
+    assert windows_of(before) == [(time, count) for time, count in last_left_out if count]
+
+
+def test_the_start_is_in_the_end_is_out_and_both_have_the_defaults_of_a_listing(client):
+    store(client, *[event(timestamp=at(us)) for us in (-7 * DAY_US - 1, -7 * DAY_US, -5, -1, 0)])
+    assert usage(client)["value"] == 3
+    assert usage(client, start_time=at(-5), end_time=at(-1))["value"] == 1
+    assert usage(client, end_time=at(1))["value"] == 3
+    for window_size, value in ((None, 0), ("DAY", None)):
+        nothing = {"value": value, "results": []}
+        assert usage(client, start_time=at(-5), end_time=at(-5), window_size=window_size).items() >= nothing.items()
+        assert usage(client, external_customer_id="nobody", window_size=window_size).items() >= nothing.items()
+
+
+def test_usage_of_hand_worked_properties(client):
+    def sent(number: int, seconds: int, value: object) -> dict:
+        return event(f"{number}", timestamp=at(-seconds * 10**6), properties={"n": value} if value != "none" else {})
+
+    store(
+        client,
+        sent(1, 75, 4),
+        sent(2, 50, "6.5"),
+        sent(3, 25, "none"),
+        sent(5, 25, -2),
+        sent(4, 25, "x"),
+        sent(9, 0, 99),
+    )
+    query = {"property_name": "n", "start_time": at(-100_000_000), "end_time": at()}
+    expected = {"COUNT": 5, "SUM": 8.5, "AVG": 1.7, "MAX": 6.5, "COUNT_UNIQUE": 4, "LATEST": 0,
+                "WEIGHTED_SUM": 4 * 0.75 + 6.5 * 0.5 - 2 * 0.25}  # fmt: skip
+    for kind, value in expected.items():
+        assert usage(client, kind, **query) == {
+            "event_name": "call",
+            "type": kind,
+            "value": pytest.approx(value),
+            "results": [],
+        }
+        assert usage(client, kind.lower(), **query)["type"] == kind
+    assert usage(client, "SUM_WITH_MULTIPLIER", **query, multiplier="0.5")["value"] == 4.25
+    store(client, sent(3333, 25, 7), sent(6, 25, 8))  # of one time: the greater id is the newer
+    assert usage(client, "LATEST", **query)["value"] == 8
+    for kind in ("SUM", "AVG", "MAX", "LATEST", "WEIGHTED_SUM"):  # a negative result is answered as 0
+        negative = query | {"filters": {"n": ["-2"]}}
+        assert usage(client, kind, **negative)["value"] == 0
+        assert [each for _, each in windows_of(usage(client, kind, **negative, window_size="HOUR"))] == [0]
+
+
+@table("kind", AGGREGATIONS)
+def test_without_a_property_everything_is_counted_and_the_type_says_so(client, kind):
+    store(client, event(timestamp=at(-1), properties={"n": 5}), event(timestamp=at(-2)))
+    multiplier = 3 if kind == "SUM_WITH_MULTIPLIER" else None
+    for property_name in (None, ""):
+        answer = usage(client, kind, property_name=property_name, multiplier=multiplier)
+        assert (answer["type"], answer["results"]) == ("COUNT", [])
+        assert answer["value"] == 2
+
+
+@table(("bad", "part"), [
+    ({"event_name": None}, "event_name"), ({"event_name": ""}, "event_name"), ({"aggregation_type": None}, "aggregation_type"),
+    ({"aggregation_type": "MEDIAN"}, "COUNT_UNIQUE"), ({"aggregation_type": 5}, "aggregation_type"),
+    ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
+    ({"multiplier": "2"}, "multiplier"), ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
+    *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": bad}, "multiplier")
+    for bad in ("0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2")],
+    ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
+    ({"start_time": at(1), "end_time": at()}, "before"), ({"start_time": at(1)}, "before"), ({"timezone": 5}, "timezone"),
+    ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
+    ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
+    ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "100000"),
+    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
+    *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
+    ("WEEK", "UTC", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
+    ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
+    ("HOUR", "Asia/Kolkata", "9999-12-31T20:00:00Z", "9999-12-31T21:00:00Z"))],
+])  # fmt: skip
+def test_a_bad_usage_query_is_refused(shared, bad, part):
+    refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
+
+
+@table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
+def test_a_bad_usage_body_is_refused(shared, content):
+    refused(shared.post("/v1/events/usage", content=content))
+
+
+def test_100000_windows_are_answered(client):
+    store(client, event(timestamp=at(-1)), event(timestamp=at(-99_998 * 60_000_000)))
+    answer = usage(client, window_size="MINUTE", start_time=at(-99_999 * 60_000_000))
+    assert [count for _, count in windows_of(answer)] == [1, 1]
+
+
+def test_sums_that_no_float_holds_are_answered_with_numbers(client):
+    store(client, *[event(timestamp=at(-1 - number * DAY_US), properties={"n": 1e308}) for number in range(7)])
+    store(client, *[event(event_name="one", timestamp=at(-1), properties={"n": 1e308})] * 2)
+    for name, kind in itertools.product(("call", "one"), ("SUM", "AVG", "MAX", "WEIGHTED_SUM", "SUM_WITH_MULTIPLIER")):
+        multiplier = {"multiplier": "1e300"} if kind == "SUM_WITH_MULTIPLIER" else {}
+        for sizes in ({}, {"window_size": "MONTH"}, {"window_size": "DAY"}, {"bucket_size": "DAY"}):
+            answer = usage(client, kind, event_name=name, property_name="n", **multiplier, **sizes)
+            windowed = "window_size" in sizes
+            values = [value for _, value in windows_of(answer)] + ([] if windowed else [answer["value"]])
+            assert all(isinstance(value, float) and value > 0 for value in values), (kind, sizes, answer)
+
+
+def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client):
+    for number, properties in enumerate(['{"n":{"a":[1,2]},"m":"\u00a05"}', '{ "n" : { "a" : [ 1, 2 ] }, "m": "\\u00a05" }',
+                                         '{"n": {"a": [1, 2]}, "m": "5 apples", "x": "\\\\"}']):  # fmt: skip
+        content = f'{{"event_name": "call", "external_customer_id": "cust", "timestamp": "{at(-1 - number)}", "properties": {properties}}}'
+        assert client.post("/v1/events", content=content.encode()).status_code == 202
+    assert usage(client, "COUNT_UNIQUE", property_name="n")["value"] == 1
+    assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
+
+
+# ---------------------------------------------------------------------------------------------- 8: monitoring
+
+
+def monitored(client, **query) -> tuple[int, list[tuple[str, int]]]:
+    response = client.get("/v1/events/monitoring", params=query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert list(answer) == ["total_count", "consumption_lag", "post_processing_lag", "points"]
+    assert (answer["consumption_lag"], answer["post_processing_lag"]) == (0, 0)
+    assert [list(point) for point in answer["points"]] == [["timestamp", "event_count"]] * len(answer["points"])
+    return answer["total_count"], [(point["timestamp"], point["event_count"]) for point in answer["points"]]
+
+
+def test_monitoring_counts_the_last_24_hours_or_a_range(client):
+    times = (-DAY_US - 1, -DAY_US, -2_000_000, -1, 0)
+    store(client, *[event(event_name=f"n{us}", external_customer_id=f"c{us}", timestamp=at(us)) for us in times])
+    client.post("/v1/events", json=event(timestamp=at(-1)), headers={"x-api-key": STAGING_KEY})
+    assert monitored(client) == monitored(client, start_time="", end_time="") == (3, [])
+    assert monitored(client, start_time=at(-DAY_US - 1), end_time=at(1)) == (5, [])
+    assert monitored(client, start_time=at(-2_000_000), end_time=at(-1)) == (1, [])  # the end is exclusive
+    assert monitored(client, start_time=at(-1), end_time=at(-1)) == (0, [])
+    points = [("2025-10-14T11:38:00Z", 1), ("2025-10-15T11:38:00Z", 2)]
+    assert monitored(client, window_size="MINUTE") == (3, points)
+    points = [("2025-10-14T00:00:00Z", 2), ("2025-10-15T00:00:00Z", 3)]
+    assert monitored(client, window_size="DAY", start_time=at(-DAY_US - 1), end_time=at(1)) == (5, points)
+
+
+@table("query", [{"start_time": at(-1)}, {"end_time": at()}, {"start_time": "x", "end_time": at()}, {"window_size": "DAYS"},
+                 {"start_time": at(1), "end_time": at()}, {"start_time": at(-1), "end_time": ""},
+                 {"window_size": "WEEK", "start_time": "0001-01-01T00:00:00Z", "end_time": "0001-01-01T05:00:00Z"},
+                 {"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "end_time": at()}])  # fmt: skip
+def test_a_bad_monitoring_query_is_refused(shared, query):
+    refused(shared.get("/v1/events/monitoring", params=query))
+
+
+# ---------------------------------------------------------------------------------------------- 9: rate limits
+
+
+def limits(response: httpx.Response) -> list[int]:
+    return [int(response.headers[f"X-RateLimit-{name}"]) for name in ("Limit", "Remaining", "Reset")]
+
+
+def test_without_the_flag_nothing_is_limited(client):
+    for response in [client.post("/v1/events", json={}) for _ in range(1001)]:
+        assert response.status_code == 400
+        assert "x-ratelimit" not in str(response.headers)
+
+
+@table(("flag", "path", "limit"), [("documented", "/v1/events", 1000), ("documented", "/v1/events/bulk", 100),
+                                   ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
+def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(tmp_path, flag, path, limit):
+    clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60
+    rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limit
+    good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
+    with serving(tmp_path, clock=clock, rate_limits=rate_limits) as client:
+        for left in reversed(range(limit)):
+            response = client.post(path, json={} if left else good)  # a refused one counts, too
+            assert (response.status_code, limits(response)) == (400 if left else 202, [limit, left, reset])
+        stored = total(client)
+        for step_us, retry_after in ((0, 13), (12_000_000, 1), (37_999, 1)):
+            clock.return_value += step_us
+            response = client.post(path, json=good)
+            refused(response, 429, "too_many_requests", str(limit))
+            assert (limits(response), int(response.headers["Retry-After"])) == ([limit, 0, reset], retry_after)
+        assert total(client) == stored == 1
+        for unlimited in ("/v1/events", "/v1/events/lookup?id=a", "/v1/events/monitoring", "/health"):
+            response = client.get(unlimited)
+            assert response.status_code in (200, 404)
+            assert "x-ratelimit" not in str(response.headers)
+        assert client.post(other, json=good).status_code == 202
+        response = client.post(path, json=good, headers={"x-api-key": STAGING_KEY})
+        assert (response.status_code, limits(response)) == (202, [limit, limit - 1, reset])
+        refused(client.post(path, json=good, headers={"x-api-key": "unknown"}), 401, "unauthorized")
+        clock.return_value += 1
+        response = client.post(path, json=good)
+        assert (response.status_code, limits(response)) == (202, [limit, limit - 1, reset + 60])
+
+
+@table("flag", ["", "5", "0,5", "5,0", "-1,5", "a,b", "1,2,3", "1.5,2", "Documented", ","])
+def test_a_bad_rate_limit_exits_with_2(capsys, flag):
+    with pytest.raises(SystemExit) as stopped:
+        eventstore.main(["serve", "--rate-limit", flag])
+    assert stopped.value.code == 2
+    assert "--rate-limit" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- OpenAPI
+
+
+def test_the_openapi_document_is_valid_public_and_has_every_route(client):
+    from openapi_spec_validator import validate
+
+    response = client.get("/openapi.json", headers={"x-api-key": "unknown"})
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    document = response.json()
+    assert document["openapi"].startswith("3.1")
+    validate(document)
+    served = {(operation.public_path, operation.method.lower()) for operation in eventstore.OPERATIONS}
+    assert len(served) == len(eventstore.ROUTES)
+    assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
+    for path, method in served:
+        described = document["paths"][path][method]
+        assert described["security"] == ([] if path in ("/health", "/openapi.json") else [{"ApiKey": []}])
+        assert ("429" in described["responses"]) is (
+            (path, method) in {("/v1/events", "post"), ("/v1/events/bulk", "post")}
+        )
+        if example := described.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example"):
+            assert client.request(method, path, json=example).status_code in (200, 202)
+
+
+@table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
+def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(client, path):
+    refused(client.post(path, json={}), 404, "not_found", "Events API")
+    message = client.post(path, json={}).json()["message"]
+    assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
+
+
+# What no JSON Schema can say: rules between fields, and times that are no day or too near the ends of the calendar.
+SCHEMATHESIS_HOOKS = '''
+import re
+from datetime import UTC, datetime, timedelta
+
+import schemathesis
+
+DAY = timedelta(days=1)
+
+
+def time(text):
+    """A time, None if it is none; ValueError if there is no such day or it is within nine of the calendar's ends."""
+    if not isinstance(text, str) or not re.match(r"\\d{4}-\\d\\d-\\d\\d[Tt]", text, re.ASCII):
+        return None
+    time = datetime.fromisoformat(re.sub(r" (?=\\d\\d:\\d\\d$)", "+", text.upper()))
+    if not datetime.min + 9 * DAY < time.replace(tzinfo=None) < datetime.max - 9 * DAY:
+        raise ValueError
+    return time if time.tzinfo else None
+
+
+@schemathesis.hook
+def filter_case(context, case):
+    return all(sendable(case.operation.path, sent) for sent in (case.query, case.body) if isinstance(sent, dict))
+
+
+def sendable(path, sent):
+    events = sent.get("events")
+    try:
+        for one in [sent, *(events if isinstance(events, list) else [])]:
+            time(one.get("timestamp") if isinstance(one, dict) else None)
+        start, end, _ = (time(sent.get(name)) for name in ("start_time", "end_time", "billing_anchor"))
+    except ValueError:
+        return False
+    is_lookup = path.endswith(("/lookup", "{id}"))
+    if start and (end or not is_lookup) and start > (end or datetime.now(UTC)):
+        return False
+    if path.endswith("/monitoring") and bool(sent.get("start_time")) != bool(sent.get("end_time")):
+        return False
+    cursors = [sent[name] for name in ("iter_first_key", "iter_last_key") if sent.get(name)]
+    if len(cursors) > 1 or (cursors and sent.get("sort") == "event_name"):
+        return False
+    is_multiplied = str(sent.get("aggregation_type")).upper() == "SUM_WITH_MULTIPLIER"
+    if path.endswith("/usage") and is_multiplied is (sent.get("multiplier") in (None, "")):
+        return False
+    too_long = start and (end or datetime.now(UTC)) - start > timedelta(minutes=99_000)
+    return not (too_long and (sent.get("window_size") or sent.get("bucket_size")))
+'''
+
+
+def test_schemathesis_finds_no_failure(tmp_path):
+    (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
+    with Live(tmp_path / "server", "--api-key", KEY) as live:
+        command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
+                   "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
+        done = run(
+            *command, cwd=tmp_path, timeout=300, env=os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Traceback" not in live.log
+    tested = len(eventstore.openapi_document()["paths"])
+    assert int(re.search(r"Tested: (\d+)", done.stdout)[1]) >= tested, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------- SDK
+
+
+def test_the_official_sdk_looks_up_an_event_and_computes_usage(live):
+    from flexprice import Flexprice
+
+    who = {"event_name": "sdk_usage", "external_customer_id": "sdk_usage_customer"}
+    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
+        for number, (value, hour) in enumerate([("1.5", "03"), ("2", "05"), ("x", "06")]):
+            sdk.events.ingest_event(**who, event_id=f"sdk/usage?{number}", properties={"n": value},
+                                    timestamp=f"2026-03-08T{hour}:30:00Z")  # fmt: skip
+        answer = sdk.events.get_event(id="sdk/usage?0", external_customer_id=who["external_customer_id"])
+        assert (answer.event.id, answer.event.properties, answer.status) == ("sdk/usage?0", {"n": "1.5"}, "processed")
+        query = who | {"property_name": "n", "start_time": datetime(2026, 3, 1, tzinfo=UTC),
+                       "end_time": datetime(2026, 3, 9, tzinfo=UTC), "timezone": "America/New_York"}  # fmt: skip
+        whole = sdk.events.get_usage_statistics(aggregation_type="SUM", **query)
+        assert (whole.value, whole.type, whole.event_name, whole.results) == (3.5, "SUM", "sdk_usage", [])
+        daily = sdk.events.get_usage_statistics(aggregation_type="SUM", window_size="DAY", **query)
+        days = [datetime(2026, 3, day, 5, tzinfo=UTC) for day in (7, 8)]
+        assert [(datetime.fromisoformat(row.window_size), row.value) for row in daily.results] == [
+            (days[0], 1.5),
+            (days[1], 2),
+        ]
 
 
 # ---------------------------------------------------------------------------------------------- the store
