@@ -350,6 +350,7 @@ BULK = msgspec.json.Decoder(BulkIn)
 RAW_BULK = msgspec.json.Decoder(RawBulkIn)
 OUTER_BULK = msgspec.json.Decoder(OuterBulkIn)
 COUNTED = msgspec.json.Decoder(list[_Anything])
+RAWS = msgspec.json.Decoder(list[Raw])
 EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 USAGE = msgspec.json.Decoder(UsageIn)
 OBJECT = msgspec.json.Decoder(dict[str, Any])
@@ -556,6 +557,7 @@ def parse_zone(name: str) -> tzinfo:
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
+MAX_COUNTED_BYTES = 1024 * 1024  # of a batch that is no batch of objects; a Raw takes 56 bytes, an item two
 MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
 MAX_OFFSET = 2**53  # what a JSON number carries safely
@@ -746,7 +748,7 @@ def _refuse_batch(body: bytes) -> NoReturn:
         refuse("events", "required", f"is required: an array of 1 to {MAX_BATCH} events")
     if events[:1] != b"[":
         refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {_show(events)}")
-    counted = decode(COUNTED, events)
+    counted = decode(COUNTED, events) or (decode(RAWS, events) if len(events) < MAX_COUNTED_BYTES else None)
     number = f"more than {MAX_BATCH}" if counted is None else len(counted)
     refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
@@ -1221,7 +1223,6 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
 
 EVENT_COLUMNS = "id, timestamp_us, external_customer_id, customer_id, event_name, source, ingested_at_us"
 STORED_EVENTS = msgspec.json.Decoder(list[StoredEvent])
-RAWS = msgspec.json.Decoder(list[Raw])
 
 
 def select_events(
@@ -1636,10 +1637,10 @@ class RateLimits:
 async def read_body(request: Request) -> bytes:
     """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
     limit: int = request.app.state.settings.max_body_bytes
-    announced = int(request.headers.get("content-length", 0))
+    announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
-    size = announced if announced > limit else 0
-    while size <= limit:
+    size = 0
+    while max(size, announced) <= limit:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
@@ -1647,7 +1648,8 @@ async def read_body(request: Request) -> bytes:
         size += len(chunks[-1])
         if size <= limit and not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {size}; nothing was stored")
+    got = max(size, announced)
+    raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {got}; nothing was stored")
 
 
 async def ingest_event(request: Request) -> Response:
@@ -1875,10 +1877,9 @@ def create_app(settings: Settings) -> Starlette:
 
 
 class JsonErrorProtocol(HttpToolsProtocol):
-    """uvicorn answers what is not HTTP in plain text; every error here has the error body."""
+    """uvicorn answers what is not HTTP in plain text (and logs it); every error here has the error body."""
 
     def send_400_response(self, msg: str) -> None:
-        log.warning("400 validation_error: %s", msg)
         body = ENCODER.encode(error_body(ApiError("validation_error", f"the request is not valid HTTP/1.1: {msg}")))
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
