@@ -1387,7 +1387,7 @@ class Store:
         """Run a reading operation, which is one statement if it needs one snapshot.
 
         A quick one gets a millisecond on the event loop; if not done it starts over in a reader thread. The hand-over
-        costs more than a page does: with a thread for every page there were 0.6 times as many a second.
+        costs more than a page does: with a thread for every page there were 0.75 times as many a second.
 
         ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
         """
