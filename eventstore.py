@@ -649,7 +649,8 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
     except msgspec.DecodeError as error:
         reason = str(error)
         if reason == "Input data was truncated":  # said of a lone surrogate at a string's end, too
-            reason = "it ends too early, or holds half of a \\u surrogate pair" if body else "it is empty"
+            half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
+            reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
@@ -1520,6 +1521,8 @@ def _prepare(path: str) -> int:
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
         raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
+    if os.path.isdir(path):
+        raise StartError(f"{path} is a folder: name a file in it with --db")
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
@@ -1538,7 +1541,7 @@ def _prepare(path: str) -> int:
             sqlite3.SQLITE_BUSY: "another process holds its write lock: end that process",
         }
         reason = reasons.get(error.sqlite_errorcode & 0xFF, str(error))
-        raise StartError(f"cannot use the database {path}: {reason}, or choose another file with --db") from error
+        raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> int:
@@ -1595,7 +1598,7 @@ class Authentication:
             key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
             api_key = None if key is None else self._find(key)
             if api_key is None:
-                unknown = "holds a key that this server does not know"
+                unknown = "holds a key that this server does not know; its banner says where its keys came from"
                 problem = "is missing: send your key in it" if key is None else unknown
                 response = error_response(Request(scope), ApiError("unauthorized", f"the header x-api-key {problem}"))
                 await response(scope, receive, send)
@@ -2088,8 +2091,11 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        reason = "it is taken; choose another with --port (0 takes a free one)" if taken else f"{error}; check both"
+        reasons = {
+            errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
+            errno.EACCES: "ports below 1024 need more rights; choose another with --port",
+        }
+        reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
@@ -2185,23 +2191,24 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> Non
 
 def positive(kind: Callable[[str], T]) -> Callable[[str], T]:
     def parse(text: str) -> T:
-        value = kind(text)
-        if not value > 0:  # type: ignore[operator]
-            raise ValueError
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind("0")
+        if not value > kind("0"):  # type: ignore[operator]
+            raise argparse.ArgumentTypeError(f"must be a number greater than 0, got {text!r}")
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"  # argparse says "invalid positive int value"
     return parse
 
 
-def rate_limits(text: str) -> dict[str, int]:
+def rate_limits(text: str) -> Mapping[str, int]:
     if text == "documented":
         return DOCUMENTED_RATE_LIMITS
-    numbers = [positive(int)(number) for number in text.split(",")]
-    return dict(zip(DOCUMENTED_RATE_LIMITS, numbers, strict=True))
-
-
-rate_limits.__name__ = "rate limit"  # argparse says "invalid rate limit value"
+    numbers = text.split(",")
+    if len(numbers) != len(DOCUMENTED_RATE_LIMITS):
+        raise argparse.ArgumentTypeError(f"must be documented, or SINGLE,BULK like 1000,100; got {text!r}")
+    return dict(zip(DOCUMENTED_RATE_LIMITS, map(positive(int), numbers), strict=True))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
