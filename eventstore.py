@@ -358,6 +358,7 @@ USAGE = msgspec.json.Decoder(UsageIn)
 OBJECT = msgspec.json.Decoder(dict[str, Any])
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
+TEXTS = msgspec.json.Decoder(list[str | None])
 
 # ---------------------------------------------------------------------------------------------- time, ids, windows
 
@@ -1135,7 +1136,8 @@ def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
         "SUM": f"total({number})",
         "AVG": f"printf('%!.17g %d', total({number}), count(*))",
         "MAX": f"max({number})",
-        "COUNT_UNIQUE": f"count(DISTINCT {text})",
+        # A text may be in two pieces of a range, so a piece names its texts; a window counts its own.
+        "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
         "LATEST": number,
         "SUM_WITH_MULTIPLIER": f"total({number})",
         "WEIGHTED_SUM": f"total({number} * ((:end_us - timestamp_us) * 1.0 / (:end_us - :start_us)))",
@@ -1260,8 +1262,6 @@ def usage_bounds(query: UsageQuery, pieces: int) -> tuple[list[int], list[tuple[
     if query.windows:
         starts = query.windows.bounds(query.start_us, query.end_us)
         return starts[:-1], list(itertools.pairwise([query.start_us, *starts[1:-1], query.end_us]))
-    if query.aggregation == "COUNT_UNIQUE":
-        pieces = 1  # a text may be in two pieces
     starts = [query.start_us + (query.end_us - query.start_us) * i // pieces for i in range(pieces + 1)]
     return starts[:-1], list(itertools.pairwise(starts))
 
@@ -1278,6 +1278,8 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
         value = sum(map(float, sums)) / sum(map(int, counts))
+    elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
+        value = len(set().union(*map(TEXTS.decode, found)) - {None})
     elif query.aggregation == "LATEST":
         value = found[-1] if found else 0.0
     elif query.aggregation == "MAX" and not query.bucketed:
