@@ -496,8 +496,8 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int) -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
-        step_us = WINDOW_MINUTES.get(self.size, 23 * 60) * 60 * 1_000_000
-        too_many = (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
+        step_us = WINDOW_MINUTES.get(self.size, 0) * 60 * 1_000_000  # 0: by the calendar
+        too_many = bool(step_us) and (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
         try:
             bounds = [max(self._floor(start_us), MIN_TIME_US)]
             while bounds[-1] < end_us and not too_many:

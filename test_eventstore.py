@@ -1456,6 +1456,13 @@ def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client)
     assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
 
 
+@table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
+def test_only_the_number_of_windows_is_limited_and_not_the_range(client, size, windows):
+    query = {"event_name": "call", "aggregation_type": "COUNT", "window_size": size}
+    query |= {"start_time": "0025-01-01T00:00:00Z", "end_time": "2025-01-01T00:00:00Z"}
+    assert client.post("/v1/events/usage", json=query).status_code == (200 if windows <= 100_000 else 400)
+
+
 # ---------------------------------------------------------------------------------------------- 8: monitoring
 
 
