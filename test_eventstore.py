@@ -573,6 +573,23 @@ def test_what_is_not_http_is_refused_with_the_same_error_body(live, request_byte
         refused(answer_on(sock))
 
 
+def test_requests_sent_in_one_go_are_answered_one_after_another(live):
+    event_id = "pipelined"
+    body = json.dumps(event(event_id)).encode()
+    with live.client(), live.connect() as sock:
+        sock.sendall(
+            b"HEAD /v1/events HTTP/1.1\r\n" + HEAD + b"\r\n"
+            + POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            + b"GET /v1/events/pipelined HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n"
+        )  # fmt: skip
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", received)
+    assert statuses == [b"200", b"100", b"202", b"200"]
+    rest = received[received.index(b"\r\n\r\n") + 4 :]
+    assert rest.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 202"), "the answer to HEAD has no body"
+    assert event_id.encode() in rest
+
+
 def test_a_body_over_the_limit_is_refused_before_its_end(live):
     with live.client() as client, stores_nothing(client), live.connect() as sock:
         sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n4000000\r\n" + b" " * (2**25 + 1))
