@@ -19,6 +19,7 @@ The rooms of this module, in order; none knows of those below it:
     Store           one writer thread with group commit, reader threads
     HTTP            authentication, rate limits, handlers, the route table, create_app
     OpenAPI         the document, made from the wire types and the route table
+    mock            running_server(), the pytest fixture, faults
     command line    serve
 """
 
@@ -51,8 +52,8 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from pathlib import Path
@@ -62,6 +63,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.structs import replace
 from starlette.applications import Starlette
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -105,10 +107,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     query_timeout_s: float = 30.0
     queue_events: int = 50_000  # what may wait for the writer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
-    clock: Callable[[], int] = now_us
+    visibility_lag_ms: int = 0  # events are seen by queries so long after they were accepted
+    mock: bool = False  # whether /_mock resets and misbehaves on request
+    clock: Callable[[], int] = now_us  # microseconds since 1970
 
 
 DOCUMENTED_RATE_LIMITS = {"/v1/events": 1000, "/v1/events/bulk": 100}
+INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -122,6 +127,8 @@ STATUS_OF_CODE = {
     "database_error": 500,
     "internal_error": 500,
     "service_unavailable": 503,
+    "bad_gateway": 502,  # this one and the next are a mock's only: what stands before FlexPrice answers them
+    "gateway_timeout": 504,
 }
 
 MAX_ECHO_CHARS = 100
@@ -341,6 +348,35 @@ class ErrorBody(Struct):
     error: ErrorMessage
 
 
+class InjectedFault(Struct):
+    """What a mock does wrong on request, for the next `times` requests that match. None: any, or as ever."""
+
+    method: str | None = None
+    path: str | None = None
+    times: int | None = None
+    status: int | None = None
+    retry_after_s: int | None = None
+    delay_ms: int | None = None
+    stored: bool | None = None
+
+    def is_for(self, method: str, path: str) -> bool:
+        ingest = method == "POST" and path in INGEST_PATHS
+        return self.method in (None, method) and self.path in (None, path) and (ingest or not self.needs_ingest)
+
+    @property
+    def needs_ingest(self) -> bool:
+        """Whether only ingest can be answered so: accepted and lost, or stored and answered with an error."""
+        return self.status == 202 or bool(self.stored)
+
+
+class InjectedFaults(Struct):
+    faults: list[InjectedFault]
+
+
+class Deleted(Struct):
+    deleted: int
+
+
 class Health(Struct):
     status: str = "ok"
     version: str = __version__
@@ -355,6 +391,7 @@ COUNTED = msgspec.json.Decoder(list[_Anything])
 RAWS = msgspec.json.Decoder(list[Raw])
 EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 USAGE = msgspec.json.Decoder(UsageIn)
+INJECTED_FAULT = msgspec.json.Decoder(InjectedFault)
 OBJECT = msgspec.json.Decoder(dict[str, Any])
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
@@ -457,6 +494,16 @@ def check_whole(value: float) -> int:
     if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
         raise FieldError("invalid_type", f"must be an integer, got {value}")
     return int(value)
+
+
+def whole_within(low: int, high: int) -> Callable[[float], int]:
+    def check(value: float) -> int:
+        whole = check_whole(value)
+        if not low <= whole <= high:
+            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
+        return whole
+
+    return check
 
 
 def parse_bool(text: str) -> bool:
@@ -568,6 +615,7 @@ MAX_OFFSET = 2**53  # what a JSON number carries safely
 _TYPE_NAMES = {
     "str | None": "a string",
     "int | float | None": "an integer",
+    "int | None": "an integer",
     "bool | None": "true or false",
     "dict[str, list[str] | None] | None": "an object of string arrays",
     "list[str] | None": "an array of strings",
@@ -597,8 +645,13 @@ class Faults:
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
 
     def add(self, field: str, code: str, problem: str) -> None:
-        """Note a fault; the first one of a field stays, a later one would only follow from it."""
-        self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
+        """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
+        if (self.index, self.whole) not in self._found:
+            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
+
+    @property
+    def whole(self) -> str:
+        return "body" if self.index is None else "event"
 
     def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
         """convert(value); None for an absent value, and for a bad one, which is noted."""
@@ -659,7 +712,7 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """The struct from an object whose fields do not all have its types; a field that has not is noted and absent."""
     members = decode(MEMBERS, bytes(raw))
     if members is None:
-        faults.add("body" if faults.index is None else "event", "invalid_type", f"must be an object, got {_show(raw)}")
+        faults.add(faults.whole, "invalid_type", f"must be an object, got {_show(raw)}")
         return struct()
     values = {}
     for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
@@ -785,10 +838,18 @@ _AGGREGATION = _one_of(*AGGREGATIONS)
 _WINDOW_SIZE = _one_of(*WINDOW_SIZES)
 
 
+class View(NamedTuple):
+    """What a request can see: one environment at one moment, less what a simulated lag still hides."""
+
+    environment: str
+    now_us: int
+    visible_us: int | None = None  # what was ingested after it is hidden; None: nothing is
+
+
 class EventQuery(Struct, frozen=True, kw_only=True):
     """What to list: checked, complete, the same from GET and POST (SPEC 4, 5)."""
 
-    environment: str
+    view: View
     start_us: int  # inclusive, like the end
     end_us: int
     filters: dict[str, str]  # column -> value
@@ -848,23 +909,21 @@ def query_of_body(body: bytes, faults: Faults) -> EventQueryIn:
     return decode(EVENT_QUERY, body) or decode_members(EventQueryIn, body, faults)
 
 
-def event_query(sent: EventQueryIn, environment: str, now: int, max_page_size: int, faults: Faults) -> EventQuery:
+def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
     """The query with its defaults filled in. ApiError with every fault, those already noted too (SPEC 4)."""
-    start_us, end_us = time_range(sent.start_time, sent.end_time, now, faults)
+    start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     after = faults.check("iter_last_key", parse_cursor, sent.iter_last_key)
     before = faults.check("iter_first_key", parse_cursor, sent.iter_first_key)
     if after and before:
         faults.add("iter_first_key", "invalid_format", "and iter_last_key exclude each other: send one of them")
     sort = faults.check("sort", _SORT, sent.sort) or "timestamp"
     order = faults.check("order", _ORDER, sent.order) or "desc"
-    offset = faults.check("offset", check_whole, sent.offset) or 0
-    if not 0 <= offset <= MAX_OFFSET:
-        faults.add("offset", "out_of_range", f"must be 0 to {MAX_OFFSET}, got {echo(str(offset))[1:-1]}")
+    offset = faults.check("offset", whole_within(0, MAX_OFFSET), sent.offset) or 0
     page_size = faults.check("page_size", check_whole, sent.page_size) or 0
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return EventQuery(
-        environment=environment,
+        view=view,
         start_us=start_us,
         end_us=end_us,
         filters={column: value for name, column in FILTER_COLUMNS.items() if (value := getattr(sent, name))},
@@ -910,7 +969,7 @@ def check_property_filters(
 class UsageQuery(Struct, frozen=True, kw_only=True):
     """What to aggregate, and into which windows (SPEC 7); also what monitoring counts (SPEC 8)."""
 
-    environment: str
+    view: View
     start_us: int
     end_us: int  # exclusive
     aggregation: str = "COUNT"
@@ -923,7 +982,7 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
     group_property: str = ""  # MAX per group of a bucket
 
 
-def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> UsageQuery:
+def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     """The checked query. ApiError with every fault (SPEC 7)."""
     if not sent.event_name:
         faults.add("event_name", "required", "is required")
@@ -931,7 +990,7 @@ def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> Us
         faults.add("aggregation_type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
     kind = faults.check("aggregation_type", _AGGREGATION, (sent.aggregation_type or "").upper()) or "COUNT"
     multiplier = check_multiplier(sent.multiplier, kind, faults)
-    start_us, end_us = time_range(sent.start_time, sent.end_time, now, faults)
+    start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
     bucket_size = faults.check("bucket_size", _WINDOW_SIZE, sent.bucket_size)
     faults.check("billing_anchor", parse_time, sent.billing_anchor)
@@ -946,7 +1005,7 @@ def usage_query(sent: UsageIn, environment: str, now: int, faults: Faults) -> Us
     filtered = {"event_name": sent.event_name, "external_customer_id": sent.external_customer_id,
                 "customer_id": sent.customer_id}  # fmt: skip
     return UsageQuery(
-        environment=environment,
+        view=view,
         start_us=start_us,
         end_us=end_us,
         aggregation=kind,
@@ -976,7 +1035,7 @@ def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> flo
     return 1.0
 
 
-def monitoring_query(query_string: bytes, environment: str, now: int) -> UsageQuery:
+def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
     """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours (SPEC 8)."""
     faults = Faults()
     sent = parse_parameters(query_string, faults)
@@ -984,14 +1043,12 @@ def monitoring_query(query_string: bytes, environment: str, now: int) -> UsageQu
     if bool(start_time) is not bool(end_time):
         missing, given = ("start_time", "end_time") if end_time else ("end_time", "start_time")
         faults.add(missing, "required", f"is required with {given}")
-    start_us, end_us = time_range(start_time, end_time, now, faults)
+    start_us, end_us = time_range(start_time, end_time, view.now_us, faults)
     size = faults.check("window_size", _WINDOW_SIZE, sent.get("window_size"))
     faults.refuse()
     if not start_time:
         start_us = end_us - DAY_US
-    return UsageQuery(
-        environment=environment, start_us=start_us, end_us=end_us, windows=Windows(size) if size else None
-    )
+    return UsageQuery(view=view, start_us=start_us, end_us=end_us, windows=Windows(size) if size else None)
 
 
 # ---------------------------------------------------------------------------------------------- SQL
@@ -1022,8 +1079,10 @@ TIME_ORDER = ("timestamp_us", "id")
 NAME_ORDER = ("event_name", "timestamp_us", "id")
 
 SELECT_NAME = "SELECT event_name FROM events WHERE environment = :environment AND id = :id"
-# Rows are never deleted, so the last rowid is their number; count(*) would read a whole index at every start.
-COUNT_ALL = "SELECT coalesce(max(rowid), 0) FROM events"
+# count(*) of a large file would read a whole index at every start. Only a mock deletes rows, so the last rowid tells.
+COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(rowid) FROM events))
+    FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
+COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = ?1 AND ingested_at_us > ?3"
 
 
 @lru_cache
@@ -1035,7 +1094,10 @@ def insert_statement(rows: int) -> str:
 def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]) -> list[str]:
     """The WHERE clauses of everything but the time range and the cursor. Values go to `parameters`, never the text."""
     clauses = ["environment = :environment"]
-    parameters["environment"] = query.environment
+    parameters["environment"] = query.view.environment
+    if query.view.visible_us is not None:
+        clauses.append("ingested_at_us <= :visible_us")
+        parameters["visible_us"] = query.view.visible_us
     for column, value in query.filters.items():
         # The + keeps the planner from the event_name index where the customer's, the narrower one, can serve.
         plus = "+" if column == "event_name" and "external_customer_id" in query.filters else ""
@@ -1190,7 +1252,7 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     where = " AND ".join(filter_clauses(query, parameters))
     cursor = query.after or query.before
     if cursor and query.by_name:
-        parameters["cursor_name"] = name_of_cursor(conn, query.environment, cursor, query.before is not None)
+        parameters["cursor_name"] = name_of_cursor(conn, query.view.environment, cursor, query.before is not None)
     descending = query.descending is (query.before is None)  # iter_first_key reads backwards from its cursor
     bounds = " AND ".join(keyset_clauses(query, cursor, descending, parameters))
     direction = "DESC" if descending else "ASC"
@@ -1203,7 +1265,7 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     if query.before:
         page.reverse()
     events = [
-        Event(id, customer, customer_id, name, to_datetime(timestamp_us), properties, source, query.environment,
+        Event(id, customer, customer_id, name, to_datetime(timestamp_us), properties, source, query.view.environment,
               to_datetime(ingested_at_us))
         for (id, timestamp_us, customer, customer_id, name, source, ingested_at_us), properties in page
     ]  # fmt: skip
@@ -1249,6 +1311,16 @@ def select_events(
         parameters,
     ).fetchone()
     return list(zip(STORED_EVENTS.decode(events), RAWS.decode(properties or b"[]"), strict=True)), total_count
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[Event]:
+    """All events of a query in its order, page by page: an open cursor would keep the WAL from being checkpointed."""
+    while True:
+        page = list_events(conn, query)
+        yield from page.events
+        if not (page.has_more and page.iter_last_key):
+            return
+        query = replace(query, after=parse_cursor(page.iter_last_key))
 
 
 def find_event(conn: sqlite3.Connection, query: EventQuery) -> EventLookup:
@@ -1303,10 +1375,10 @@ def usage_answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Usag
     return Usage(query.filters["event_name"], query.aggregation, value, results)
 
 
-def monitoring_answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Monitoring:
+def monitoring_answer(hidden: int, query: UsageQuery, starts: list[int], cells: list[Any]) -> Monitoring:
     counted = [(start, cell) for start, cell in zip(starts, cells, strict=True) if cell]
     points = [MonitoringPoint(to_datetime(start), count) for start, count in counted] if query.windows else []
-    return Monitoring(sum(count for _, count in counted), 0, 0, points)
+    return Monitoring(sum(count for _, count in counted), hidden, 0, points)
 
 
 # ---------------------------------------------------------------------------------------------- Store
@@ -1360,6 +1432,8 @@ class Store:
         self._temporary = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
         self.path = os.path.join(self._temporary, "events.db") if self._temporary else settings.db
         self.events_at_start = _prepare(self.path)
+        # What is removed at exit need not be on the disk before the answer.
+        self._writer_pragmas = (*WRITER_PRAGMAS, *["PRAGMA synchronous = OFF"] * bool(self._temporary))
         self._closing = False
         self._pending_events = 0  # touched by the event loop only
         self._writes: _Queue = queue.SimpleQueue()
@@ -1403,6 +1477,15 @@ class Store:
                 return self._quick_reader.run(operation, QUICK_S)
         result: T = await self._ask(self._reads, operation)
         return result
+
+    def delete_events(self, environment: str | None = None) -> int:
+        """Delete the events of one environment, or of all; returns how many. For any thread but an event loop's."""
+        conn = connect(self.path, self._writer_pragmas)
+        try:
+            of_one = "" if environment is None else " WHERE environment = :environment"
+            return conn.execute(f"DELETE FROM events{of_one}", {"environment": environment}).rowcount
+        finally:
+            conn.close()
 
     def close(self) -> None:
         """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
@@ -1448,7 +1531,7 @@ class Store:
             return error
 
     def _write_until_closed(self) -> None:
-        conn = connect(self.path, WRITER_PRAGMAS)
+        conn = connect(self.path, self._writer_pragmas)
         while group := self._next_group():
             _answer(group, self._commit(conn, group))
         with suppress(sqlite3.Error):  # a reader in another process may be in the way; the WAL is as safe
@@ -1701,7 +1784,7 @@ async def ingest_events_bulk(request: Request) -> Response:
 async def _ingest(request: Request, events: list[Any], bulk: bool) -> Response:
     state = request.app.state
     rows = event_rows(events, bulk, request["environment"], state.settings.clock(), state.make_id)
-    inserted = await state.store.insert(rows)
+    inserted = len(rows) if request.scope.get("loses_events") else await state.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
     return json_response(
         BulkAccepted("Events accepted for processing")
@@ -1730,9 +1813,15 @@ async def query_events(request: Request) -> Response:
 
 
 async def _list(request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
-    state = request.app.state
-    query = event_query(sent, request["environment"], state.settings.clock(), max_page_size, faults)
-    return json_response(await state.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+    query = event_query(sent, view_of(request), max_page_size, faults)
+    return json_response(await request.app.state.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+
+
+def view_of(request: Request) -> View:
+    settings: Settings = request.app.state.settings
+    now = settings.clock()
+    visible_us = now - settings.visibility_lag_ms * 1000 if settings.visibility_lag_ms else None
+    return View(request["environment"], now, visible_us)
 
 
 async def look_up_event(request: Request) -> Response:
@@ -1749,8 +1838,7 @@ async def look_up_event(request: Request) -> Response:
             start_time=parse_query_time(sent.get("start_time") or EARLIEST),
             end_time=parse_query_time(sent.get("end_time") or LATEST),
         ),
-        request["environment"],
-        0,
+        view_of(request),
         1,
         faults,
     )
@@ -1762,14 +1850,17 @@ async def compute_usage(request: Request) -> Response:
     faults = Faults()
     body = await read_body(request)
     sent = decode(USAGE, body) or decode_members(UsageIn, body, faults)
-    query = usage_query(sent, request["environment"], request.app.state.settings.clock(), faults)
+    query = usage_query(sent, view_of(request), faults)
     return await _aggregate(request, query, usage_answer)
 
 
 async def monitor_events(request: Request) -> Response:
     """GET /v1/events/monitoring (SPEC 8)."""
-    query = monitoring_query(request["query_string"], request["environment"], request.app.state.settings.clock())
-    return await _aggregate(request, query, monitoring_answer)
+    query = monitoring_query(request["query_string"], view_of(request))
+    hidden = 0
+    if query.view.visible_us is not None:
+        hidden = await request.app.state.store.read(lambda conn: conn.execute(COUNT_HIDDEN, query.view).fetchone()[0])
+    return await _aggregate(request, query, partial(monitoring_answer, hidden))
 
 
 async def _aggregate(
@@ -1795,7 +1886,7 @@ async def health(request: Request) -> Response:
 
 async def describe_api(request: Request) -> Response:
     """GET /openapi.json: this API as OpenAPI 3.1."""
-    return json_response(openapi_document())
+    return json_response(openapi_document(request.app.state.operations))
 
 
 class AnythingConvertor(PathConvertor):
@@ -1855,7 +1946,6 @@ OPERATIONS = (
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
 )
-ROUTES = [operation.route for operation in OPERATIONS]
 
 
 async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -1865,13 +1955,13 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     if error.status_code == 405:
-        path = next(route.path for route in ROUTES if route.path_regex.match(request["path"]))
-        allowed = ", ".join(
-            sorted({method for route in ROUTES if route.path == path for method in route.methods or ()})
-        )
+        routes = request.app.routes
+        path = next(route.path for route in routes if route.path_regex.match(request["path"]))
+        allowed = ", ".join(sorted({method for route in routes if route.path == path for method in route.methods}))
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
-    served = ", ".join(f"{operation.method} {operation.public_path}" for operation in OPERATIONS)
+    operations = request.app.state.operations
+    served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
     path = echo(request["path"])
     return error_response(
         request, ApiError("not_found", f"no route {path}: this server has the Events API only ({served})")
@@ -1909,12 +1999,18 @@ def create_app(settings: Settings) -> Starlette:
         yield
         await asyncio.to_thread(store.close)
 
+    operations = (*OPERATIONS, *MOCK_OPERATIONS) if settings.mock else OPERATIONS
+    faults = FaultQueue()
     middleware = [Middleware(Authentication, api_keys=settings.api_keys)]
+    if settings.mock:
+        middleware.append(Middleware(FaultInjection, faults=faults))
     if settings.rate_limits:
         middleware.append(Middleware(RateLimits, settings=settings))
-    app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
+    routes = [operation.route for operation in operations]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
+    app.state.operations, app.state.faults = operations, faults
     return app
 
 
@@ -2044,18 +2140,19 @@ EXAMPLES: dict[Any, Any] = {
     EventQueryIn: {"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]}, "page_size": 100},
     UsageIn: {"event_name": "api_request", "external_customer_id": "cust_42", "aggregation_type": "SUM",
               "property_name": "tokens", "window_size": "DAY", "timezone": "America/New_York"},
+    InjectedFault: {"method": "POST", "path": "/v1/events/bulk", "times": 2, "status": 429, "retry_after_s": 1},
 }  # fmt: skip
 
 
-@lru_cache(1)
-def openapi_document() -> dict[str, Any]:
-    """This API as OpenAPI 3.1, made from the route table and the wire types."""
+@lru_cache
+def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
+    """The routes as OpenAPI 3.1, made from their table and the wire types."""
     # Two types need help: a Raw has no schema as a default, and a batch is an array to everyone but its decoder.
     event_in = msgspec.defstruct(
         "EventIn", [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
     )
-    answers = [operation.answer for operation in OPERATIONS if isinstance(operation.answer, type)]
-    types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, *answers])
+    answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
+    types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, InjectedFault, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
     for name, fields in FIELD_SCHEMAS.items():
         schemas[name]["properties"] |= fields
@@ -2063,7 +2160,7 @@ def openapi_document() -> dict[str, Any]:
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": _ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
-    for operation in OPERATIONS:
+    for operation in operations:
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
     return {
@@ -2109,6 +2206,256 @@ def _describe(operation: Operation) -> dict[str, Any]:
         body = {"schema": _ref(operation.body), "example": EXAMPLES[operation.body]}
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
     return described
+
+
+# ---------------------------------------------------------------------------------------------- mock
+
+FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
+               504: "gateway_timeout"}  # fmt: skip
+MAX_DELAY_MS = 600_000
+MAX_FAULT_TIMES = 1_000_000
+MOCK_API_KEY = "eventstore-test-key"
+MOCK_SHUTDOWN_TIMEOUT_S = 1
+
+
+def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
+    """The fault with its defaults. ApiError names what is wrong with it, and a fault that no request can match."""
+    one_of = _one_of("202", *map(str, FAULT_CODES))
+    checked = InjectedFault(
+        method=sent.method.upper() if sent.method else None,
+        path=sent.path or None,
+        times=faults.check("times", whole_within(1, MAX_FAULT_TIMES), sent.times) or 1,
+        status=faults.check("status", lambda status: int(one_of(str(status))), sent.status),
+        retry_after_s=faults.check("retry_after_s", whole_within(0, 86_400), sent.retry_after_s),
+        delay_ms=faults.check("delay_ms", whole_within(0, MAX_DELAY_MS), sent.delay_ms),
+        stored=sent.stored,
+    )
+    if sent.status is None and sent.delay_ms is None:
+        faults.add("status", "required", "or delay_ms is required: what is to go wrong")
+    if sent.status is None and sent.retry_after_s is not None:
+        faults.add("retry_after_s", "invalid_format", "goes with an error status only")
+    if sent.stored and checked.status == 202:
+        faults.add("stored", "invalid_format", "must be false with status 202: stored and accepted is no fault")
+    if sent.stored is False and sent.status is None:
+        faults.add("stored", "invalid_format", "must not be false without a status: 202 accepts an event and loses it")
+    check_that_some_request_matches(checked, faults)
+    faults.refuse()
+    return checked
+
+
+def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
+    routes = [operation.route for operation in OPERATIONS if operation.path.startswith("/v1/")]
+    there = [route for route in routes if fault.path is None or route.path_regex.match(fault.path)]
+    methods = {method for route in there for method in route.methods or ()}
+    if not there:
+        served = ", ".join(sorted({route.path.replace(":anything}", "}") for route in routes}))
+        faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
+    elif fault.method and fault.method not in methods:
+        allowed = ", ".join(sorted(methods))
+        faults.add(
+            "method", "invalid_format", f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
+        )
+    elif fault.needs_ingest and not any(fault.is_for("POST", path) for path in INGEST_PATHS):
+        name = "stored" if fault.stored else "status"
+        ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
+        faults.add(name, "invalid_format", f"must be another for this request: only {ingest} can be answered so")
+
+
+class FaultQueue:
+    """The faults that wait for their requests, first come first served, of one environment or of all (None)."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str | None, InjectedFault]] = []
+        self._lock = threading.Lock()  # tests add from another thread than the server's
+
+    def add(self, fault: InjectedFault, environment: str | None = None) -> None:
+        with self._lock:
+            self._waiting.append((environment, fault))
+
+    def take(self, environment: str, method: str, path: str) -> InjectedFault | None:
+        """The first fault for such a request; it is used up once."""
+        with self._lock:
+            for place, (whose, fault) in enumerate(self._waiting):
+                if whose in (None, environment) and fault.is_for(method, path):
+                    left = (fault.times or 1) - 1
+                    self._waiting[place : place + 1] = [(whose, replace(fault, times=left))] if left else []
+                    return fault
+        return None
+
+    def waiting(self, environment: str | None = None) -> list[InjectedFault]:
+        """What waits for requests of this environment; None: of any."""
+        with self._lock:
+            return [fault for whose, fault in self._waiting if None in (whose, environment) or whose == environment]
+
+    def clear(self, environment: str | None = None) -> int:
+        with self._lock:
+            kept = [(whose, fault) for whose, fault in self._waiting if environment and whose != environment]
+            cleared = len(self._waiting) - len(kept)
+            self._waiting = kept
+        return cleared
+
+
+class FaultInjection:
+    """ASGI middleware of a mock: answers as the next fault says, and as ever when none waits."""
+
+    def __init__(self, app: ASGIApp, faults: FaultQueue) -> None:
+        self._app = app
+        self._faults = faults
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        fault = None
+        if "environment" in scope and scope["path"].startswith("/v1/"):
+            fault = self._faults.take(scope["environment"], scope["method"], scope["path"])
+        if fault is None:
+            await self._app(scope, receive, send)
+            return
+        answer: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            answer.append(message)
+
+        if not fault.status or fault.needs_ingest:
+            scope["loses_events"] = fault.status == 202
+            await self._app(scope, receive, keep)
+        if (
+            fault.status and fault.status != 202 and (not answer or answer[0]["status"] == 202)
+        ):  # else it is refused anyway
+            answer.clear()
+            error = ApiError(FAULT_CODES[fault.status], "a fault that was asked for", None, fault.retry_after_s)
+            await error_response(Request(scope), error)(scope, receive, keep)
+        await asyncio.sleep((fault.delay_ms or 0) / 1000)
+        for message in answer:
+            await send(message)
+
+
+async def reset_events(request: Request) -> Response:
+    """DELETE /_mock/events: forgets the events of the key's environment."""
+    deleted = await asyncio.to_thread(request.app.state.store.delete_events, request["environment"])
+    return json_response(Deleted(deleted))
+
+
+async def inject_fault(request: Request) -> Response:
+    """POST /_mock/faults: what shall go wrong with the next requests of the key's environment."""
+    faults = Faults()
+    body = await read_body(request)
+    for name in decode(MEMBERS, body) or {}:
+        if name not in InjectedFault.__struct_fields__:
+            known = ", ".join(InjectedFault.__struct_fields__)
+            faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
+    sent = decode(INJECTED_FAULT, body) or decode_members(InjectedFault, body, faults)
+    request.app.state.faults.add(check_fault(sent, faults), request["environment"])
+    return await list_faults(request)
+
+
+async def list_faults(request: Request) -> Response:
+    """GET /_mock/faults: the faults that still wait for their requests."""
+    return json_response(InjectedFaults(request.app.state.faults.waiting(request["environment"])))
+
+
+async def clear_faults(request: Request) -> Response:
+    """DELETE /_mock/faults: from here on everything works."""
+    return json_response(Deleted(request.app.state.faults.clear(request["environment"])))
+
+
+MOCK_OPERATIONS = (
+    Operation("DELETE", "/_mock/events", reset_events, Deleted),
+    Operation("POST", "/_mock/faults", inject_fault, InjectedFaults, InjectedFault),
+    Operation("GET", "/_mock/faults", list_faults, InjectedFaults),
+    Operation("DELETE", "/_mock/faults", clear_faults, Deleted),
+)
+
+
+class MockServer:
+    """A server for tests, as `running_server` and the pytest fixture `flexprice` give it."""
+
+    def __init__(self, app: Starlette, url: str, api_keys: Mapping[str, str]) -> None:
+        self.url = url  # ends in /v1
+        self.api_keys = dict(api_keys)  # key -> environment
+        self.api_key = next(iter(api_keys))
+        self._store: Store = app.state.store
+        self._faults: FaultQueue = app.state.faults
+
+    def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
+        """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
+
+        `filters` are those of POST /v1/events/query (SPEC 5), over all times; TypeError for an unknown one, ApiError
+        for a bad value. `environment` defaults to that of `api_key`.
+        """
+        all_times: dict[str, Any] = {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000}
+        sent = EventQueryIn(**all_times | filters)
+        view = View(environment or self.api_keys[self.api_key], 0)
+        query = event_query(sent, view, 1000, Faults())
+        reader = _Reader(self._store.path)
+        try:
+            events = reader.run(lambda conn: list(stored_events(conn, query)), math.inf)
+        finally:
+            reader.conn.close()
+        return list(json.loads(ENCODER.encode(events)))
+
+    def reset(self) -> None:
+        """Forget all events and all faults."""
+        self._faults.clear()
+        self._store.delete_events()
+
+    def fail(self, **fault: Any) -> None:
+        """Let the next requests that match fail: the fields of POST /_mock/faults. ValueError if it is malformed."""
+        try:
+            self._faults.add(check_fault(msgspec.convert(fault, InjectedFault), Faults()))
+        except (msgspec.ValidationError, ApiError) as error:
+            raise ValueError(f"not a fault: {error}") from None
+
+    def faults(self) -> list[dict[str, Any]]:
+        """The faults that still wait for their requests."""
+        return [msgspec.structs.asdict(fault) for fault in self._faults.waiting()]
+
+
+@contextmanager
+def running_server(*, api_keys: Mapping[str, str] | None = None, **settings: Any) -> Iterator[MockServer]:
+    """A real server in a thread, on a free port of this machine with a temporary database, until the block ends.
+
+    `api_keys` maps keys to environments; `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
+    """
+    api_keys = api_keys or {MOCK_API_KEY: "development"}
+    hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
+    defaults: dict[str, Any] = {"api_keys": hashed, "db": ":memory:", "mock": True}
+    with listen("127.0.0.1", 0) as listener:
+        app = create_app(Settings(**defaults | settings))
+        server = uvicorn_server(app, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
+        thread = threading.Thread(target=server.run, args=[[listener]], name="eventstore-server", daemon=True)
+        thread.start()
+        try:  # the socket listens already: a request that comes before the thread is ready waits for it
+            yield MockServer(app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_keys)
+        finally:
+            server.should_exit = True
+            thread.join()
+            app.state.store.close()
+
+
+def _pytest_plugin() -> object:
+    """The plugin that pytest finds by its entry point. Made on demand: the server does not need pytest."""
+    import pytest  # noqa: PLC0415
+
+    class Plugin:
+        @pytest.fixture(scope="session")
+        def _flexprice_server(self) -> Iterator[MockServer]:
+            with running_server() as server:
+                yield server
+
+        @pytest.fixture
+        def flexprice(self, _flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> MockServer:
+            """A FlexPrice of one's own: empty, and found by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
+            _flexprice_server.reset()
+            monkeypatch.setenv("FLEXPRICE_API_HOST", _flexprice_server.url)
+            monkeypatch.setenv("FLEXPRICE_API_KEY", _flexprice_server.api_key)
+            return _flexprice_server
+
+    return Plugin()
+
+
+def __getattr__(name: str) -> object:
+    if name == "pytest_plugin":
+        return _pytest_plugin()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -2175,13 +2522,14 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None)
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
+    mock = "  mock         /_mock/events and /_mock/faults are open\n" if app.state.settings.mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
   database     {store.path} ({store.events_at_start:,} events)
   base URL     {base_url}
   API key      {key_note}{f" ({key_source})" if made_key else ""}
   environment  {environments}
-
+{mock}
 Send an event, and read it back:
   curl {base_url}/events -H "x-api-key: {key}" -d '{event}'
   curl {base_url}/events -H "x-api-key: {key}"
@@ -2224,6 +2572,8 @@ def serve(arguments: argparse.Namespace) -> int:
                 query_timeout_s=arguments.query_timeout_s,
                 queue_events=arguments.queue_events,
                 rate_limits=arguments.rate_limit,
+                visibility_lag_ms=arguments.visibility_lag_ms,
+                mock=arguments.mock,
             )
         )
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
@@ -2234,8 +2584,8 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> None:
-    server = uvicorn.Server(
+def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
+    return uvicorn.Server(
         uvicorn.Config(
             app,
             http=Protocol,
@@ -2245,9 +2595,13 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> Non
             access_log=access_log,
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
+            timeout_graceful_shutdown=shutdown_timeout_s,
         )
     )
+
+
+def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> None:
+    server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, access_log)
 
     def stop(signal_number: int, frame: object) -> None:
         # uvicorn raises the signal again when it is done; the default handler would make the exit status -15.
@@ -2258,14 +2612,15 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> Non
     server.run(sockets=[listener])
 
 
-def positive(kind: Callable[[str], T]) -> Callable[[str], T]:
+def positive(kind: Callable[[str], T], or_zero: bool = False) -> Callable[[str], T]:
     def parse(text: str) -> T:
         try:
             value = kind(text)
         except ValueError:
-            value = kind("0")
-        if not value > kind("0"):  # type: ignore[operator]
-            raise argparse.ArgumentTypeError(f"must be a number greater than 0, got {text!r}")
+            value = kind("-1")
+        if not (value > kind("0") or (or_zero and value == kind("0"))):  # type: ignore[operator]
+            least = "0 or greater" if or_zero else "greater than 0"
+            raise argparse.ArgumentTypeError(f"must be a number {least}, got {text!r}")
         return value
 
     return parse
@@ -2298,6 +2653,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
     add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
         "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
+    add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
+    add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms, help="show events "
+        "to queries so long after they were accepted")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
     return parser.parse_args(argv)
