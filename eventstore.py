@@ -57,6 +57,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -2435,21 +2436,22 @@ def _pytest_plugin() -> object:
     """The plugin that pytest finds by its entry point. Made on demand: the server does not need pytest."""
     import pytest  # noqa: PLC0415
 
-    class Plugin:
-        @pytest.fixture(scope="session")
-        def _flexprice_server(self) -> Iterator[MockServer]:
-            with running_server() as server:
-                yield server
+    @pytest.fixture(scope="session")
+    def _flexprice_server() -> Iterator[MockServer]:
+        with running_server() as server:
+            yield server
 
-        @pytest.fixture
-        def flexprice(self, _flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> MockServer:
-            """A FlexPrice of one's own: empty, and found by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
-            _flexprice_server.reset()
-            monkeypatch.setenv("FLEXPRICE_API_HOST", _flexprice_server.url)
-            monkeypatch.setenv("FLEXPRICE_API_KEY", _flexprice_server.api_key)
-            return _flexprice_server
+    @pytest.fixture
+    def flexprice(_flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> MockServer:
+        """A FlexPrice of one's own: empty, and found by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
+        _flexprice_server.reset()
+        monkeypatch.setenv("FLEXPRICE_API_HOST", _flexprice_server.url)
+        monkeypatch.setenv("FLEXPRICE_API_KEY", _flexprice_server.api_key)
+        return _flexprice_server
 
-    return Plugin()
+    plugin = ModuleType("flexprice_fixture")
+    vars(plugin).update(_flexprice_server=_flexprice_server, flexprice=flexprice)
+    return plugin
 
 
 def __getattr__(name: str) -> object:
