@@ -51,8 +51,8 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1335,8 +1335,9 @@ class _Reader:
         self.conn = connect(path, READER_PRAGMAS)
         for function in (property_json, property_text, property_number):
             self.conn.create_function(function.__name__, 2, function, deterministic=True)
-        self.conn.set_progress_handler(lambda: time.monotonic() > self.deadline, PROGRESS_STEPS)
+        self.conn.set_progress_handler(lambda: self.closing or time.monotonic() > self.deadline, PROGRESS_STEPS)
         self.deadline = 0.0
+        self.closing = False  # a deadline alone would be set anew by the next query
 
     def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
         """The operation's result. TimeoutError if it takes longer than limit_s."""
@@ -1361,13 +1362,16 @@ class Store:
         self.path = os.path.join(self._temporary, "events.db") if self._temporary else settings.db
         self.events_at_start = _prepare(self.path)
         self._closing = False
+        self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
         self._writes: _Queue = queue.SimpleQueue()
         self._reads: _Queue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
-        self._quick_reader = _Reader(self.path)
-        self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
-        self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+        with _start_errors(self.path):  # here, not in the threads: nobody would answer those who wait for a dead one
+            self._conn = connect(self.path, WRITER_PRAGMAS)
+            self._quick_reader = _Reader(self.path)
+            self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
+            self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
         self._reader_threads = [
             threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
             for reader in self._readers
@@ -1408,9 +1412,10 @@ class Store:
         """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
         if self._closing:
             return
-        self._closing = True
+        with self._gate:
+            self._closing = True
         for reader in self._readers:
-            reader.deadline = 0.0  # ends what it runs
+            reader.closing = True  # ends what it runs
             self._reads.put(None)
         for thread in self._reader_threads:
             thread.join()
@@ -1422,11 +1427,12 @@ class Store:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _ask(self, tasks: _Queue, work: object) -> asyncio.Future[Any]:
-        if self._closing:
-            raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
-        tasks.put(_Task(work, loop, answer))
+        with self._gate:  # what is put in after the threads' None would never be answered
+            if self._closing:
+                raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
+            tasks.put(_Task(work, loop, answer))
         return answer
 
     def _read_until_closed(self, reader: _Reader) -> None:
@@ -1436,7 +1442,7 @@ class Store:
     def _read(self, reader: _Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
         limit_s = self._settings.query_timeout_s
         try:
-            return reader.run(operation, 0.0 if self._closing else limit_s)
+            return reader.run(operation, limit_s)
         except TimeoutError:
             limit = f"the query took longer than {limit_s:g} s; narrow its time range or its filters"
             reason = "the server is shutting down" if self._closing else limit
@@ -1448,20 +1454,20 @@ class Store:
             return error
 
     def _write_until_closed(self) -> None:
-        conn = connect(self.path, WRITER_PRAGMAS)
         while group := self._next_group():
-            _answer(group, self._commit(conn, group))
-        with suppress(sqlite3.Error):  # a reader in another process may be in the way; the WAL is as safe
-            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        conn.close()
+            _answer(group, self._commit(group))
+        with suppress(sqlite3.Error):
+            self._conn.execute("PRAGMA busy_timeout = 0")  # another process may be in the way; the WAL is as safe
+            self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._conn.close()
 
-    def _next_group(self) -> list[_Task]:
-        """What waits now, up to about GROUP_EVENTS events; blocks while nothing does; empty when closed."""
+    def _next_group(self, limit: float = GROUP_EVENTS, block: bool = True) -> list[_Task]:
+        """What waits now, up to about `limit` events; may block while nothing does; empty when closed."""
         group: list[_Task] = []
         events = 0
         with suppress(queue.Empty):
-            while events < GROUP_EVENTS:
-                task = self._writes.get(block=not group)
+            while events < limit:
+                task = self._writes.get(block=block and not group)
                 if task is None:
                     self._writes.put(None)  # for the next call, after this group
                     break
@@ -1469,17 +1475,24 @@ class Store:
                 events += len(task.work)
         return group
 
-    def _commit(self, conn: sqlite3.Connection, group: list[_Task]) -> list[object]:
+    def _commit(self, group: list[_Task]) -> list[object]:
+        """What became of each request of the group; a failed commit stores none of them."""
         try:
-            conn.execute("BEGIN IMMEDIATE")
-            outcomes = insert_group(conn, [task.work for task in group])
-            conn.execute("COMMIT")
-        except Exception:
-            log.exception("a commit failed; none of its %d requests was stored", len(group))
-            if conn.in_transaction:
-                conn.execute("ROLLBACK")
-            message = "the database refused the write; nothing was stored, the server's log says why"
-            return [ApiError("database_error", message) for _ in group]
+            self._conn.execute("BEGIN IMMEDIATE")
+            outcomes = insert_group(self._conn, [task.work for task in group])
+            self._conn.execute("COMMIT")
+        except Exception as error:
+            with suppress(sqlite3.Error):  # a full disk may refuse it, too; this thread must go on
+                if self._conn.in_transaction:
+                    self._conn.execute("ROLLBACK")
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                log.exception("a commit failed; none of its %d requests was stored", len(group))
+                message = "the database refused the write; nothing was stored, the server's log says why"
+                return [ApiError("database_error", message) for _ in group]
+            # Whoever waits behind would wait in vain, too, group after group, each as long as this one.
+            group += self._next_group(math.inf, block=False)
+            message = "another process has locked the database; nothing was stored, try again"
+            return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
         return list(outcomes)
 
 
@@ -1532,12 +1545,15 @@ def _prepare(path: str) -> int:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        return _migrate(conn, path)
+
+
+@contextmanager
+def _start_errors(path: str) -> Iterator[None]:
+    """Tells in a StartError what SQLite finds wrong with the file."""
     try:
-        conn = sqlite3.connect(path, isolation_level=None)
-        try:
-            return _migrate(conn, path)
-        finally:
-            conn.close()
+        yield
     except sqlite3.Error as error:
         reasons = {
             sqlite3.SQLITE_NOTADB: "it is not a SQLite database",
