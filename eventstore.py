@@ -1372,6 +1372,7 @@ class Store:
             self._quick_reader = _Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
             self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+        self._files = _files_of(self.path)
         self._reader_threads = [
             threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
             for reader in self._readers
@@ -1478,6 +1479,8 @@ class Store:
     def _commit(self, group: list[_Task]) -> list[object]:
         """What became of each request of the group; a failed commit stores none of them."""
         try:
+            if _files_of(self.path) != self._files:  # SQLite goes on in the removed file, and it ends with the process
+                raise FileNotFoundError(f"{self.path} or its -wal was removed or replaced: put it back, or restart")
             self._conn.execute("BEGIN IMMEDIATE")
             outcomes = insert_group(self._conn, [task.work for task in group])
             self._conn.execute("COMMIT")
@@ -1521,6 +1524,11 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     for pragma in (*PRAGMAS, *pragmas):
         conn.execute(pragma)
     return conn
+
+
+def _files_of(path: str) -> list[tuple[int, int]]:
+    """Which files the database and its WAL are, whatever their names. OSError if one is missing."""
+    return [(found.st_dev, found.st_ino) for found in map(os.stat, (path, f"{path}-wal"))]
 
 
 def data_file(name: str) -> Path:
