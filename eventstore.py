@@ -104,6 +104,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 50_000  # what may wait for the writer
+    queue_bytes: int = 256 * 1024 * 1024  # request bodies held at a time, one alone may be longer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
     clock: Callable[[], int] = now_us
 
@@ -1696,7 +1697,8 @@ class RateLimits:
 
 async def read_body(request: Request) -> bytes:
     """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
-    limit: int = request.app.state.settings.max_body_bytes
+    state = request.app.state
+    limit: int = state.settings.max_body_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
     size = 0
@@ -1706,6 +1708,11 @@ async def read_body(request: Request) -> bytes:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
+        state.held_bytes += len(chunks[-1])
+        request.scope["held_bytes"] = size  # until the answer is made: Endpoint
+        if size < state.held_bytes > state.settings.queue_bytes:
+            reason = f"{state.held_bytes} bytes of requests are under way, the limit is {state.settings.queue_bytes}"
+            raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         if size <= limit and not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
     got = max(size, announced)
@@ -1845,6 +1852,8 @@ class Endpoint:
             response = await self._handler(request)
         except asyncio.CancelledError:  # uvicorn would answer 500 in plain text, which says that nothing was stored
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
+        finally:
+            request.app.state.held_bytes -= scope.get("held_bytes", 0)
         await response(scope, receive, send)
 
 
@@ -1943,6 +1952,7 @@ def create_app(settings: Settings) -> Starlette:
     app = Starlette(routes=ROUTES, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
+    app.state.held_bytes = 0  # of all bodies that are being received or worked on: read_body
     return app
 
 
@@ -2263,6 +2273,7 @@ def serve(arguments: argparse.Namespace) -> int:
                 max_body_bytes=arguments.max_body_bytes,
                 query_timeout_s=arguments.query_timeout_s,
                 queue_events=arguments.queue_events,
+                queue_bytes=arguments.queue_bytes,
                 rate_limits=arguments.rate_limit,
             )
         )
@@ -2336,6 +2347,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
     add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
         "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
