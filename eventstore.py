@@ -53,7 +53,7 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from pathlib import Path
@@ -107,6 +107,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 50_000  # what may wait for the writer
+    queue_bytes: int = 256 * 1024 * 1024  # request bodies held at a time, one alone may be longer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
     visibility_lag_ms: int = 0  # events are seen by queries so long after they were accepted
     mock: bool = False  # whether /_mock resets and misbehaves on request
@@ -1408,8 +1409,9 @@ class _Reader:
         self.conn = connect(path, READER_PRAGMAS)
         for function in (property_json, property_text, property_number):
             self.conn.create_function(function.__name__, 2, function, deterministic=True)
-        self.conn.set_progress_handler(lambda: time.monotonic() > self.deadline, PROGRESS_STEPS)
+        self.conn.set_progress_handler(lambda: self.closing or time.monotonic() > self.deadline, PROGRESS_STEPS)
         self.deadline = 0.0
+        self.closing = False  # a deadline alone would be set anew by the next query
 
     def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
         """The operation's result. TimeoutError if it takes longer than limit_s."""
@@ -1436,13 +1438,17 @@ class Store:
         # What is removed at exit need not be on the disk before the answer.
         self._writer_pragmas = (*WRITER_PRAGMAS, *["PRAGMA synchronous = OFF"] * bool(self._temporary))
         self._closing = False
+        self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
         self._writes: _Queue = queue.SimpleQueue()
         self._reads: _Queue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
-        self._quick_reader = _Reader(self.path)
-        self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
-        self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+        with _start_errors(self.path):  # here, not in the threads: nobody would answer those who wait for a dead one
+            self._conn = connect(self.path, self._writer_pragmas)
+            self._quick_reader = _Reader(self.path)
+            self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
+            self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+        self._files = _files_of(self.path)
         self._reader_threads = [
             threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
             for reader in self._readers
@@ -1481,20 +1487,18 @@ class Store:
 
     def delete_events(self, environment: str | None = None) -> int:
         """Delete the events of one environment, or of all; returns how many. For any thread but an event loop's."""
-        conn = connect(self.path, self._writer_pragmas)
-        try:
-            of_one = "" if environment is None else " WHERE environment = :environment"
+        of_one = "" if environment is None else " WHERE environment = :environment"
+        with closing(connect(self.path, self._writer_pragmas)) as conn:
             return conn.execute(f"DELETE FROM events{of_one}", {"environment": environment}).rowcount
-        finally:
-            conn.close()
 
     def close(self) -> None:
         """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
         if self._closing:
             return
-        self._closing = True
+        with self._gate:
+            self._closing = True
         for reader in self._readers:
-            reader.deadline = 0.0  # ends what it runs
+            reader.closing = True  # ends what it runs
             self._reads.put(None)
         for thread in self._reader_threads:
             thread.join()
@@ -1506,11 +1510,12 @@ class Store:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _ask(self, tasks: _Queue, work: object) -> asyncio.Future[Any]:
-        if self._closing:
-            raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
-        tasks.put(_Task(work, loop, answer))
+        with self._gate:  # what is put in after the threads' None would never be answered
+            if self._closing:
+                raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
+            tasks.put(_Task(work, loop, answer))
         return answer
 
     def _read_until_closed(self, reader: _Reader) -> None:
@@ -1520,7 +1525,7 @@ class Store:
     def _read(self, reader: _Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
         limit_s = self._settings.query_timeout_s
         try:
-            return reader.run(operation, 0.0 if self._closing else limit_s)
+            return reader.run(operation, limit_s)
         except TimeoutError:
             limit = f"the query took longer than {limit_s:g} s; narrow its time range or its filters"
             reason = "the server is shutting down" if self._closing else limit
@@ -1532,20 +1537,20 @@ class Store:
             return error
 
     def _write_until_closed(self) -> None:
-        conn = connect(self.path, self._writer_pragmas)
         while group := self._next_group():
-            _answer(group, self._commit(conn, group))
-        with suppress(sqlite3.Error):  # a reader in another process may be in the way; the WAL is as safe
-            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        conn.close()
+            _answer(group, self._commit(group))
+        with suppress(sqlite3.Error):
+            self._conn.execute("PRAGMA busy_timeout = 0")  # another process may be in the way; the WAL is as safe
+            self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._conn.close()
 
-    def _next_group(self) -> list[_Task]:
-        """What waits now, up to about GROUP_EVENTS events; blocks while nothing does; empty when closed."""
+    def _next_group(self, limit: float = GROUP_EVENTS, block: bool = True) -> list[_Task]:
+        """What waits now, up to about `limit` events; may block while nothing does; empty when closed."""
         group: list[_Task] = []
         events = 0
         with suppress(queue.Empty):
-            while events < GROUP_EVENTS:
-                task = self._writes.get(block=not group)
+            while events < limit:
+                task = self._writes.get(block=block and not group)
                 if task is None:
                     self._writes.put(None)  # for the next call, after this group
                     break
@@ -1553,17 +1558,26 @@ class Store:
                 events += len(task.work)
         return group
 
-    def _commit(self, conn: sqlite3.Connection, group: list[_Task]) -> list[object]:
+    def _commit(self, group: list[_Task]) -> list[object]:
+        """What became of each request of the group; a failed commit stores none of them."""
         try:
-            conn.execute("BEGIN IMMEDIATE")
-            outcomes = insert_group(conn, [task.work for task in group])
-            conn.execute("COMMIT")
-        except Exception:
-            log.exception("a commit failed; none of its %d requests was stored", len(group))
-            if conn.in_transaction:
-                conn.execute("ROLLBACK")
-            message = "the database refused the write; nothing was stored, the server's log says why"
-            return [ApiError("database_error", message) for _ in group]
+            if _files_of(self.path) != self._files:  # SQLite goes on in the removed file, and it ends with the process
+                raise FileNotFoundError(f"{self.path} or its -wal was removed or replaced: put it back, or restart")
+            self._conn.execute("BEGIN IMMEDIATE")
+            outcomes = insert_group(self._conn, [task.work for task in group])
+            self._conn.execute("COMMIT")
+        except Exception as error:
+            with suppress(sqlite3.Error):  # a full disk may refuse it, too; this thread must go on
+                if self._conn.in_transaction:
+                    self._conn.execute("ROLLBACK")
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                log.exception("a commit failed; none of its %d requests was stored", len(group))
+                message = "the database refused the write; nothing was stored, the server's log says why"
+                return [ApiError("database_error", message) for _ in group]
+            # Whoever waits behind would wait in vain, too, group after group, each as long as this one.
+            group += self._next_group(math.inf, block=False)
+            message = "another process has locked the database; nothing was stored, try again"
+            return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
         return list(outcomes)
 
 
@@ -1594,6 +1608,11 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     return conn
 
 
+def _files_of(path: str) -> list[tuple[int, int]]:
+    """Which files the database and its WAL are, whatever their names. OSError if one is missing."""
+    return [(found.st_dev, found.st_ino) for found in map(os.stat, (path, f"{path}-wal"))]
+
+
 def data_file(name: str) -> Path:
     """A file that comes with the module: in a wheel's own folder, or beside the module in a checkout."""
     here = Path(__file__).resolve().parent
@@ -1616,12 +1635,15 @@ def _prepare(path: str) -> int:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        return _migrate(conn, path)
+
+
+@contextmanager
+def _start_errors(path: str) -> Iterator[None]:
+    """Tells in a StartError what SQLite finds wrong with the file."""
     try:
-        conn = sqlite3.connect(path, isolation_level=None)
-        try:
-            return _migrate(conn, path)
-        finally:
-            conn.close()
+        yield
     except sqlite3.Error as error:
         reasons = {
             sqlite3.SQLITE_NOTADB: "it is not a SQLite database",
@@ -1756,7 +1778,8 @@ class RateLimits:
 
 async def read_body(request: Request) -> bytes:
     """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
-    limit: int = request.app.state.settings.max_body_bytes
+    state = request.app.state
+    limit: int = state.settings.max_body_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
     size = 0
@@ -1766,6 +1789,11 @@ async def read_body(request: Request) -> bytes:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
+        state.held_bytes += len(chunks[-1])
+        request.scope["held_bytes"] = size  # until the answer is made: Endpoint
+        if size < state.held_bytes > state.settings.queue_bytes:
+            reason = f"{state.held_bytes} bytes of requests are under way, the limit is {state.settings.queue_bytes}"
+            raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         if size <= limit and not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
     got = max(size, announced)
@@ -1908,7 +1936,13 @@ class Endpoint:
         self._handler = handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._handler(Request(scope, receive))
+        request = Request(scope, receive)
+        try:
+            response = await self._handler(request)
+        except asyncio.CancelledError:  # uvicorn would answer 500 in plain text, which says that nothing was stored
+            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
+        finally:
+            request.app.state.held_bytes -= scope.get("held_bytes", 0)
         await response(scope, receive, send)
 
 
@@ -2012,6 +2046,7 @@ def create_app(settings: Settings) -> Starlette:
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
     app.state.operations, app.state.faults = operations, faults
+    app.state.held_bytes = 0  # of all bodies that are being received or worked on: read_body
     return app
 
 
@@ -2462,7 +2497,9 @@ def __getattr__(name: str) -> object:
 
 # ---------------------------------------------------------------------------------------------- command line
 
-SHUTDOWN_TIMEOUT_S = 8  # what a request under way may still take after SIGTERM
+# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
+# after it.
+SHUTDOWN_TIMEOUT_S = 5
 
 
 def parse_api_key(text: str) -> ApiKey:
@@ -2554,6 +2591,15 @@ def stop_counting_memory() -> None:
             sqlite.sqlite3_initialize()
 
 
+def raise_file_limit() -> None:
+    """Every connection is an open file, and many systems give a process 1024 unless it asks for more."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource  # noqa: PLC0415 - not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish what is under way, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -2565,6 +2611,7 @@ def serve(arguments: argparse.Namespace) -> int:
             "choose one with --api-key or FLEXPRICE_API_KEY"
         )
     stop_counting_memory()
+    raise_file_limit()
     with listen(arguments.host, arguments.port) as listener:
         app = create_app(
             Settings(
@@ -2573,6 +2620,7 @@ def serve(arguments: argparse.Namespace) -> int:
                 max_body_bytes=arguments.max_body_bytes,
                 query_timeout_s=arguments.query_timeout_s,
                 queue_events=arguments.queue_events,
+                queue_bytes=arguments.queue_bytes,
                 rate_limits=arguments.rate_limit,
                 visibility_lag_ms=arguments.visibility_lag_ms,
                 mock=arguments.mock,
@@ -2653,6 +2701,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
     add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
         "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")

@@ -24,7 +24,8 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,9 @@ from zoneinfo import ZoneInfo
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from starlette.testclient import TestClient
 
 import eventstore
@@ -2374,6 +2378,388 @@ def test_the_official_sdk_raises_the_servers_message(live, key, status, message)
         with pytest.raises(FlexpriceError, match=message) as refusal:
             sdk.events.ingest_event(event_name="call", external_customer_id="cust", timestamp="yesterday")
         assert refusal.value.status_code == status
+
+
+# ---------------------------------------------------------------------------------------------- a bad day
+# Longer: EVENTSTORE_TEST_STORM=500 EVENTSTORE_TEST_EXAMPLES=2000 pytest -k bad_day. Again: EVENTSTORE_TEST_SEED=...
+
+STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
+EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
+SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
+
+
+@pytest.fixture
+def choose(request, capsys) -> random.Random:
+    """What chance decides in a test; its seed is shown, passed or failed."""
+    line = f"EVENTSTORE_TEST_SEED={SEED}"
+    with capsys.disabled():
+        print(f" {line} ", end="", flush=True)
+    print(line)  # this one is captured, and shown with the failure
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+def known_event(event_id: str) -> dict:
+    """All of it follows from its id, which is a number, so that what is stored can be compared with what was sent."""
+    number = int(event_id, 16)
+    return event(event_id, event_name=f"name{number % 5}", external_customer_id=f"cust{number % 99}", source="storm",
+                 timestamp=at(-(number % DAY_US)), properties={"id": event_id, "filler": "x" * (number % 400)})  # fmt: skip
+
+
+def known_row(event_id: str) -> tuple:
+    """The same event as the file has it."""
+    sent = known_event(event_id)
+    return ("development", event_id, sent["event_name"], sent["external_customer_id"], "storm",
+            NOW - int(event_id, 16) % DAY_US, json.dumps(sent["properties"]))  # fmt: skip
+
+
+def rows_of(folder: Path) -> list[tuple]:
+    """Every event in the file, which is to be sound, by its id."""
+    with closing(sqlite3.connect(folder / "events.db")) as conn:
+        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        columns = "environment, id, event_name, external_customer_id, source, timestamp_us, properties"
+        return sorted(conn.execute(f"SELECT {columns} FROM events"), key=lambda row: row[1])
+
+
+class Sender:
+    """A client with a ledger: sends events and batches of known ids until told to stop, whatever happens."""
+
+    def __init__(self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7):
+        self.choose, self.sizes, self.patience = random.Random(start), sizes, patience
+        self.port, self.stop = 0, threading.Event()
+        self.acknowledged: list[str] = []
+        self.given_up: list[list[str]] = []  # got no answer and was not sent again: stored whole or not at all
+        self.outcomes: Counter[int | None] = Counter()  # None: no answer
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            batch = [f"{self.choose.getrandbits(128):032x}" for _ in range(self.choose.choice(self.sizes))]
+            is_patient, deadline = self.choose.random() < self.patience, time.monotonic() + 60
+            while not (accepted := self.send(batch)) and is_patient:
+                assert time.monotonic() < deadline, f"never accepted: {self.outcomes}"
+                time.sleep(0.01)
+            if accepted:
+                self.acknowledged += batch
+                self.look_up(self.choose.choice(self.acknowledged))
+            else:
+                self.given_up.append(batch)
+
+    def send(self, batch: list[str]) -> bool:
+        events = [known_event(event_id) for event_id in batch]
+        path, body = ("/v1/events", events[0]) if len(events) == 1 else ("/v1/events/bulk", {"events": events})
+        status, headers = self.request("POST", path, body)
+        if status != 202:
+            return False
+        assert int(headers["X-Events-Inserted"]) in (0, len(batch)), "only a part of the batch was there"
+        return True
+
+    def look_up(self, event_id: str) -> None:
+        assert self.request("GET", f"/v1/events/{event_id}")[0] != 404, "what was acknowledged is gone"
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str]]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            try:
+                connection.request(method, path, json.dumps(body), {"x-api-key": KEY})
+                answer = connection.getresponse()
+                status, headers = answer.status, answer.headers
+            except (OSError, http.client.HTTPException):  # the server is gone, or not there yet
+                status, headers = None, {}
+        self.outcomes[status] += 1
+        return status, headers
+
+
+@contextmanager
+def sending(senders: list[Sender]) -> Iterator[Callable[[], None]]:
+    """Runs the senders; calling what this gives stops them, each when what it sends is acknowledged or given up."""
+    with ThreadPoolExecutor(len(senders)) as pool:
+        running = [pool.submit(sender.run) for sender in senders]
+
+        def stop() -> None:
+            for sender in senders:
+                sender.stop.set()
+            for each in running:
+                each.result()
+
+        try:
+            yield stop
+        finally:
+            for sender in senders:
+                sender.stop.set()
+
+
+def check_ledgers(folder: Path, senders: list[Sender]) -> None:
+    """What was acknowledged is there once with its content, given-up batches whole or not at all, and nothing else."""
+    rows = rows_of(folder)
+    stored = [row[1] for row in rows]
+    present, acknowledged = set(stored), {event_id for sender in senders for event_id in sender.acknowledged}
+    given_up = [set(batch) for sender in senders for batch in sender.given_up]
+    assert len(stored) == len(present), "an event is there twice"
+    assert acknowledged <= present, f"{len(acknowledged - present)} of {len(acknowledged)} acknowledged are lost"
+    assert [batch for batch in given_up if batch & present not in (set(), batch)] == [], "batches in pieces"
+    assert present <= acknowledged.union(*given_up), "what nobody sent"
+    assert rows == [known_row(event_id) for event_id in stored]
+
+
+def test_every_event_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
+    senders = [Sender(choose.getrandbits(64)) for _ in range(6)]
+    with sending(senders) as stop:
+        for kill in range(STORM_KILLS + 1):
+            with Live(tmp_path, "--api-key", KEY) as live:
+                for sender in senders:
+                    sender.port = int(live.port)
+                if kill == STORM_KILLS:
+                    stop()
+                else:
+                    time.sleep(choose.choice([0, 0.02, 0.3, 0.6, 1.2]) + choose.random() / 5)
+                assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+            if choose.random() < 0.3:  # the next one dies on its way up, where it recovers the file
+                starting = subprocess.Popen([*SCRIPT, "serve", "--port", "0"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+                time.sleep(choose.random() * 0.8)
+                starting.kill()
+                starting.wait()
+    outcomes = sum((sender.outcomes for sender in senders), Counter())
+    assert set(outcomes) <= {None, 200, 202}
+    assert outcomes[None] > STORM_KILLS  # requests were cut off
+    check_ledgers(tmp_path, senders)
+
+
+# What chance chooses from: few of each, so that they meet, and each with a way to go wrong.
+NASTY = ["a", "A", "b", "a::b", "::", "1::2", "é", "e\u0301", "\uffff", "😀", "\0", "a\0b", '"', "\\", "%", "' --", "a\nb", " ",
+         "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
+TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
+PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
+SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
+                           "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
+HOUR_US = 3_600_000_000
+# Where listings, windows and the nights on which clocks change begin and end, to the microsecond.
+BORDERS_US = [
+    NOW,
+    NOW - 7 * DAY_US,
+    *(eventstore.to_us(LEDGER_START) + hours * HOUR_US for hours in (0, 46, 47, 48, 49, 240)),
+]
+MOMENTS = st.sampled_from(
+    [eventstore.to_datetime(border + step).isoformat() for border in BORDERS_US for step in (-1, 0, 1)]
+)
+ANY_TIMES = MOMENTS | st.sampled_from(
+    ["0001-01-01T00:00:00.000001+00:00", "1969-12-31T23:59:59.999999+00:00", "9999-12-31T23:59:59.999999+00:00"]
+)
+EVENTS = st.fixed_dictionaries({
+    "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
+    "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
+    "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
+    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
+PROPERTY_FILTERS = st.dictionaries(
+    PROPERTY_NAMES, st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8), min_size=1, max_size=2
+)
+FILTERS = st.fixed_dictionaries({}, optional={
+    "external_customer_id": st.sampled_from(["", "a", "é", "\0"]), "event_name": st.sampled_from(["", "call", "Call", "😀"]),
+    "source": st.sampled_from(["", "a", "::"]), "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": ANY_TIMES,
+    "property_filters": PROPERTY_FILTERS})  # fmt: skip
+ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
+                                "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
+ENVIRONMENTS = st.sampled_from(["development", "staging"])
+METHODS = st.sampled_from(["GET", "POST"])
+WHOLE_TIME = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
+
+
+def as_sent(answered: dict) -> dict:
+    """An answered event as its sender would write it."""
+    assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
+    timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
+    kept = {
+        name: answered[name] for name in ("event_name", "external_customer_id", "customer_id", "source", "properties")
+    }
+    return {"event_id": answered["id"], "timestamp": timestamp, **kept}
+
+
+def literally(events: Iterable[dict]) -> list[str]:
+    """As JSON, in which 1 and true are not the same."""
+    return [json.dumps(one, sort_keys=True) for one in events]
+
+
+def time_us(text: str) -> int:
+    return (datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def is_upside_down(query: dict) -> bool:
+    """Whether a range ends before it starts."""
+    return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
+
+
+def matches(one: dict, query: dict) -> bool:
+    """The filters and the range of a listing, by the words of SPEC 4. The times of both are written alike."""
+    end_us = time_us(query.get("end_time", at()))
+    start_us = time_us(query["start_time"]) if "start_time" in query else end_us - 7 * DAY_US
+    fields = [name for name in ("external_customer_id", "event_name", "source") if query.get(name)]
+    texts = {key: text_of(value) for key, value in one["properties"].items() if not isinstance(value, (dict, list))}
+    return (start_us <= time_us(one["timestamp"]) <= end_us and all(one[name] == query[name] for name in fields)
+            and all(texts.get(key) in values for key, values in query.get("property_filters", {}).items()))  # fmt: skip
+
+
+class Model(RuleBasedStateMachine):
+    """The server beside what it should be: for each environment a dict from an id to the event that came first."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
+        self.walks: list[dict] = []
+        self.client = serving(Path(self.folder.name)).__enter__()
+
+    def teardown(self) -> None:
+        for environment, stored in self.stored.items():
+            found = page(self.enter(environment), "POST", **WHOLE_TIME, page_size=1000, order="asc")
+            in_order = sorted(stored.values(), key=place_by("timestamp"))
+            assert literally(map(as_sent, found["events"])) == literally(in_order)
+        self.client.__exit__(None, None, None)
+        self.folder.cleanup()
+
+    def enter(self, environment: str) -> TestClient:
+        self.client.headers["x-api-key"] = {"development": KEY, "staging": STAGING_KEY}[environment]
+        return self.client
+
+    def note(self, environment: str, events: list[dict]) -> tuple[int, int]:
+        """What storing them should count: the first with an id stays."""
+        stored = self.stored[environment]
+        before = len(stored)
+        for one in events:
+            stored.setdefault(one["event_id"], one | {"event_name": one["event_name"].strip()})
+        return len(stored) - before, len(events) - len(stored) + before
+
+    @rule(environment=ENVIRONMENTS, sent=EVENTS, names_itself=st.booleans())
+    def send_one(self, environment, sent, names_itself):
+        response = self.enter(environment).post("/v1/events", json=sent if names_itself else sent | {"event_id": ""})
+        assert response.status_code == 202
+        stored = sent | {"event_id": response.json()["event_id"]}
+        assert not names_itself or stored == sent
+        assert counts(response) == self.note(environment, [stored])
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
+    def send_a_batch(self, environment, sent):
+        assert counts(store(self.enter(environment), *sent)) == self.note(environment, sent)
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
+    def send_known_ids_with_other_content(self, environment, sent, data):
+        if known := list(self.stored[environment]):
+            again = [one | {"event_id": data.draw(st.sampled_from(known))} for one in sent]
+            assert counts(store(self.enter(environment), *again)) == (0, len(again))
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), place=st.integers(0, 4),
+          bad=st.sampled_from([{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]))  # fmt: skip
+    def send_a_batch_with_a_bad_event(self, environment, sent, place, bad):
+        sent.insert(place, event("bad") | bad)
+        refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
+
+    @rule(environment=ENVIRONMENTS, method=METHODS, filters=FILTERS, order=ORDERS, side=st.sampled_from(["offset", "iter_last_key", "iter_first_key"]),
+          offset=st.integers(0, 5), is_known=st.booleans(), data=st.data())  # fmt: skip
+    def list_a_page(self, environment, method, filters, order, side, offset, is_known, data):
+        if side == "offset":
+            self.check_page(environment, method, filters | order, offset=offset)
+            return
+        known = self.stored[environment]
+        mark = data.draw(st.sampled_from([*known.values()]) if known and is_known else EVENTS)
+        if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
+            mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
+        elif order["sort"] == "event_name":
+            response = ask(self.enter(environment), method, **filters, **order, **{side: cursor(mark)})
+            refused(response, part="start_time" if is_upside_down(filters) else side)
+            return
+        self.check_page(environment, method, filters | order, side, mark, offset)
+
+    def check_page(
+        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
+    ) -> dict | None:
+        """One page against the model: the events, their order, the cursors and the counts."""
+        sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
+        if is_upside_down(query):
+            refused(ask(self.enter(environment), method, **sent), part="start_time")
+            return None
+        answer = page(self.enter(environment), method, **sent)
+        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
+        rows = sorted(
+            (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
+        )
+        after = descending is (side == "iter_first_key")  # which neighbours of the cursor are greater
+        left = (
+            [one for one in rows if (place(one) > place(mark) if after else place(one) < place(mark))]
+            if mark
+            else rows[offset:]
+        )
+        expected = left[-size:] if side == "iter_first_key" else left[:size]
+        assert literally(map(as_sent, answer.pop("events"))) == literally(expected)
+        first, last = (cursor(expected[0]), cursor(expected[-1])) if expected else (None, None)
+        assert answer == {"has_more": len(left) > size, "total_count": len(rows), "offset": None if mark else offset + size,
+                          "iter_first_key": first, "iter_last_key": last}  # fmt: skip
+        return {"events": expected, "has_more": answer["has_more"]}
+
+    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
+    def begin_to_page(self, environment, filters, order):
+        there = {one["event_id"] for one in self.stored[environment].values() if matches(one, filters)}
+        self.walks.append({"query": (environment, filters | order), "there": there, "seen": [], "mark": None})
+
+    @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
+    def go_on_paging(self, method, data, pages):
+        """In between, anything may have happened."""
+        for _ in range(pages if self.walks else 0):
+            walk = self.walks[at_ := data.draw(st.integers(0, len(self.walks) - 1))]
+            environment, query = walk["query"]
+            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
+            walk["seen"] += [one["event_id"] for one in found["events"]] if found else []
+            if found and found["has_more"]:
+                walk["mark"] = found["events"][-1]
+                continue
+            assert len(walk["seen"]) == len(set(walk["seen"]))
+            assert walk["there"] <= set(walk["seen"])
+            if not self.walks.pop(at_) or not self.walks:
+                return
+
+    @rule(environment=ENVIRONMENTS, kind=st.sampled_from(AGGREGATIONS), times=st.tuples(MOMENTS, MOMENTS),
+          narrow=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
+              "external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
+          size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
+    def compute_usage(self, environment, kind, times, narrow, size, zone, in_buckets):
+        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
+        if size:
+            query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
+        if kind == "SUM_WITH_MULTIPLIER":
+            query["multiplier"] = "2.5"
+        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
+        answer = usage(self.enter(environment), kind, **query)
+        expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
+        assert (answer["type"], answer["value"]) == (kind, expected)
+        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
+        assert [each for _, each in windows_of(answer)] == pytest.approx(
+            [each for _, each in per_window], rel=1e-9, abs=1e-9
+        )
+
+    @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
+    def count_by_monitoring(self, environment, times):
+        start, end = sorted(times, key=time_us)
+        between = [
+            one for one in self.stored[environment].values() if matches(one, {"start_time": start, "end_time": end})
+        ]
+        expected = sum(time_us(one["timestamp"]) < time_us(end) for one in between)
+        assert monitored(self.enter(environment), start_time=start, end_time=end) == (expected, [])
+
+    @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
+    def look_one_up(self, environment, event_id, is_known, data):
+        known = self.stored[environment]
+        event_id = data.draw(st.sampled_from([*known])) if known and is_known else event_id
+        response = self.enter(environment).get("/v1/events/lookup", params={"id": event_id})
+        if event_id in known:
+            assert literally([as_sent(response.json()["event"])]) == literally([known[event_id]])
+        else:
+            refused(response, 404, "not_found")
+
+    @rule()
+    def restart(self):
+        self.client.__exit__(None, None, None)
+        self.client = serving(Path(self.folder.name)).__enter__()
+
+
+def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
+    options = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None, print_blob=True, report_multiple_bugs=False,
+                       suppress_health_check=list(HealthCheck))  # fmt: skip
+    run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
 
 
 def test_the_wheel_serves_from_a_clean_environment(tmp_path):
