@@ -7,7 +7,7 @@ plans or invoices, and one process on one machine.
     python eventstore.py serve               # http://127.0.0.1:8080/v1
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
-The rooms of this module, in order; none knows of those below it:
+The rooms of this module, in order; none knows of those below it, but for create_app, which puts them together:
 
     Settings        everything that can be configured
     errors          ApiError and the table of codes
@@ -360,15 +360,6 @@ class InjectedFault(Struct):
     retry_after_s: int | None = None
     delay_ms: int | None = None
     stored: bool | None = None
-
-    def is_for(self, method: str, path: str) -> bool:
-        ingest = method == "POST" and path in INGEST_PATHS
-        return self.method in (None, method) and self.path in (None, path) and (ingest or not self.needs_ingest)
-
-    @property
-    def needs_ingest(self) -> bool:
-        """Whether only ingest can be answered so: accepted and lost, or stored and answered with an error."""
-        return self.status == 202 or bool(self.stored)
 
 
 class InjectedFaults(Struct):
@@ -1081,10 +1072,11 @@ TIME_ORDER = ("timestamp_us", "id")
 NAME_ORDER = ("event_name", "timestamp_us", "id")
 
 SELECT_NAME = "SELECT event_name FROM events WHERE environment = :environment AND id = :id"
-# count(*) of a large file would read a whole index at every start. Only a mock deletes rows, so the last rowid tells.
+# count(*) of a large file would read a whole index at every start; there the last rowid tells, too high only where a
+# mock has deleted events.
 COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(rowid) FROM events))
     FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
-COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = ?1 AND ingested_at_us > ?3"
+COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = :environment AND ingested_at_us > :visible_us"
 
 
 @lru_cache
@@ -1888,7 +1880,8 @@ async def monitor_events(request: Request) -> Response:
     query = monitoring_query(request["query_string"], view_of(request))
     hidden = 0
     if query.view.visible_us is not None:
-        hidden = await request.app.state.store.read(lambda conn: conn.execute(COUNT_HIDDEN, query.view).fetchone()[0])
+        parameters = query.view._asdict()
+        hidden = await request.app.state.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
     return await _aggregate(request, query, partial(monitoring_answer, hidden))
 
 
@@ -2035,17 +2028,17 @@ def create_app(settings: Settings) -> Starlette:
         await asyncio.to_thread(store.close)
 
     operations = (*OPERATIONS, *MOCK_OPERATIONS) if settings.mock else OPERATIONS
-    faults = FaultQueue()
+    fault_queue = FaultQueue()
     middleware = [Middleware(Authentication, api_keys=settings.api_keys)]
     if settings.mock:
-        middleware.append(Middleware(FaultInjection, faults=faults))
+        middleware.append(Middleware(FaultInjection, queue=fault_queue))
     if settings.rate_limits:
         middleware.append(Middleware(RateLimits, settings=settings))
     routes = [operation.route for operation in operations]
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
-    app.state.operations, app.state.faults = operations, faults
+    app.state.operations, app.state.fault_queue = operations, fault_queue
     app.state.held_bytes = 0  # of all bodies that are being received or worked on: read_body
     return app
 
@@ -2101,6 +2094,37 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
+def listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:
+        raise StartError(f"--port must be 0 to 65535, got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
+            errno.EACCES: "ports below 1024 need more rights; choose another with --port",
+        }
+        reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
+        raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
+
+
+def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=access_log,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=shutdown_timeout_s,
+        )
+    )
+
+
 # ---------------------------------------------------------------------------------------------- OpenAPI
 
 _TIME: dict[str, Any] = {"anyOf": [{"type": "string", "format": "date-time", "pattern": f"^{_RFC_3339.pattern}$"},
@@ -2147,6 +2171,12 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
                                  {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
     },
     "Event": {"properties": {"type": "object"}},
+    "InjectedFault": {
+        "times": {"type": ["integer", "null"], "minimum": 1},
+        "status": {"enum": [202, 429, 500, 502, 503, 504, None]},
+        "retry_after_s": {"type": ["integer", "null"], "minimum": 0},
+        "delay_ms": {"type": ["integer", "null"], "minimum": 0},
+    },
 }  # fmt: skip
 FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
 REQUIRED = {
@@ -2188,10 +2218,10 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
         "EventIn", [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
     )
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
-    types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, InjectedFault, *answers])
+    types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
-    for name, fields in FIELD_SCHEMAS.items():
-        schemas[name]["properties"] |= fields
+    for name in FIELD_SCHEMAS.keys() & schemas:
+        schemas[name]["properties"] |= FIELD_SCHEMAS[name]
         schemas[name] |= REQUIRED.get(name, {})
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": _ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
@@ -2254,12 +2284,22 @@ MOCK_API_KEY = "eventstore-test-key"
 MOCK_SHUTDOWN_TIMEOUT_S = 1
 
 
+def is_for(fault: InjectedFault, method: str, path: str) -> bool:
+    ingest = method == "POST" and path in INGEST_PATHS
+    return fault.method in (None, method) and fault.path in (None, path) and (ingest or not needs_ingest(fault))
+
+
+def needs_ingest(fault: InjectedFault) -> bool:
+    """Whether only ingest can be answered so: accepted and lost, or stored and answered with an error."""
+    return fault.status == 202 or bool(fault.stored)
+
+
 def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
     """The fault with its defaults. ApiError names what is wrong with it, and a fault that no request can match."""
     one_of = _one_of("202", *map(str, FAULT_CODES))
     checked = InjectedFault(
         method=sent.method.upper() if sent.method else None,
-        path=sent.path or None,
+        path=faults.check("path", check_fault_path, sent.path),
         times=faults.check("times", whole_within(1, MAX_FAULT_TIMES), sent.times) or 1,
         status=faults.check("status", lambda status: int(one_of(str(status))), sent.status),
         retry_after_s=faults.check("retry_after_s", whole_within(0, 86_400), sent.retry_after_s),
@@ -2268,7 +2308,7 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
     )
     if sent.status is None and sent.delay_ms is None:
         faults.add("status", "required", "or delay_ms is required: what is to go wrong")
-    if sent.status is None and sent.retry_after_s is not None:
+    if sent.status in (None, 202) and sent.retry_after_s is not None:
         faults.add("retry_after_s", "invalid_format", "goes with an error status only")
     if sent.stored and checked.status == 202:
         faults.add("stored", "invalid_format", "must be false with status 202: stored and accepted is no fault")
@@ -2277,6 +2317,15 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
     check_that_some_request_matches(checked, faults)
     faults.refuse()
     return checked
+
+
+def check_fault_path(path: str) -> str:
+    """A path as requests are compared with it: decoded, without a query string."""
+    if "?" in path or "{" in path:
+        raise FieldError(
+            "invalid_format", f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
+        )
+    return urllib.parse.unquote(path)
 
 
 def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
@@ -2291,7 +2340,7 @@ def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> Non
         faults.add(
             "method", "invalid_format", f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
         )
-    elif fault.needs_ingest and not any(fault.is_for("POST", path) for path in INGEST_PATHS):
+    elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
         name = "stored" if fault.stored else "status"
         ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
         faults.add(name, "invalid_format", f"must be another for this request: only {ingest} can be answered so")
@@ -2312,7 +2361,7 @@ class FaultQueue:
         """The first fault for such a request; it is used up once."""
         with self._lock:
             for place, (whose, fault) in enumerate(self._waiting):
-                if whose in (None, environment) and fault.is_for(method, path):
+                if whose in (None, environment) and is_for(fault, method, path):
                     left = (fault.times or 1) - 1
                     self._waiting[place : place + 1] = [(whose, replace(fault, times=left))] if left else []
                     return fault
@@ -2321,27 +2370,32 @@ class FaultQueue:
     def waiting(self, environment: str | None = None) -> list[InjectedFault]:
         """What waits for requests of this environment; None: of any."""
         with self._lock:
-            return [fault for whose, fault in self._waiting if None in (whose, environment) or whose == environment]
+            return [fault for whose, fault in self._waiting if self._concerns(environment, whose)]
 
     def clear(self, environment: str | None = None) -> int:
+        """Forget what waits for requests of this environment; None: of any. Returns how many."""
         with self._lock:
-            kept = [(whose, fault) for whose, fault in self._waiting if environment and whose != environment]
+            kept = [(whose, fault) for whose, fault in self._waiting if not self._concerns(environment, whose)]
             cleared = len(self._waiting) - len(kept)
             self._waiting = kept
         return cleared
+
+    @staticmethod
+    def _concerns(environment: str | None, whose: str | None) -> bool:
+        return None in (environment, whose) or whose == environment
 
 
 class FaultInjection:
     """ASGI middleware of a mock: answers as the next fault says, and as ever when none waits."""
 
-    def __init__(self, app: ASGIApp, faults: FaultQueue) -> None:
+    def __init__(self, app: ASGIApp, queue: FaultQueue) -> None:
         self._app = app
-        self._faults = faults
+        self._queue = queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         fault = None
         if "environment" in scope and scope["path"].startswith("/v1/"):
-            fault = self._faults.take(scope["environment"], scope["method"], scope["path"])
+            fault = self._queue.take(scope["environment"], scope["method"], scope["path"])
         if fault is None:
             await self._app(scope, receive, send)
             return
@@ -2350,18 +2404,26 @@ class FaultInjection:
         async def keep(message: Message) -> None:
             answer.append(message)
 
-        if not fault.status or fault.needs_ingest:
+        if fault.status is None or needs_ingest(fault):
             scope["loses_events"] = fault.status == 202
             await self._app(scope, receive, keep)
-        if (
-            fault.status and fault.status != 202 and (not answer or answer[0]["status"] == 202)
-        ):  # else it is refused anyway
+        is_error = fault.status not in (None, 202)
+        is_refused = bool(answer) and answer[0]["status"] >= 400  # a fault does not make a bad request good
+        if is_error and not is_refused:
             answer.clear()
-            error = ApiError(FAULT_CODES[fault.status], "a fault that was asked for", None, fault.retry_after_s)
+            error = ApiError(FAULT_CODES[fault.status or 500], "a fault that was asked for", None, fault.retry_after_s)
             await error_response(Request(scope), error)(scope, receive, keep)
-        await asyncio.sleep((fault.delay_ms or 0) / 1000)
+        await self._hold_back(receive, fault.delay_ms or 0)
         for message in answer:
             await send(message)
+
+    @staticmethod
+    async def _hold_back(receive: Receive, delay_ms: int) -> None:
+        """Wait, unless the client goes away or the server stops: neither is to be held up."""
+        with suppress(TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(delay_ms / 1000):
+                while delay_ms and (await receive())["type"] != "http.disconnect":
+                    pass
 
 
 async def reset_events(request: Request) -> Response:
@@ -2379,18 +2441,18 @@ async def inject_fault(request: Request) -> Response:
             known = ", ".join(InjectedFault.__struct_fields__)
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
     sent = decode(INJECTED_FAULT, body) or decode_members(InjectedFault, body, faults)
-    request.app.state.faults.add(check_fault(sent, faults), request["environment"])
+    request.app.state.fault_queue.add(check_fault(sent, faults), request["environment"])
     return await list_faults(request)
 
 
 async def list_faults(request: Request) -> Response:
     """GET /_mock/faults: the faults that still wait for their requests."""
-    return json_response(InjectedFaults(request.app.state.faults.waiting(request["environment"])))
+    return json_response(InjectedFaults(request.app.state.fault_queue.waiting(request["environment"])))
 
 
 async def clear_faults(request: Request) -> Response:
     """DELETE /_mock/faults: from here on everything works."""
-    return json_response(Deleted(request.app.state.faults.clear(request["environment"])))
+    return json_response(Deleted(request.app.state.fault_queue.clear(request["environment"])))
 
 
 MOCK_OPERATIONS = (
@@ -2409,40 +2471,54 @@ class MockServer:
         self.api_keys = dict(api_keys)  # key -> environment
         self.api_key = next(iter(api_keys))
         self._store: Store = app.state.store
-        self._faults: FaultQueue = app.state.faults
+        self._fault_queue: FaultQueue = app.state.fault_queue
 
     def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
         """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
 
-        `filters` are those of POST /v1/events/query (SPEC 5), over all times; TypeError for an unknown one, ApiError
-        for a bad value. `environment` defaults to that of `api_key`.
+        `filters` are those of POST /v1/events/query (SPEC 5): external_customer_id, event_name, event_id, source,
+        property_filters, start_time, end_time; of all times by default. TypeError for another one, ApiError for a bad
+        value. `environment` defaults to that of `api_key`.
         """
-        all_times: dict[str, Any] = {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000}
-        sent = EventQueryIn(**all_times | filters)
+        if unknown := filters.keys() - EVENT_FILTERS:
+            raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
+        sent = _convert(
+            {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000} | filters, EventQueryIn
+        )
         view = View(environment or self.api_keys[self.api_key], 0)
         query = event_query(sent, view, 1000, Faults())
         reader = _Reader(self._store.path)
-        try:
+        with closing(reader.conn):
             events = reader.run(lambda conn: list(stored_events(conn, query)), math.inf)
-        finally:
-            reader.conn.close()
         return list(json.loads(ENCODER.encode(events)))
 
     def reset(self) -> None:
         """Forget all events and all faults."""
-        self._faults.clear()
+        self._fault_queue.clear()
         self._store.delete_events()
 
     def fail(self, **fault: Any) -> None:
-        """Let the next requests that match fail: the fields of POST /_mock/faults. ValueError if it is malformed."""
-        try:
-            self._faults.add(check_fault(msgspec.convert(fault, InjectedFault), Faults()))
-        except (msgspec.ValidationError, ApiError) as error:
-            raise ValueError(f"not a fault: {error}") from None
+        """Let the next requests that match fail, whatever their key: the fields of POST /_mock/faults.
+
+        TypeError for an unknown field, ApiError for a bad value.
+        """
+        InjectedFault(**fault)  # names the unknown
+        self._fault_queue.add(check_fault(_convert(fault, InjectedFault), Faults()))
 
     def faults(self) -> list[dict[str, Any]]:
         """The faults that still wait for their requests."""
-        return [msgspec.structs.asdict(fault) for fault in self._faults.waiting()]
+        return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting()]
+
+
+EVENT_FILTERS = (*FILTER_COLUMNS, "property_filters", "start_time", "end_time")
+
+
+def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
+    """Python's values as the type that they have on the wire. ApiError for one that has another."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(arguments), kind)
+    except msgspec.ValidationError as error:
+        raise ApiError("validation_error", str(error)) from None
 
 
 @contextmanager
@@ -2539,21 +2615,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65_535:
-        raise StartError(f"--port must be 0 to 65535, got {port}")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
-            errno.EACCES: "ports below 1024 need more rights; choose another with --port",
-        }
-        reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
-        raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
-
-
 def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
     store: Store = app.state.store
     environments = ", ".join(sorted({key.environment for key in app.state.settings.api_keys}))
@@ -2632,22 +2693,6 @@ def serve(arguments: argparse.Namespace) -> int:
         run_server(app, listener, arguments.access_log)
         app.state.store.close()
     return 0
-
-
-def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=Protocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=access_log,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=shutdown_timeout_s,
-        )
-    )
 
 
 def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> None:

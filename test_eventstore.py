@@ -2041,10 +2041,26 @@ def test_stored_events_are_plain_dicts_oldest_first_of_all_times_and_can_be_filt
     assert len(ids_in(mock, property_filters={"n": ["1"]})) == 500
     (found,) = mock.events(event_id="0003")
     assert found == caller.get("/events/0003").json()["event"]
-    with pytest.raises(TypeError, match="colour"):
-        mock.events(colour="red")
-    with pytest.raises(ApiError, match="start_time must be RFC 3339"):
-        mock.events(start_time="yesterday")
+    since = datetime.fromisoformat(at(-DAY_US))
+    assert ids_in(mock, start_time=since) == ["0001", "0000"]
+
+
+@table(("filters", "error", "part"), [
+    ({"colour": "red"}, TypeError, "no filter colour: it takes external_customer_id, "),
+    ({"page_size": 5}, TypeError, "no filter page_size"),
+    ({"start_time": "yesterday"}, ApiError, "start_time must be RFC 3339"),
+    ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
+    ({"event_name": 5}, ApiError, "Expected `str"),
+], ids=str)  # fmt: skip
+def test_a_filter_that_cannot_work_is_an_error_and_not_an_empty_list(mock, filters, error, part):
+    with pytest.raises(error, match=part):
+        mock.events(**filters)
+
+
+def test_a_misspelt_fault_is_an_error(mock):
+    with pytest.raises(TypeError, match="tmies"):
+        mock.fail(status=500, tmies=3)
+    assert mock.faults() == []
 
 
 def test_reset_forgets_events_and_faults(mock, caller):
@@ -2096,7 +2112,7 @@ def test_faults_are_consumed_in_order_each_by_its_own_requests(mock, caller):
     mock.fail(method="GET", status=500)
     mock.fail(path="/v1/events/bulk", status=502)
     mock.fail(status=503, times=2)
-    mock.fail(path="/v1/events/evt_1", status=504)
+    mock.fail(path="/v1/events/evt%5F1", status=504)
     assert [fault["times"] for fault in mock.faults()] == [1, 1, 2, 1]
     assert [send(caller).status_code for _ in range(3)] == [503, 503, 202]
     assert caller.post("/events/bulk", json={"events": [event()]}).status_code == 502
@@ -2114,6 +2130,8 @@ def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
             assert of_two.delete("../_mock/faults").json() == {"deleted": 0}
             assert of_one.delete("../_mock/faults").json() == {"deleted": 1}
             assert of_one.get("/events").status_code == 200
+            server.fail(status=500)  # whatever the key
+            assert of_two.delete("../_mock/faults").json() == {"deleted": 1}
             send(of_one)
             send(of_two)
             assert of_one.delete("../_mock/events").json() == {"deleted": 1}
@@ -2127,11 +2145,24 @@ def test_a_stored_event_whose_answer_was_lost_is_not_counted_twice_by_the_retry(
     assert ids_in(mock) == ["evt_1"]
 
 
-def test_a_slow_answer_is_that_of_an_event_that_was_stored(mock, caller):
-    mock.fail(method="POST", delay_ms=2000)
-    with pytest.raises(httpx.ReadTimeout), calling(mock, timeout=httpx.Timeout(30, read=0.05)) as impatient:
-        send(impatient)
-    eventually(lambda: ids_in(mock) == ["evt_1"])
+def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(caplog):
+    with eventstore.running_server() as server:
+        server.fail(method="POST", delay_ms=600_000)
+        with pytest.raises(httpx.ReadTimeout), calling(server, timeout=httpx.Timeout(30, read=0.05)) as impatient:
+            send(impatient)
+        eventually(lambda: ids_in(server) == ["evt_1"])
+    assert "Traceback" not in caplog.text
+
+
+def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
+    with ThreadPoolExecutor() as pool:
+        with eventstore.running_server() as server:
+            server.fail(method="POST", delay_ms=600_000)
+            client = calling(server, timeout=60)
+            answer = pool.submit(send, client)
+            eventually(lambda: ids_in(server) == ["evt_1"])
+        assert answer.result().status_code == 202
+        client.close()
 
 
 @table("fault", [{"status": 500, "stored": True}, {"status": 202}], ids=str)
@@ -2158,6 +2189,9 @@ BAD_FAULTS = {
     "into the past": ({"delay_ms": -1}, "delay_ms must be 0 to 600000, got -1"),
     "for ever": ({"delay_ms": 600_001}, "delay_ms must be 0 to 600000, got 600001"),
     "an hour later": ({"delay_ms": 1, "retry_after_s": 3600}, "retry_after_s goes with an error status only"),
+    "not of an error": ({"status": 202, "retry_after_s": 1}, "retry_after_s goes with an error status only"),
+    "a template": ({"status": 500, "path": "/v1/events/{id}"}, "path must be one path, no query string, an id in place"),
+    "a query": ({"status": 500, "path": "/v1/events/lookup?id=1"}, "path must be one path, no query string"),
     "not an integer": ({"status": 429, "retry_after_s": 0.5}, "retry_after_s must be an integer"),
 }  # fmt: skip
 
@@ -2165,7 +2199,7 @@ BAD_FAULTS = {
 @table(("fault", "part"), BAD_FAULTS.values(), ids=BAD_FAULTS)
 def test_a_malformed_fault_is_refused_and_not_queued(mock, caller, fault, part):
     refused(caller.post("../_mock/faults", json=fault), part=part)
-    with pytest.raises(ValueError, match="not a fault: "):
+    with pytest.raises(ApiError):
         mock.fail(**fault)
     assert mock.faults() == []
 
