@@ -1,6 +1,6 @@
 """How fast eventstore is, beside the least that the same machine would need for it.
 
-    python benchmark.py          # one table, in about six minutes (--quick: in seconds; --full: to 10,000,000 events)
+    python benchmark.py          # one table, in six to ten minutes (--quick: in seconds; --full: to 10,000,000 events)
     python benchmark.py soak     # ten minutes of mixed load: do memory, WAL, file handles and latencies stay flat?
 
 Each figure stands beside a floor, which is measured on the same file, in the same run and in turns with it (floor,
