@@ -40,6 +40,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from starlette.testclient import TestClient
 
+import benchmark
 import eventstore
 from eventstore import ApiError, ApiKey, Settings, Store, create_app
 
@@ -2363,6 +2364,53 @@ def test_the_retries_of_the_official_sdk_end_with_exactly_one_event(mock, faults
             sdk.events.ingest_event(**one) if way == "sync" else sdk.events.ingest_events_bulk(events=[one])
     assert mock.faults() == []
     assert ids_in(mock) == ["evt_1"]
+
+
+# ---------------------------------------------------------------------------------------------- the benchmark
+
+QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
+
+
+def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
+    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
+    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in benchmark.ROWS]
+    assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
+    process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    with process:
+        assert any("single events" in line for line in process.stderr)
+        (folder,) = tmp_path.iterdir()
+        assert [path.suffix for path in folder.glob("*.db")] == [".db"]
+        process.send_signal(number)
+        process.stderr.read()  # ends when its servers have ended, too
+        assert process.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@table(
+    ("later", "verdict"),
+    [
+        ({}, []),
+        ({"RSS MB": 103, "page p99 ms": 20, "WAL MB": 60}, []),
+        ({"RSS MB": 130}, ["RSS MB went from 100 to 130"]),
+        ({"WAL MB": 100}, ["WAL MB went from 64.0 to 100"]),
+        ({"handles": 50}, ["handles went from 40.0 to 50.0"]),
+        ({"page p99 ms": 40}, ["page p99 ms went from 20.0 to 40.0"]),
+        ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
+    ],
+)
+def test_the_soak_names_what_did_not_stay_flat(later, verdict):
+    warm = {"events/s": 2000, "RSS MB": 100, "WAL MB": 64, "handles": 40} | dict.fromkeys(benchmark.P99S, 20)
+    cold = dict.fromkeys(warm, 1)
+    assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 
 
 # ---------------------------------------------------------------------------------------------- SDK and wheel
