@@ -1528,8 +1528,13 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 
 
 def _files_of(path: str) -> list[tuple[int, int]]:
-    """Which files the database and its WAL are, whatever their names. OSError if one is missing."""
-    return [(found.st_dev, found.st_ino) for found in map(os.stat, (path, f"{path}-wal"))]
+    """Which files the database and its WAL are, whatever their names; those that are there."""
+    files = []
+    for name in (path, f"{path}-wal"):
+        with suppress(FileNotFoundError):
+            found = os.stat(name)
+            files.append((found.st_dev, found.st_ino))
+    return files
 
 
 def data_file(name: str) -> Path:
@@ -1554,8 +1559,21 @@ def _prepare(path: str) -> int:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    if _ends_in_half_a_page(path):
+        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
     with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
         return _migrate(conn, path)
+
+
+def _ends_in_half_a_page(path: str) -> bool:
+    """SQLite notices a missing page; half of one it fills with zeros. With a WAL that is right: it has the page."""
+    if not os.path.isfile(path) or os.path.exists(f"{path}-wal"):
+        return False
+    with open(path, "rb") as file, suppress(OSError):
+        header = file.read(18)
+        page_bytes = int.from_bytes(header[16:], "big")
+        return header.startswith(b"SQLite format 3\0") and os.path.getsize(path) % max(page_bytes, 512) > 0
+    return False
 
 
 @contextmanager
@@ -1589,6 +1607,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> int:
     if version == 0:
         conn.executescript(f"BEGIN IMMEDIATE; {data_file('schema.sql').read_text()} COMMIT;")
     conn.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not by the first event
+    conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone goes through if it has a WAL
     conn.execute("ROLLBACK")
     return int(conn.execute(COUNT_ALL).fetchone()[0])
 
