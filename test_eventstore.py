@@ -1997,7 +1997,7 @@ def test_the_official_sdk_raises_the_servers_message(live, key, status, message)
 
 
 # ---------------------------------------------------------------------------------------------- a bad day
-# Longer: EVENTSTORE_TEST_STORM=500 EVENTSTORE_TEST_EXAMPLES=2000 pytest -k bad_day. Again: EVENTSTORE_TEST_SEED=...
+# README says how to run more of it. What chance decides comes from one seed, which is shown.
 
 STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
 EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
