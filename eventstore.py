@@ -107,6 +107,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 50_000  # what may wait for the writer
+    wal_bytes: int = 256 * 1024 * 1024  # a WAL longer than this is written into the file, whoever has to wait
     queue_bytes: int = 256 * 1024 * 1024  # request bodies held at a time, one alone may be longer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
     visibility_lag_ms: int = 0  # events are seen by queries so long after they were accepted
@@ -1441,6 +1442,7 @@ class Store:
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
             self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
         self._files = _files_of(self.path)
+        self._wal_limit_bytes = settings.wal_bytes
         self._reader_threads = [
             threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
             for reader in self._readers
@@ -1531,10 +1533,30 @@ class Store:
     def _write_until_closed(self) -> None:
         while group := self._next_group():
             _answer(group, self._commit(group))
+            self._shorten_wal()
         with suppress(sqlite3.Error):
             self._conn.execute("PRAGMA busy_timeout = 0")  # another process may be in the way; the WAL is as safe
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._conn.close()
+
+    def _shorten_wal(self) -> None:
+        """Write a WAL that has grown too long into the file, and start it over.
+
+        SQLite does so when nobody reads; reads that overlap without end, four clients' sums over 100,000 events, let it
+        grow by 40 MB a second. Here the writer waits for those under way, as long as for a lock. If they take longer it
+        tries again when the WAL is twice as long, so that it does not wait all the time.
+        """
+        with suppress(OSError, sqlite3.Error):
+            wal_bytes = os.stat(f"{self.path}-wal").st_size
+            if wal_bytes > self._wal_limit_bytes:
+                self._wal_limit_bytes = 2 * wal_bytes
+                is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if is_busy:
+                    log.warning(
+                        "%s-wal has %d MB: some query keeps it from being shortened", self.path, wal_bytes >> 20
+                    )
+                else:
+                    self._wal_limit_bytes = self._settings.wal_bytes
 
     def _next_group(self, limit: float = GROUP_EVENTS, block: bool = True) -> list[_Task]:
         """What waits now, up to about `limit` events; may block while nothing does; empty when closed."""
@@ -1601,8 +1623,13 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 
 
 def _files_of(path: str) -> list[tuple[int, int]]:
-    """Which files the database and its WAL are, whatever their names. OSError if one is missing."""
-    return [(found.st_dev, found.st_ino) for found in map(os.stat, (path, f"{path}-wal"))]
+    """Which files the database and its WAL are, whatever their names; those that are there."""
+    files = []
+    for name in (path, f"{path}-wal"):
+        with suppress(FileNotFoundError):
+            found = os.stat(name)
+            files.append((found.st_dev, found.st_ino))
+    return files
 
 
 def data_file(name: str) -> Path:
@@ -1627,8 +1654,21 @@ def _prepare(path: str) -> int:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    if _ends_in_half_a_page(path):
+        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
     with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
         return _migrate(conn, path)
+
+
+def _ends_in_half_a_page(path: str) -> bool:
+    """SQLite notices a missing page; half of one it fills with zeros. With a WAL that is right: it has the page."""
+    if not os.path.isfile(path) or os.path.exists(f"{path}-wal"):
+        return False
+    with open(path, "rb") as file, suppress(OSError):
+        header = file.read(18)
+        page_bytes = int.from_bytes(header[16:], "big")
+        return header.startswith(b"SQLite format 3\0") and os.path.getsize(path) % max(page_bytes, 512) > 0
+    return False
 
 
 @contextmanager
@@ -1662,6 +1702,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> int:
     if version == 0:
         conn.executescript(f"BEGIN IMMEDIATE; {data_file('schema.sql').read_text()} COMMIT;")
     conn.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not by the first event
+    conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone goes through if it has a WAL
     conn.execute("ROLLBACK")
     return int(conn.execute(COUNT_ALL).fetchone()[0])
 
