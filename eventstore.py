@@ -5,6 +5,7 @@ SQLite file and reads them back with filters and cursors. It is not a billing sy
 plans or invoices, and one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
+    python eventstore.py import FILE         # also export, and replay into FlexPrice
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
 The rooms of this module, in order; none knows of those below it, but for create_app, which puts them together:
@@ -20,7 +21,8 @@ The rooms of this module, in order; none knows of those below it, but for create
     HTTP            authentication, rate limits, handlers, the route table, create_app
     OpenAPI         the document, made from the wire types and the route table
     mock            running_server(), the pytest fixture, faults
-    command line    serve
+    in and out      import, export, replay: files and other servers
+    command line    serve, import, export, replay
 """
 
 from __future__ import annotations
@@ -28,10 +30,16 @@ from __future__ import annotations
 import _sqlite3
 import argparse
 import asyncio
+import codecs
+import csv
 import ctypes
+import email.utils
 import errno
+import gzip
 import hashlib
 import hmac
+import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -51,14 +59,15 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
@@ -74,6 +83,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+if TYPE_CHECKING:
+    import httpx
 
 __version__ = "0.1.0"
 
@@ -177,7 +189,11 @@ class FieldError(ValueError):
 
 
 class StartError(Exception):
-    """The server cannot start; the message says what is wrong and what to do."""
+    """A command cannot start; the message says what is wrong and what to do."""
+
+
+class StopError(Exception):
+    """A command stopped half-way; the message says where, what is done and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------- wire types
@@ -382,6 +398,7 @@ BULK = msgspec.json.Decoder(BulkIn)
 RAW_BULK = msgspec.json.Decoder(RawBulkIn)
 OUTER_BULK = msgspec.json.Decoder(OuterBulkIn)
 COUNTED = msgspec.json.Decoder(list[_Anything])
+RAW = msgspec.json.Decoder(Raw)
 RAWS = msgspec.json.Decoder(list[Raw])
 EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 USAGE = msgspec.json.Decoder(UsageIn)
@@ -864,6 +881,7 @@ class EventQuery(Struct, frozen=True, kw_only=True):
 
 FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                   "source": "source"}  # fmt: skip
+EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
 
 _PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
     "start_time": parse_query_time,
@@ -1053,14 +1071,16 @@ PRAGMAS = (
     "PRAGMA fullfsync = ON",  # macOS: its fsync alone leaves the data in the drive's cache
     "PRAGMA wal_autocheckpoint = 16000",  # 64 MB; with random ids +40-70 % over the default of 1000 pages
     "PRAGMA journal_size_limit = 67108864",  # a WAL that a burst made large shrinks again
-    "PRAGMA busy_timeout = 5000",  # another process (an import) may hold the write lock for a moment
+    "PRAGMA busy_timeout = 5000",  # another process (an import) may hold a lock for a moment
 )
 WRITER_PRAGMAS = (
     "PRAGMA cache_size = -65536",  # 64 MB: the index pages that random ids touch
     # What a statement may have to undo is kept in memory; in a file, made and removed for each of them, single events
     # are 6 % fewer.
     "PRAGMA temp_store = MEMORY",
+    "PRAGMA busy_timeout = 5",  # begin_writing asks again: SQLite's own pauses grow to 100 ms
 )
+WRITE_LOCK_TIMEOUT_S = 5.0
 READER_PRAGMAS = ("PRAGMA query_only = ON", "PRAGMA cache_size = -8192")
 
 INSERT = f"INSERT INTO events ({', '.join(Row._fields)}) VALUES "
@@ -1077,6 +1097,7 @@ SELECT_NAME = "SELECT event_name FROM events WHERE environment = :environment AN
 # mock has deleted events.
 COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(rowid) FROM events))
     FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
+NEWEST_ROWID = "SELECT coalesce(max(rowid), 0) FROM events"
 COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = :environment AND ingested_at_us > :visible_us"
 
 
@@ -1308,14 +1329,42 @@ def select_events(
     return list(zip(STORED_EVENTS.decode(events), RAWS.decode(properties or b"[]"), strict=True)), total_count
 
 
-def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[Event]:
-    """All events of a query in its order, page by page: an open cursor would keep the WAL from being checkpointed."""
+PAGE_EVENTS = 1000
+GROUP_BYTES = 16 * 1024 * 1024  # what an import holds before it commits, an export before it writes
+StoredRow = tuple[int, Row]  # with its rowid: it counts rows as they arrive
+SELECT_ROWS = f"SELECT {', '.join(Row._fields)}, rowid FROM events"
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
+    """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
+    from being checkpointed."""
     while True:
-        page = list_events(conn, query)
-        yield from page.events
-        if not (page.has_more and page.iter_last_key):
+        parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+        clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
+        statement = f"{SELECT_ROWS} WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id LIMIT {PAGE_EVENTS}"
+        page = select_rows(conn, statement, parameters)
+        if not page:
             return
-        query = replace(query, after=parse_cursor(page.iter_last_key))
+        yield page
+        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
+
+
+def select_rows(conn: sqlite3.Connection, statement: str, parameters: Mapping[str, object]) -> list[StoredRow]:
+    """The first rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
+    page: list[StoredRow] = []
+    size = 0
+    with closing(conn.execute(statement, parameters)) as found:
+        for *columns, rowid in found:
+            page.append((rowid, Row(*columns)))
+            size += len(columns[-1])
+            if size >= GROUP_BYTES:
+                break
+    return page
+
+
+def event_of(row: Row) -> Event:
+    return Event(row.id, row.external_customer_id, row.customer_id, row.event_name, to_datetime(row.timestamp_us),
+                 Raw(row.properties), row.source, row.environment, to_datetime(row.ingested_at_us))  # fmt: skip
 
 
 def find_event(conn: sqlite3.Connection, query: EventQuery) -> EventLookup:
@@ -1399,9 +1448,7 @@ class _Reader:
     """A read-only connection whose queries end when their time is up."""
 
     def __init__(self, path: str) -> None:
-        self.conn = connect(path, READER_PRAGMAS)
-        for function in (property_json, property_text, property_number):
-            self.conn.create_function(function.__name__, 2, function, deterministic=True)
+        self.conn = connect_reader(path)
         self.conn.set_progress_handler(lambda: self.closing or time.monotonic() > self.deadline, PROGRESS_STEPS)
         self.deadline = 0.0
         self.closing = False  # a deadline alone would be set anew by the next query
@@ -1483,7 +1530,10 @@ class Store:
         """Delete the events of one environment, or of all; returns how many. For any thread but an event loop's."""
         of_one = "" if environment is None else " WHERE environment = :environment"
         with closing(connect(self.path, self._writer_pragmas)) as conn:
-            return conn.execute(f"DELETE FROM events{of_one}", {"environment": environment}).rowcount
+            begin_writing(conn, WRITE_LOCK_TIMEOUT_S)
+            deleted = conn.execute(f"DELETE FROM events{of_one}", {"environment": environment}).rowcount
+            conn.execute("COMMIT")
+            return deleted
 
     def close(self) -> None:
         """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
@@ -1550,7 +1600,9 @@ class Store:
             wal_bytes = os.stat(f"{self.path}-wal").st_size
             if wal_bytes > self._wal_limit_bytes:
                 self._wal_limit_bytes = 2 * wal_bytes
+                self._conn.execute("PRAGMA busy_timeout = 5000")  # readers take longer than another writer
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                self._conn.execute("PRAGMA busy_timeout = 5")
                 if is_busy:
                     log.warning(
                         "%s-wal has %d MB: some query keeps it from being shortened", self.path, wal_bytes >> 20
@@ -1577,7 +1629,7 @@ class Store:
         try:
             if _files_of(self.path) != self._files:  # SQLite goes on in the removed file, and it ends with the process
                 raise FileNotFoundError(f"{self.path} or its -wal was removed or replaced: put it back, or restart")
-            self._conn.execute("BEGIN IMMEDIATE")
+            begin_writing(self._conn, WRITE_LOCK_TIMEOUT_S)
             outcomes = insert_group(self._conn, [task.work for task in group])
             self._conn.execute("COMMIT")
         except Exception as error:
@@ -1620,6 +1672,25 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     for pragma in (*PRAGMAS, *pragmas):
         conn.execute(pragma)
     return conn
+
+
+def connect_reader(path: str) -> sqlite3.Connection:
+    conn = connect(path, READER_PRAGMAS)
+    for function in (property_json, property_text, property_number):
+        conn.create_function(function.__name__, 2, function, deterministic=True)
+    return conn
+
+
+def begin_writing(conn: sqlite3.Connection, timeout_s: float) -> None:
+    """BEGIN IMMEDIATE, asking every 5 ms at least: the gaps that a busy writer in another process leaves are short."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
 
 
 def _files_of(path: str) -> list[tuple[int, int]]:
@@ -2530,8 +2601,8 @@ class MockServer:
         query = event_query(sent, view, 1000, Faults())
         reader = _Reader(self._store.path)
         with closing(reader.conn):
-            events = reader.run(lambda conn: list(stored_events(conn, query)), math.inf)
-        return list(json.loads(ENCODER.encode(events)))
+            pages = reader.run(lambda conn: list(stored_events(conn, query)), math.inf)
+        return list(json.loads(ENCODER.encode([event_of(row) for page in pages for _, row in page])))
 
     def reset(self) -> None:
         """Forget all events and all faults."""
@@ -2549,9 +2620,6 @@ class MockServer:
     def faults(self) -> list[dict[str, Any]]:
         """The faults that still wait for their requests."""
         return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting()]
-
-
-EVENT_FILTERS = (*FILTER_COLUMNS, "property_filters", "start_time", "end_time")
 
 
 def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
@@ -2612,6 +2680,911 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# ---------------------------------------------------------------------------------------------- in and out
+
+CHUNK_BYTES = 1024 * 1024
+HEAD_BYTES = 64 * 1024  # enough to see the format
+IMPORT_LOCK_TIMEOUT_S = 60.0
+LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it is longer than the body that brought the event
+
+
+class ExportedEvent(Struct):
+    """One event as ndjson and replay have it: what POST /v1/events/bulk takes (SPEC 3)."""
+
+    event_name: str
+    event_id: str
+    external_customer_id: str
+    customer_id: str
+    source: str
+    timestamp: datetime
+    properties: Raw
+
+
+class TableEvent(EventIn):
+    """A row of a CSV file: FlexPrice's own table export says when an event was ingested, too."""
+
+    ingested_at: str | None = None
+
+
+class Entry(NamedTuple):
+    """One event of a file as it was found there."""
+
+    line: int
+    number: int | None  # in its JSON array, from 0
+    content: Any  # the bytes of its JSON, or a table's cells
+    problem: str = ""  # that makes the rest not worth a look
+
+
+class UnreadableError(Exception):
+    """A file cannot be read on from a line."""
+
+    def __init__(self, line: int | None, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def say(message: str) -> None:
+    print(f"eventstore: {message}", file=sys.stderr, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@contextmanager
+def progress_bar(total: Callable[[], int | None], unit: str) -> Iterator[Callable[[int], object]]:
+    """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
+    except ImportError:
+        yield lambda _: None
+        return
+    with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes, read to look at them, are put back."""
+
+    def __init__(self, head: bytes, rest: io.BufferedReader | gzip.GzipFile, error: Exception | None) -> None:
+        self._head = head
+        self._rest = rest
+        self._error = error
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._error and not self._head:
+            raise self._error
+        chunk = self._head[: len(buffer)] or self._rest.read1(len(buffer))
+        self._head = self._head[len(chunk) :]
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def look_into(stream: io.BufferedReader | gzip.GzipFile) -> tuple[bytes, io.BufferedReader]:
+    """The first bytes of a stream, and the stream as if they had not been read."""
+    head, error = b"", None
+    try:
+        while len(head) < HEAD_BYTES and (chunk := stream.read1(HEAD_BYTES)):
+            head += chunk
+    except (EOFError, OSError, zlib.error) as damage:  # what could be read comes first
+        error = damage
+    return head, io.BufferedReader(_Rejoined(head, stream, error), CHUNK_BYTES)
+
+
+_EVENTS_MEMBER = re.compile(rb'\s*\{\s*"events"\s*:')
+_ARRAY_START = re.compile(rb'\s*(\{\s*"events"\s*:\s*)?\[')
+
+
+def input_format(head: bytes) -> str:
+    start = head.lstrip()[:1]
+    if start == b"[" or _EVENTS_MEMBER.match(head):
+        return "json"
+    return "ndjson" if start in (b"{", b"") else "csv"
+
+
+def read_entries(raw: io.BufferedReader, form: str, limit_bytes: int) -> Iterator[Entry]:
+    """What a file holds, whatever its format, gzipped or not. UnreadableError, after the entries before the place."""
+    try:
+        head, stream = look_into(raw)
+        if head.startswith(b"\x1f\x8b"):
+            head, stream = look_into(gzip.GzipFile(fileobj=stream))
+        if head.startswith(codecs.BOM_UTF8):
+            head = head[len(stream.read(len(codecs.BOM_UTF8))) :]
+        form = input_format(head) if form == "auto" else form
+        yield from {"ndjson": json_lines, "json": json_array, "csv": table_rows}[form](stream, limit_bytes)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UnreadableError(None, f"the gzip data is damaged or cut off: {error}") from error
+    except OSError as error:
+        raise UnreadableError(None, f"cannot be read on: {error.strerror or error}") from error
+
+
+def lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
+    """The lines with their numbers; of one that is too long the start only, and False."""
+    for number in itertools.count(1):
+        line = stream.readline(limit_bytes + 1)
+        if not line:
+            return
+        is_whole = len(line) <= limit_bytes or line.endswith(b"\n")
+        rest = b"" if is_whole else b"..."
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(CHUNK_BYTES)
+        yield number, line, is_whole
+
+
+def json_lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    for number, line, is_whole in lines(stream, limit_bytes + LINE_OVERHEAD_BYTES):
+        if not is_whole:
+            yield Entry(number, None, line[:1000], f"is longer than {limit_bytes} bytes")
+        elif content := line.strip():
+            yield Entry(number, None, content)
+
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TO_BRACKET = re.compile(rb'[^"{}\[\]]*(?:' + _STRING + rb'[^"{}\[\]]*)*([{}\[\]])', re.DOTALL)
+_SCALAR = re.compile(_STRING + rb'|[^\s,"\[\]{}]+', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*")
+
+
+def json_array(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    return _Array(stream, limit_bytes + LINE_OVERHEAD_BYTES).entries()
+
+
+class _Array:
+    """Cuts a JSON array of any length into its elements, holding one of them and a chunk.
+
+    A regular expression leaps from bracket to bracket; a JSON parser would need the whole array in memory.
+    """
+
+    def __init__(self, stream: io.BufferedReader, limit_bytes: int) -> None:
+        self._stream = stream
+        self._limit_bytes = limit_bytes
+        self._buffer = b""
+        self._at = 0  # what is before it is done with
+        self._line = 1
+
+    def entries(self) -> Iterator[Entry]:
+        while (start := _ARRAY_START.match(self._buffer)) is None:
+            if len(self._buffer) > HEAD_BYTES or not self._more():
+                raise UnreadableError(self._line, 'must start with [ or {"events": [')
+        self._advance(start.end())
+        for index in itertools.count():
+            if self._next_byte() == b"]" and not index:
+                break
+            yield Entry(self._line, index, self._element(index))
+            byte = self._next_byte()
+            if byte == b"]":
+                break
+            if byte != b",":
+                where = f"the comma or ] after events[{index}] is missing"
+                raise UnreadableError(self._line, where if byte else "the file ends inside the array: it is not whole")
+            self._advance(self._at + 1)
+        self._check_rest(b'{"events":[' if start[1] else b"[")
+
+    def _check_rest(self, start: bytes) -> None:
+        """What follows the events must close what came before them; other members are ignored, as over HTTP."""
+        line = self._line
+        while len(self._buffer) - self._at <= self._limit_bytes and self._more():
+            pass
+        try:
+            decode(RAW, start + self._buffer[self._at :])
+        except ApiError:
+            raise UnreadableError(line, f"after the events: {_show(self._buffer[self._at + 1 :])}") from None
+
+    def _more(self) -> bool:
+        chunk = self._stream.read1(CHUNK_BYTES)
+        self._buffer = self._buffer[self._at :] + chunk
+        self._at = 0
+        return bool(chunk)
+
+    def _advance(self, at: int) -> None:
+        self._line += self._buffer.count(b"\n", self._at, at)
+        self._at = at
+
+    def _next_byte(self) -> bytes:
+        """The next one that is no white space; none at the end."""
+        while True:
+            space = _SPACE.match(self._buffer, self._at)
+            self._advance(space.end() if space else self._at)
+            if self._at < len(self._buffer) or not self._more():
+                return self._buffer[self._at : self._at + 1]
+
+    def _element(self, index: int) -> bytes:
+        first = self._next_byte()
+        if first in (b",", b"]", b"}", b":"):
+            raise UnreadableError(self._line, f"events[{index}] is missing")
+        scalar = first not in (b"{", b"[")
+        size, depth = 0, 0
+        while True:
+            match = (_SCALAR if scalar else _TO_BRACKET).match(self._buffer, self._at + size)
+            if match and not (scalar and match.end() == len(self._buffer)):
+                size = match.end() - self._at
+                depth += 0 if scalar else 1 if match[1] in b"{[" else -1
+                if depth == 0:
+                    break
+            elif len(self._buffer) - self._at > self._limit_bytes:
+                raise UnreadableError(self._line, f"events[{index}] is longer than {self._limit_bytes} bytes")
+            elif not self._more():
+                raise UnreadableError(self._line, f"the file ends inside events[{index}]: it is not whole")
+        content = self._buffer[self._at : self._at + size]
+        self._advance(self._at + size)
+        return content
+
+
+PROPERTY_COLUMN = "properties."
+EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id")  # what only FlexPrice's table export has
+
+
+def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    """The rows of a CSV file as `column -> cell`, without the empty cells."""
+
+    def texts() -> Iterator[str]:
+        for number, line, is_whole in lines(stream, 2 * limit_bytes):  # each quote in a cell is written twice
+            if not is_whole:
+                raise UnreadableError(number, f"is longer than {2 * limit_bytes} bytes")
+            yield line.decode(errors="surrogateescape")
+
+    csv.field_size_limit(limit_bytes)
+    reader = csv.reader(texts(), strict=True)
+    columns: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # an open quote swallows the lines after it, so there is no going on
+            raise UnreadableError(line, f"cannot be read as CSV: {error}") from error
+        if cells is None:
+            return
+        if columns is None:
+            columns = check_columns(cells, line)
+        elif len(cells) not in (len(columns), 0):
+            problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
+            yield Entry(line, None, dict(enumerate(cells)), problem)
+        elif cells:
+            null = "\\N" if "id" in columns else ""  # ClickHouse's
+            yield Entry(
+                line, None, {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
+            )
+
+
+def check_columns(columns: list[str], line: int) -> list[str]:
+    """The header of a CSV file. UnreadableError."""
+    known = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
+    unknown = [name for name in columns if name not in known and not re.match(r"properties\..", name, re.DOTALL)]
+    missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
+    twice = [name for name, number in Counter(columns).items() if number > 1]
+    if unknown:
+        names = ", ".join(map(echo, unknown[:10]))
+        raise UnreadableError(
+            line, f"the header has unknown columns: {names}; known are {', '.join(known)}, properties.NAME"
+        )
+    if missing or twice or {"id", "event_id"} <= set(columns):
+        problem = (
+            f"has no column {missing[0]}" if missing else f"has the column {(twice or ['id and event_id'])[0]} twice"
+        )
+        raise UnreadableError(line, f"the header {problem}")
+    return columns
+
+
+_TABLE_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
+
+
+def table_event(row: dict[str, str]) -> TableEvent:
+    """The event of a CSV file's row. ApiError."""
+    try:
+        "".join(row.values()).encode()
+    except UnicodeEncodeError:
+        refuse("line", "invalid_format", "is not UTF-8")
+    event = TableEvent(properties=Raw(table_properties(row)))
+    for name in row.keys() & {*TableEvent.__struct_fields__} - {"properties"}:
+        setattr(event, name, row[name])
+    event.event_id = row.get("id", event.event_id)
+    if "id" in row:
+        for name in ("timestamp", "ingested_at"):
+            if time := _TABLE_TIME.fullmatch(row.get(name, "")):
+                setattr(event, name, f"{time[1]}T{time[2]}Z")
+    return event
+
+
+def table_properties(row: dict[str, str]) -> bytes:
+    """The JSON of the column `properties` together with the columns `properties.NAME`, which hold texts."""
+    raw = row.get("properties", "").encode()
+    named = {name.removeprefix(PROPERTY_COLUMN): row[name] for name in row if name.startswith(PROPERTY_COLUMN)}
+    if not named:
+        return raw
+    try:
+        members = MEMBERS.decode(check_properties(raw))
+    except FieldError:
+        return raw  # whoever stores it says what is wrong
+    if both := named.keys() & members.keys():
+        refuse(PROPERTY_COLUMN + min(both), "invalid_format", "is in the column properties, too")
+    return ENCODER.encode({**members, **named})
+
+
+class Importer:
+    """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction."""
+
+    def __init__(self, arguments: argparse.Namespace, conn: sqlite3.Connection, rejects: BinaryIO | None) -> None:
+        self._name = "standard input" if arguments.file == "-" else arguments.file
+        self._environment: str = arguments.environment
+        self._conn = conn
+        self._rejects = rejects
+        self._make_id = IdMaker()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._now = now_us()
+        self.stored = self.new = self.rejected = 0
+
+    def add(self, entry: Entry) -> bool:
+        """Whether this entry completed a group, which is now stored. StopError if it is bad and nobody takes those."""
+        try:
+            row = self._row(entry)
+        except ApiError as error:
+            self._reject(entry, error)
+            return False
+        self._rows.append(row)
+        self._bytes += len(row.properties)
+        if len(self._rows) < GROUP_EVENTS and self._bytes < GROUP_BYTES:
+            return False
+        self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Store what was added. The events are made before the lock is taken, which leaves a server its turn."""
+        try:
+            begin_writing(self._conn, IMPORT_LOCK_TIMEOUT_S)
+            new = insert_events(self._conn, self._rows)
+            self._conn.execute("COMMIT")
+        except sqlite3.Error as error:
+            reason = f"the database refused the write: {error}; {self.so_far}"
+            raise StopError(f"{reason}; when it can be written again, import the file again") from error
+        self.stored += len(self._rows)
+        self.new += new
+        self._rows, self._bytes, self._now = [], 0, now_us()
+        if self._rejects:
+            self._rejects.flush()
+
+    @property
+    def so_far(self) -> str:
+        return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
+
+    def stop(self, line: int | None, problem: str) -> NoReturn:
+        """Store what came before the place, and say so."""
+        self.commit()
+        place = self._name if line is None else f"{self._name}:{line}"
+        raise StopError(f"{place}: {problem}; {self.so_far}; correct it and import the file again")
+
+    def _row(self, entry: Entry) -> Row:
+        if entry.problem:
+            refuse("line", "invalid_format", entry.problem)
+        faults = Faults()
+        if isinstance(entry.content, dict):
+            event: EventIn = table_event(entry.content)
+        else:
+            faults.index = entry.number or 0
+            event = decode(EVENT, entry.content) or decode_members(EventIn, entry.content, faults)
+            if not entry.content.startswith(b"{"):
+                faults.refuse()
+        event.event_id = event.event_id or content_id(entry)
+        row = event_row(event, self._environment, self._now, self._make_id, faults)
+        ingested_at = event.ingested_at if isinstance(event, TableEvent) else None
+        ingested_at_us = faults.check("ingested_at", parse_time, ingested_at)
+        faults.refuse()
+        return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
+
+    def _reject(self, entry: Entry, error: ApiError) -> None:
+        message = f"event {error.message.removeprefix('the body ')}"
+        faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
+        if self._rejects is None:
+            prefix = "" if entry.number is None else f"events[{entry.number}]."
+            problems = [f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults]
+            self.stop(entry.line, "; ".join(problems))
+        place = {"line": entry.line} if entry.number is None else {"line": entry.line, "index": entry.number}
+        errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
+        self._rejects.write(ENCODER.encode({**place, "errors": errors, "event": shown_content(entry.content)}) + b"\n")
+        self.rejected += 1
+
+
+def content_id(entry: Entry) -> str:
+    """The id of an event that has none: importing the same file again makes the same one."""
+    content = entry.content if isinstance(entry.content, bytes) else ENCODER.encode(entry.content)
+    number = entry.line if entry.number is None else entry.number
+    return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
+
+
+def shown_content(content: Any) -> Any:
+    """What was found in a file, as JSON; as a text if it is none."""
+    if isinstance(content, dict):
+        return {
+            str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in content.items()
+        }
+    try:
+        decode(RAW, content)
+        return Raw(msgspec.json.format(content, indent=-1))
+    except (ApiError, RecursionError, msgspec.DecodeError):
+        return content.decode(errors="replace")
+
+
+def import_events(arguments: argparse.Namespace) -> int:
+    """`eventstore import`: 0, or StopError at the first bad event."""
+    started_s = time.monotonic()
+    with ExitStack() as stack:
+        source = open_input(arguments, stack)
+        size = os.fstat(source.fileno()).st_size if source.seekable() else None
+        if arguments.db == ":memory:":
+            raise StartError("--db :memory: would be gone after the import: name a file")
+        _prepare(arguments.db)
+        rejects = stack.enter_context(open_rejects(arguments)) if arguments.skip_invalid else None
+        conn = stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
+        importer = Importer(arguments, conn, rejects)
+        advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
+        done = 0
+        try:
+            for entry in read_entries(source, arguments.format, arguments.max_body_bytes):
+                if importer.add(entry):
+                    done, before = importer.stored if size is None else source.tell(), done
+                    advance(done - before)
+            importer.commit()
+            advance(importer.stored - done if size is None else size - done)
+        except UnreadableError as error:
+            importer.stop(error.line, str(error))
+        except KeyboardInterrupt:
+            again = "import the file again to go on, nothing is stored twice"
+            raise StopError(f"interrupted; {counted(importer.stored, 'event')} are stored; {again}") from None
+    rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
+    known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
+    say(f"imported {counted(importer.stored, 'event')}: {known}; {time.monotonic() - started_s:.1f} s")
+    return 0
+
+
+def open_input(arguments: argparse.Namespace, stack: ExitStack) -> io.BufferedReader:
+    if arguments.file == "-":
+        return cast(io.BufferedReader, sys.stdin.buffer)
+    try:
+        return stack.enter_context(open(arguments.file, "rb"))
+    except OSError as error:
+        raise StartError(f"cannot read {arguments.file}: {error.strerror}") from error
+
+
+def open_rejects(arguments: argparse.Namespace) -> BinaryIO:
+    path = arguments.skip_invalid
+    try:
+        for name in (arguments.file, arguments.db):
+            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+                raise StartError(f"--skip-invalid {path} would overwrite {name}: name another file")
+        return open(path, "wb")
+    except OSError as error:
+        raise StartError(f"cannot write --skip-invalid {path}: {error.strerror}") from error
+
+
+def flag_query(arguments: argparse.Namespace) -> EventQuery:
+    """The query of the filter flags, over all time by default. StartError names the flag."""
+    faults = Faults()
+    flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
+    flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
+    sent = EventQueryIn(**flags, order="asc", count_total=True, page_size=1)
+    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
+    try:
+        return event_query(sent, View(arguments.environment, 0), PAGE_EVENTS, faults)
+    except ApiError as error:
+        problems = error.details.errors or []
+        flagged = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
+        raise StartError("; ".join(flagged)) from error
+
+
+def open_stored(path: str) -> sqlite3.Connection:
+    """A reading connection to a database that exists. StartError."""
+    if not os.path.exists(path):
+        raise StartError(f"there is no database {path}: name one with --db")
+    _prepare(path)
+    return connect_reader(path)
+
+
+def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
+    """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
+    while True:
+        parameters: dict[str, object] = {
+            "start_us": query.start_us,
+            "end_us": query.end_us,
+            "after": after,
+            "last": last,
+        }
+        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
+        statement = f"{SELECT_ROWS} NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid LIMIT {PAGE_EVENTS}"
+        page = select_rows(conn, statement, parameters)
+        if not page:
+            return
+        yield page
+        after = page[-1][0]
+
+
+def exported_event(row: Row) -> ExportedEvent:
+    properties = row.properties.encode()
+    if b"\n" in properties or b"\r" in properties:  # one event is one line; digits and escapes stay as they are
+        properties = msgspec.json.format(properties, indent=-1)
+    return ExportedEvent(row.event_name, row.id, row.external_customer_id, row.customer_id, row.source,
+                         to_datetime(row.timestamp_us), Raw(properties))  # fmt: skip
+
+
+def ndjson(rows: Iterable[Row]) -> bytes:
+    return ENCODER.encode_lines(map(exported_event, rows))
+
+
+def csv_lines(rows: Iterable[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")  # with "\n", a lone \r in a cell would not be quoted
+    for row in rows:
+        time_text = STRING.decode(ENCODER.encode(to_datetime(row.timestamp_us)))
+        writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
+                         row.properties])  # fmt: skip
+    return text.getvalue().encode()
+
+
+def clickhouse_lines(rows: Iterable[Row], tenant_id: str) -> bytes:
+    """JSONEachRow for FlexPrice's ClickHouse table `events`."""
+
+    def milliseconds(time_us: int) -> str:
+        return to_datetime(time_us).replace(tzinfo=None).isoformat(" ", "milliseconds")
+
+    return ENCODER.encode_lines(
+        {
+            "id": row.id,
+            "tenant_id": tenant_id,
+            "environment_id": row.environment,
+            "external_customer_id": row.external_customer_id,
+            "event_name": row.event_name,
+            "customer_id": row.customer_id,
+            "source": row.source,
+            "timestamp": milliseconds(row.timestamp_us),
+            "ingested_at": milliseconds(row.ingested_at_us),
+            "properties": row.properties,
+        }
+        for row in rows
+    )
+
+
+def export_events(arguments: argparse.Namespace) -> int:
+    """`eventstore export`: 0, or StopError."""
+    started_s = time.monotonic()
+    if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
+        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    query = flag_query(arguments)
+    encoders: dict[str, Callable[[list[Row]], bytes]] = {
+        "ndjson": ndjson,
+        "csv": csv_lines,
+        "clickhouse": partial(clickhouse_lines, tenant_id=arguments.tenant_id),
+    }
+    done = 0
+    with closing(open_stored(arguments.db)) as conn, open_output(arguments.output, arguments.db) as output:
+        if arguments.format == "csv":
+            output.write(",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
+        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event") as advance:
+            for page in stored_events(conn, query):
+                output.write(encoders[arguments.format]([row for _, row in page]))
+                done += len(page)
+                advance(len(page))
+        elsewhere = "" if done else other_environments(conn, arguments.environment)
+    say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    return 0
+
+
+def other_environments(conn: sqlite3.Connection, environment: str) -> str:
+    """For whoever finds nothing: where there are events."""
+    names: list[str] = []
+    following = "SELECT min(environment) FROM events WHERE environment > ?"
+    while (name := conn.execute(following, [names[-1] if names else ""]).fetchone()[0]) is not None:
+        names.append(name)
+    others = ", ".join(name for name in names if name != environment)
+    return f"; --environment is {environment}, the database has events of {others}, too" if others else ""
+
+
+@contextmanager
+def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
+    """Standard output, or a file that appears under its name when it is complete. StartError, StopError."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = os.path.realpath(path)
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
+        raise StartError(f"--output {path} is the database, or no file: name another one")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
+                with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                    yield cast(BinaryIO, packed)
+            else:
+                yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StopError(f"cannot write --output {path}: {error.strerror or error}; no file was made") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+BATCH_BYTES = 10_000_000  # what FlexPrice recommends at most
+REQUEST_TIMEOUT_S = 60.0
+BACKOFF_BASE_S = 0.5
+BACKOFF_CAP_S = 30.0
+SAVE_INTERVAL_S = 0.5
+
+
+class ReplayProgress(Struct):
+    """How far a replay is sure, as the file beside the database holds it."""
+
+    target: str
+    environment: str
+    filters: dict[str, str | None]
+    arrived: int  # the last rowid when the replay began; what came later is sent in the order in which it came
+    cursor: str | None = None  # everything up to it is accepted, in (timestamp, id) order
+    is_caught_up: bool = False  # the pass in (timestamp, id) order is done
+    accepted: int = 0
+
+    @property
+    def place(self) -> str:
+        return f"cursor {self.cursor or 'at the start'}{f', row {self.arrived}' if self.is_caught_up else ''}"
+
+
+PROGRESS = msgspec.json.Decoder(ReplayProgress)
+
+
+class Batch(NamedTuple):
+    body: bytes
+    rows: list[StoredRow]
+
+
+class RefusedError(Exception):
+    """A batch that there is no sense in sending again."""
+
+
+def target_url(text: str) -> str:
+    """The base URL of an API, ending in /v1. StartError."""
+    try:
+        parts = urllib.parse.urlsplit(text.strip())
+        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+        valid = valid and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise StartError(
+            f"--to must be a URL like https://us.api.flexprice.io/v1 or http://host:8080, got {echo(text)}"
+        )
+    url = text.strip().rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
+    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
+    rows: list[StoredRow] = []
+    events: list[bytes] = []
+    size = 0
+    for row in itertools.chain.from_iterable(pages):
+        event = ENCODER.encode(exported_event(row[1]))
+        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
+            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+            rows, events, size = [], [], 0
+        rows.append(row)
+        events.append(event)
+        size += len(event) + 1
+    if rows:
+        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+
+
+class Replay:
+    """Sends batches, several at a time, and notes up to where all of them were accepted."""
+
+    def __init__(self, arguments: argparse.Namespace, progress: ReplayProgress, path: Path) -> None:
+        self._url = f"{progress.target}/events/bulk"
+        self._arguments = arguments
+        self._path = path
+        self._saved_s = 0.0
+        self._success_s = time.monotonic()
+        self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
+        self.progress = progress
+        self.sent = self.accepted = self.retried = self.known = 0
+
+    async def run(
+        self, conn: sqlite3.Connection, query: EventQuery, key: str, advance: Callable[[int], object]
+    ) -> None:
+        """StopError if a batch is refused, or none is accepted for too long."""
+        import httpx  # noqa: PLC0415 - only the extra `cli` has it
+
+        concurrency = self._arguments.concurrency
+        limits = httpx.Limits(max_connections=concurrency)
+        headers = {"x-api-key": key, "content-type": "application/json", "user-agent": f"eventstore/{__version__}"}
+        async with httpx.AsyncClient(headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
+            try:
+                for pages in self.passes(conn, query):
+                    for batch in batches(pages, self._arguments.batch_size):
+                        if len(self._pending) == concurrency:
+                            advance(await self._settle_oldest())
+                        self._pending.append((batch, asyncio.create_task(self._send(client, batch))))
+                    while self._pending:
+                        advance(await self._settle_oldest())
+            finally:
+                tasks = [task for _, task in self._pending]
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self.save()
+
+    def passes(self, conn: sqlite3.Connection, query: EventQuery) -> Iterator[Iterator[list[StoredRow]]]:
+        """First what there is, oldest first; then what was stored since the replay began, which may be older than the
+        cursor."""
+        progress = self.progress
+        if not progress.is_caught_up:
+            after = parse_cursor(progress.cursor) if progress.cursor else None
+            yield stored_events(conn, replace(query, after=after))
+        progress.is_caught_up = True
+        newest = int(conn.execute(NEWEST_ROWID).fetchone()[0])
+        yield arrived_events(conn, query, progress.arrived, newest)
+        progress.arrived = newest
+
+    async def _settle_oldest(self) -> int:
+        batch, task = self._pending[0]
+        first, last = batch.rows[0][1], batch.rows[-1][1]
+        try:
+            await task
+        except RefusedError as refusal:
+            batch_ids = f"the batch of {counted(len(batch.rows), 'event')} from {echo(first.id)} to {echo(last.id)}"
+            sure = f"everything before it is accepted ({self.progress.place})"
+            again = "when that is mended, the same command goes on from there"
+            raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
+        self._pending.popleft()
+        self.progress.accepted += len(batch.rows)
+        if self.progress.is_caught_up:
+            self.progress.arrived = batch.rows[-1][0]
+        else:
+            self.progress.cursor = f"{last.timestamp_us * 1000}::{last.id}"
+        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
+            self.save()
+        return len(batch.rows)
+
+    def save(self) -> None:
+        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(ENCODER.encode(self.progress) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        except OSError as error:
+            raise StopError(f"cannot keep the progress in {self._path}: {error.strerror}; make room for it") from error
+        self._saved_s = time.monotonic()
+
+    async def _send(self, client: httpx.AsyncClient, batch: Batch) -> None:
+        """Until it is accepted. RefusedError."""
+        import httpx  # noqa: PLC0415 - only the extra `cli` has it
+
+        self.sent += len(batch.rows)
+        for attempt in itertools.count():
+            wait_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempt, 16)))  # noqa: S311
+            try:
+                response = await client.post(self._url, content=batch.body)
+            except httpx.TransportError as error:
+                problem = f"{self._url} cannot be reached: {error or type(error).__name__}"
+            else:
+                if response.status_code == 202:
+                    self._success_s = time.monotonic()
+                    self.accepted += len(batch.rows)
+                    self.known += int(response.headers.get("x-events-duplicate", 0))
+                    return
+                problem = f"{self._url} answered {response.status_code}: {answer_message(response)}"
+                if response.status_code != 429 and response.status_code < 500:
+                    raise RefusedError(problem)
+                wait_s = max(wait_s, retry_after_s(response.headers.get("retry-after", "")))
+            limit_s = self._arguments.give_up_after_s
+            if time.monotonic() + wait_s - self._success_s > limit_s:
+                raise RefusedError(f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s): {problem}")
+            self.retried += 1
+            await asyncio.sleep(wait_s)
+
+
+def retry_after_s(text: str) -> float:
+    """What a Retry-After header asks for: a number of seconds or a date; 0 if it is neither."""
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    with suppress(ValueError, TypeError):
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    return 0.0
+
+
+def answer_message(response: httpx.Response) -> str:
+    """What an error answer says, on one line: of this server or FlexPrice the message, else the start of the body."""
+    text = _show(response.content)
+    with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
+        body = response.json()
+        error = body.get("error")
+        text = body.get("message") or (error["message"] if isinstance(error, dict) else error) or text
+        text = f"{text} ({body['details']['errors'][0]['message']})"
+    if 200 <= response.status_code < 400:
+        location = response.headers.get("location", "")
+        where = f" It redirects to {echo(location)}, where the key is not sent." if location else ""
+        text = f"{text} - 202 was expected.{where} Is --to the URL of the API?"
+    return str(" ".join(text.split()))
+
+
+def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
+    """The progress of the same replay, if it ran before, and its file. StartError."""
+    filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
+    newest = int(conn.execute(NEWEST_ROWID).fetchone()[0])
+    fresh = ReplayProgress(target, arguments.environment, filters, newest)
+    name = hashlib.sha256(ENCODER.encode([target, arguments.environment, filters])).hexdigest()[:16]
+    path = Path(f"{arguments.db}.replay-{name}.json")
+    if arguments.restart or not path.exists():
+        return fresh, path
+    try:
+        progress = PROGRESS.decode(path.read_bytes())
+        cursor = progress.cursor and parse_cursor(progress.cursor)
+    except (OSError, msgspec.DecodeError, FieldError) as error:
+        raise StartError(f"cannot read the progress in {path}: {error}; --restart starts over") from error
+    parameters = {"environment": arguments.environment, "id": cursor.id if cursor else ""}
+    if progress.arrived > newest or (cursor and conn.execute(SELECT_NAME, parameters).fetchone() is None):
+        raise StartError(f"{path} is the progress of another database of that name; --restart starts over")
+    if progress.accepted:
+        accepted = counted(progress.accepted, "event")
+        say(f"going on at {progress.place}: {accepted} were accepted before (--restart starts over)")
+    return progress, path
+
+
+def replay_events(arguments: argparse.Namespace) -> int:
+    """`eventstore replay`: 0, or StopError."""
+    started_s = time.monotonic()
+    target = target_url(arguments.to)
+    query = flag_query(arguments)
+    if importlib.util.find_spec("httpx") is None:
+        raise StartError(f"replay needs httpx: {sys.executable} -m pip install httpx tqdm (or '.[cli]' in the clone)")
+    with closing(open_stored(arguments.db)) as conn:
+        progress, path = load_progress(arguments, conn, target)
+        replay = Replay(arguments, progress, path)
+        if arguments.dry_run:
+            sizes = [
+                len(batch.rows)
+                for pages in replay.passes(conn, query)
+                for batch in batches(pages, arguments.batch_size)
+            ]
+            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {target}/events/bulk"
+            elsewhere = "" if sizes else other_environments(conn, arguments.environment)
+            say(f"would send {would}; nothing was sent{elsewhere}")
+            return 0
+        key = replay_key(arguments.api_key, os.environ)
+        try:
+            with progress_bar(lambda: events_left(conn, query, progress), "event") as advance:
+                asyncio.run(replay.run(conn, query, key, advance))
+        except KeyboardInterrupt:
+            sure = f"{counted(progress.accepted, 'event')} are accepted ({progress.place})"
+            raise StopError(f"interrupted; {sure}; the same command goes on from there") from None
+        elsewhere = "" if replay.sent else other_environments(conn, arguments.environment)
+    known = f" ({replay.known:,} of them it had)" if replay.known else ""
+    counts = f"sent {counted(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
+    say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    return 0
+
+
+def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress) -> int | None:
+    """How many events a progress bar has before it, if that can be told quickly."""
+    if progress.is_caught_up:
+        return None
+    start_us = parse_cursor(progress.cursor).timestamp_us if progress.cursor else query.start_us
+    return list_events(conn, replace(query, start_us=start_us)).total_count or 0
+
+
+def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
+    key = flag or environ.get("FLEXPRICE_API_KEY", "").strip()
+    if not key:
+        raise StartError("no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
+    return check_key(key)
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 # What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
@@ -2626,11 +3599,15 @@ def parse_api_key(text: str) -> ApiKey:
         key, environment = text, "development"
     if not environment.strip():
         raise StartError("an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
+    return ApiKey.hashed(check_key(key), environment.strip())
+
+
+def check_key(key: str) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise StartError(
             "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
         )
-    return ApiKey.hashed(key, environment.strip())
+    return key
 
 
 def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
@@ -2771,15 +3748,42 @@ def rate_limits(text: str) -> Mapping[str, int]:
     return dict(zip(DOCUMENTED_RATE_LIMITS, map(positive(int), numbers), strict=True))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    defaults = Settings()
     parser = argparse.ArgumentParser("eventstore", description="FlexPrice's usage-events API in one file on SQLite")
     parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("serve", help="serve the API", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.set_defaults(run=serve)
-    add = command.add_argument
-    add("--db", metavar="PATH", default=defaults.db, help='database file; ":memory:" is a temporary one')
+    for name, run, add_flags, summary in (
+        ("serve", serve, add_serve_flags, "serve the API"),
+        ("import", partial(run_job, import_events), add_import_flags, "store the events of a file"),
+        ("export", partial(run_job, export_events), add_export_flags, "write events to a file"),
+        (
+            "replay",
+            partial(run_job, replay_events),
+            add_replay_flags,
+            "send events to FlexPrice, or another eventstore",
+        ),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
+        command.set_defaults(run=run)
+        db_help = "database file" if name in ("export", "replay") else "database file, made if absent"
+        db_help += '; ":memory:" is a temporary one' if name == "serve" else ""
+        command.add_argument("--db", metavar="PATH", default=Settings().db, help=db_help)
+        add_flags(command.add_argument)
+    return parser.parse_args(argv)
+
+
+AddFlag = Callable[..., argparse.Action]
+
+
+def add_serve_flags(add: AddFlag) -> None:
+    defaults = Settings()
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
     add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
@@ -2795,16 +3799,73 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "to queries so long after they were accepted")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
-    return parser.parse_args(argv)
+
+
+def add_import_flags(add: AddFlag) -> None:
+    add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each also gzipped; - is standard input")
+    add("--environment", default="development", help="where to store them")
+    add("--format", choices=["auto", "ndjson", "json", "csv"], default="auto", help="by the content, or this one")
+    add("--skip-invalid", metavar="REJECTS", help="go on after a bad event, and write it to this file with the reasons")
+    add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
+
+
+def add_filter_flags(add: AddFlag) -> None:
+    add("--environment", default="development", help="whose events")
+    for name in EVENT_FILTERS:
+        note = {"start_time": "all time", "end_time": "all time"}.get(name)
+        text = f"RFC 3339, inclusive; {note} if absent" if note else "as in GET /v1/events"
+        metavar = "KEY:V1,V2;KEY2:V3" if name == "property_filters" else "TIME" if note else "TEXT"
+        add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+
+
+def add_export_flags(add: AddFlag) -> None:
+    add_filter_flags(add)
+    add("--format", choices=["ndjson", "csv", "clickhouse"], default="ndjson", help="what to write; clickhouse is "
+        "JSONEachRow for FlexPrice's own table")  # fmt: skip
+    add("--tenant-id", help="for --format clickhouse")
+    add("-o", "--output", metavar="FILE", help="else standard output; a name that ends in .gz compresses")
+
+
+def add_replay_flags(add: AddFlag) -> None:
+    add_filter_flags(add)
+    add("--to", metavar="URL", required=True, help="the base URL of the API, like https://us.api.flexprice.io/v1")
+    add("--api-key", metavar="KEY", help="the key there; else FLEXPRICE_API_KEY")
+    add("--batch-size", type=batch_size, default=500, help=f"events a request, at most {MAX_BATCH}")
+    add("--concurrency", type=positive(int), default=4, help="requests under way at a time")
+    add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for so long")
+    add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    add("--restart", action="store_true", help="start over, not where the last run stopped")
+
+
+def batch_size(text: str) -> int:
+    if (size := positive(int)(text)) > MAX_BATCH:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_BATCH}, got {text!r}")
+    return size
+
+
+def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """The exit status of import, export or replay: 1 if it stopped half-way, having said why."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are removed, progress is kept
+    try:
+        return job(arguments)
+    except BrokenPipeError:  # whoever read the export has enough; what Python would still flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        say("interrupted")
+    except (StopError, OSError) as error:
+        say(str(error))
+    except sqlite3.Error as error:
+        say(f"the database {arguments.db} cannot be read or written: {error}")
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 if it cannot start."""
+    """The command line; returns the exit status: 0, 1 if it stopped half-way, 2 if it cannot start."""
     arguments = parse_arguments(argv)
     try:
         status: int = arguments.run(arguments)
     except StartError as error:
-        print(f"eventstore: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     return status
 
