@@ -3351,7 +3351,7 @@ def target_url(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text.strip())
         valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-        valid = valid and (parts.port is None or parts.port > 0)
+        valid = valid and (parts.port is None or parts.port > 0) and not re.search(r"\s", text.strip())
     except ValueError:
         valid = False
     if not valid:
@@ -3470,8 +3470,10 @@ class Replay:
             wait_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempt, 16)))  # noqa: S311
             try:
                 response = await client.post(self._url, content=batch.body)
-            except httpx.TransportError as error:
-                problem = f"{self._url} cannot be reached: {error or type(error).__name__}"
+            except httpx.InvalidURL as error:
+                raise RefusedError(f"{self._url} is no URL: {error}") from None
+            except httpx.RequestError as error:
+                problem = f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
             else:
                 if response.status_code == 202:
                     self._success_s = time.monotonic()

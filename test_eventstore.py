@@ -2364,6 +2364,7 @@ CANNOT_RUN = [  # arguments, what the message names
     ("replay --to ftp://host", "ftp://host"),
     ("replay --to localhost:8080", "localhost:8080"),
     ("replay --to http://host:99999", "99999"),
+    ("replay --to http://host/v1?key=1", "key=1"),
     ("replay --to http://127.0.0.1:1", "FLEXPRICE_API_KEY"),
     ("replay --to http://127.0.0.1:1 --api-key s\u00e9cret", "ASCII"),
 ]
