@@ -1992,7 +1992,7 @@ def stored_ids(folder: Path) -> list[str]:
     return [json.loads(line)["event_id"] for line in exported(folder).splitlines()]
 
 
-NASTY = [
+NASTY_PROPERTIES = [
     '{"a": "\\u0000 \\u2028 \u2028 \U0001f600 \\ud83d\\ude00 \\" \\\\ \\n"}',
     '{"big": 123456789012345678901234567890, "kept": 0.10, "e": 1E5, "minus": -0.0}',
     '{\r\n  "pretty" : [ 1,\n 2 ]\r,\t"text": "two  spaces, [brackets] {and} \\"quotes\\""\n}',
@@ -2019,7 +2019,7 @@ def nasty_folder(folder: Path) -> Path:
     with serving(folder) as client:
         events = [
             f'{{"event_id": "p{number}", "event_name": "call", "external_customer_id": "cust", "properties": {properties}}}'
-            for number, properties in enumerate(NASTY)
+            for number, properties in enumerate(NASTY_PROPERTIES)
         ]
         events += [
             f'{{"event_id": {quoted}, "event_name": {json.dumps("n" + text)}, "external_customer_id": {quoted}, '
@@ -2049,8 +2049,8 @@ def test_export_import_export_gives_the_same_bytes_whatever_the_data(tmp_path, f
 
 def test_csv_and_bulk_take_ndjson_s_events_without_loss(tmp_path):
     lines = exported(nasty_folder(tmp_path))
-    assert len(lines.splitlines()) == len(NASTY) + len(NASTY_TEXTS) + 2  # one event, one line
-    assert b'"properties":%b' % NASTY[1].encode() in lines
+    assert len(lines.splitlines()) == len(NASTY_PROPERTIES) + len(NASTY_TEXTS) + 2  # one event, one line
+    assert b'"properties":%b' % NASTY_PROPERTIES[1].encode() in lines
     assert b'"properties":{"pretty":[1,2],"text":"two  spaces, [brackets] {and} \\"quotes\\""}' in lines
     assert exported(imported(tmp_path / "csv", exported(tmp_path, form="csv"))) == lines
     (tmp_path / "bulk").mkdir()
