@@ -18,7 +18,7 @@ The rooms of this module, in order; none knows of those below it, but for create
     SQL             statements and the filter builder
     operations      insert_events, list_events, find_event, usage
     Store           one writer thread with group commit, reader threads
-    HTTP            authentication, rate limits, handlers, the route table, create_app
+    HTTP            authentication, rate limits, handlers, the debugger's page, the route table, create_app
     OpenAPI         the document, made from the wire types and the route table
     mock            running_server(), the pytest fixture, faults
     in and out      import, export, replay: files and other servers
@@ -30,6 +30,7 @@ from __future__ import annotations
 import _sqlite3
 import argparse
 import asyncio
+import base64
 import codecs
 import csv
 import ctypes
@@ -1780,7 +1781,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- HTTP
 
-PUBLIC_PATHS = {"/health", "/openapi.json"}
+PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 
 
 class JsonResponse(Response):
@@ -2023,6 +2024,35 @@ async def describe_api(request: Request) -> Response:
     return json_response(openapi_document(request.app.state.operations))
 
 
+def debugger_route() -> Route:
+    """GET /: the event debugger, a page that asks this API like any other client; read once.
+
+    It shows what strangers send, so the browser is told to run and load nothing but what the file itself holds.
+    """
+    page = data_file("debugger.html").read_text("utf-8")  # line ends as a browser counts them for the hashes
+    hashes = {tag: _csp_hash(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)) for tag in ("script", "style")}
+    headers = {
+        "Content-Security-Policy": (
+            f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def show_debugger(request: Request) -> Response:
+        return Response(page, headers=headers, media_type="text/html")
+
+    return Route("/", Endpoint(show_debugger), methods=["GET"])
+
+
+def _csp_hash(texts: list[str]) -> str:
+    (text,) = texts
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 class AnythingConvertor(PathConvertor):
     """Starlette's path, which stops at a line break, in an id as well."""
 
@@ -2095,9 +2125,11 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     if error.status_code == 405:
-        routes = request.app.routes
+        routes: list[Route] = request.app.routes
         path = next(route.path for route in routes if route.path_regex.match(request["path"]))
-        allowed = ", ".join(sorted({method for route in routes if route.path == path for method in route.methods}))
+        allowed = ", ".join(
+            sorted({method for route in routes if route.path == path for method in route.methods or ()})
+        )
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
     operations = request.app.state.operations
@@ -2132,6 +2164,7 @@ def create_app(settings: Settings) -> Starlette:
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
+    page = debugger_route()  # before the store: a file that is missing leaves no thread behind
     store = Store(settings)
 
     @asynccontextmanager
@@ -2146,7 +2179,7 @@ def create_app(settings: Settings) -> Starlette:
         middleware.append(Middleware(FaultInjection, queue=fault_queue))
     if settings.rate_limits:
         middleware.append(Middleware(RateLimits, settings=settings))
-    routes = [operation.route for operation in operations]
+    routes = [*[operation.route for operation in operations], page]
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
@@ -3644,11 +3677,13 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None)
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
     mock = "  mock         /_mock/events and /_mock/faults are open\n" if app.state.settings.mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
+    debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
   database     {store.path} ({store.events_at_start:,} events)
   base URL     {base_url}
   API key      {key_note}{f" ({key_source})" if made_key else ""}
   environment  {environments}
+  debugger     {debugger}
 {mock}
 Send an event, and read it back:
   curl {base_url}/events -H "x-api-key: {key}" -d '{event}'
