@@ -2273,11 +2273,16 @@ class Model(RuleBasedStateMachine):
         refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
 
     @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=st.sampled_from([1, 2, 3, 50]), offset=st.integers(0, 5),
-          is_known=st.booleans(), stranger=EVENTS, data=st.data())  # fmt: skip
-    def list_pages(self, environment, filters, page_size, offset, is_known, stranger, data):
-        """In all orders, from a start and to both sides of one place."""
+          stranger=EVENTS, data=st.data())  # fmt: skip
+    def list_pages(self, environment, filters, page_size, offset, stranger, data):
+        """In all orders, from the start and to both sides of some places, over all time and over a part of it."""
         known = self.stored[environment]
-        mark = data.draw(st.sampled_from([*known.values()])) if known and is_known else stranger
+        marks = data.draw(st.lists(st.sampled_from([*known.values()]), min_size=1, max_size=2)) if known else []
+        for mark, span in itertools.product([*marks, stranger], [{}, WHOLE_TIME]):
+            self.list_around(environment, filters | span, page_size, offset, mark)
+
+    def list_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
+        known = self.stored[environment]
         if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
             mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
         methods = itertools.cycle(["GET", "POST", "POST", "GET", "GET"])
