@@ -81,7 +81,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -1881,10 +1881,26 @@ class RateLimits:
         await app(scope, receive, send_with_headers)
 
 
-async def read_body(request: Request) -> bytes:
+class Service:
+    """What the handlers work with."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.operations = (*OPERATIONS, *MOCK_OPERATIONS) if settings.mock else OPERATIONS
+        self.store = Store(settings)
+        self.make_id = IdMaker()
+        self.fault_queue = FaultQueue()
+        self.held_bytes = 0  # of all bodies that are being received or worked on: read_body
+
+    def view(self, request: Request) -> View:
+        now = self.settings.clock()
+        lag_us = self.settings.visibility_lag_ms * 1000
+        return View(request["environment"], now, now - lag_us if lag_us else None)
+
+
+async def read_body(service: Service, request: Request) -> bytes:
     """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
-    state = request.app.state
-    limit: int = state.settings.max_body_bytes
+    limit, queue_bytes = service.settings.max_body_bytes, service.settings.queue_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
     size = 0
@@ -1894,10 +1910,10 @@ async def read_body(request: Request) -> bytes:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
-        state.held_bytes += len(chunks[-1])
+        service.held_bytes += len(chunks[-1])
         request.scope["held_bytes"] = size  # until the answer is made: Endpoint
-        if size < state.held_bytes > state.settings.queue_bytes:
-            reason = f"{state.held_bytes} bytes of requests are under way, the limit is {state.settings.queue_bytes}"
+        if size < service.held_bytes > queue_bytes:
+            reason = f"{service.held_bytes} bytes of requests are under way, the limit is {queue_bytes}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         if size <= limit and not message.get("more_body"):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -1905,20 +1921,19 @@ async def read_body(request: Request) -> bytes:
     raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {got}; nothing was stored")
 
 
-async def ingest_event(request: Request) -> Response:
+async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (SPEC 2)."""
-    return await _ingest(request, decode_event(await read_body(request)), bulk=False)
+    return await _ingest(service, request, decode_event(await read_body(service, request)), bulk=False)
 
 
-async def ingest_events_bulk(request: Request) -> Response:
+async def ingest_events_bulk(service: Service, request: Request) -> Response:
     """POST /v1/events/bulk (SPEC 3)."""
-    return await _ingest(request, decode_batch(await read_body(request)), bulk=True)
+    return await _ingest(service, request, decode_batch(await read_body(service, request)), bulk=True)
 
 
-async def _ingest(request: Request, events: list[Any], bulk: bool) -> Response:
-    state = request.app.state
-    rows = event_rows(events, bulk, request["environment"], state.settings.clock(), state.make_id)
-    inserted = len(rows) if request.scope.get("loses_events") else await state.store.insert(rows)
+async def _ingest(service: Service, request: Request, events: list[Any], bulk: bool) -> Response:
+    rows = event_rows(events, bulk, request["environment"], service.settings.clock(), service.make_id)
+    inserted = len(rows) if request.scope.get("loses_events") else await service.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
     return json_response(
         BulkAccepted("Events accepted for processing")
@@ -1929,36 +1944,29 @@ async def _ingest(request: Request, events: list[Any], bulk: bool) -> Response:
     )
 
 
-async def list_events_by_parameters(request: Request) -> Response:
+async def list_events_by_parameters(service: Service, request: Request) -> Response:
     """GET /v1/events (SPEC 4)."""
     faults = Faults()
     sent = query_of_parameters(request["query_string"], faults)
     sent.count_total = sent.count_total or None
-    return await _list(request, sent, 50, faults)
+    return await _list(service, request, sent, 50, faults)
 
 
-async def query_events(request: Request) -> Response:
+async def query_events(service: Service, request: Request) -> Response:
     """POST /v1/events/query (SPEC 5)."""
     faults = Faults()
-    sent = query_of_body(await read_body(request), faults)
+    sent = query_of_body(await read_body(service, request), faults)
     if sent.count_total is None:
         sent.count_total = True
-    return await _list(request, sent, 1000, faults)
+    return await _list(service, request, sent, 1000, faults)
 
 
-async def _list(request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
-    query = event_query(sent, view_of(request), max_page_size, faults)
-    return json_response(await request.app.state.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
+    query = event_query(sent, service.view(request), max_page_size, faults)
+    return json_response(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
 
 
-def view_of(request: Request) -> View:
-    settings: Settings = request.app.state.settings
-    now = settings.clock()
-    visible_us = now - settings.visibility_lag_ms * 1000 if settings.visibility_lag_ms else None
-    return View(request["environment"], now, visible_us)
-
-
-async def look_up_event(request: Request) -> Response:
+async def look_up_event(service: Service, request: Request) -> Response:
     """GET /v1/events/lookup?id=ID and GET /v1/events/{ID} (SPEC 6)."""
     faults = Faults()
     sent = parse_parameters(request["query_string"], faults)
@@ -1972,40 +1980,40 @@ async def look_up_event(request: Request) -> Response:
             start_time=parse_query_time(sent.get("start_time") or EARLIEST),
             end_time=parse_query_time(sent.get("end_time") or LATEST),
         ),
-        view_of(request),
+        service.view(request),
         1,
         faults,
     )
-    return json_response(await request.app.state.store.read(lambda conn: find_event(conn, query)))
+    return json_response(await service.store.read(lambda conn: find_event(conn, query)))
 
 
-async def compute_usage(request: Request) -> Response:
+async def compute_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage (SPEC 7)."""
     faults = Faults()
-    body = await read_body(request)
+    body = await read_body(service, request)
     sent = decode(USAGE, body) or decode_members(UsageIn, body, faults)
-    query = usage_query(sent, view_of(request), faults)
-    return await _aggregate(request, query, usage_answer)
+    query = usage_query(sent, service.view(request), faults)
+    return await _aggregate(service, query, usage_answer)
 
 
-async def monitor_events(request: Request) -> Response:
+async def monitor_events(service: Service, request: Request) -> Response:
     """GET /v1/events/monitoring (SPEC 8)."""
-    query = monitoring_query(request["query_string"], view_of(request))
+    query = monitoring_query(request["query_string"], service.view(request))
     hidden = 0
     if query.view.visible_us is not None:
         parameters = query.view._asdict()
-        hidden = await request.app.state.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
-    return await _aggregate(request, query, partial(monitoring_answer, hidden))
+        hidden = await service.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
+    return await _aggregate(service, query, partial(monitoring_answer, hidden))
 
 
 async def _aggregate(
-    request: Request, query: UsageQuery, answer: Callable[[UsageQuery, list[int], list[Any]], object]
+    service: Service, query: UsageQuery, answer: Callable[[UsageQuery, list[int], list[Any]], object]
 ) -> Response:
     """All reader threads take a part: SQLite reads the JSON of a million events in 1.6 s, on each core.
 
     The windows and the answer are made in such a thread, too: 100,000 of them would hold up the event loop.
     """
-    read = partial(request.app.state.store.read, quick=False)
+    read = partial(service.store.read, quick=False)
     starts, bounds = await read(lambda _: usage_bounds(query, READER_THREADS))
     size = len(bounds) // READER_THREADS + 1
     parts = [bounds[at : at + size] for at in range(0, len(bounds), size)]
@@ -2014,17 +2022,17 @@ async def _aggregate(
     return json_response(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
 
 
-async def health(request: Request) -> Response:
+async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: this process answers."""
     return json_response(Health())
 
 
-async def describe_api(request: Request) -> Response:
+async def describe_api(service: Service, request: Request) -> Response:
     """GET /openapi.json: this API as OpenAPI 3.1."""
-    return json_response(openapi_document(request.app.state.operations))
+    return json_response(openapi_document(service.operations))
 
 
-def debugger_route() -> Route:
+def debugger_handler() -> Handler:
     """GET /: the event debugger, a page that asks this API like any other client; read once.
 
     It shows what strangers send, so the browser is told to run and load nothing but what the file itself holds.
@@ -2042,10 +2050,10 @@ def debugger_route() -> Route:
         "Cache-Control": "no-cache",
     }
 
-    async def show_debugger(request: Request) -> Response:
+    async def show_debugger(service: Service, request: Request) -> Response:
         return Response(page, headers=headers, media_type="text/html")
 
-    return Route("/", Endpoint(show_debugger), methods=["GET"])
+    return show_debugger
 
 
 def _csp_hash(texts: list[str]) -> str:
@@ -2062,22 +2070,25 @@ class AnythingConvertor(PathConvertor):
 register_url_convertor("anything", AnythingConvertor())
 
 
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
 class Endpoint:
     """A handler as an ASGI application: Starlette's wrapper of a function, less its second look for exceptions.
 
     With JsonResponse, 4 % more single events a second."""
 
-    def __init__(self, handler: Callable[[Request], Awaitable[Response]]) -> None:
+    def __init__(self, handler: Handler, service: Service) -> None:
         self._handler = handler
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
         try:
-            response = await self._handler(request)
+            response = await self._handler(self._service, Request(scope, receive))
         except asyncio.CancelledError:  # uvicorn would answer 500 in plain text, which says that nothing was stored
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
         finally:
-            request.app.state.held_bytes -= scope.get("held_bytes", 0)
+            self._service.held_bytes -= scope.get("held_bytes", 0)
         await response(scope, receive, send)
 
 
@@ -2086,7 +2097,7 @@ class Operation(NamedTuple):
 
     method: str
     path: str
-    handler: Callable[[Request], Awaitable[Response]]
+    handler: Handler
     answer: Any
     body: Any = None
     parameters: Sequence[str] = ()  # of the query string; names in PARAMETER_SCHEMAS
@@ -2095,9 +2106,11 @@ class Operation(NamedTuple):
     def public_path(self) -> str:
         return self.path.replace(":anything}", "}")
 
-    @property
-    def route(self) -> Route:
-        return Route(self.path, Endpoint(self.handler), methods=[self.method])
+    def serves(self, path: str) -> bool:
+        return compile_path(self.path)[0].match(path) is not None
+
+    def route(self, service: Service) -> Route:
+        return Route(self.path, Endpoint(self.handler, service), methods=[self.method])
 
 
 _RANGE = ("start_time", "end_time")
@@ -2132,7 +2145,7 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
         )
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
-    operations = request.app.state.operations
+    operations = request.app.state.service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
     path = echo(request["path"])
     return error_response(
@@ -2164,27 +2177,24 @@ def create_app(settings: Settings) -> Starlette:
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
-    page = debugger_route()  # before the store: a file that is missing leaves no thread behind
-    store = Store(settings)
+    show_debugger = debugger_handler()  # before the store: a file that is missing leaves no thread behind
+    service = Service(settings)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(store.close)
+        await asyncio.to_thread(service.store.close)
 
-    operations = (*OPERATIONS, *MOCK_OPERATIONS) if settings.mock else OPERATIONS
-    fault_queue = FaultQueue()
     middleware = [Middleware(Authentication, api_keys=settings.api_keys)]
     if settings.mock:
-        middleware.append(Middleware(FaultInjection, queue=fault_queue))
+        middleware.append(Middleware(FaultInjection, queue=service.fault_queue))
     if settings.rate_limits:
         middleware.append(Middleware(RateLimits, settings=settings))
-    routes = [*[operation.route for operation in operations], page]
+    routes = [operation.route(service) for operation in service.operations]
+    routes.append(Route("/", Endpoint(show_debugger, service), methods=["GET"]))
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
-    app.state.settings, app.state.store, app.state.make_id = settings, store, IdMaker()
-    app.state.operations, app.state.fault_queue = operations, fault_queue
-    app.state.held_bytes = 0  # of all bodies that are being received or worked on: read_body
+    app.state.service = service
     return app
 
 
@@ -2474,11 +2484,13 @@ def check_fault_path(path: str) -> str:
 
 
 def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
-    routes = [operation.route for operation in OPERATIONS if operation.path.startswith("/v1/")]
-    there = [route for route in routes if fault.path is None or route.path_regex.match(fault.path)]
-    methods = {method for route in there for method in route.methods or ()}
+    served_here = [operation for operation in OPERATIONS if operation.path.startswith("/v1/")]
+    there = [operation for operation in served_here if fault.path is None or operation.serves(fault.path)]
+    methods = {operation.method for operation in there} | (
+        {"HEAD"} if any(it.method == "GET" for it in there) else set()
+    )
     if not there:
-        served = ", ".join(sorted({route.path.replace(":anything}", "}") for route in routes}))
+        served = ", ".join(sorted({operation.public_path for operation in served_here}))
         faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
     elif fault.method and fault.method not in methods:
         allowed = ", ".join(sorted(methods))
@@ -2571,33 +2583,33 @@ class FaultInjection:
                     pass
 
 
-async def reset_events(request: Request) -> Response:
+async def reset_events(service: Service, request: Request) -> Response:
     """DELETE /_mock/events: forgets the events of the key's environment."""
-    deleted = await asyncio.to_thread(request.app.state.store.delete_events, request["environment"])
+    deleted = await asyncio.to_thread(service.store.delete_events, request["environment"])
     return json_response(Deleted(deleted))
 
 
-async def inject_fault(request: Request) -> Response:
+async def inject_fault(service: Service, request: Request) -> Response:
     """POST /_mock/faults: what shall go wrong with the next requests of the key's environment."""
     faults = Faults()
-    body = await read_body(request)
+    body = await read_body(service, request)
     for name in decode(MEMBERS, body) or {}:
         if name not in InjectedFault.__struct_fields__:
             known = ", ".join(InjectedFault.__struct_fields__)
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
     sent = decode(INJECTED_FAULT, body) or decode_members(InjectedFault, body, faults)
-    request.app.state.fault_queue.add(check_fault(sent, faults), request["environment"])
-    return await list_faults(request)
+    service.fault_queue.add(check_fault(sent, faults), request["environment"])
+    return await list_faults(service, request)
 
 
-async def list_faults(request: Request) -> Response:
+async def list_faults(service: Service, request: Request) -> Response:
     """GET /_mock/faults: the faults that still wait for their requests."""
-    return json_response(InjectedFaults(request.app.state.fault_queue.waiting(request["environment"])))
+    return json_response(InjectedFaults(service.fault_queue.waiting(request["environment"])))
 
 
-async def clear_faults(request: Request) -> Response:
+async def clear_faults(service: Service, request: Request) -> Response:
     """DELETE /_mock/faults: from here on everything works."""
-    return json_response(Deleted(request.app.state.fault_queue.clear(request["environment"])))
+    return json_response(Deleted(service.fault_queue.clear(request["environment"])))
 
 
 MOCK_OPERATIONS = (
@@ -2615,8 +2627,8 @@ class MockServer:
         self.url = url  # ends in /v1
         self.api_keys = dict(api_keys)  # key -> environment
         self.api_key = next(iter(api_keys))
-        self._store: Store = app.state.store
-        self._fault_queue: FaultQueue = app.state.fault_queue
+        self._store: Store = app.state.service.store
+        self._fault_queue: FaultQueue = app.state.service.fault_queue
 
     def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
         """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
@@ -2682,7 +2694,7 @@ def running_server(*, api_keys: Mapping[str, str] | None = None, **settings: Any
         finally:
             server.should_exit = True
             thread.join()
-            app.state.store.close()
+            app.state.service.store.close()
 
 
 def _pytest_plugin() -> object:
@@ -3669,17 +3681,17 @@ def is_loopback(host: str) -> bool:
 
 
 def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
-    store: Store = app.state.store
-    environments = ", ".join(sorted({key.environment for key in app.state.settings.api_keys}))
+    service: Service = app.state.service
+    environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = made_key or "$FLEXPRICE_API_KEY"
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
-    mock = "  mock         /_mock/events and /_mock/faults are open\n" if app.state.settings.mock else ""
+    mock = "  mock         /_mock/events and /_mock/faults are open\n" if service.settings.mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
-  database     {store.path} ({store.events_at_start:,} events)
+  database     {service.store.path} ({service.store.events_at_start:,} events)
   base URL     {base_url}
   API key      {key_note}{f" ({key_source})" if made_key else ""}
   environment  {environments}
@@ -3746,7 +3758,7 @@ def serve(arguments: argparse.Namespace) -> int:
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
         run_server(app, listener, arguments.access_log)
-        app.state.store.close()
+        app.state.service.store.close()
     return 0
 
 

@@ -1083,7 +1083,7 @@ def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(many
     if by_name and "external_customer_id" in filters:
         del pages[0]  # no index has this order, and a sort of one customer's events is as good
     steps = []
-    with closing(sqlite3.connect(many.app.state.store.path)) as conn:
+    with closing(sqlite3.connect(many.app.state.service.store.path)) as conn:
         for one in pages:
             cursors = {side: eventstore.Cursor(NOW + number - 2000, f"{number:04}") for side, number in one.items()}
             statements, counter = [], itertools.count()
