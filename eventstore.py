@@ -8,10 +8,10 @@ plans or invoices, and one process on one machine.
     python eventstore.py import FILE         # also export, and replay into FlexPrice
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
-The rooms of this module, in order; none knows of those below it, but for create_app, which puts them together:
+The rooms of this module, in order; none knows of those below it, but for HTTP, which puts them together:
 
     Settings        everything that can be configured
-    errors          ApiError and the table of codes
+    errors          ApiError, the table of codes, and Faults, which collects what is wrong with a request
     wire types      what comes in and what goes out
     time, ids, cursors, windows
     validation      from bytes and parameters to rows and queries
@@ -187,6 +187,57 @@ class FieldError(ValueError):
         super().__init__(problem)
         self.code = code
         self.problem = problem
+
+
+class Faults:
+    """Everything that is wrong with one request, so that one answer names all of it."""
+
+    def __init__(self) -> None:
+        self.index: int | None = None  # of the event under check
+        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
+
+    def add(self, field: str, code: str, problem: str) -> None:
+        """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
+        if (self.index, self.whole) not in self._found:
+            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
+
+    @property
+    def whole(self) -> str:
+        return "body" if self.index is None else "event"
+
+    def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
+        """convert(value); None for an absent value, and for a bad one, which is noted."""
+        if value is None or value == "":
+            return None
+        try:
+            return convert(value)
+        except FieldError as error:
+            self.add(field, error.code, error.problem)
+            return None
+
+    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
+        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
+        if not self._found:
+            return
+        faults = []
+        for (index, field), (code, message) in itertools.islice(self._found.items(), MAX_FAULTS):
+            event_id = events[index or 0].event_id if events else None
+            faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
+        rejected = len({index for index, _ in self._found})
+        message = "; ".join(fault.message for fault in faults)
+        if bulk:
+            are = "is" if rejected == 1 else "are"
+            message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
+        truncated = len(self._found) > MAX_FAULTS
+        raise ApiError("validation_error", message, ErrorDetails(rejected if events else UNSET, truncated, faults))
+
+
+def refuse(field: str, code: str, problem: str) -> NoReturn:
+    """Refuse a request for one field that makes the rest not worth a look."""
+    faults = Faults()
+    faults.add(field, code, problem)
+    faults.refuse()
+    raise AssertionError("unreachable")
 
 
 class StartError(Exception):
@@ -409,7 +460,7 @@ MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
 TEXTS = msgspec.json.Decoder(list[str | None])
 
-# ---------------------------------------------------------------------------------------------- time, ids, windows
+# ----------------------------------------------------------------------------------------- time, ids, cursors, windows
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -490,54 +541,6 @@ def parse_cursor(text: str) -> Cursor:
     if not MIN_TIME_US <= timestamp_us <= MAX_TIME_US:
         raise FieldError("out_of_range", f"must hold a time in the years 1 to 9999, got {echo(text)}")
     return Cursor(timestamp_us, event_id)
-
-
-DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-
-def parse_int(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
-        raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
-    return int(text)
-
-
-def check_whole(value: float) -> int:
-    """An integer; in JSON, 50.0 is one."""
-    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
-        raise FieldError("invalid_type", f"must be an integer, got {value}")
-    return int(value)
-
-
-def whole_within(low: int, high: int) -> Callable[[float], int]:
-    def check(value: float) -> int:
-        whole = check_whole(value)
-        if not low <= whole <= high:
-            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
-        return whole
-
-    return check
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
-        raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
-    return text.lower() in ("true", "1", "t")
-
-
-def parse_query_time(text: str) -> str:
-    """A `+` that nobody escaped arrives as a space: 10:00:00 05:30 is 10:00:00+05:30."""
-    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
-
-
-def parse_property_filters(text: str) -> dict[str, list[str] | None]:
-    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
-    filters: dict[str, list[str] | None] = {}
-    for part in text.split(";"):
-        key, colon, values = part.partition(":")
-        if not colon or not key:
-            raise FieldError("invalid_format", f"must look like key1:v1,v2;key2:v3, got {echo(part)}")
-        filters[key] = [*(filters.get(key) or []), *values.split(",")]
-    return filters
 
 
 WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 180, "6HOUR": 360, "12HOUR": 720}
@@ -647,57 +650,6 @@ class Row(NamedTuple):
     timestamp_us: int
     ingested_at_us: int
     properties: str
-
-
-class Faults:
-    """Everything that is wrong with one request, so that one answer names all of it."""
-
-    def __init__(self) -> None:
-        self.index: int | None = None  # of the event under check
-        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
-
-    def add(self, field: str, code: str, problem: str) -> None:
-        """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
-        if (self.index, self.whole) not in self._found:
-            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
-
-    @property
-    def whole(self) -> str:
-        return "body" if self.index is None else "event"
-
-    def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
-        """convert(value); None for an absent value, and for a bad one, which is noted."""
-        if value is None or value == "":
-            return None
-        try:
-            return convert(value)
-        except FieldError as error:
-            self.add(field, error.code, error.problem)
-            return None
-
-    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
-        if not self._found:
-            return
-        faults = []
-        for (index, field), (code, message) in itertools.islice(self._found.items(), MAX_FAULTS):
-            event_id = events[index or 0].event_id if events else None
-            faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
-        rejected = len({index for index, _ in self._found})
-        message = "; ".join(fault.message for fault in faults)
-        if bulk:
-            are = "is" if rejected == 1 else "are"
-            message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
-        truncated = len(self._found) > MAX_FAULTS
-        raise ApiError("validation_error", message, ErrorDetails(rejected if events else UNSET, truncated, faults))
-
-
-def refuse(field: str, code: str, problem: str) -> NoReturn:
-    """Refuse a request for one field that makes the rest not worth a look."""
-    faults = Faults()
-    faults.add(field, code, problem)
-    faults.refuse()
-    raise AssertionError("unreachable")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
@@ -832,6 +784,54 @@ def event_rows(events: list[Any], bulk: bool, environment: str, now: int, make_i
         rows.append(event_row(events[faults.index], environment, now, make_id, faults))
     faults.refuse(events, bulk)
     return rows
+
+
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def parse_int(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
+        raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
+    return int(text)
+
+
+def check_whole(value: float) -> int:
+    """An integer; in JSON, 50.0 is one."""
+    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
+        raise FieldError("invalid_type", f"must be an integer, got {value}")
+    return int(value)
+
+
+def whole_within(low: int, high: int) -> Callable[[float], int]:
+    def check(value: float) -> int:
+        whole = check_whole(value)
+        if not low <= whole <= high:
+            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
+        return whole
+
+    return check
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
+    return text.lower() in ("true", "1", "t")
+
+
+def parse_query_time(text: str) -> str:
+    """A `+` that nobody escaped arrives as a space: 10:00:00 05:30 is 10:00:00+05:30."""
+    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
+
+
+def parse_property_filters(text: str) -> dict[str, list[str] | None]:
+    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
+    filters: dict[str, list[str] | None] = {}
+    for part in text.split(";"):
+        key, colon, values = part.partition(":")
+        if not colon or not key:
+            raise FieldError("invalid_format", f"must look like key1:v1,v2;key2:v3, got {echo(part)}")
+        filters[key] = [*(filters.get(key) or []), *values.split(",")]
+    return filters
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -3632,6 +3632,14 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
     return check_key(key)
 
 
+def check_key(key: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise StartError(
+            "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
+        )
+    return key
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 # What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
@@ -3647,14 +3655,6 @@ def parse_api_key(text: str) -> ApiKey:
     if not environment.strip():
         raise StartError("an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
     return ApiKey.hashed(check_key(key), environment.strip())
-
-
-def check_key(key: str) -> str:
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise StartError(
-            "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
-        )
-    return key
 
 
 def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
