@@ -3338,19 +3338,26 @@ def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or no file: name another one")
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
+@contextmanager
+def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
+    """A file that appears under its name, in another's place, when it is complete and on the disk. StopError."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "xb") as file:
-            if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
-                with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                    yield cast(BinaryIO, packed)
-            else:
-                yield file
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise StopError(f"cannot write --output {path}: {error.strerror or error}; no file was made") from error
+        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)
@@ -3495,15 +3502,8 @@ class Replay:
         return len(batch.rows)
 
     def save(self) -> None:
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(ENCODER.encode(self.progress) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        except OSError as error:
-            raise StopError(f"cannot keep the progress in {self._path}: {error.strerror}; make room for it") from error
+        with whole_file(self._path, f"cannot keep the progress in {self._path}", "make room for it") as file:
+            file.write(ENCODER.encode(self.progress) + b"\n")
         self._saved_s = time.monotonic()
 
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> None:
