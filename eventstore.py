@@ -1787,15 +1787,12 @@ PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 class JsonResponse(Response):
     """A JSON answer. Its headers are made directly: Starlette's way there takes longer than to decode an event."""
 
-    def __init__(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        self.body, self.status_code, self.background = body, status, None
-        self.raw_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    def __init__(self, content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.body = content if isinstance(content, bytes) else ENCODER.encode(content)
+        self.status_code, self.background = status, None
+        self.raw_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
         if headers:
             self.raw_headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-
-
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JsonResponse(content if isinstance(content, bytes) else ENCODER.encode(content), status, headers)
 
 
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
@@ -1804,7 +1801,7 @@ def error_response(request: Request, error: ApiError, headers: Mapping[str, str]
     path = request.scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: no line breaks in the log
     log.warning("%s %s: %d %s: %s", request.method, path, status, error.code, error.message)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return json_response(error_body(error), status, {**(headers or {}), **retry_after})
+    return JsonResponse(error_body(error), status, {**(headers or {}), **retry_after})
 
 
 def error_body(error: ApiError) -> ErrorBody:
@@ -1935,13 +1932,9 @@ async def _ingest(service: Service, request: Request, events: list[Any], bulk: b
     rows = event_rows(events, bulk, request["environment"], service.settings.clock(), service.make_id)
     inserted = len(rows) if request.scope.get("loses_events") else await service.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
-    return json_response(
-        BulkAccepted("Events accepted for processing")
-        if bulk
-        else EventAccepted("Event accepted for processing", rows[0].id),
-        202,
-        headers,
-    )
+    if bulk:
+        return JsonResponse(BulkAccepted("Events accepted for processing"), 202, headers)
+    return JsonResponse(EventAccepted("Event accepted for processing", rows[0].id), 202, headers)
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -1963,7 +1956,7 @@ async def query_events(service: Service, request: Request) -> Response:
 
 async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
     query = event_query(sent, service.view(request), max_page_size, faults)
-    return json_response(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
 
 
 async def look_up_event(service: Service, request: Request) -> Response:
@@ -1984,7 +1977,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
         1,
         faults,
     )
-    return json_response(await service.store.read(lambda conn: find_event(conn, query)))
+    return JsonResponse(await service.store.read(lambda conn: find_event(conn, query)))
 
 
 async def compute_usage(service: Service, request: Request) -> Response:
@@ -2019,17 +2012,17 @@ async def _aggregate(
     parts = [bounds[at : at + size] for at in range(0, len(bounds), size)]
     cells = await asyncio.gather(*(read(partial(usage_cells, query=query, bounds=part)) for part in parts))
     joined = list(itertools.chain.from_iterable(cells))
-    return json_response(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
+    return JsonResponse(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
 
 
 async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: this process answers."""
-    return json_response(Health())
+    return JsonResponse(Health())
 
 
 async def describe_api(service: Service, request: Request) -> Response:
     """GET /openapi.json: this API as OpenAPI 3.1."""
-    return json_response(openapi_document(service.operations))
+    return JsonResponse(openapi_document(service.operations))
 
 
 def debugger_handler() -> Handler:
@@ -2586,7 +2579,7 @@ class FaultInjection:
 async def reset_events(service: Service, request: Request) -> Response:
     """DELETE /_mock/events: forgets the events of the key's environment."""
     deleted = await asyncio.to_thread(service.store.delete_events, request["environment"])
-    return json_response(Deleted(deleted))
+    return JsonResponse(Deleted(deleted))
 
 
 async def inject_fault(service: Service, request: Request) -> Response:
@@ -2604,12 +2597,12 @@ async def inject_fault(service: Service, request: Request) -> Response:
 
 async def list_faults(service: Service, request: Request) -> Response:
     """GET /_mock/faults: the faults that still wait for their requests."""
-    return json_response(InjectedFaults(service.fault_queue.waiting(request["environment"])))
+    return JsonResponse(InjectedFaults(service.fault_queue.waiting(request["environment"])))
 
 
 async def clear_faults(service: Service, request: Request) -> Response:
     """DELETE /_mock/faults: from here on everything works."""
-    return json_response(Deleted(service.fault_queue.clear(request["environment"])))
+    return JsonResponse(Deleted(service.fault_queue.clear(request["environment"])))
 
 
 MOCK_OPERATIONS = (
@@ -3741,19 +3734,8 @@ def serve(arguments: argparse.Namespace) -> int:
     stop_counting_memory()
     raise_file_limit()
     with listen(arguments.host, arguments.port) as listener:
-        app = create_app(
-            Settings(
-                api_keys=api_keys,
-                db=arguments.db,
-                max_body_bytes=arguments.max_body_bytes,
-                query_timeout_s=arguments.query_timeout_s,
-                queue_events=arguments.queue_events,
-                queue_bytes=arguments.queue_bytes,
-                rate_limits=arguments.rate_limit,
-                visibility_lag_ms=arguments.visibility_lag_ms,
-                mock=arguments.mock,
-            )
-        )
+        chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
+        app = create_app(Settings(api_keys=api_keys, **chosen))
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
@@ -3810,17 +3792,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add_flags, summary in (
         ("serve", serve, add_serve_flags, "serve the API"),
-        ("import", partial(run_job, import_events), add_import_flags, "store the events of a file"),
-        ("export", partial(run_job, export_events), add_export_flags, "write events to a file"),
-        (
-            "replay",
-            partial(run_job, replay_events),
-            add_replay_flags,
-            "send events to FlexPrice, or another eventstore",
-        ),
+        ("import", import_events, add_import_flags, "store the events of a file"),
+        ("export", export_events, add_export_flags, "write events to a file"),
+        ("replay", replay_events, add_replay_flags, "send events to FlexPrice, or another eventstore"),
     ):
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run if name == "serve" else partial(run_job, run))
         db_help = "database file" if name in ("export", "replay") else "database file, made if absent"
         db_help += '; ":memory:" is a temporary one' if name == "serve" else ""
         command.add_argument("--db", metavar="PATH", default=Settings().db, help=db_help)
@@ -3832,6 +3809,7 @@ AddFlag = Callable[..., argparse.Action]
 
 
 def add_serve_flags(add: AddFlag) -> None:
+    """Flags that are named like a field of Settings set it."""
     defaults = Settings()
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
@@ -3841,8 +3819,9 @@ def add_serve_flags(add: AddFlag) -> None:
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
     add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
-    add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
-        "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
+    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", type=rate_limits, default={},
+        help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
+        )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms, help="show events "
         "to queries so long after they were accepted")  # fmt: skip
