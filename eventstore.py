@@ -465,8 +465,8 @@ TEXTS = msgspec.json.Decoder(list[str | None])
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 MIN_TIME_US = (datetime.min.replace(tzinfo=UTC) - EPOCH) // MICROSECOND  # Go's zero time, "no time" on this wire
-EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
+EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 DAY_US = 86_400 * 1_000_000
 DEFAULT_RANGE_US = 7 * DAY_US
 
@@ -519,18 +519,15 @@ class IdMaker:
         return "event_" + "".join([self._pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 
-StoredEvent = tuple[str, int, str, str, str, str, int]  # the columns of EVENT_COLUMNS
-
-
 class Cursor(NamedTuple):
     """A place between two events of a page's order; on the wire `<unix time in ns>::<event id>` (SPEC 4)."""
 
     timestamp_us: int
     id: str
 
-
-def cursor_text(event: StoredEvent) -> str:
-    return f"{event[1] * 1000}::{event[0]}"
+    @property
+    def text(self) -> str:
+        return f"{self.timestamp_us * 1000}::{self.id}"
 
 
 def parse_cursor(text: str) -> Cursor:
@@ -670,6 +667,11 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
             half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
             reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
+
+
+def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
+    """The body as the decoder's struct; fields that do not fit it are noted. ApiError if it is not JSON."""
+    return decode(decoder, body) or decode_members(decoder.type, body, faults)
 
 
 def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
@@ -917,11 +919,6 @@ def query_of_parameters(query_string: bytes, faults: Faults) -> EventQueryIn:
     return sent
 
 
-def query_of_body(body: bytes, faults: Faults) -> EventQueryIn:
-    """POST /v1/events/query (SPEC 5)."""
-    return decode(EVENT_QUERY, body) or decode_members(EventQueryIn, body, faults)
-
-
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
     """The query with its defaults filled in. ApiError with every fault, those already noted too (SPEC 4)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
@@ -1015,15 +1012,14 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     grouped = bucketed and kind == "MAX" and first_group.startswith("properties.")
     size = bucket_size if bucketed else window_size
     month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # the day as the anchor has it written
-    filtered = {"event_name": sent.event_name, "external_customer_id": sent.external_customer_id,
-                "customer_id": sent.customer_id}  # fmt: skip
+    columns = ("event_name", "external_customer_id", "customer_id")
     return UsageQuery(
         view=view,
         start_us=start_us,
         end_us=end_us,
         aggregation=kind,
         property_name=sent.property_name or "",
-        filters={column: value for column, value in filtered.items() if value},
+        filters={column: value for column in columns if (value := getattr(sent, column))},
         property_filters=property_filters,
         multiplier=multiplier if kind == "SUM_WITH_MULTIPLIER" else 1.0,
         windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None,
@@ -1109,9 +1105,12 @@ def insert_statement(rows: int) -> str:
 
 
 def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]) -> list[str]:
-    """The WHERE clauses of everything but the time range and the cursor. Values go to `parameters`, never the text."""
+    """The WHERE clauses of everything but the time range and the cursor.
+
+    Values go to `parameters`, never into the text; those of the time range, too.
+    """
     clauses = ["environment = :environment"]
-    parameters["environment"] = query.view.environment
+    parameters |= {"environment": query.view.environment, "start_us": query.start_us, "end_us": query.end_us}
     if query.view.visible_us is not None:
         clauses.append("ingested_at_us <= :visible_us")
         parameters["visible_us"] = query.view.visible_us
@@ -1233,7 +1232,6 @@ def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
         cell = f"SELECT sum(value) FROM ({per_group})"
     else:
         cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END FROM events WHERE {where}"
-    parameters |= {"start_us": query.start_us, "end_us": query.end_us}
     return f"SELECT ({cell}) FROM json_each(:bounds) AS bound"
 
 
@@ -1265,7 +1263,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """One page (SPEC 4). ApiError if a cursor of sort=event_name names an unknown event."""
-    parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+    parameters: dict[str, object] = {}
     where = " AND ".join(filter_clauses(query, parameters))
     cursor = query.after or query.before
     if cursor and query.by_name:
@@ -1286,11 +1284,12 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
               to_datetime(ingested_at_us))
         for (id, timestamp_us, customer, customer_id, name, source, ingested_at_us), properties in page
     ]  # fmt: skip
+    keys = [Cursor(event[1], event[0]).text for event, _ in (page[0], page[-1])] if page else [None, None]
     return EventPage(
         events=events,
         has_more=len(rows) > query.page_size,
-        iter_first_key=cursor_text(page[0][0]) if page else None,
-        iter_last_key=cursor_text(page[-1][0]) if page else None,
+        iter_first_key=keys[0],
+        iter_last_key=keys[1],
         total_count=UNSET if query.count is None else total_count,
         offset=None if cursor else query.offset + query.page_size,
     )
@@ -1310,6 +1309,7 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
 
 
 EVENT_COLUMNS = "id, timestamp_us, external_customer_id, customer_id, event_name, source, ingested_at_us"
+StoredEvent = tuple[str, int, str, str, str, str, int]  # these columns
 STORED_EVENTS = msgspec.json.Decoder(list[StoredEvent])
 
 
@@ -1340,7 +1340,7 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
     from being checkpointed."""
     while True:
-        parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+        parameters: dict[str, object] = {}
         clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
         statement = f"{SELECT_ROWS} WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id LIMIT {PAGE_EVENTS}"
         page = select_rows(conn, statement, parameters)
@@ -1948,7 +1948,7 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
 async def query_events(service: Service, request: Request) -> Response:
     """POST /v1/events/query (SPEC 5)."""
     faults = Faults()
-    sent = query_of_body(await read_body(service, request), faults)
+    sent = decode_fields(EVENT_QUERY, await read_body(service, request), faults)
     if sent.count_total is None:
         sent.count_total = True
     return await _list(service, request, sent, 1000, faults)
@@ -1983,10 +1983,8 @@ async def look_up_event(service: Service, request: Request) -> Response:
 async def compute_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage (SPEC 7)."""
     faults = Faults()
-    body = await read_body(service, request)
-    sent = decode(USAGE, body) or decode_members(UsageIn, body, faults)
-    query = usage_query(sent, service.view(request), faults)
-    return await _aggregate(service, query, usage_answer)
+    sent = decode_fields(USAGE, await read_body(service, request), faults)
+    return await _aggregate(service, usage_query(sent, service.view(request), faults), usage_answer)
 
 
 async def monitor_events(service: Service, request: Request) -> Response:
@@ -2590,8 +2588,8 @@ async def inject_fault(service: Service, request: Request) -> Response:
         if name not in InjectedFault.__struct_fields__:
             known = ", ".join(InjectedFault.__struct_fields__)
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
-    sent = decode(INJECTED_FAULT, body) or decode_members(InjectedFault, body, faults)
-    service.fault_queue.add(check_fault(sent, faults), request["environment"])
+    fault = check_fault(decode_fields(INJECTED_FAULT, body, faults), faults)
+    service.fault_queue.add(fault, request["environment"])
     return await list_faults(service, request)
 
 
@@ -3105,7 +3103,7 @@ class Importer:
             event: EventIn = table_event(entry.content)
         else:
             faults.index = entry.number or 0
-            event = decode(EVENT, entry.content) or decode_members(EventIn, entry.content, faults)
+            event = decode_fields(EVENT, entry.content, faults)
             if not entry.content.startswith(b"{"):
                 faults.refuse()
         event.event_id = event.event_id or content_id(entry)
@@ -3226,12 +3224,7 @@ def open_stored(path: str) -> sqlite3.Connection:
 def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
     """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
     while True:
-        parameters: dict[str, object] = {
-            "start_us": query.start_us,
-            "end_us": query.end_us,
-            "after": after,
-            "last": last,
-        }
+        parameters: dict[str, object] = {"after": after, "last": last}
         clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
         statement = f"{SELECT_ROWS} NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid LIMIT {PAGE_EVENTS}"
         page = select_rows(conn, statement, parameters)
@@ -3489,7 +3482,7 @@ class Replay:
         if self.progress.is_caught_up:
             self.progress.arrived = batch.rows[-1][0]
         else:
-            self.progress.cursor = f"{last.timestamp_us * 1000}::{last.id}"
+            self.progress.cursor = Cursor(last.timestamp_us, last.id).text
         if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
             self.save()
         return len(batch.rows)
