@@ -1152,9 +1152,7 @@ _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 def property_clause(number: int, key: str, values: Iterable[str], parameters: dict[str, object]) -> str:
     """Does a property equal one of the texts, be it a string, a number or a boolean (SPEC 4)?"""
-    texts = [
-        text for value in values for text in (f'"{value}"', value) if text is not value or _JSON_SCALAR.fullmatch(value)
-    ]
+    texts = [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
     names = [f"filter{number}_{i}" for i in range(len(texts))]
     parameters.update(zip(names, texts, strict=True))
     value = property_expression("property_json", f"filter{number}", key, parameters)
@@ -1210,9 +1208,8 @@ def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression(query.property_name, parameters)
-    where = " AND ".join(
-        [*filter_clauses(query, parameters), "timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1"]
-    )
+    within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
+    where = " AND ".join([*filter_clauses(query, parameters), *within])
     aggregate = {
         "COUNT": "count(*)",
         "SUM": f"total({number})",
@@ -1299,12 +1296,8 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
     """With sort=event_name the place of a cursor is that of its event's name, too."""
     row = conn.execute(SELECT_NAME, {"environment": environment, "id": cursor.id}).fetchone()
     if row is None:
-        field = "iter_first_key" if before else "iter_last_key"
-        refuse(
-            field,
-            "invalid_format",
-            f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}",
-        )
+        problem = f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}"
+        refuse("iter_first_key" if before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
 
@@ -1605,9 +1598,8 @@ class Store:
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 self._conn.execute("PRAGMA busy_timeout = 5")
                 if is_busy:
-                    log.warning(
-                        "%s-wal has %d MB: some query keeps it from being shortened", self.path, wal_bytes >> 20
-                    )
+                    megabytes = wal_bytes >> 20
+                    log.warning("%s-wal has %d MB: some query keeps it from being shortened", self.path, megabytes)
                 else:
                     self._wal_limit_bytes = self._settings.wal_bytes
 
@@ -1661,10 +1653,9 @@ def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
                 task.answer.set_result(outcome)
 
     for loop in {task.loop for task in tasks}:
+        its_tasks = [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
         with suppress(RuntimeError):  # a loop that is closed has nobody waiting
-            loop.call_soon_threadsafe(
-                settle, [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
-            )
+            loop.call_soon_threadsafe(settle, its_tasks)
 
 
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
@@ -1870,10 +1861,9 @@ class RateLimits:
 
         app = self._app
         if self._used[place] > limit:
-            reason = (
-                f"this key may send {limit} requests a minute to {scope['path']}; nothing was stored, try again later"
-            )
-            refusal = ApiError("too_many_requests", reason, retry_after_s=reset_s - now_s)
+            reason = f"this key may send {limit} requests a minute to {scope['path']}"
+            message = f"{reason}; nothing was stored, try again later"
+            refusal = ApiError("too_many_requests", message, retry_after_s=reset_s - now_s)
             app = error_response(Request(scope), refusal)
         await app(scope, receive, send_with_headers)
 
@@ -1966,17 +1956,10 @@ async def look_up_event(service: Service, request: Request) -> Response:
     event_id = request.path_params.get("id", sent.get("id"))
     if not event_id:
         faults.add("id", "required", "is required: the event_id to look up")
-    query = event_query(
-        EventQueryIn(
-            event_id=event_id,
-            external_customer_id=sent.get("external_customer_id"),
-            start_time=parse_query_time(sent.get("start_time") or EARLIEST),
-            end_time=parse_query_time(sent.get("end_time") or LATEST),
-        ),
-        service.view(request),
-        1,
-        faults,
-    )
+    wanted = EventQueryIn(event_id=event_id, external_customer_id=sent.get("external_customer_id"))
+    wanted.start_time = parse_query_time(sent.get("start_time") or EARLIEST)
+    wanted.end_time = parse_query_time(sent.get("end_time") or LATEST)
+    query = event_query(wanted, service.view(request), 1, faults)
     return JsonResponse(await service.store.read(lambda conn: find_event(conn, query)))
 
 
@@ -2131,17 +2114,14 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
         routes: list[Route] = request.app.routes
         path = next(route.path for route in routes if route.path_regex.match(request["path"]))
-        allowed = ", ".join(
-            sorted({method for route in routes if route.path == path for method in route.methods or ()})
-        )
+        methods = {method for route in routes if route.path == path for method in route.methods or ()}
+        allowed = ", ".join(sorted(methods))
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
     operations = request.app.state.service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    path = echo(request["path"])
-    return error_response(
-        request, ApiError("not_found", f"no route {path}: this server has the Events API only ({served})")
-    )
+    message = f"no route {echo(request['path'])}: this server has the Events API only ({served})"
+    return error_response(request, ApiError("not_found", message))
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
@@ -2256,19 +2236,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=Protocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=access_log,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=shutdown_timeout_s,
-        )
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=access_log,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=shutdown_timeout_s,
     )
+    return uvicorn.Server(config)
 
 
 # ---------------------------------------------------------------------------------------------- OpenAPI
@@ -2360,9 +2339,8 @@ EXAMPLES: dict[Any, Any] = {
 def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
     """The routes as OpenAPI 3.1, made from their table and the wire types."""
     # Two types need help: a Raw has no schema as a default, and a batch is an array to everyone but its decoder.
-    event_in = msgspec.defstruct(
-        "EventIn", [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
-    )
+    fields = [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
+    event_in = msgspec.defstruct("EventIn", fields)
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
     types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
@@ -2468,26 +2446,23 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
 def check_fault_path(path: str) -> str:
     """A path as requests are compared with it: decoded, without a query string."""
     if "?" in path or "{" in path:
-        raise FieldError(
-            "invalid_format", f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
-        )
+        problem = f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
+        raise FieldError("invalid_format", problem)
     return urllib.parse.unquote(path)
 
 
 def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
     served_here = [operation for operation in OPERATIONS if operation.path.startswith("/v1/")]
     there = [operation for operation in served_here if fault.path is None or operation.serves(fault.path)]
-    methods = {operation.method for operation in there} | (
-        {"HEAD"} if any(it.method == "GET" for it in there) else set()
-    )
+    methods = {operation.method for operation in there}
+    methods |= {"HEAD"} if "GET" in methods else set()
     if not there:
         served = ", ".join(sorted({operation.public_path for operation in served_here}))
         faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
     elif fault.method and fault.method not in methods:
         allowed = ", ".join(sorted(methods))
-        faults.add(
-            "method", "invalid_format", f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
-        )
+        problem = f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
+        faults.add("method", "invalid_format", problem)
     elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
         name = "stored" if fault.stored else "status"
         ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
@@ -2630,9 +2605,7 @@ class MockServer:
         """
         if unknown := filters.keys() - EVENT_FILTERS:
             raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
-        sent = _convert(
-            {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000} | filters, EventQueryIn
-        )
+        sent = _convert({"start_time": EARLIEST, "end_time": LATEST} | filters, EventQueryIn)
         view = View(environment or self.api_keys[self.api_key], 0)
         query = event_query(sent, view, 1000, Faults())
         reader = _Reader(self._store.path)
@@ -2983,9 +2956,8 @@ def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
             yield Entry(line, None, dict(enumerate(cells)), problem)
         elif cells:
             null = "\\N" if "id" in columns else ""  # ClickHouse's
-            yield Entry(
-                line, None, {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
-            )
+            row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
+            yield Entry(line, None, row)
 
 
 def check_columns(columns: list[str], line: int) -> list[str]:
@@ -2995,15 +2967,14 @@ def check_columns(columns: list[str], line: int) -> list[str]:
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
     if unknown:
-        names = ", ".join(map(echo, unknown[:10]))
-        raise UnreadableError(
-            line, f"the header has unknown columns: {names}; known are {', '.join(known)}, properties.NAME"
-        )
-    if missing or twice or {"id", "event_id"} <= set(columns):
         problem = (
-            f"has no column {missing[0]}" if missing else f"has the column {(twice or ['id and event_id'])[0]} twice"
+            f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
         )
-        raise UnreadableError(line, f"the header {problem}")
+        raise UnreadableError(line, f"the header has {problem}")
+    if missing:
+        raise UnreadableError(line, f"the header has no column {missing[0]}")
+    if twice or {"id", "event_id"} <= set(columns):
+        raise UnreadableError(line, f"the header has the column {(twice or ['id and event_id'])[0]} twice")
     return columns
 
 
@@ -3393,9 +3364,8 @@ def target_url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise StartError(
-            f"--to must be a URL like https://us.api.flexprice.io/v1 or http://host:8080, got {echo(text)}"
-        )
+        example = "https://us.api.flexprice.io/v1 or http://host:8080"
+        raise StartError(f"--to must be a URL like {example}, got {echo(text)}")
     url = text.strip().rstrip("/")
     return url if url.endswith("/v1") else f"{url}/v1"
 
@@ -3620,9 +3590,8 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
 
 def check_key(key: str) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise StartError(
-            "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
-        )
+        problem = "is empty, or has a space or a character outside ASCII"
+        raise StartError(f"an API key {problem}: an HTTP header cannot carry it")
     return key
 
 
