@@ -618,6 +618,8 @@ def parse_zone(name: str) -> tzinfo:
 # ---------------------------------------------------------------------------------------------- validation
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
+SORTS = ("timestamp", "event_name")
+ORDERS = ("desc", "asc")
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
 MAX_COUNTED_BYTES = 1024 * 1024  # of a batch that is no batch of objects; a Raw takes 56 bytes, an item two
 MAX_FILTER_VALUES = 1000
@@ -846,8 +848,8 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
-_SORT = _one_of("timestamp", "event_name")
-_ORDER = _one_of("desc", "asc")
+_SORT = _one_of(*SORTS)
+_ORDER = _one_of(*ORDERS)
 _AGGREGATION = _one_of(*AGGREGATIONS)
 _WINDOW_SIZE = _one_of(*WINDOW_SIZES)
 
@@ -2279,8 +2281,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": _choice("timestamp", "event_name"),
-        "order": _choice("desc", "asc"),
+        "sort": _choice(*SORTS),
+        "order": _choice(*ORDERS),
         "iter_first_key": _CURSOR,
         "iter_last_key": _CURSOR,
     },
@@ -2316,8 +2318,8 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
     "property_filters": {"type": "string", "pattern": "^([^:;]+:[^;]*(;[^:;]+:[^;]*)*)?$", "maxLength": 200},
     "page_size": {"type": "integer"},
     "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
-    "sort": {"enum": ["timestamp", "event_name", ""]},
-    "order": {"enum": ["desc", "asc", ""]},
+    "sort": {"enum": [*SORTS, ""]},
+    "order": {"enum": [*ORDERS, ""]},
     "count_total": {"type": "string", "pattern": "^([Tt]([Rr][Uu][Ee])?|[Ff]([Aa][Ll][Ss][Ee])?|[01])?$"},
     "iter_first_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
     "iter_last_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
