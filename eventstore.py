@@ -293,6 +293,9 @@ class OuterBulkIn(Struct):
     events: Raw = Raw(b"null")
 
 
+PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
+
+
 class EventQueryIn(Struct):
     """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (SPEC 4, 5)."""
 
@@ -302,7 +305,7 @@ class EventQueryIn(Struct):
     source: str | None = None
     start_time: str | None = None
     end_time: str | None = None
-    property_filters: dict[str, list[str] | None] | None = None
+    property_filters: PropertyFilters | None = None
     page_size: int | float | None = None
     offset: int | float | None = None
     sort: str | None = None
@@ -324,7 +327,7 @@ class UsageIn(Struct):
     end_time: str | None = None
     window_size: str | None = None
     bucket_size: str | None = None
-    filters: dict[str, list[str] | None] | None = None
+    filters: PropertyFilters | None = None
     multiplier: str | float | None = None
     billing_anchor: str | None = None
     timezone: str | None = None
@@ -543,7 +546,8 @@ def parse_cursor(text: str) -> Cursor:
 WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 180, "6HOUR": 360, "12HOUR": 720}
 WINDOW_SIZES = (*WINDOW_MINUTES, "DAY", "WEEK", "MONTH")
 MAX_WINDOWS = 100_000
-QUARTER_US = 15 * 60 * 1_000_000
+MINUTE_US = 60 * 1_000_000
+QUARTER_US = 15 * MINUTE_US
 
 
 class Windows(Struct, frozen=True):
@@ -555,7 +559,7 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int) -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
-        step_us = WINDOW_MINUTES.get(self.size, 0) * 60 * 1_000_000  # 0: by the calendar
+        step_us = WINDOW_MINUTES.get(self.size, 0) * MINUTE_US  # 0: by the calendar
         too_many = bool(step_us) and (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
         try:
             bounds = [max(self._floor(start_us), MIN_TIME_US)]
@@ -592,7 +596,7 @@ class Windows(Struct, frozen=True):
     def _next(self, start_us: int) -> int:
         """The start of the window after the one that starts there."""
         if minutes := WINDOW_MINUTES.get(self.size):
-            step_us = minutes * 60 * 1_000_000
+            step_us = minutes * MINUTE_US
             time_us = start_us + step_us
             while (following := self._floor(time_us)) <= start_us:  # clocks went back: the window is longer
                 time_us += min(step_us, QUARTER_US)
@@ -631,7 +635,7 @@ _TYPE_NAMES = {
     "int | float | None": "an integer",
     "int | None": "an integer",
     "bool | None": "true or false",
-    "dict[str, list[str] | None] | None": "an object of string arrays",
+    "PropertyFilters | None": "an object of string arrays",
     "list[str] | None": "an array of strings",
     "str | float | None": "a decimal number",
 }
@@ -827,9 +831,9 @@ def parse_query_time(text: str) -> str:
     return re.sub(r" (?=\d\d:\d\d$)", "+", text)
 
 
-def parse_property_filters(text: str) -> dict[str, list[str] | None]:
+def parse_property_filters(text: str) -> PropertyFilters:
     """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
-    filters: dict[str, list[str] | None] = {}
+    filters: PropertyFilters = {}
     for part in text.split(";"):
         key, colon, values = part.partition(":")
         if not colon or not key:
@@ -957,16 +961,12 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
     start_us = faults.check("start_time", parse_time, start_time)
     start_us = end_us - DEFAULT_RANGE_US if start_us is None else start_us
     if end_us < start_us:
-        problem = (
-            f"is {echo(end_time)}, before start_time {echo(start_time or '')}" if end_time else "is before start_time"
-        )
-        faults.add("end_time", "out_of_range", problem)
+        problem = f"is {echo(end_time or '')}, before start_time {echo(start_time or '')}"
+        faults.add("end_time", "out_of_range", problem if end_time else "is before start_time")
     return start_us, end_us
 
 
-def check_property_filters(
-    field: str, sent: Mapping[str, list[str] | None] | None, faults: Faults
-) -> dict[str, list[str]]:
+def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
     """The filters that filter something: a key without values does not, as on the real server (SPEC 4)."""
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
@@ -1100,13 +1100,16 @@ NEWEST_ROWID = "SELECT coalesce(max(rowid), 0) FROM events"
 COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = :environment AND ingested_at_us > :visible_us"
 
 
+Parameters = dict[str, object]  # of a statement, by name
+
+
 @lru_cache
 def insert_statement(rows: int) -> str:
     """One statement for many rows: Python's executemany lets go of the GIL at every row, and fights for it."""
     return INSERT + ", ".join([f"({', '.join('?' * len(Row._fields))})"] * rows) + ON_KNOWN_ID
 
 
-def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]) -> list[str]:
+def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> list[str]:
     """The WHERE clauses of everything but the time range and the cursor.
 
     Values go to `parameters`, never into the text; those of the time range, too.
@@ -1126,9 +1129,7 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]
     return clauses
 
 
-def keyset_clauses(
-    query: EventQuery, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
-) -> list[str]:
+def keyset_clauses(query: EventQuery, cursor: Cursor | None, descending: bool, parameters: Parameters) -> list[str]:
     """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
     # By name, the + keeps the planner from the index by time, with which it would sort the whole range for a page.
     time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if query.spans_names else [START_CLAUSE, END_CLAUSE]
@@ -1152,7 +1153,7 @@ _MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 
-def property_clause(number: int, key: str, values: Iterable[str], parameters: dict[str, object]) -> str:
+def property_clause(number: int, key: str, values: Iterable[str], parameters: Parameters) -> str:
     """Does a property equal one of the texts, be it a string, a number or a boolean (SPEC 4)?"""
     texts = [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
     names = [f"filter{number}_{i}" for i in range(len(texts))]
@@ -1161,7 +1162,7 @@ def property_clause(number: int, key: str, values: Iterable[str], parameters: di
     return f"{value} IN ({', '.join(':' + name for name in names)})"
 
 
-def property_expression(function: str, name: str, key: str, parameters: dict[str, object]) -> str:
+def property_expression(function: str, name: str, key: str, parameters: Parameters) -> str:
     """A top-level property as `property_json` or `property_text` has it.
 
     SQLite's paths cannot hold a quote and, before 3.45, compare a key with its escaped form. Both matter only in
@@ -1174,7 +1175,7 @@ def property_expression(function: str, name: str, key: str, parameters: dict[str
     return f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
 
 
-def number_expression(key: str, parameters: dict[str, object]) -> str:
+def number_expression(key: str, parameters: Parameters) -> str:
     """A property as `property_number` has it. A sum over a million of them takes 1.3 s, with trim() 2.6 s."""
     parameters |= {"number_key": key, "number_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
     value = "properties ->> :number_path"
@@ -1206,7 +1207,7 @@ def property_number(properties: str, key: str) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
+def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression(query.property_name, parameters)
@@ -1262,7 +1263,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """One page (SPEC 4). ApiError if a cursor of sort=event_name names an unknown event."""
-    parameters: dict[str, object] = {}
+    parameters: Parameters = {}
     where = " AND ".join(filter_clauses(query, parameters))
     cursor = query.after or query.before
     if cursor and query.by_name:
@@ -1309,7 +1310,7 @@ STORED_EVENTS = msgspec.json.Decoder(list[StoredEvent])
 
 
 def select_events(
-    conn: sqlite3.Connection, clauses: str, parameters: Mapping[str, object], counted: str | None = None
+    conn: sqlite3.Connection, clauses: str, parameters: Parameters, counted: str | None = None
 ) -> tuple[list[tuple[StoredEvent, Raw]], int | None]:
     """The events that match a WHERE clause with their properties, and the number of those that match `counted`.
 
@@ -1335,21 +1336,32 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
     from being checkpointed."""
     while True:
-        parameters: dict[str, object] = {}
+        parameters: Parameters = {}
         clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        statement = f"{SELECT_ROWS} WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id LIMIT {PAGE_EVENTS}"
-        page = select_rows(conn, statement, parameters)
+        page = select_rows(conn, f"WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id", parameters)
         if not page:
             return
         yield page
         query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
-def select_rows(conn: sqlite3.Connection, statement: str, parameters: Mapping[str, object]) -> list[StoredRow]:
-    """The first rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
+def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
+    """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
+    while True:
+        parameters: Parameters = {"after": after, "last": last}
+        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
+        page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid", parameters)
+        if not page:
+            return
+        yield page
+        after = page[-1][0]
+
+
+def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
+    """The first thousand rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
     page: list[StoredRow] = []
     size = 0
-    with closing(conn.execute(statement, parameters)) as found:
+    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", parameters)) as found:
         for *columns, rowid in found:
             page.append((rowid, Row(*columns)))
             size += len(columns[-1])
@@ -1384,7 +1396,7 @@ def usage_bounds(query: UsageQuery, pieces: int) -> tuple[list[int], list[tuple[
 
 def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tuple[int, int]]) -> list[Any]:
     """An aggregate per range, None where there are no events."""
-    parameters: dict[str, object] = {"bounds": json.dumps(bounds)}
+    parameters: Parameters = {"bounds": json.dumps(bounds)}
     return [row[0] for row in conn.execute(usage_statement(query, parameters), parameters).fetchall()]
 
 
@@ -3176,7 +3188,7 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     faults = Faults()
     flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
     flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
-    sent = EventQueryIn(**flags, order="asc", count_total=True, page_size=1)
+    sent = EventQueryIn(**flags, count_total=True, page_size=1)
     sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
     try:
         return event_query(sent, View(arguments.environment, 0), PAGE_EVENTS, faults)
@@ -3192,19 +3204,6 @@ def open_stored(path: str) -> sqlite3.Connection:
         raise StartError(f"there is no database {path}: name one with --db")
     _prepare(path)
     return connect_reader(path)
-
-
-def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
-    """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
-    while True:
-        parameters: dict[str, object] = {"after": after, "last": last}
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
-        statement = f"{SELECT_ROWS} NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid LIMIT {PAGE_EVENTS}"
-        page = select_rows(conn, statement, parameters)
-        if not page:
-            return
-        yield page
-        after = page[-1][0]
 
 
 def exported_event(row: Row) -> ExportedEvent:
@@ -3625,7 +3624,7 @@ def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tup
             raise StartError(f"{source} names the same key twice: a key is bound to one environment")
         return keys, source, None
     if single:
-        return (parse_api_key(f"{single}=development"),), "FLEXPRICE_API_KEY", None
+        return (ApiKey.hashed(check_key(single)),), "FLEXPRICE_API_KEY", None
     made = f"evs_{secrets.token_urlsafe(18)}"
     return (ApiKey.hashed(made),), "made for this run", made
 
