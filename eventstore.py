@@ -2757,14 +2757,11 @@ def counted(number: int, noun: str) -> str:
 @contextmanager
 def progress_bar(total: Callable[[], int | None], unit: str) -> Iterator[Callable[[int], object]]:
     """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         yield lambda _: None
         return
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
-    except ImportError:
-        yield lambda _: None
-        return
+    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
+
     with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
         yield bar.update
 
@@ -3118,17 +3115,15 @@ def content_id(entry: Entry) -> str:
     return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
 
 
-def shown_content(content: Any) -> Any:
+def shown_content(found: Any) -> Any:
     """What was found in a file, as JSON; as a text if it is none."""
-    if isinstance(content, dict):
-        return {
-            str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in content.items()
-        }
+    if isinstance(found, dict):
+        return {str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in found.items()}
     try:
-        decode(RAW, content)
-        return Raw(msgspec.json.format(content, indent=-1))
+        decode(RAW, found)
+        return Raw(msgspec.json.format(found, indent=-1))
     except (ApiError, RecursionError, msgspec.DecodeError):
-        return content.decode(errors="replace")
+        return found.decode(errors="replace")
 
 
 def import_events(arguments: argparse.Namespace) -> int:
