@@ -147,6 +147,10 @@ STATUS_OF_CODE = {
     "gateway_timeout": 504,
 }
 
+# What a mock answers on request: each status with one of its codes.
+FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
+               504: "gateway_timeout"}  # fmt: skip
+
 MAX_ECHO_CHARS = 100
 MAX_FAULTS = 100
 
@@ -2312,7 +2316,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "Event": {"properties": {"type": "object"}},
     "InjectedFault": {
         "times": {"type": ["integer", "null"], "minimum": 1},
-        "status": {"enum": [202, 429, 500, 502, 503, 504, None]},
+        "status": {"enum": [202, *FAULT_CODES, None]},
         "retry_after_s": {"type": ["integer", "null"], "minimum": 0},
         "delay_ms": {"type": ["integer", "null"], "minimum": 0},
     },
@@ -2414,8 +2418,6 @@ def _describe(operation: Operation) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- mock
 
-FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
-               504: "gateway_timeout"}  # fmt: skip
 MAX_DELAY_MS = 600_000
 MAX_FAULT_TIMES = 1_000_000
 MOCK_API_KEY = "eventstore-test-key"
