@@ -8,10 +8,10 @@ plans or invoices, and one process on one machine.
     python eventstore.py import FILE         # also export, and replay into FlexPrice
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
-The rooms of this module, in order; none knows of those below it, but for create_app, which puts them together:
+The rooms of this module, in order; none knows of those below it, but for HTTP, which puts them together:
 
     Settings        everything that can be configured
-    errors          ApiError and the table of codes
+    errors          ApiError, the table of codes, and Faults, which collects what is wrong with a request
     wire types      what comes in and what goes out
     time, ids, cursors, windows
     validation      from bytes and parameters to rows and queries
@@ -147,6 +147,10 @@ STATUS_OF_CODE = {
     "gateway_timeout": 504,
 }
 
+# What a mock answers on request: each status with one of its codes.
+FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
+               504: "gateway_timeout"}  # fmt: skip
+
 MAX_ECHO_CHARS = 100
 MAX_FAULTS = 100
 
@@ -187,6 +191,57 @@ class FieldError(ValueError):
         super().__init__(problem)
         self.code = code
         self.problem = problem
+
+
+class Faults:
+    """Everything that is wrong with one request, so that one answer names all of it."""
+
+    def __init__(self) -> None:
+        self.index: int | None = None  # of the event under check
+        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
+
+    def add(self, field: str, code: str, problem: str) -> None:
+        """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
+        if (self.index, self.whole) not in self._found:
+            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
+
+    @property
+    def whole(self) -> str:
+        return "body" if self.index is None else "event"
+
+    def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
+        """convert(value); None for an absent value, and for a bad one, which is noted."""
+        if value is None or value == "":
+            return None
+        try:
+            return convert(value)
+        except FieldError as error:
+            self.add(field, error.code, error.problem)
+            return None
+
+    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
+        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
+        if not self._found:
+            return
+        faults = []
+        for (index, field), (code, message) in itertools.islice(self._found.items(), MAX_FAULTS):
+            event_id = events[index or 0].event_id if events else None
+            faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
+        rejected = len({index for index, _ in self._found})
+        message = "; ".join(fault.message for fault in faults)
+        if bulk:
+            are = "is" if rejected == 1 else "are"
+            message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
+        truncated = len(self._found) > MAX_FAULTS
+        raise ApiError("validation_error", message, ErrorDetails(rejected if events else UNSET, truncated, faults))
+
+
+def refuse(field: str, code: str, problem: str) -> NoReturn:
+    """Refuse a request for one field that makes the rest not worth a look."""
+    faults = Faults()
+    faults.add(field, code, problem)
+    faults.refuse()
+    raise AssertionError("unreachable")
 
 
 class StartError(Exception):
@@ -242,6 +297,9 @@ class OuterBulkIn(Struct):
     events: Raw = Raw(b"null")
 
 
+PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
+
+
 class EventQueryIn(Struct):
     """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (SPEC 4, 5)."""
 
@@ -251,7 +309,7 @@ class EventQueryIn(Struct):
     source: str | None = None
     start_time: str | None = None
     end_time: str | None = None
-    property_filters: dict[str, list[str] | None] | None = None
+    property_filters: PropertyFilters | None = None
     page_size: int | float | None = None
     offset: int | float | None = None
     sort: str | None = None
@@ -273,7 +331,7 @@ class UsageIn(Struct):
     end_time: str | None = None
     window_size: str | None = None
     bucket_size: str | None = None
-    filters: dict[str, list[str] | None] | None = None
+    filters: PropertyFilters | None = None
     multiplier: str | float | None = None
     billing_anchor: str | None = None
     timezone: str | None = None
@@ -409,13 +467,13 @@ MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
 TEXTS = msgspec.json.Decoder(list[str | None])
 
-# ---------------------------------------------------------------------------------------------- time, ids, windows
+# ----------------------------------------------------------------------------------------- time, ids, cursors, windows
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 MIN_TIME_US = (datetime.min.replace(tzinfo=UTC) - EPOCH) // MICROSECOND  # Go's zero time, "no time" on this wire
-EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
+EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 DAY_US = 86_400 * 1_000_000
 DEFAULT_RANGE_US = 7 * DAY_US
 
@@ -468,18 +526,15 @@ class IdMaker:
         return "event_" + "".join([self._pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 
-StoredEvent = tuple[str, int, str, str, str, str, int]  # the columns of EVENT_COLUMNS
-
-
 class Cursor(NamedTuple):
     """A place between two events of a page's order; on the wire `<unix time in ns>::<event id>` (SPEC 4)."""
 
     timestamp_us: int
     id: str
 
-
-def cursor_text(event: StoredEvent) -> str:
-    return f"{event[1] * 1000}::{event[0]}"
+    @property
+    def text(self) -> str:
+        return f"{self.timestamp_us * 1000}::{self.id}"
 
 
 def parse_cursor(text: str) -> Cursor:
@@ -492,58 +547,11 @@ def parse_cursor(text: str) -> Cursor:
     return Cursor(timestamp_us, event_id)
 
 
-DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-
-def parse_int(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
-        raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
-    return int(text)
-
-
-def check_whole(value: float) -> int:
-    """An integer; in JSON, 50.0 is one."""
-    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
-        raise FieldError("invalid_type", f"must be an integer, got {value}")
-    return int(value)
-
-
-def whole_within(low: int, high: int) -> Callable[[float], int]:
-    def check(value: float) -> int:
-        whole = check_whole(value)
-        if not low <= whole <= high:
-            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
-        return whole
-
-    return check
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
-        raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
-    return text.lower() in ("true", "1", "t")
-
-
-def parse_query_time(text: str) -> str:
-    """A `+` that nobody escaped arrives as a space: 10:00:00 05:30 is 10:00:00+05:30."""
-    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
-
-
-def parse_property_filters(text: str) -> dict[str, list[str] | None]:
-    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
-    filters: dict[str, list[str] | None] = {}
-    for part in text.split(";"):
-        key, colon, values = part.partition(":")
-        if not colon or not key:
-            raise FieldError("invalid_format", f"must look like key1:v1,v2;key2:v3, got {echo(part)}")
-        filters[key] = [*(filters.get(key) or []), *values.split(",")]
-    return filters
-
-
 WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 180, "6HOUR": 360, "12HOUR": 720}
 WINDOW_SIZES = (*WINDOW_MINUTES, "DAY", "WEEK", "MONTH")
 MAX_WINDOWS = 100_000
-QUARTER_US = 15 * 60 * 1_000_000
+MINUTE_US = 60 * 1_000_000
+QUARTER_US = 15 * MINUTE_US
 
 
 class Windows(Struct, frozen=True):
@@ -555,7 +563,7 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int) -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
-        step_us = WINDOW_MINUTES.get(self.size, 0) * 60 * 1_000_000  # 0: by the calendar
+        step_us = WINDOW_MINUTES.get(self.size, 0) * MINUTE_US  # 0: by the calendar
         too_many = bool(step_us) and (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
         try:
             bounds = [max(self._floor(start_us), MIN_TIME_US)]
@@ -592,7 +600,7 @@ class Windows(Struct, frozen=True):
     def _next(self, start_us: int) -> int:
         """The start of the window after the one that starts there."""
         if minutes := WINDOW_MINUTES.get(self.size):
-            step_us = minutes * 60 * 1_000_000
+            step_us = minutes * MINUTE_US
             time_us = start_us + step_us
             while (following := self._floor(time_us)) <= start_us:  # clocks went back: the window is longer
                 time_us += min(step_us, QUARTER_US)
@@ -618,6 +626,8 @@ def parse_zone(name: str) -> tzinfo:
 # ---------------------------------------------------------------------------------------------- validation
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
+SORTS = ("timestamp", "event_name")
+ORDERS = ("desc", "asc")
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
 MAX_COUNTED_BYTES = 1024 * 1024  # of a batch that is no batch of objects; a Raw takes 56 bytes, an item two
 MAX_FILTER_VALUES = 1000
@@ -629,7 +639,7 @@ _TYPE_NAMES = {
     "int | float | None": "an integer",
     "int | None": "an integer",
     "bool | None": "true or false",
-    "dict[str, list[str] | None] | None": "an object of string arrays",
+    "PropertyFilters | None": "an object of string arrays",
     "list[str] | None": "an array of strings",
     "str | float | None": "a decimal number",
 }
@@ -647,57 +657,6 @@ class Row(NamedTuple):
     timestamp_us: int
     ingested_at_us: int
     properties: str
-
-
-class Faults:
-    """Everything that is wrong with one request, so that one answer names all of it."""
-
-    def __init__(self) -> None:
-        self.index: int | None = None  # of the event under check
-        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
-
-    def add(self, field: str, code: str, problem: str) -> None:
-        """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
-        if (self.index, self.whole) not in self._found:
-            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
-
-    @property
-    def whole(self) -> str:
-        return "body" if self.index is None else "event"
-
-    def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
-        """convert(value); None for an absent value, and for a bad one, which is noted."""
-        if value is None or value == "":
-            return None
-        try:
-            return convert(value)
-        except FieldError as error:
-            self.add(field, error.code, error.problem)
-            return None
-
-    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
-        if not self._found:
-            return
-        faults = []
-        for (index, field), (code, message) in itertools.islice(self._found.items(), MAX_FAULTS):
-            event_id = events[index or 0].event_id if events else None
-            faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
-        rejected = len({index for index, _ in self._found})
-        message = "; ".join(fault.message for fault in faults)
-        if bulk:
-            are = "is" if rejected == 1 else "are"
-            message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
-        truncated = len(self._found) > MAX_FAULTS
-        raise ApiError("validation_error", message, ErrorDetails(rejected if events else UNSET, truncated, faults))
-
-
-def refuse(field: str, code: str, problem: str) -> NoReturn:
-    """Refuse a request for one field that makes the rest not worth a look."""
-    faults = Faults()
-    faults.add(field, code, problem)
-    faults.refuse()
-    raise AssertionError("unreachable")
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
@@ -718,6 +677,11 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
             half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
             reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
+
+
+def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
+    """The body as the decoder's struct; fields that do not fit it are noted. ApiError if it is not JSON."""
+    return decode(decoder, body) or decode_members(decoder.type, body, faults)
 
 
 def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
@@ -834,6 +798,54 @@ def event_rows(events: list[Any], bulk: bool, environment: str, now: int, make_i
     return rows
 
 
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def parse_int(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
+        raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
+    return int(text)
+
+
+def check_whole(value: float) -> int:
+    """An integer; in JSON, 50.0 is one."""
+    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
+        raise FieldError("invalid_type", f"must be an integer, got {value}")
+    return int(value)
+
+
+def whole_within(low: int, high: int) -> Callable[[float], int]:
+    def check(value: float) -> int:
+        whole = check_whole(value)
+        if not low <= whole <= high:
+            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
+        return whole
+
+    return check
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "t", "f"):
+        raise FieldError("invalid_type", f"must be true or false, got {echo(text)}")
+    return text.lower() in ("true", "1", "t")
+
+
+def parse_query_time(text: str) -> str:
+    """A `+` that nobody escaped arrives as a space: 10:00:00 05:30 is 10:00:00+05:30."""
+    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
+
+
+def parse_property_filters(text: str) -> PropertyFilters:
+    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
+    filters: PropertyFilters = {}
+    for part in text.split(";"):
+        key, colon, values = part.partition(":")
+        if not colon or not key:
+            raise FieldError("invalid_format", f"must look like key1:v1,v2;key2:v3, got {echo(part)}")
+        filters[key] = [*(filters.get(key) or []), *values.split(",")]
+    return filters
+
+
 def _one_of(*allowed: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
@@ -844,8 +856,8 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
-_SORT = _one_of("timestamp", "event_name")
-_ORDER = _one_of("desc", "asc")
+_SORT = _one_of(*SORTS)
+_ORDER = _one_of(*ORDERS)
 _AGGREGATION = _one_of(*AGGREGATIONS)
 _WINDOW_SIZE = _one_of(*WINDOW_SIZES)
 
@@ -917,11 +929,6 @@ def query_of_parameters(query_string: bytes, faults: Faults) -> EventQueryIn:
     return sent
 
 
-def query_of_body(body: bytes, faults: Faults) -> EventQueryIn:
-    """POST /v1/events/query (SPEC 5)."""
-    return decode(EVENT_QUERY, body) or decode_members(EventQueryIn, body, faults)
-
-
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
     """The query with its defaults filled in. ApiError with every fault, those already noted too (SPEC 4)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
@@ -958,16 +965,12 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
     start_us = faults.check("start_time", parse_time, start_time)
     start_us = end_us - DEFAULT_RANGE_US if start_us is None else start_us
     if end_us < start_us:
-        problem = (
-            f"is {echo(end_time)}, before start_time {echo(start_time or '')}" if end_time else "is before start_time"
-        )
-        faults.add("end_time", "out_of_range", problem)
+        problem = f"is {echo(end_time or '')}, before start_time {echo(start_time or '')}"
+        faults.add("end_time", "out_of_range", problem if end_time else "is before start_time")
     return start_us, end_us
 
 
-def check_property_filters(
-    field: str, sent: Mapping[str, list[str] | None] | None, faults: Faults
-) -> dict[str, list[str]]:
+def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
     """The filters that filter something: a key without values does not, as on the real server (SPEC 4)."""
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
@@ -1015,15 +1018,14 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     grouped = bucketed and kind == "MAX" and first_group.startswith("properties.")
     size = bucket_size if bucketed else window_size
     month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # the day as the anchor has it written
-    filtered = {"event_name": sent.event_name, "external_customer_id": sent.external_customer_id,
-                "customer_id": sent.customer_id}  # fmt: skip
+    columns = ("event_name", "external_customer_id", "customer_id")
     return UsageQuery(
         view=view,
         start_us=start_us,
         end_us=end_us,
         aggregation=kind,
         property_name=sent.property_name or "",
-        filters={column: value for column, value in filtered.items() if value},
+        filters={column: value for column in columns if (value := getattr(sent, column))},
         property_filters=property_filters,
         multiplier=multiplier if kind == "SUM_WITH_MULTIPLIER" else 1.0,
         windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None,
@@ -1102,16 +1104,22 @@ NEWEST_ROWID = "SELECT coalesce(max(rowid), 0) FROM events"
 COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = :environment AND ingested_at_us > :visible_us"
 
 
+Parameters = dict[str, object]  # of a statement, by name
+
+
 @lru_cache
 def insert_statement(rows: int) -> str:
     """One statement for many rows: Python's executemany lets go of the GIL at every row, and fights for it."""
     return INSERT + ", ".join([f"({', '.join('?' * len(Row._fields))})"] * rows) + ON_KNOWN_ID
 
 
-def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]) -> list[str]:
-    """The WHERE clauses of everything but the time range and the cursor. Values go to `parameters`, never the text."""
+def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> list[str]:
+    """The WHERE clauses of everything but the time range and the cursor.
+
+    Values go to `parameters`, never into the text; those of the time range, too.
+    """
     clauses = ["environment = :environment"]
-    parameters["environment"] = query.view.environment
+    parameters |= {"environment": query.view.environment, "start_us": query.start_us, "end_us": query.end_us}
     if query.view.visible_us is not None:
         clauses.append("ingested_at_us <= :visible_us")
         parameters["visible_us"] = query.view.visible_us
@@ -1125,9 +1133,7 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: dict[str, object]
     return clauses
 
 
-def keyset_clauses(
-    query: EventQuery, cursor: Cursor | None, descending: bool, parameters: dict[str, object]
-) -> list[str]:
+def keyset_clauses(query: EventQuery, cursor: Cursor | None, descending: bool, parameters: Parameters) -> list[str]:
     """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
     # By name, the + keeps the planner from the index by time, with which it would sort the whole range for a page.
     time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if query.spans_names else [START_CLAUSE, END_CLAUSE]
@@ -1151,18 +1157,16 @@ _MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 
-def property_clause(number: int, key: str, values: Iterable[str], parameters: dict[str, object]) -> str:
+def property_clause(number: int, key: str, values: Iterable[str], parameters: Parameters) -> str:
     """Does a property equal one of the texts, be it a string, a number or a boolean (SPEC 4)?"""
-    texts = [
-        text for value in values for text in (f'"{value}"', value) if text is not value or _JSON_SCALAR.fullmatch(value)
-    ]
+    texts = [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
     names = [f"filter{number}_{i}" for i in range(len(texts))]
     parameters.update(zip(names, texts, strict=True))
     value = property_expression("property_json", f"filter{number}", key, parameters)
     return f"{value} IN ({', '.join(':' + name for name in names)})"
 
 
-def property_expression(function: str, name: str, key: str, parameters: dict[str, object]) -> str:
+def property_expression(function: str, name: str, key: str, parameters: Parameters) -> str:
     """A top-level property as `property_json` or `property_text` has it.
 
     SQLite's paths cannot hold a quote and, before 3.45, compare a key with its escaped form. Both matter only in
@@ -1175,7 +1179,7 @@ def property_expression(function: str, name: str, key: str, parameters: dict[str
     return f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
 
 
-def number_expression(key: str, parameters: dict[str, object]) -> str:
+def number_expression(key: str, parameters: Parameters) -> str:
     """A property as `property_number` has it. A sum over a million of them takes 1.3 s, with trim() 2.6 s."""
     parameters |= {"number_key": key, "number_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
     value = "properties ->> :number_path"
@@ -1207,13 +1211,12 @@ def property_number(properties: str, key: str) -> float:
     return number if math.isfinite(number) else 0.0
 
 
-def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
+def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression(query.property_name, parameters)
-    where = " AND ".join(
-        [*filter_clauses(query, parameters), "timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1"]
-    )
+    within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
+    where = " AND ".join([*filter_clauses(query, parameters), *within])
     aggregate = {
         "COUNT": "count(*)",
         "SUM": f"total({number})",
@@ -1233,7 +1236,6 @@ def usage_statement(query: UsageQuery, parameters: dict[str, object]) -> str:
         cell = f"SELECT sum(value) FROM ({per_group})"
     else:
         cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END FROM events WHERE {where}"
-    parameters |= {"start_us": query.start_us, "end_us": query.end_us}
     return f"SELECT ({cell}) FROM json_each(:bounds) AS bound"
 
 
@@ -1265,7 +1267,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """One page (SPEC 4). ApiError if a cursor of sort=event_name names an unknown event."""
-    parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+    parameters: Parameters = {}
     where = " AND ".join(filter_clauses(query, parameters))
     cursor = query.after or query.before
     if cursor and query.by_name:
@@ -1286,11 +1288,12 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
               to_datetime(ingested_at_us))
         for (id, timestamp_us, customer, customer_id, name, source, ingested_at_us), properties in page
     ]  # fmt: skip
+    keys = [Cursor(event[1], event[0]).text for event, _ in (page[0], page[-1])] if page else [None, None]
     return EventPage(
         events=events,
         has_more=len(rows) > query.page_size,
-        iter_first_key=cursor_text(page[0][0]) if page else None,
-        iter_last_key=cursor_text(page[-1][0]) if page else None,
+        iter_first_key=keys[0],
+        iter_last_key=keys[1],
         total_count=UNSET if query.count is None else total_count,
         offset=None if cursor else query.offset + query.page_size,
     )
@@ -1300,21 +1303,18 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
     """With sort=event_name the place of a cursor is that of its event's name, too."""
     row = conn.execute(SELECT_NAME, {"environment": environment, "id": cursor.id}).fetchone()
     if row is None:
-        field = "iter_first_key" if before else "iter_last_key"
-        refuse(
-            field,
-            "invalid_format",
-            f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}",
-        )
+        problem = f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}"
+        refuse("iter_first_key" if before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
 
 EVENT_COLUMNS = "id, timestamp_us, external_customer_id, customer_id, event_name, source, ingested_at_us"
+StoredEvent = tuple[str, int, str, str, str, str, int]  # these columns
 STORED_EVENTS = msgspec.json.Decoder(list[StoredEvent])
 
 
 def select_events(
-    conn: sqlite3.Connection, clauses: str, parameters: Mapping[str, object], counted: str | None = None
+    conn: sqlite3.Connection, clauses: str, parameters: Parameters, counted: str | None = None
 ) -> tuple[list[tuple[StoredEvent, Raw]], int | None]:
     """The events that match a WHERE clause with their properties, and the number of those that match `counted`.
 
@@ -1340,21 +1340,32 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
     from being checkpointed."""
     while True:
-        parameters: dict[str, object] = {"start_us": query.start_us, "end_us": query.end_us}
+        parameters: Parameters = {}
         clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        statement = f"{SELECT_ROWS} WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id LIMIT {PAGE_EVENTS}"
-        page = select_rows(conn, statement, parameters)
+        page = select_rows(conn, f"WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id", parameters)
         if not page:
             return
         yield page
         query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
-def select_rows(conn: sqlite3.Connection, statement: str, parameters: Mapping[str, object]) -> list[StoredRow]:
-    """The first rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
+def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
+    """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
+    while True:
+        parameters: Parameters = {"after": after, "last": last}
+        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
+        page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid", parameters)
+        if not page:
+            return
+        yield page
+        after = page[-1][0]
+
+
+def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
+    """The first thousand rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
     page: list[StoredRow] = []
     size = 0
-    with closing(conn.execute(statement, parameters)) as found:
+    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", parameters)) as found:
         for *columns, rowid in found:
             page.append((rowid, Row(*columns)))
             size += len(columns[-1])
@@ -1389,7 +1400,7 @@ def usage_bounds(query: UsageQuery, pieces: int) -> tuple[list[int], list[tuple[
 
 def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tuple[int, int]]) -> list[Any]:
     """An aggregate per range, None where there are no events."""
-    parameters: dict[str, object] = {"bounds": json.dumps(bounds)}
+    parameters: Parameters = {"bounds": json.dumps(bounds)}
     return [row[0] for row in conn.execute(usage_statement(query, parameters), parameters).fetchall()]
 
 
@@ -1605,9 +1616,8 @@ class Store:
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 self._conn.execute("PRAGMA busy_timeout = 5")
                 if is_busy:
-                    log.warning(
-                        "%s-wal has %d MB: some query keeps it from being shortened", self.path, wal_bytes >> 20
-                    )
+                    megabytes = wal_bytes >> 20
+                    log.warning("%s-wal has %d MB: some query keeps it from being shortened", self.path, megabytes)
                 else:
                     self._wal_limit_bytes = self._settings.wal_bytes
 
@@ -1661,10 +1671,9 @@ def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
                 task.answer.set_result(outcome)
 
     for loop in {task.loop for task in tasks}:
+        its_tasks = [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
         with suppress(RuntimeError):  # a loop that is closed has nobody waiting
-            loop.call_soon_threadsafe(
-                settle, [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
-            )
+            loop.call_soon_threadsafe(settle, its_tasks)
 
 
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
@@ -1787,15 +1796,12 @@ PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 class JsonResponse(Response):
     """A JSON answer. Its headers are made directly: Starlette's way there takes longer than to decode an event."""
 
-    def __init__(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        self.body, self.status_code, self.background = body, status, None
-        self.raw_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    def __init__(self, content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.body = content if isinstance(content, bytes) else ENCODER.encode(content)
+        self.status_code, self.background = status, None
+        self.raw_headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(self.body))]
         if headers:
             self.raw_headers += [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-
-
-def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return JsonResponse(content if isinstance(content, bytes) else ENCODER.encode(content), status, headers)
 
 
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
@@ -1804,7 +1810,7 @@ def error_response(request: Request, error: ApiError, headers: Mapping[str, str]
     path = request.scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: no line breaks in the log
     log.warning("%s %s: %d %s: %s", request.method, path, status, error.code, error.message)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return json_response(error_body(error), status, {**(headers or {}), **retry_after})
+    return JsonResponse(error_body(error), status, {**(headers or {}), **retry_after})
 
 
 def error_body(error: ApiError) -> ErrorBody:
@@ -1873,10 +1879,9 @@ class RateLimits:
 
         app = self._app
         if self._used[place] > limit:
-            reason = (
-                f"this key may send {limit} requests a minute to {scope['path']}; nothing was stored, try again later"
-            )
-            refusal = ApiError("too_many_requests", reason, retry_after_s=reset_s - now_s)
+            reason = f"this key may send {limit} requests a minute to {scope['path']}"
+            message = f"{reason}; nothing was stored, try again later"
+            refusal = ApiError("too_many_requests", message, retry_after_s=reset_s - now_s)
             app = error_response(Request(scope), refusal)
         await app(scope, receive, send_with_headers)
 
@@ -1935,13 +1940,9 @@ async def _ingest(service: Service, request: Request, events: list[Any], bulk: b
     rows = event_rows(events, bulk, request["environment"], service.settings.clock(), service.make_id)
     inserted = len(rows) if request.scope.get("loses_events") else await service.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
-    return json_response(
-        BulkAccepted("Events accepted for processing")
-        if bulk
-        else EventAccepted("Event accepted for processing", rows[0].id),
-        202,
-        headers,
-    )
+    if bulk:
+        return JsonResponse(BulkAccepted("Events accepted for processing"), 202, headers)
+    return JsonResponse(EventAccepted("Event accepted for processing", rows[0].id), 202, headers)
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -1955,7 +1956,7 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
 async def query_events(service: Service, request: Request) -> Response:
     """POST /v1/events/query (SPEC 5)."""
     faults = Faults()
-    sent = query_of_body(await read_body(service, request), faults)
+    sent = decode_fields(EVENT_QUERY, await read_body(service, request), faults)
     if sent.count_total is None:
         sent.count_total = True
     return await _list(service, request, sent, 1000, faults)
@@ -1963,7 +1964,7 @@ async def query_events(service: Service, request: Request) -> Response:
 
 async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
     query = event_query(sent, service.view(request), max_page_size, faults)
-    return json_response(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
 
 
 async def look_up_event(service: Service, request: Request) -> Response:
@@ -1973,27 +1974,18 @@ async def look_up_event(service: Service, request: Request) -> Response:
     event_id = request.path_params.get("id", sent.get("id"))
     if not event_id:
         faults.add("id", "required", "is required: the event_id to look up")
-    query = event_query(
-        EventQueryIn(
-            event_id=event_id,
-            external_customer_id=sent.get("external_customer_id"),
-            start_time=parse_query_time(sent.get("start_time") or EARLIEST),
-            end_time=parse_query_time(sent.get("end_time") or LATEST),
-        ),
-        service.view(request),
-        1,
-        faults,
-    )
-    return json_response(await service.store.read(lambda conn: find_event(conn, query)))
+    wanted = EventQueryIn(event_id=event_id, external_customer_id=sent.get("external_customer_id"))
+    wanted.start_time = parse_query_time(sent.get("start_time") or EARLIEST)
+    wanted.end_time = parse_query_time(sent.get("end_time") or LATEST)
+    query = event_query(wanted, service.view(request), 1, faults)
+    return JsonResponse(await service.store.read(lambda conn: find_event(conn, query)))
 
 
 async def compute_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage (SPEC 7)."""
     faults = Faults()
-    body = await read_body(service, request)
-    sent = decode(USAGE, body) or decode_members(UsageIn, body, faults)
-    query = usage_query(sent, service.view(request), faults)
-    return await _aggregate(service, query, usage_answer)
+    sent = decode_fields(USAGE, await read_body(service, request), faults)
+    return await _aggregate(service, usage_query(sent, service.view(request), faults), usage_answer)
 
 
 async def monitor_events(service: Service, request: Request) -> Response:
@@ -2019,17 +2011,17 @@ async def _aggregate(
     parts = [bounds[at : at + size] for at in range(0, len(bounds), size)]
     cells = await asyncio.gather(*(read(partial(usage_cells, query=query, bounds=part)) for part in parts))
     joined = list(itertools.chain.from_iterable(cells))
-    return json_response(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
+    return JsonResponse(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
 
 
 async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: this process answers."""
-    return json_response(Health())
+    return JsonResponse(Health())
 
 
 async def describe_api(service: Service, request: Request) -> Response:
     """GET /openapi.json: this API as OpenAPI 3.1."""
-    return json_response(openapi_document(service.operations))
+    return JsonResponse(openapi_document(service.operations))
 
 
 def debugger_handler() -> Handler:
@@ -2140,17 +2132,14 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
         routes: list[Route] = request.app.routes
         path = next(route.path for route in routes if route.path_regex.match(request["path"]))
-        allowed = ", ".join(
-            sorted({method for route in routes if route.path == path for method in route.methods or ()})
-        )
+        methods = {method for route in routes if route.path == path for method in route.methods or ()}
+        allowed = ", ".join(sorted(methods))
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
     operations = request.app.state.service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    path = echo(request["path"])
-    return error_response(
-        request, ApiError("not_found", f"no route {path}: this server has the Events API only ({served})")
-    )
+    message = f"no route {echo(request['path'])}: this server has the Events API only ({served})"
+    return error_response(request, ApiError("not_found", message))
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
@@ -2265,19 +2254,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=Protocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=access_log,
-            proxy_headers=False,
-            server_header=False,
-            timeout_graceful_shutdown=shutdown_timeout_s,
-        )
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=access_log,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=shutdown_timeout_s,
     )
+    return uvicorn.Server(config)
 
 
 # ---------------------------------------------------------------------------------------------- OpenAPI
@@ -2309,8 +2297,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": _choice("timestamp", "event_name"),
-        "order": _choice("desc", "asc"),
+        "sort": _choice(*SORTS),
+        "order": _choice(*ORDERS),
         "iter_first_key": _CURSOR,
         "iter_last_key": _CURSOR,
     },
@@ -2328,7 +2316,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "Event": {"properties": {"type": "object"}},
     "InjectedFault": {
         "times": {"type": ["integer", "null"], "minimum": 1},
-        "status": {"enum": [202, 429, 500, 502, 503, 504, None]},
+        "status": {"enum": [202, *FAULT_CODES, None]},
         "retry_after_s": {"type": ["integer", "null"], "minimum": 0},
         "delay_ms": {"type": ["integer", "null"], "minimum": 0},
     },
@@ -2346,8 +2334,8 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
     "property_filters": {"type": "string", "pattern": "^([^:;]+:[^;]*(;[^:;]+:[^;]*)*)?$", "maxLength": 200},
     "page_size": {"type": "integer"},
     "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
-    "sort": {"enum": ["timestamp", "event_name", ""]},
-    "order": {"enum": ["desc", "asc", ""]},
+    "sort": {"enum": [*SORTS, ""]},
+    "order": {"enum": [*ORDERS, ""]},
     "count_total": {"type": "string", "pattern": "^([Tt]([Rr][Uu][Ee])?|[Ff]([Aa][Ll][Ss][Ee])?|[01])?$"},
     "iter_first_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
     "iter_last_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
@@ -2369,9 +2357,8 @@ EXAMPLES: dict[Any, Any] = {
 def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
     """The routes as OpenAPI 3.1, made from their table and the wire types."""
     # Two types need help: a Raw has no schema as a default, and a batch is an array to everyone but its decoder.
-    event_in = msgspec.defstruct(
-        "EventIn", [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
-    )
+    fields = [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
+    event_in = msgspec.defstruct("EventIn", fields)
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
     types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
@@ -2431,8 +2418,6 @@ def _describe(operation: Operation) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- mock
 
-FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
-               504: "gateway_timeout"}  # fmt: skip
 MAX_DELAY_MS = 600_000
 MAX_FAULT_TIMES = 1_000_000
 MOCK_API_KEY = "eventstore-test-key"
@@ -2477,26 +2462,23 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
 def check_fault_path(path: str) -> str:
     """A path as requests are compared with it: decoded, without a query string."""
     if "?" in path or "{" in path:
-        raise FieldError(
-            "invalid_format", f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
-        )
+        problem = f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
+        raise FieldError("invalid_format", problem)
     return urllib.parse.unquote(path)
 
 
 def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
     served_here = [operation for operation in OPERATIONS if operation.path.startswith("/v1/")]
     there = [operation for operation in served_here if fault.path is None or operation.serves(fault.path)]
-    methods = {operation.method for operation in there} | (
-        {"HEAD"} if any(it.method == "GET" for it in there) else set()
-    )
+    methods = {operation.method for operation in there}
+    methods |= {"HEAD"} if "GET" in methods else set()
     if not there:
         served = ", ".join(sorted({operation.public_path for operation in served_here}))
         faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
     elif fault.method and fault.method not in methods:
         allowed = ", ".join(sorted(methods))
-        faults.add(
-            "method", "invalid_format", f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
-        )
+        problem = f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
+        faults.add("method", "invalid_format", problem)
     elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
         name = "stored" if fault.stored else "status"
         ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
@@ -2586,7 +2568,7 @@ class FaultInjection:
 async def reset_events(service: Service, request: Request) -> Response:
     """DELETE /_mock/events: forgets the events of the key's environment."""
     deleted = await asyncio.to_thread(service.store.delete_events, request["environment"])
-    return json_response(Deleted(deleted))
+    return JsonResponse(Deleted(deleted))
 
 
 async def inject_fault(service: Service, request: Request) -> Response:
@@ -2597,19 +2579,19 @@ async def inject_fault(service: Service, request: Request) -> Response:
         if name not in InjectedFault.__struct_fields__:
             known = ", ".join(InjectedFault.__struct_fields__)
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
-    sent = decode(INJECTED_FAULT, body) or decode_members(InjectedFault, body, faults)
-    service.fault_queue.add(check_fault(sent, faults), request["environment"])
+    fault = check_fault(decode_fields(INJECTED_FAULT, body, faults), faults)
+    service.fault_queue.add(fault, request["environment"])
     return await list_faults(service, request)
 
 
 async def list_faults(service: Service, request: Request) -> Response:
     """GET /_mock/faults: the faults that still wait for their requests."""
-    return json_response(InjectedFaults(service.fault_queue.waiting(request["environment"])))
+    return JsonResponse(InjectedFaults(service.fault_queue.waiting(request["environment"])))
 
 
 async def clear_faults(service: Service, request: Request) -> Response:
     """DELETE /_mock/faults: from here on everything works."""
-    return json_response(Deleted(service.fault_queue.clear(request["environment"])))
+    return JsonResponse(Deleted(service.fault_queue.clear(request["environment"])))
 
 
 MOCK_OPERATIONS = (
@@ -2639,9 +2621,7 @@ class MockServer:
         """
         if unknown := filters.keys() - EVENT_FILTERS:
             raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
-        sent = _convert(
-            {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000} | filters, EventQueryIn
-        )
+        sent = _convert({"start_time": EARLIEST, "end_time": LATEST} | filters, EventQueryIn)
         view = View(environment or self.api_keys[self.api_key], 0)
         query = event_query(sent, view, 1000, Faults())
         reader = _Reader(self._store.path)
@@ -2779,14 +2759,11 @@ def counted(number: int, noun: str) -> str:
 @contextmanager
 def progress_bar(total: Callable[[], int | None], unit: str) -> Iterator[Callable[[int], object]]:
     """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         yield lambda _: None
         return
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
-    except ImportError:
-        yield lambda _: None
-        return
+    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
+
     with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
         yield bar.update
 
@@ -2992,9 +2969,8 @@ def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
             yield Entry(line, None, dict(enumerate(cells)), problem)
         elif cells:
             null = "\\N" if "id" in columns else ""  # ClickHouse's
-            yield Entry(
-                line, None, {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
-            )
+            row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
+            yield Entry(line, None, row)
 
 
 def check_columns(columns: list[str], line: int) -> list[str]:
@@ -3004,15 +2980,14 @@ def check_columns(columns: list[str], line: int) -> list[str]:
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
     if unknown:
-        names = ", ".join(map(echo, unknown[:10]))
-        raise UnreadableError(
-            line, f"the header has unknown columns: {names}; known are {', '.join(known)}, properties.NAME"
-        )
-    if missing or twice or {"id", "event_id"} <= set(columns):
         problem = (
-            f"has no column {missing[0]}" if missing else f"has the column {(twice or ['id and event_id'])[0]} twice"
+            f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
         )
-        raise UnreadableError(line, f"the header {problem}")
+        raise UnreadableError(line, f"the header has {problem}")
+    if missing:
+        raise UnreadableError(line, f"the header has no column {missing[0]}")
+    if twice or {"id", "event_id"} <= set(columns):
+        raise UnreadableError(line, f"the header has the column {(twice or ['id and event_id'])[0]} twice")
     return columns
 
 
@@ -3112,7 +3087,7 @@ class Importer:
             event: EventIn = table_event(entry.content)
         else:
             faults.index = entry.number or 0
-            event = decode(EVENT, entry.content) or decode_members(EventIn, entry.content, faults)
+            event = decode_fields(EVENT, entry.content, faults)
             if not entry.content.startswith(b"{"):
                 faults.refuse()
         event.event_id = event.event_id or content_id(entry)
@@ -3142,17 +3117,15 @@ def content_id(entry: Entry) -> str:
     return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
 
 
-def shown_content(content: Any) -> Any:
+def shown_content(found: Any) -> Any:
     """What was found in a file, as JSON; as a text if it is none."""
-    if isinstance(content, dict):
-        return {
-            str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in content.items()
-        }
+    if isinstance(found, dict):
+        return {str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in found.items()}
     try:
-        decode(RAW, content)
-        return Raw(msgspec.json.format(content, indent=-1))
+        decode(RAW, found)
+        return Raw(msgspec.json.format(found, indent=-1))
     except (ApiError, RecursionError, msgspec.DecodeError):
-        return content.decode(errors="replace")
+        return found.decode(errors="replace")
 
 
 def import_events(arguments: argparse.Namespace) -> int:
@@ -3212,7 +3185,7 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     faults = Faults()
     flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
     flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
-    sent = EventQueryIn(**flags, order="asc", count_total=True, page_size=1)
+    sent = EventQueryIn(**flags, count_total=True, page_size=1)
     sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
     try:
         return event_query(sent, View(arguments.environment, 0), PAGE_EVENTS, faults)
@@ -3228,24 +3201,6 @@ def open_stored(path: str) -> sqlite3.Connection:
         raise StartError(f"there is no database {path}: name one with --db")
     _prepare(path)
     return connect_reader(path)
-
-
-def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
-    """The events that match with a rowid in (after, last], in the order in which they were stored, in pages."""
-    while True:
-        parameters: dict[str, object] = {
-            "start_us": query.start_us,
-            "end_us": query.end_us,
-            "after": after,
-            "last": last,
-        }
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "rowid > :after", "rowid <= :last"]
-        statement = f"{SELECT_ROWS} NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY rowid LIMIT {PAGE_EVENTS}"
-        page = select_rows(conn, statement, parameters)
-        if not page:
-            return
-        yield page
-        after = page[-1][0]
 
 
 def exported_event(row: Row) -> ExportedEvent:
@@ -3338,19 +3293,26 @@ def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or no file: name another one")
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
+@contextmanager
+def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
+    """A file that appears under its name, in another's place, when it is complete and on the disk. StopError."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "xb") as file:
-            if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
-                with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                    yield cast(BinaryIO, packed)
-            else:
-                yield file
+        with open(temporary, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise StopError(f"cannot write --output {path}: {error.strerror or error}; no file was made") from error
+        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)
@@ -3400,9 +3362,8 @@ def target_url(text: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise StartError(
-            f"--to must be a URL like https://us.api.flexprice.io/v1 or http://host:8080, got {echo(text)}"
-        )
+        example = "https://us.api.flexprice.io/v1 or http://host:8080"
+        raise StartError(f"--to must be a URL like {example}, got {echo(text)}")
     url = text.strip().rstrip("/")
     return url if url.endswith("/v1") else f"{url}/v1"
 
@@ -3489,21 +3450,14 @@ class Replay:
         if self.progress.is_caught_up:
             self.progress.arrived = batch.rows[-1][0]
         else:
-            self.progress.cursor = f"{last.timestamp_us * 1000}::{last.id}"
+            self.progress.cursor = Cursor(last.timestamp_us, last.id).text
         if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
             self.save()
         return len(batch.rows)
 
     def save(self) -> None:
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(ENCODER.encode(self.progress) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        except OSError as error:
-            raise StopError(f"cannot keep the progress in {self._path}: {error.strerror}; make room for it") from error
+        with whole_file(self._path, f"cannot keep the progress in {self._path}", "make room for it") as file:
+            file.write(ENCODER.encode(self.progress) + b"\n")
         self._saved_s = time.monotonic()
 
     async def _send(self, client: httpx.AsyncClient, batch: Batch) -> None:
@@ -3632,6 +3586,13 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
     return check_key(key)
 
 
+def check_key(key: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        problem = "is empty, or has a space or a character outside ASCII"
+        raise StartError(f"an API key {problem}: an HTTP header cannot carry it")
+    return key
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
 # What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
@@ -3649,14 +3610,6 @@ def parse_api_key(text: str) -> ApiKey:
     return ApiKey.hashed(check_key(key), environment.strip())
 
 
-def check_key(key: str) -> str:
-    if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise StartError(
-            "an API key is empty, or has a space or a character outside ASCII: an HTTP header cannot carry it"
-        )
-    return key
-
-
 def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
     """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
     several = [part.strip() for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
@@ -3668,7 +3621,7 @@ def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tup
             raise StartError(f"{source} names the same key twice: a key is bound to one environment")
         return keys, source, None
     if single:
-        return (parse_api_key(f"{single}=development"),), "FLEXPRICE_API_KEY", None
+        return (ApiKey.hashed(check_key(single)),), "FLEXPRICE_API_KEY", None
     made = f"evs_{secrets.token_urlsafe(18)}"
     return (ApiKey.hashed(made),), "made for this run", made
 
@@ -3741,19 +3694,8 @@ def serve(arguments: argparse.Namespace) -> int:
     stop_counting_memory()
     raise_file_limit()
     with listen(arguments.host, arguments.port) as listener:
-        app = create_app(
-            Settings(
-                api_keys=api_keys,
-                db=arguments.db,
-                max_body_bytes=arguments.max_body_bytes,
-                query_timeout_s=arguments.query_timeout_s,
-                queue_events=arguments.queue_events,
-                queue_bytes=arguments.queue_bytes,
-                rate_limits=arguments.rate_limit,
-                visibility_lag_ms=arguments.visibility_lag_ms,
-                mock=arguments.mock,
-            )
-        )
+        chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
+        app = create_app(Settings(api_keys=api_keys, **chosen))
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
@@ -3810,17 +3752,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add_flags, summary in (
         ("serve", serve, add_serve_flags, "serve the API"),
-        ("import", partial(run_job, import_events), add_import_flags, "store the events of a file"),
-        ("export", partial(run_job, export_events), add_export_flags, "write events to a file"),
-        (
-            "replay",
-            partial(run_job, replay_events),
-            add_replay_flags,
-            "send events to FlexPrice, or another eventstore",
-        ),
+        ("import", import_events, add_import_flags, "store the events of a file"),
+        ("export", export_events, add_export_flags, "write events to a file"),
+        ("replay", replay_events, add_replay_flags, "send events to FlexPrice, or another eventstore"),
     ):
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run if name == "serve" else partial(run_job, run))
         db_help = "database file" if name in ("export", "replay") else "database file, made if absent"
         db_help += '; ":memory:" is a temporary one' if name == "serve" else ""
         command.add_argument("--db", metavar="PATH", default=Settings().db, help=db_help)
@@ -3832,6 +3769,7 @@ AddFlag = Callable[..., argparse.Action]
 
 
 def add_serve_flags(add: AddFlag) -> None:
+    """Flags that are named like a field of Settings set it."""
     defaults = Settings()
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
@@ -3841,8 +3779,9 @@ def add_serve_flags(add: AddFlag) -> None:
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
     add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
-    add("--rate-limit", metavar="documented|SINGLE,BULK", type=rate_limits, default={}, help="requests a minute for "
-        "each key: FlexPrice's documented 1000,100, or other numbers; none by default")  # fmt: skip
+    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", type=rate_limits, default={},
+        help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
+        )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms, help="show events "
         "to queries so long after they were accepted")  # fmt: skip

@@ -1546,7 +1546,7 @@ def test_without_the_flag_nothing_is_limited(client):
                                    ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
 def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(tmp_path, flag, path, limit):
     clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60
-    rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limit
+    rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limits
     good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
     with serving(tmp_path, clock=clock, rate_limits=rate_limits) as client:
         for left in reversed(range(limit)):
