@@ -150,6 +150,7 @@ STATUS_OF_CODE = {
 # What a mock answers on request: each status with one of its codes.
 FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
                504: "gateway_timeout"}  # fmt: skip
+MAX_FAULT_TIMES, MAX_DELAY_MS, MAX_RETRY_AFTER_S = 1_000_000, 600_000, 86_400
 
 MAX_ECHO_CHARS = 100
 MAX_FAULTS = 100
@@ -1613,8 +1614,10 @@ class Store:
             if wal_bytes > self._wal_limit_bytes:
                 self._wal_limit_bytes = 2 * wal_bytes
                 self._conn.execute("PRAGMA busy_timeout = 5000")  # readers take longer than another writer
-                is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                self._conn.execute("PRAGMA busy_timeout = 5")
+                try:
+                    is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                finally:
+                    self._conn.execute("PRAGMA busy_timeout = 5")
                 if is_busy:
                     megabytes = wal_bytes >> 20
                     log.warning("%s-wal has %d MB: some query keeps it from being shortened", self.path, megabytes)
@@ -2315,10 +2318,10 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "Event": {"properties": {"type": "object"}},
     "InjectedFault": {
-        "times": {"type": ["integer", "null"], "minimum": 1},
+        "times": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_FAULT_TIMES},
         "status": {"enum": [202, *FAULT_CODES, None]},
-        "retry_after_s": {"type": ["integer", "null"], "minimum": 0},
-        "delay_ms": {"type": ["integer", "null"], "minimum": 0},
+        "retry_after_s": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_RETRY_AFTER_S},
+        "delay_ms": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_DELAY_MS},
     },
 }  # fmt: skip
 FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
@@ -2418,8 +2421,6 @@ def _describe(operation: Operation) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- mock
 
-MAX_DELAY_MS = 600_000
-MAX_FAULT_TIMES = 1_000_000
 MOCK_API_KEY = "eventstore-test-key"
 MOCK_SHUTDOWN_TIMEOUT_S = 1
 
@@ -2442,7 +2443,7 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
         path=faults.check("path", check_fault_path, sent.path),
         times=faults.check("times", whole_within(1, MAX_FAULT_TIMES), sent.times) or 1,
         status=faults.check("status", lambda status: int(one_of(str(status))), sent.status),
-        retry_after_s=faults.check("retry_after_s", whole_within(0, 86_400), sent.retry_after_s),
+        retry_after_s=faults.check("retry_after_s", whole_within(0, MAX_RETRY_AFTER_S), sent.retry_after_s),
         delay_ms=faults.check("delay_ms", whole_within(0, MAX_DELAY_MS), sent.delay_ms),
         stored=sent.stored,
     )
@@ -3716,15 +3717,19 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> Non
     server.run(sockets=[listener])
 
 
+MAX_FLAG = "1000000000000"  # more would overflow somewhere: a buffer's size, a time in microseconds
+
+
 def positive(kind: Callable[[str], T], or_zero: bool = False) -> Callable[[str], T]:
     def parse(text: str) -> T:
         try:
             value = kind(text)
         except ValueError:
             value = kind("-1")
-        if not (value > kind("0") or (or_zero and value == kind("0"))):  # type: ignore[operator]
-            least = "0 or greater" if or_zero else "greater than 0"
-            raise argparse.ArgumentTypeError(f"must be a number {least}, got {text!r}")
+        above = value > kind("0") or (or_zero and value == kind("0"))  # type: ignore[operator]
+        if not (above and value <= kind(MAX_FLAG)):  # type: ignore[operator]
+            least = "from 0" if or_zero else "greater than 0,"
+            raise argparse.ArgumentTypeError(f"must be a number {least} to {MAX_FLAG}, got {text!r}")
         return value
 
     return parse

@@ -1861,7 +1861,7 @@ def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
     for command in ("import", "export", "replay"):
         shown = run(*SCRIPT, command, "--help", cwd=tmp_path)
         assert (shown.returncode, "--environment" in shown.stdout, "None" in shown.stdout) == (0, True, False)
-    for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["import"],
+    for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["serve", "--max-body-bytes", "1" + "0" * 20], ["import"],
                       ["replay", "--to", "http://x", "--batch-size", "1001"]):  # fmt: skip
         assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
     imported = run(sys.executable, "-c", "import eventstore", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
