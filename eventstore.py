@@ -2141,7 +2141,12 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
         return error_response(request, refusal, {"Allow": allowed})
     operations = request.app.state.service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    message = f"no route {echo(request['path'])}: this server has the Events API only ({served})"
+    hint, path = "", request["path"]
+    if any(operation.serves(f"/v1{path}") for operation in operations):
+        hint = f"the base URL ends in /v1, so {echo('/v1' + path)}? "
+    elif path.startswith("/_mock"):
+        hint = "it is there when the server is started with --mock. "
+    message = f"no route {echo(path)}: {hint}this server has the Events API only ({served})"
     return error_response(request, ApiError("not_found", message))
 
 
@@ -2758,9 +2763,11 @@ def counted(number: int, noun: str) -> str:
 
 
 @contextmanager
-def progress_bar(total: Callable[[], int | None], unit: str) -> Iterator[Callable[[int], object]]:
+def progress_bar(
+    total: Callable[[], int | None], unit: str, among_data: bool = False
+) -> Iterator[Callable[[int], object]]:
     """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
+    if not sys.stderr.isatty() or (among_data and sys.stdout.isatty()) or importlib.util.find_spec("tqdm") is None:
         yield lambda _: None
         return
     from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
@@ -2980,6 +2987,11 @@ def check_columns(columns: list[str], line: int) -> list[str]:
     unknown = [name for name in columns if name not in known and not re.match(r"properties\..", name, re.DOTALL)]
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
+    if len(unknown) == len(columns):
+        start = echo(",".join(columns)[:40])
+        raise UnreadableError(
+            line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
+        )
     if unknown:
         problem = (
             f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
@@ -3154,7 +3166,7 @@ def import_events(arguments: argparse.Namespace) -> int:
             importer.stop(error.line, str(error))
         except KeyboardInterrupt:
             again = "import the file again to go on, nothing is stored twice"
-            raise StopError(f"interrupted; {counted(importer.stored, 'event')} are stored; {again}") from None
+            raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
     rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
     known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
     say(f"imported {counted(importer.stored, 'event')}: {known}; {time.monotonic() - started_s:.1f} s")
@@ -3264,7 +3276,8 @@ def export_events(arguments: argparse.Namespace) -> int:
     with closing(open_stored(arguments.db)) as conn, open_output(arguments.output, arguments.db) as output:
         if arguments.format == "csv":
             output.write(",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
-        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event") as advance:
+        among_data = arguments.output is None
+        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
             for page in stored_events(conn, query):
                 output.write(encoders[arguments.format]([row for _, row in page]))
                 done += len(page)
@@ -3294,6 +3307,10 @@ def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or no file: name another one")
+    folder = os.path.dirname(path)
+    if not os.access(folder, os.W_OK):
+        problem = "cannot be written" if os.path.isdir(folder) else "does not exist"
+        raise StartError(f"--output {path}: the folder {folder} {problem}: make it so, or name another file")
     with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
         if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
             with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
@@ -3324,6 +3341,7 @@ REQUEST_TIMEOUT_S = 60.0
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 30.0
 SAVE_INTERVAL_S = 0.5
+SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
 
 
 class ReplayProgress(Struct):
@@ -3366,6 +3384,8 @@ def target_url(text: str) -> str:
         example = "https://us.api.flexprice.io/v1 or http://host:8080"
         raise StartError(f"--to must be a URL like {example}, got {echo(text)}")
     url = text.strip().rstrip("/")
+    if re.search(r"/v\d+/|/events", url):
+        raise StartError(f"--to must be the base URL, with or without /v1 at its end, got {echo(text)}")
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
@@ -3394,6 +3414,7 @@ class Replay:
         self._arguments = arguments
         self._path = path
         self._saved_s = 0.0
+        self._said_s = -SAY_INTERVAL_S
         self._success_s = time.monotonic()
         self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
         self.progress = progress
@@ -3422,7 +3443,8 @@ class Replay:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-                self.save()
+                if self.progress.accepted or self._path.exists():
+                    self.save()
 
     def passes(self, conn: sqlite3.Connection, query: EventQuery) -> Iterator[Iterator[list[StoredRow]]]:
         """First what there is, oldest first; then what was stored since the replay began, which may be older than the
@@ -3488,6 +3510,9 @@ class Replay:
             if time.monotonic() + wait_s - self._success_s > limit_s:
                 raise RefusedError(f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s): {problem}")
             self.retried += 1
+            if time.monotonic() > self._said_s + SAY_INTERVAL_S:
+                self._said_s = time.monotonic()
+                say(f"{problem}; trying again, for at most {limit_s:g} s without success")
             await asyncio.sleep(wait_s)
 
 
@@ -3694,18 +3719,21 @@ def serve(arguments: argparse.Namespace) -> int:
         )
     stop_counting_memory()
     raise_file_limit()
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # before the port answers: whoever sees it may stop the server
+        signal.signal(number, lambda *_: stopping.set())
     with listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
         app = create_app(Settings(api_keys=api_keys, **chosen))
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
-        run_server(app, listener, arguments.access_log)
+        run_server(app, listener, arguments.access_log, stopping)
         app.state.service.store.close()
     return 0
 
 
-def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> None:
+def run_server(app: Starlette, listener: socket.socket, access_log: bool, stopping: threading.Event) -> None:
     server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, access_log)
 
     def stop(signal_number: int, frame: object) -> None:
@@ -3714,6 +3742,7 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool) -> Non
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    server.should_exit = stopping.is_set()
     server.run(sockets=[listener])
 
 
@@ -3752,7 +3781,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("eventstore", description="FlexPrice's usage-events API in one file on SQLite")
+    parser = argparse.ArgumentParser(
+        "eventstore", description="FlexPrice's usage-events API in one file on SQLite", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add_flags, summary in (
@@ -3761,7 +3792,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("export", export_events, add_export_flags, "write events to a file"),
         ("replay", replay_events, add_replay_flags, "send events to FlexPrice, or another eventstore"),
     ):
-        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter,
+                                      allow_abbrev=False)  # fmt: skip
         command.set_defaults(run=run if name == "serve" else partial(run_job, run))
         db_help = "database file" if name in ("export", "replay") else "database file, made if absent"
         db_help += '; ":memory:" is a temporary one' if name == "serve" else ""

@@ -683,6 +683,11 @@ def test_an_unknown_route_is_404_and_says_what_this_server_has(shared, path):
         refused(shared.request(method, path), 404, "not_found", "Events API only")
 
 
+@table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
+def test_a_route_without_v1_is_404_and_says_what_the_base_url_is(shared, path):
+    refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1, so "/v1{path}"?')
+
+
 WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/bulk", {"POST"}),
                  ("PATCH", "/v1/events/query", {"POST"}), ("DELETE", "/health", {"GET", "POST"}),
                  ("POST", "/", {"GET", "HEAD"})]  # fmt: skip
@@ -1951,6 +1956,23 @@ def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path,
         assert conn.execute("SELECT id FROM events ORDER BY rowid").fetchall() == [("before",), ("under way",)]
 
 
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = [*SCRIPT, "serve", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def answers() -> bool:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                return True
+            return False
+
+        eventually(answers)
+        process.send_signal(number)
+        assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
+
+
 @table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
 def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown):
     with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:
@@ -2524,6 +2546,32 @@ def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, m
     message = capsys.readouterr().err
     for part in ("no batch was accepted for 0.2 s (--give-up-after-s)", "cannot be reached", "cursor at the start"):
         assert part in message
+    assert message.count("; trying again, for at most 0.2 s") == 1, "said at once, and not at each try"
+    assert not [*source.glob("*.replay-*")], "nothing was accepted: there is no progress to keep"
+
+
+@table("path", ["/v1/events", "/v1/events/bulk", "/v2/x", "/events", "/v1/x"])
+def test_a_target_is_a_base_url(tmp_path, capsys, path):
+    assert replayed(a_source(tmp_path), f"http://127.0.0.1:1{path}") == 2
+    assert "--to must be the base URL, with or without /v1 at its end" in capsys.readouterr().err
+
+
+@table(
+    "content",
+    [b"\x89PNG\r\n\x1a\n", b"event_name;external_customer_id\na;b\n", b"# Read me\n"],
+    ids=["PNG", "semicolons", "text"],
+)
+def test_what_has_no_format_is_refused_as_such(tmp_path, capsys, content):
+    imported(tmp_path, content, status=1)
+    assert (
+        "in:1: is neither NDJSON nor JSON nor CSV with known columns and commas: it starts" in capsys.readouterr().err
+    )
+
+
+def test_an_export_into_no_folder_cannot_start(tmp_path, capsys):
+    imported(tmp_path, lines_of(event("a")))
+    assert command_line("export", "--db", tmp_path / "events.db", "-o", tmp_path / "none" / "out") == 2
+    assert "none does not exist" in capsys.readouterr().err
 
 
 def test_events_stored_after_a_replay_began_are_sent_whatever_their_time(tmp_path, capsys):
@@ -2595,7 +2643,7 @@ def test_a_replay_that_is_killed_goes_on_where_it_was_sure(tmp_path):
                 process.send_signal(number)
                 message = process.communicate(timeout=30)[1]
                 assert process.returncode == status
-                lines = message.splitlines()
+                lines = [line for line in message.splitlines() if "trying again" not in line]
                 assert len(lines) == (2 if status == 1 else 0)
                 if status == 1:
                     assert re.match(
@@ -2894,7 +2942,7 @@ def test_what_is_no_fault_is_refused(mock, caller, content, part):
 @table("path", ["/_mock/events", "/_mock/faults"])
 def test_without_the_flag_there_is_no_mock(client, method, path):
     with stores_nothing(client):
-        refused(client.request(method, path, json={"status": 500}), 404, "not_found")
+        refused(client.request(method, path, json={"status": 500}), 404, "not_found", "started with --mock")
 
 
 def test_the_mock_needs_a_key_and_a_known_route(mock, caller):
