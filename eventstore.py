@@ -2988,7 +2988,7 @@ def check_columns(columns: list[str], line: int) -> list[str]:
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
     if len(unknown) == len(columns):
-        start = echo(",".join(columns)[:40])
+        start = echo(readable(",".join(columns))[:40])
         raise UnreadableError(
             line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
         )
@@ -3130,10 +3130,15 @@ def content_id(entry: Entry) -> str:
     return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
 
 
+def readable(cell: str) -> str:
+    """A cell in which bytes that are not UTF-8 are replaced."""
+    return cell.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def shown_content(found: Any) -> Any:
     """What was found in a file, as JSON; as a text if it is none."""
     if isinstance(found, dict):
-        return {str(key): cell.encode(errors="surrogateescape").decode(errors="replace") for key, cell in found.items()}
+        return {str(key): readable(cell) for key, cell in found.items()}
     try:
         decode(RAW, found)
         return Raw(msgspec.json.format(found, indent=-1))
