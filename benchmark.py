@@ -388,10 +388,8 @@ def fill(db: Path, size: int, customers: int, start_us: int, end_us: int) -> Non
     step_us = (end_us - start_us) / size
     for at in range(0, size, MAX_BATCH * 10):
         numbers = range(at, min(at + MAX_BATCH * 10, size))
-        conn.execute("BEGIN IMMEDIATE")
         rows = [make_row(number, str(uuid.uuid4()), customers, start_us + int(number * step_us)) for number in numbers]
-        eventstore.insert_events(conn, rows)
-        conn.execute("COMMIT")
+        eventstore.insert_events(conn, rows, eventstore.WRITE_LOCK_TIMEOUT_S)
     conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     conn.close()
 

@@ -1721,6 +1721,23 @@ def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works
     assert counts(store(client, event("good"), event("before"))) == (1, 1)
 
 
+@table("more", [0, 1, 500], ids=["one statement", "with BEGIN", "several statements"])
+def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more):
+    with serving(tmp_path) as client:
+        store(client, event("known"), event('old \0 \x1e "::"'))
+    requests = [["a", "known", "a"], ["b", "a"], ["known"], ['old \0 \x1e "::"', 'c \0 \x1e "::"']]
+    requests.append([f"{number}" for number in range(64 * more)])
+    rows = eventstore.Row("development", "", "cust", "", "call", "", NOW, NOW, "{}")
+    with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
+        group = [[rows._replace(id=event_id) for event_id in event_ids] for event_ids in requests]
+        assert eventstore.insert_group(conn, group) == [1, 1, 0, 1, 64 * more]
+        assert eventstore.insert_group(conn, group) == [0] * 5
+        elsewhere = [[row._replace(environment="staging") for row in rows] for rows in group]
+        assert eventstore.insert_group(conn, [*elsewhere, *group])[:4] == [2, 1, 0, 2]
+        assert not conn.in_transaction
+    assert len(rows_of(tmp_path)) == 2 * (5 + 64 * more)
+
+
 def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
     clock, later = Mock(return_value=NOW), [f"{number}" for number in range(40)]
     with serving(tmp_path, clock=clock) as client, ThreadPoolExecutor(41) as pool:
