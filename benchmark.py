@@ -56,7 +56,7 @@ from eventstore import DAY_US, MAX_BATCH, READER_PRAGMAS, WRITER_PRAGMAS, Row, n
 KEY = "key-of-the-benchmark"
 ENVIRONMENT = "development"
 CUSTOMERS = 5000
-PAGE_COLUMNS = f"{eventstore.EVENT_COLUMNS}, properties"
+PAGE_COLUMNS = ", ".join(column for column in Row._fields if column != "environment")
 INSERT = f"{eventstore.INSERT} ({', '.join('?' * len(Row._fields))}) {eventstore.ON_KNOWN_ID}"
 
 # ---------------------------------------------------------------------------------------------- load generator
