@@ -580,7 +580,8 @@ class Windows(Struct, frozen=True):
                 bounds.append(bounds[-1] + step_us if self._is_regular else self._next(bounds[-1]))
                 too_many = len(bounds) > MAX_WINDOWS + 1
             if too_many:
-                refuse("window_size", "out_of_range", f"makes more than {MAX_WINDOWS} windows of this time range")
+                problem = f"{self.size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
+                refuse("window_size", "out_of_range", problem)
         except (OverflowError, ValueError):
             refuse("window_size", "out_of_range", "makes a window outside the years 1 to 9999")
         return bounds
@@ -2911,7 +2912,8 @@ def json_lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
         if not is_whole:
             yield Entry(number, None, line[:1000], f"is longer than {limit_bytes} bytes")
         elif content := line.strip():
-            yield Entry(number, None, content)
+            problem = "is { alone: each event is one whole line" if content == b"{" else ""
+            yield Entry(number, None, content, problem)
 
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -3026,7 +3028,8 @@ def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
         try:
             cells = next(reader, None)
         except csv.Error as error:  # an open quote swallows the lines after it, so there is no going on
-            raise UnreadableError(line, f"cannot be read as CSV: {error}") from error
+            reason = "a quote opens here and is never closed" if "end of data" in str(error) else error
+            raise UnreadableError(line, f"cannot be read as CSV: {reason}") from error
         if cells is None:
             return
         if columns is None:
@@ -3267,6 +3270,7 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     except ApiError as error:
         problems = error.details.errors or []
         flagged = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
+        flagged = [message.replace("before start_time", "before --start-time") for message in flagged]
         raise StartError("; ".join(flagged)) from error
 
 
@@ -3565,6 +3569,8 @@ class Replay:
                     self.known += int(response.headers.get("x-events-duplicate", 0))
                     return
                 problem = f"{self._url} answered {response.status_code}: {answer_message(response)}"
+                if response.status_code == 401:
+                    problem += f" (the key came from {'--api-key' if self._arguments.api_key else 'FLEXPRICE_API_KEY'})"
                 if response.status_code != 429 and response.status_code < 500:
                     raise RefusedError(problem)
                 wait_s = max(wait_s, retry_after_s(response.headers.get("retry-after", "")))
@@ -3704,7 +3710,10 @@ def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tup
     single = environ.get("FLEXPRICE_API_KEY", "").strip()
     if flags or several:
         source = "--api-key" if flags else "EVENTSTORE_API_KEYS"
-        keys = tuple(parse_api_key(text) for text in flags or several)
+        try:
+            keys = tuple(map(parse_api_key, flags or several))
+        except StartError as error:
+            raise StartError(f"{source}: {error}") from None
         if len({key.digest for key in keys}) < len(keys):
             raise StartError(f"{source} names the same key twice: a key is bound to one environment")
         return keys, source, None

@@ -1452,7 +1452,7 @@ def test_without_a_property_everything_is_counted_and_the_type_says_so(client, k
     ({"start_time": at(1), "end_time": at()}, "before"), ({"start_time": at(1)}, "before"), ({"timezone": 5}, "timezone"),
     ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
     ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
-    ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "100000"),
+    ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "MINUTE makes more than 100000"),
     ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
     *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
     ("WEEK", "UTC", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
@@ -1843,7 +1843,7 @@ CANNOT_START = [  # flags, what the message names
     ("--db=", "--db"),
     ("--db missing/events.db", "does not exist"),
     pytest.param("--db sealed/events.db", "sealed", marks=pytest.mark.skipif(is_root, reason="root writes anywhere")),
-    ("--api-key secret=", "environment"),
+    ("--api-key secret=", "--api-key: an API key ends in '=' with no environment"),
     ("--api-key =development", "empty"),
     ("--api-key s\u00e9cret", "ASCII"),
     ("--api-key secret=a --api-key secret=b", "twice"),
@@ -2250,6 +2250,7 @@ GOOD = b'{"event_id": "%d", "event_name": "call", "external_customer_id": "cust"
 BEFORE, AFTER = GOOD % 1 + b"\n", b"\n" + GOOD % 3
 BAD_LINES = {  # what is between a good first and a good third event; the place and the problem
     "no JSON": (BEFORE + b"{,}" + AFTER, "2: event: is not valid JSON: "),
+    "over several lines": (BEFORE + b"{" + AFTER, "2: line: is { alone: each event is one whole line"),
     "no object": (BEFORE + b"[1]" + AFTER, "2: event: must be an object, got [1]"),
     "no name": (BEFORE + b'{"external_customer_id": "c"}' + AFTER, "2: event_name: is required"),
     "two faults": (BEFORE + b'{"timestamp": "now", "event_name": 5, "external_customer_id": "c"}' + AFTER,
@@ -2301,7 +2302,10 @@ BROKEN = {
     "comma too many": (b"[" + GOOD % 1 + b",]", "1: events[1] is missing"),
     "more after it": (b"[" + GOOD % 1 + b"]\n[]", "1: after the events: []"),
     "bulk body not closed": (b'{"events": [' + GOOD % 1 + b"]", "1: after the events"),
-    "csv quote": (b'event_id,event_name,external_customer_id\n1,call,cust\n2,call,"cust\n', "3: cannot be read as CSV"),
+    "csv quote": (
+        b'event_id,event_name,external_customer_id\n1,call,cust\n2,call,"cust\n',
+        "3: cannot be read as CSV: a quote opens here and",
+    ),
     "gzip cut off": (gzip.compress(GOOD % 1 + b"\n", 0)[:-8], " the gzip data is damaged or cut off"),
 }
 
@@ -2450,7 +2454,10 @@ CANNOT_RUN = [  # arguments, what the message names
     ("import in --skip-invalid missing/rejects", "--skip-invalid"),
     ("export --db missing.db", "missing.db"),
     ("export --start-time yesterday", "--start-time must be RFC 3339"),
-    ("export --start-time 2026-01-02T00:00:00Z --end-time 2026-01-01T00:00:00Z", "--end-time"),
+    (
+        "export --start-time 2026-01-02T00:00:00Z --end-time 2026-01-01T00:00:00Z",
+        '--end-time is "2026-01-01T00:00:00Z", before --start-time "2026-01-02T00:00:00Z"',
+    ),
     ("export --property-filters x", "--property-filters must look like"),
     ("export --format clickhouse", "--tenant-id"),
     ("export -o events.db", "events.db"),
@@ -2576,7 +2583,9 @@ def test_a_refused_batch_stops_a_replay_which_goes_on_from_there_later(tmp_path,
 
     with Target(tmp_path / "target", poisoned) as target:
         assert replayed(source, target.url, *flags, key="wrong") == 1
-        assert "answered 401: the header x-api-key holds a key" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "answered 401: the header x-api-key holds a key" in message
+        assert "(the key came from --api-key)" in message
         assert replayed(source, target.url, *flags) == 1
         message = capsys.readouterr().err
         for part in ("answered 400: no poison (in 5)", '"00040" to "00049"', f"{(NOW + 39) * 1000}::00039"):
