@@ -1094,6 +1094,7 @@ WRITER_PRAGMAS = (
     "PRAGMA busy_timeout = 5",  # execute_writing asks again: SQLite's own pauses grow to 100 ms
 )
 WRITE_LOCK_TIMEOUT_S = 5.0
+REWRITE_TIMEOUT_S = 3600.0  # for another process that rewrites the same file
 READER_PRAGMAS = ("PRAGMA query_only = ON", "PRAGMA cache_size = -8192")
 
 INSERT = f"INSERT INTO events ({', '.join(Row._fields)}) VALUES "
@@ -1118,12 +1119,15 @@ NEWEST_ROWID = "SELECT coalesce(max(rowid), 0) FROM events"
 COUNT_HIDDEN = "SELECT count(*) FROM events WHERE environment = :environment AND ingested_at_us > :visible_us"
 
 _COLUMNS = ", ".join(["rowid", *Row._fields])
-REWRITE_TABLE = f"""PRAGMA cache_size = -262144;
-ALTER TABLE events RENAME TO old_events;
-DROP INDEX events_by_id; DROP INDEX events_by_time; DROP INDEX events_by_customer; DROP INDEX events_by_name;
+REWRITE_TABLE = f"""ALTER TABLE events RENAME TO old_events;
+DROP INDEX events_by_id;
+DROP INDEX events_by_time;
+DROP INDEX events_by_customer;
+DROP INDEX events_by_name;
 {{schema}}
 INSERT INTO events ({_COLUMNS}) SELECT {_COLUMNS} FROM old_events ORDER BY rowid;
-DROP TABLE old_events;"""
+DROP TABLE old_events;
+"""
 
 
 Parameters = dict[str, object]  # of a statement, by name
@@ -1267,7 +1271,7 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
 def execute_writing(
     conn: sqlite3.Connection, timeout_s: float, statement: str, values: Sequence[object] | Parameters = ()
 ) -> sqlite3.Cursor:
-    """Execute a statement that takes the write lock, asking for it every 5 ms at least: the gaps that a busy writer in
+    """Execute a statement that needs the write lock, asking for it every 5 ms at least: the gaps that a busy writer in
     another process leaves are short."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -1306,8 +1310,14 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
     inserted = insert_events(conn, rows, WRITE_LOCK_TIMEOUT_S)
     if inserted in (0, len(rows)):
         return [len(rows) if inserted else 0 for rows in group]
+    if len(group) == 1:
+        return [inserted]
     # Rowids count up: the last ones, as many as were inserted, are those of the new events.
-    new = set(NEW_IDS.decode(conn.execute(SELECT_NEW_IDS, {"inserted": inserted}).fetchone()[0]))
+    try:
+        new = set(NEW_IDS.decode(conn.execute(SELECT_NEW_IDS, {"inserted": inserted}).fetchone()[0]))
+    except (sqlite3.Error, msgspec.DecodeError):  # stored they are: a count too high is better than to deny it
+        log.exception("it could not be counted which of %d events were new", len(rows))
+        new = {(row.environment, row.id) for row in rows}
     counts = []
     for request_rows in group:
         found = new.intersection((row.environment, row.id) for row in request_rows)
@@ -1661,7 +1671,8 @@ class Store:
 
         SQLite does so when nobody reads; reads that overlap without end, four clients' sums over 100,000 events, let it
         grow by 40 MB a second. Here the writer waits for those under way, as long as for a lock. If they take longer it
-        tries again when the WAL is twice as long, so that it does not wait all the time.
+        tries again when the WAL is twice as long, so that it does not wait all the time. Its length is that before the
+        last commit, which has looked at the files in any case.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1697,6 +1708,8 @@ class Store:
         """What became of each request of the group; a failed commit stores none of them."""
         try:
             self._check_files()
+            if self._conn.in_transaction:  # the last group's could not be rolled back: nobody would commit this one
+                self._conn.execute("ROLLBACK")
             outcomes = insert_group(self._conn, [task.work for task in group])
         except Exception as error:
             with suppress(sqlite3.Error):  # a full disk may refuse it, too; this thread must go on
@@ -1823,17 +1836,30 @@ def _migrate(conn: sqlite3.Connection, path: str) -> int:
     for pragma in PRAGMAS:
         conn.execute(pragma)
     if version < SCHEMA_VERSION:
-        script = data_file("schema.sql").read_text()
-        if version == 1:
-            log.warning(
-                "%s is an older eventstore's: it is being rewritten, which takes a minute a million events", path
-            )
-            script = REWRITE_TABLE.format(schema=script)
-        conn.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
+        _write_schema(conn, path, WRITE_LOCK_TIMEOUT_S if version == 0 else REWRITE_TIMEOUT_S)
     conn.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not by the first event
     conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone goes through if it has a WAL
     conn.execute("ROLLBACK")
     return int(conn.execute(COUNT_ALL).fetchone()[0])
+
+
+def _write_schema(conn: sqlite3.Connection, path: str, lock_timeout_s: float) -> None:
+    """Make the table, or rewrite that of format 1. Of several processes the first one does, the others wait for it."""
+    conn.execute("PRAGMA cache_size = -262144")
+    conn.execute("PRAGMA legacy_alter_table = ON")  # else somebody's view of the table would follow the old one
+    execute_writing(conn, lock_timeout_s, "BEGIN IMMEDIATE")
+    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    script = data_file("schema.sql").read_text() if version < SCHEMA_VERSION else ""
+    if version == 1:
+        log.warning("%s is an older eventstore's: it is being rewritten, which takes a minute a million events", path)
+        script = REWRITE_TABLE.format(schema=script)
+    statement = ""
+    for line in script.splitlines(keepends=True):  # not executescript, which commits first
+        statement += line
+        if sqlite3.complete_statement(statement):
+            conn.execute(statement)
+            statement = ""
+    conn.execute("COMMIT")
 
 
 # ---------------------------------------------------------------------------------------------- HTTP
@@ -3814,8 +3840,8 @@ def run_server(app: Starlette, listener: socket.socket, access_log: bool, stoppi
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     server.should_exit = stopping.is_set()
-    # 64 requests under way are enough new objects for the default threshold of 700 to look for cycles all the time, and
-    # now and then through all modules: without it, 1.05 times as many single events.
+    # 64 requests under way are so many new objects that Python, left to itself, looks for cycles all the time, and now
+    # and then through all modules, too. Without that there are 1.05 times as many single events.
     gc.freeze()
     gc.set_threshold(10_000)
     server.run(sockets=[listener])

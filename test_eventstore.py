@@ -1730,15 +1730,56 @@ def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more
         store(client, event("known"), event('old \0 \x1e "::"'))
     requests = [["a", "known", "a"], ["b", "a"], ["known"], ['old \0 \x1e "::"', 'c \0 \x1e "::"']]
     requests.append([f"{number}" for number in range(64 * more)])
-    rows = eventstore.Row("development", "", "cust", "", "call", "", NOW, NOW, "{}")
+    group = [rows_to_insert(*event_ids) for event_ids in requests]
     with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
-        group = [[rows._replace(id=event_id) for event_id in event_ids] for event_ids in requests]
         assert eventstore.insert_group(conn, group) == [1, 1, 0, 1, 64 * more]
         assert eventstore.insert_group(conn, group) == [0] * 5
         elsewhere = [[row._replace(environment="staging") for row in rows] for rows in group]
-        assert eventstore.insert_group(conn, [*elsewhere, *group])[:4] == [2, 1, 0, 2]
+        assert eventstore.insert_group(conn, [*elsewhere, *group]) == [2, 1, 0, 2, 64 * more, *[0] * 5]
         assert not conn.in_transaction
     assert len(rows_of(tmp_path)) == 2 * (5 + 64 * more)
+
+
+def rows_to_insert(*event_ids: str) -> list[eventstore.Row]:
+    return [eventstore.Row("development", event_id, "cust", "", "call", "", NOW, NOW, "{}") for event_id in event_ids]
+
+
+class FailsOnce:
+    """A connection whose first statement that starts so fails, as if memory had run out."""
+
+    def __init__(self, conn: sqlite3.Connection, start: str):
+        self._conn, self._start = conn, start
+
+    def __getattr__(self, name: str):
+        return getattr(self._conn, name)
+
+    def execute(self, statement: str, *values):
+        if self._start and statement.startswith(self._start):
+            self._start = ""
+            raise sqlite3.OperationalError("out of memory")
+        return self._conn.execute(statement, *values)
+
+
+def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path):
+    with serving(tmp_path) as client:
+        store(client, event("known"))
+        with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
+            failing = FailsOnce(conn, eventstore.SELECT_NEW_IDS)
+            assert eventstore.insert_group(failing, [rows_to_insert("known"), rows_to_insert("new", "new")]) == [1, 1]
+        assert sorted(ids(client)) == ["known", "new"]
+
+
+def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path):
+    with serving(tmp_path) as client:
+        writer = client.app.state.service.store
+        writer._conn = FailsOnce(writer._conn, "ROLLBACK")
+        refuse_to_write(tmp_path, "new.id = '200'")
+        response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
+        refused(response, 500, "database_error")
+        assert writer._conn.in_transaction
+        assert counts(store(client, event("after"))) == (1, 0)
+        assert ids(client) == ["after"]
+    assert [row[1] for row in rows_of(tmp_path)] == ["after"]
 
 
 def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
@@ -1889,15 +1930,38 @@ def test_a_file_of_an_older_eventstore_is_rewritten_at_start_and_keeps_everythin
         assert conn.execute(schema).fetchall() == before
 
 
+def test_of_two_processes_that_open_an_older_file_one_rewrites_it(tmp_path, caplog):
+    path = tmp_path / "events.db"
+    with closing(sqlite3.connect(path)) as conn:
+        conn.executescript(FORMAT_1 + "PRAGMA journal_mode = WAL;")
+    with ThreadPoolExecutor(2) as pool:
+        with write_lock(tmp_path):
+            opening = [pool.submit(eventstore._prepare, str(path)) for _ in range(2)]
+            time.sleep(0.2)  # both have read the old version by now; if not, one has less to show
+        assert [opened.result() for opened in opening] == [0, 0]
+    assert caplog.text.count("rewritten") == 1
+
+
+def test_a_view_of_an_older_file_still_shows_the_events_after_it_was_rewritten(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        conn.executescript(
+            f"{FORMAT_1} CREATE VIEW mine AS SELECT id FROM events; CREATE VIEW broken AS SELECT 1 FROM no;"
+        )
+    with serving(tmp_path) as client:
+        store(client, event("a"))
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        assert conn.execute("SELECT * FROM mine").fetchall() == [("a",)]
+
+
 def test_an_older_file_that_cannot_be_rewritten_stays_as_it_is(tmp_path):
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript(FORMAT_1)
-        conn.execute("CREATE VIEW mine AS SELECT missing FROM nowhere")  # which SQLite stumbles over as it renames
-    with pytest.raises(eventstore.StartError, match=r"cannot use the database .*mine"):
+        conn.executescript(f"{FORMAT_1} CREATE VIEW old_events AS SELECT 1;")
+        before = conn.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    with pytest.raises(eventstore.StartError, match=r"cannot use the database .*old_events"):
         create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
         assert conn.execute("PRAGMA user_version").fetchone() == (1,)
-        assert conn.execute("SELECT count(*) FROM events").fetchone() == (0,)
+        assert conn.execute("SELECT type, name, sql FROM sqlite_schema").fetchall() == before
 
 
 @table(("flags", "part"), CANNOT_START)
