@@ -54,7 +54,7 @@ import eventstore
 from eventstore import DAY_US, MAX_BATCH, READER_PRAGMAS, WRITER_PRAGMAS, Row, now_us, to_datetime
 
 KEY = "key-of-the-benchmark"
-ENVIRONMENT = "development"
+ENVIRONMENT, ENVIRONMENT_NUMBER = "development", 1  # the first in a file
 CUSTOMERS = 5000
 PAGE_COLUMNS = ", ".join(column for column in Row._fields if column != "environment")
 INSERT = f"{eventstore.INSERT} ({', '.join('?' * len(Row._fields))}) {eventstore.ON_KNOWN_ID}"
@@ -199,7 +199,8 @@ def make_row(number: int, event_id: str, customers: int = CUSTOMERS, timestamp_u
         f'"duration_ms":{number % 977 / 10},"region":"eu-west-{number % 3}"}}'
     )
     customer, now = f"cust_{number * 7919 % customers}", now_us()
-    return Row(ENVIRONMENT, event_id, customer, "", "api_request", "benchmark", timestamp_us or now, now, properties)
+    at_us = timestamp_us or now
+    return Row(ENVIRONMENT_NUMBER, event_id, customer, "", "api_request", "benchmark", at_us, now, properties)
 
 
 def wire_event(row: Row) -> dict[str, object]:
@@ -377,13 +378,14 @@ class Bench:
             yield conn
         # By another connection: this one's cache would be warm in the next round, while the server's is not.
         with closing(eventstore.connect(str(self.db), WRITER_PRAGMAS)) as conn:
-            conn.execute("DELETE FROM events WHERE rowid > ?", [self.size])
+            conn.execute("DELETE FROM events WHERE seq > ?", [self.size])
             conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def fill(db: Path, size: int, customers: int, start_us: int, end_us: int) -> None:
     """A file of events in the order of their times, with random ids, written as the server writes them."""
-    eventstore.Store(eventstore.Settings(db=str(db))).close()  # makes the table
+    api_key = eventstore.ApiKey.hashed(KEY, ENVIRONMENT)
+    eventstore.Store(eventstore.Settings(db=str(db), api_keys=(api_key,))).close()  # makes the tables
     conn = eventstore.connect(str(db), ("PRAGMA synchronous = OFF", "PRAGMA cache_size = -1048576"))
     step_us = (end_us - start_us) / size
     for at in range(0, size, MAX_BATCH * 10):
@@ -470,7 +472,7 @@ class Page(NamedTuple):
     def set_floor(self, bench: Bench) -> None:
         where = f"environment = :environment AND timestamp_us >= :start_us AND {self.where}"
         statement = f"SELECT {PAGE_COLUMNS} FROM events WHERE {where} ORDER BY timestamp_us DESC, id DESC LIMIT 51"
-        common = {"environment": ENVIRONMENT, "start_us": bench.end_us - 7 * DAY_US, "end_us": bench.end_us}
+        common = {"environment": ENVIRONMENT_NUMBER, "start_us": bench.end_us - 7 * DAY_US, "end_us": bench.end_us}
         answer = bench.ours.ask(self.requests(bench)[0])
         if (count := len(json.loads(answer)["events"])) != 50:
             raise RuntimeError(f"the page {self.query} has {count} events")
@@ -480,8 +482,8 @@ class Page(NamedTuple):
 def deep_place(bench: Bench, number: int) -> dict[str, object]:
     """A cursor that 90 % of the events come before."""
     conn = sqlite3.connect(bench.db)
-    rowid = bench.size // 10 - number
-    at_us, event_id = conn.execute("SELECT timestamp_us, id FROM events WHERE rowid = ?", [rowid]).fetchone()
+    seq = bench.size // 10 - number
+    at_us, event_id = conn.execute("SELECT timestamp_us, id FROM events WHERE seq = ?", [seq]).fetchone()
     conn.close()
     return {"at_us": at_us, "id": event_id, "cursor": f"{at_us * 1000}::{event_id}"}
 
@@ -558,7 +560,7 @@ def send_usage(asked: dict[str, str], bench: Bench) -> Figures:
 def aggregate_raw(aggregate: str, group: str, bench: Bench) -> Figures:
     where = "environment = ? AND event_name = 'api_request' AND timestamp_us >= ? AND timestamp_us < ?"
     conn = eventstore.connect(str(bench.db), READER_PRAGMAS)
-    parameters = (ENVIRONMENT, bench.start_us, bench.end_us)
+    parameters = (ENVIRONMENT_NUMBER, bench.start_us, bench.end_us)
     start = time.perf_counter()
     for count in itertools.count(1):
         conn.execute(f"SELECT {aggregate} FROM events WHERE {where} {group}", parameters).fetchall()

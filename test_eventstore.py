@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1734,14 +1735,14 @@ def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more
     with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
         assert eventstore.insert_group(conn, group) == [1, 1, 0, 1, 64 * more]
         assert eventstore.insert_group(conn, group) == [0] * 5
-        elsewhere = [[row._replace(environment="staging") for row in rows] for rows in group]
+        elsewhere = [[row._replace(environment=2) for row in rows] for rows in group]
         assert eventstore.insert_group(conn, [*elsewhere, *group]) == [2, 1, 0, 2, 64 * more, *[0] * 5]
         assert not conn.in_transaction
     assert len(rows_of(tmp_path)) == 2 * (5 + 64 * more)
 
 
 def rows_to_insert(*event_ids: str) -> list[eventstore.Row]:
-    return [eventstore.Row("development", event_id, "cust", "", "call", "", NOW, NOW, "{}") for event_id in event_ids]
+    return [eventstore.Row(1, event_id, "cust", "", "call", "", NOW, NOW, "{}") for event_id in event_ids]
 
 
 class FailsOnce:
@@ -1854,7 +1855,7 @@ def test_a_restart_keeps_everything(tmp_path):
 def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_path):
     async def close_while_writing() -> list[int]:
         store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
-        row = eventstore.Row("development", "", "cust", "", "call", "", NOW, NOW, "{}")
+        row = eventstore.Row(1, "", "cust", "", "call", "", NOW, NOW, "{}")
         with write_lock(tmp_path):
             waiting = [asyncio.ensure_future(store.insert([row._replace(id=f"{number}")])) for number in range(50)]
             await asyncio.sleep(0)  # each of them runs until it waits for the writer
@@ -1879,7 +1880,7 @@ CANNOT_START = [  # flags, what the message names
     ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
     ("--db text.db", "not a SQLite database"),
     ("--db other.db", "other program"),
-    ("--db newer.db", "newer"),
+    ("--db newer.db", "another eventstore (format 99"),
     ("--db folder", "folder"),
     ("--db=", "--db"),
     ("--db missing/events.db", "does not exist"),
@@ -1892,76 +1893,62 @@ CANNOT_START = [  # flags, what the message names
 ]
 
 
-FORMAT_1 = """
-CREATE TABLE events (environment TEXT NOT NULL, id TEXT NOT NULL, external_customer_id TEXT NOT NULL,
-    customer_id TEXT NOT NULL, event_name TEXT NOT NULL, source TEXT NOT NULL, timestamp_us INTEGER NOT NULL,
-    ingested_at_us INTEGER NOT NULL, properties TEXT NOT NULL) STRICT;
-CREATE UNIQUE INDEX events_by_id ON events (environment, id);
-CREATE INDEX events_by_time ON events (environment, timestamp_us, id);
-CREATE INDEX events_by_customer ON events (environment, external_customer_id, timestamp_us, id);
-CREATE INDEX events_by_name ON events (environment, event_name, timestamp_us, id);
-PRAGMA application_id = 0x45565354;
-PRAGMA user_version = 1;"""
-
-
-def test_a_file_of_an_older_eventstore_is_rewritten_at_start_and_keeps_everything(tmp_path, caplog):
-    rows = [(7, "development", "a", "cust", "c1", "call", "app", NOW - 1, NOW, '{"n": 0.10}'),
-            (9, "staging", "b \0 \x1e \"", "é", "", "\\", "", NOW, NOW, "{}")]  # fmt: skip
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript(FORMAT_1)
-        conn.executemany(
-            f"INSERT INTO events (rowid, {', '.join(eventstore.Row._fields)}) VALUES (?,?,?,?,?,?,?,?,?,?)", rows
-        )
-        conn.commit()
-        schema = "SELECT type, name, tbl_name FROM sqlite_schema ORDER BY name"
-        before = conn.execute(schema).fetchall()
-    with serving(tmp_path) as client:
-        assert "rewritten" in caplog.text
-        assert '"properties":{"n": 0.10}' in client.get("/v1/events").text
-        assert [stored["id"] for stored in page(client, **EVER)["events"]] == ["a"]
-        assert counts(store(client, event("a"), event("b"))) == (1, 1)
-    caplog.clear()
-    with serving(tmp_path, api_keys=(eventstore.ApiKey.hashed(KEY, "staging"),)) as client:
-        (stored,) = page(client, **EVER)["events"]
-        assert (stored["id"], stored["external_customer_id"], stored["event_name"]) == ('b \0 \x1e "', "é", "\\")
-    assert caplog.text == ""
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        assert conn.execute(f"SELECT rowid, {', '.join(eventstore.Row._fields)} FROM events").fetchall()[:2] == rows
-        assert conn.execute(schema).fetchall() == before
-
-
-def test_of_two_processes_that_open_an_older_file_one_rewrites_it(tmp_path, caplog):
-    path = tmp_path / "events.db"
-    with closing(sqlite3.connect(path)) as conn:
-        conn.executescript(FORMAT_1 + "PRAGMA journal_mode = WAL;")
-    with ThreadPoolExecutor(2) as pool:
-        with write_lock(tmp_path):
-            opening = [pool.submit(eventstore._prepare, str(path)) for _ in range(2)]
-            time.sleep(0.2)  # both have read the old version by now; if not, one has less to show
-        assert [opened.result() for opened in opening] == [0, 0]
-    assert caplog.text.count("rewritten") == 1
-
-
-def test_a_view_of_an_older_file_still_shows_the_events_after_it_was_rewritten(tmp_path):
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript(
-            f"{FORMAT_1} CREATE VIEW mine AS SELECT id FROM events; CREATE VIEW broken AS SELECT 1 FROM no;"
-        )
+@table("statements", ["PRAGMA user_version = 2", "PRAGMA user_version = 99", "DROP TABLE environments"])
+def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path, statements):
     with serving(tmp_path) as client:
         store(client, event("a"))
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        assert conn.execute("SELECT * FROM mine").fetchall() == [("a",)]
+    path = tmp_path / "events.db"
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute(statements)
+    before = path.read_bytes()
+    for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
+        done = run(*SCRIPT, *command.split(), cwd=tmp_path, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"eventstore: events\.db was written by another eventstore \(format .*\): export its events "
+                            r"with the eventstore that wrote it, import them with this one; .*\n", done.stderr)  # fmt: skip
+    assert path.read_bytes() == before
 
 
-def test_an_older_file_that_cannot_be_rewritten_stays_as_it_is(tmp_path):
+def test_an_event_takes_less_than_500_bytes_of_the_file(tmp_path):
+    make_id, properties = random.Random(0), {"model": "model-7", "endpoint": "/v1/items/42", "tokens": 1250,
+                                             "duration_ms": 12.5, "region": "eu-west-1"}  # fmt: skip
+    with serving(tmp_path) as client:
+        for batch in range(20):
+            store(client, *(event(str(uuid.UUID(int=make_id.getrandbits(128))), external_customer_id=f"cust_{i}",
+                                  timestamp=at(batch), source="app", properties=properties)
+                            for i in range(1000)))  # fmt: skip
+    assert (tmp_path / "events.db").stat().st_size < 500 * 20_000
+
+
+def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path):
+    keys = (*KEYS, ApiKey.hashed("third", "später"))
+    with serving(tmp_path, api_keys=keys) as client:
+        store(client, event("a", timestamp="1969-12-31T23:59:59.5Z", source="app", properties={"n": 1}), event("b"))
+        client.headers["x-api-key"] = "third"
+        store(client, event("a"))
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript(f"{FORMAT_1} CREATE VIEW old_events AS SELECT 1;")
-        before = conn.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
-    with pytest.raises(eventstore.StartError, match=r"cannot use the database .*old_events"):
-        create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        assert conn.execute("PRAGMA user_version").fetchone() == (1,)
-        assert conn.execute("SELECT type, name, sql FROM sqlite_schema").fetchall() == before
+        conn.row_factory = sqlite3.Row
+        first, second, third = map(dict, conn.execute("SELECT * FROM readable_events ORDER BY seq"))
+    ingested_at = "2025-10-15T11:38:47.962000Z"
+    assert first == {"seq": 1, "environment": "development", "id": "a", "external_customer_id": "cust",
+                     "customer_id": "", "event_name": "call", "source": "app",
+                     "timestamp": "1969-12-31T23:59:59.500000Z", "ingested_at": ingested_at,
+                     "properties": '{"n":1}'}  # fmt: skip
+    assert (second["id"], second["timestamp"], third["environment"]) == ("b", ingested_at, "später")
+
+
+def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
+    def numbers() -> list[int]:
+        with closing(sqlite3.connect(tmp_path / "events.db", isolation_level=None)) as conn:
+            found = [seq for (seq,) in conn.execute("SELECT seq FROM events ORDER BY seq")]
+            conn.execute("DELETE FROM events")
+            return found
+
+    with serving(tmp_path) as client:
+        store(client, event("a"), event("b"))
+        before = numbers()
+        store(client, event("a"), event("c"))
+    assert min(numbers()) > max(before)
 
 
 @table(("flags", "part"), CANNOT_START)
@@ -3881,7 +3868,7 @@ def known_event(event_id: str) -> dict:
 def known_row(event_id: str) -> tuple:
     """The same event as the file has it."""
     sent = known_event(event_id)
-    return ("development", event_id, sent["event_name"], sent["external_customer_id"], "storm",
+    return (1, event_id, sent["event_name"], sent["external_customer_id"], "storm",
             NOW - int(event_id, 16) % DAY_US, json.dumps(sent["properties"]))  # fmt: skip
 
 
