@@ -1872,6 +1872,28 @@ def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_p
         assert conn.execute("SELECT count(*), count(*) FILTER (WHERE id = 'late') FROM events").fetchone() == (50, 0)
 
 
+def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path):
+    async def store_beside_batches() -> None:
+        store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
+
+        def insert(*event_ids: str) -> asyncio.Future[int]:
+            return asyncio.ensure_future(store.insert(rows_to_insert(*event_ids)))
+
+        with write_lock(tmp_path):
+            inserting = [insert("first")]
+            await asyncio.sleep(0.1)  # the writer has it and waits for the lock
+            inserting += [insert(*(f"{batch}-{number}" for number in range(1000))) for batch in range(4)]
+            inserting += [insert("single")]
+            await asyncio.sleep(0)
+        await asyncio.gather(*inserting)
+        await asyncio.to_thread(store.close)
+
+    asyncio.run(store_beside_batches())
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        stored = [event_id for (event_id,) in conn.execute("SELECT id FROM events ORDER BY seq")]
+    assert (stored[:3], len(stored)) == (["first", "single", "0-0"], 4002)
+
+
 # ---------------------------------------------------------------------------------------------- the command line
 
 is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
@@ -1981,7 +2003,7 @@ def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
     assert (version.returncode, version.stdout) == (0, f"eventstore {eventstore.__version__}\n")
     shown = run(*SCRIPT, "serve", "--help", cwd=tmp_path)
     flags = ("--db", "--host", "--port", "--api-key", "--max-body-bytes", "--query-timeout-s", "--queue-events",
-             "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "50000")  # fmt: skip
+             "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "100000")  # fmt: skip
     assert (shown.returncode, [flag for flag in flags if flag not in shown.stdout]) == (0, [])
     for command in ("import", "export", "replay"):
         shown = run(*SCRIPT, command, "--help", cwd=tmp_path)
