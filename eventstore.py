@@ -5,8 +5,10 @@ SQLite file and reads them back with filters and cursors. It is not a billing sy
 plans or invoices, and one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
-    python eventstore.py import FILE         # also export, and replay into FlexPrice
     app = eventstore.create_app(settings)    # the same as an ASGI application
+
+What grew around it is in eventstore_extras: import, export, replay, and a mock for tests. Nothing of it is imported
+before a command or a flag asks for it, and this file works without it.
 
 The rooms of this module, in order; none knows of those below it, but for HTTP, which puts them together:
 
@@ -20,9 +22,7 @@ The rooms of this module, in order; none knows of those below it, but for HTTP, 
     Store           one writer thread with group commit, reader threads
     HTTP            authentication, rate limits, handlers, the debugger's page, the route table, create_app
     OpenAPI         the document, made from the wire types and the route table
-    mock            running_server(), the pytest fixture, faults
-    in and out      import, export, replay: files and other servers
-    command line    serve, import, export, replay
+    command line    serve, and the door to the commands of eventstore_extras
 """
 
 from __future__ import annotations
@@ -31,17 +31,12 @@ import _sqlite3
 import argparse
 import asyncio
 import base64
-import codecs
-import csv
 import ctypes
-import email.utils
 import errno
 import gc
-import gzip
 import hashlib
 import hmac
 import importlib.util
-import io
 import ipaddress
 import itertools
 import json
@@ -61,21 +56,19 @@ import tempfile
 import threading
 import time
 import urllib.parse
-import zlib
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
-from msgspec.structs import replace
 from starlette.applications import Starlette
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
@@ -87,7 +80,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 if TYPE_CHECKING:
-    import httpx
+    pass
 
 __version__ = "0.1.0"
 
@@ -125,7 +118,6 @@ class Settings(Struct, frozen=True, kw_only=True):
     queue_bytes: int = 256 * 1024 * 1024  # request bodies held at a time, one alone may be longer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
     visibility_lag_ms: int = 0  # events are seen by queries so long after they were accepted
-    mock: bool = False  # whether /_mock resets and misbehaves on request
     clock: Callable[[], int] = now_us  # microseconds since 1970
 
 
@@ -144,14 +136,9 @@ STATUS_OF_CODE = {
     "database_error": 500,
     "internal_error": 500,
     "service_unavailable": 503,
-    "bad_gateway": 502,  # this one and the next are a mock's only: what stands before FlexPrice answers them
+    "bad_gateway": 502,  # this one and the next are not a server's own: what stands before it answers them
     "gateway_timeout": 504,
 }
-
-# What a mock answers on request: each status with one of its codes.
-FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
-               504: "gateway_timeout"}  # fmt: skip
-MAX_FAULT_TIMES, MAX_DELAY_MS, MAX_RETRY_AFTER_S = 1_000_000, 600_000, 86_400
 
 MAX_ECHO_CHARS = 100
 MAX_FAULTS = 100
@@ -435,26 +422,6 @@ class ErrorBody(Struct):
     error: ErrorMessage
 
 
-class InjectedFault(Struct):
-    """What a mock does wrong on request, for the next `times` requests that match. None: any, or as ever."""
-
-    method: str | None = None
-    path: str | None = None
-    times: int | None = None
-    status: int | None = None
-    retry_after_s: int | None = None
-    delay_ms: int | None = None
-    stored: bool | None = None
-
-
-class InjectedFaults(Struct):
-    faults: list[InjectedFault]
-
-
-class Deleted(Struct):
-    deleted: int
-
-
 class Health(Struct):
     status: str = "ok"
     version: str = __version__
@@ -470,7 +437,6 @@ RAW = msgspec.json.Decoder(Raw)
 RAWS = msgspec.json.Decoder(list[Raw])
 EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 USAGE = msgspec.json.Decoder(UsageIn)
-INJECTED_FAULT = msgspec.json.Decoder(InjectedFault)
 OBJECT = msgspec.json.Decoder(dict[str, Any])
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
@@ -698,7 +664,7 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """The struct from an object whose fields do not all have its types; a field that has not is noted and absent."""
     members = decode(MEMBERS, bytes(raw))
     if members is None:
-        faults.add(faults.whole, "invalid_type", f"must be an object, got {_show(raw)}")
+        faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
         return struct()
     values = {}
     for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
@@ -707,11 +673,11 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
             value = values[field.name] = decode(msgspec.json.Decoder(field.type), member)
             if value is None and member != b"null":
                 expected = _TYPE_NAMES[struct.__annotations__[field.name]]
-                faults.add(field.name, "invalid_type", f"must be {expected}, got {_show(member)}")
+                faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(member)}")
     return struct(**values)
 
 
-def _show(raw: bytes) -> str:
+def excerpt(raw: bytes) -> str:
     """The start of a JSON text as an error message shows it."""
     return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
 
@@ -726,7 +692,7 @@ def check_properties(raw: bytes) -> str:
     except msgspec.ValidationError as error:
         if "out of range" in str(error):
             raise FieldError("out_of_range", "holds a number that no 64-bit float or 4,300 digits can hold") from None
-        raise FieldError("invalid_type", f"must be an object, got {_show(raw)}") from None
+        raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
     except RecursionError:
         raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
     except msgspec.DecodeError as error:
@@ -785,12 +751,12 @@ def decode_batch(body: bytes) -> list[Any]:
 def _refuse_batch(body: bytes) -> NoReturn:
     outer = decode(OUTER_BULK, body)
     if outer is None:
-        refuse("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {_show(body)}')
+        refuse("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {excerpt(body)}')
     events = bytes(outer.events)
     if events == b"null":
         refuse("events", "required", f"is required: an array of 1 to {MAX_BATCH} events")
     if events[:1] != b"[":
-        refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {_show(events)}")
+        refuse("events", "invalid_type", f"must be an array of 1 to {MAX_BATCH} events, got {excerpt(events)}")
     counted = decode(COUNTED, events) or (decode(RAWS, events) if len(events) < MAX_COUNTED_BYTES else None)
     number = f"more than {MAX_BATCH}" if counted is None else len(counted)
     refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
@@ -856,7 +822,7 @@ def parse_property_filters(text: str) -> PropertyFilters:
     return filters
 
 
-def _one_of(*allowed: str) -> Callable[[str], str]:
+def one_of(*allowed: str) -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
             case = " (case-sensitive)" if text.lower() in map(str.lower, allowed) else ""
@@ -866,10 +832,10 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
-_SORT = _one_of(*SORTS)
-_ORDER = _one_of(*ORDERS)
-_AGGREGATION = _one_of(*AGGREGATIONS)
-_WINDOW_SIZE = _one_of(*WINDOW_SIZES)
+_SORT = one_of(*SORTS)
+_ORDER = one_of(*ORDERS)
+_AGGREGATION = one_of(*AGGREGATIONS)
+_WINDOW_SIZE = one_of(*WINDOW_SIZES)
 
 
 class View(NamedTuple):
@@ -1116,7 +1082,6 @@ SELECT_NAME = f"SELECT event_name FROM events WHERE {IN_ENVIRONMENT} AND id = :i
 # were deleted or sent twice.
 COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(seq) FROM events))
     FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
-NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
 COUNT_HIDDEN = f"SELECT count(*) FROM events WHERE {IN_ENVIRONMENT} AND ingested_at_us > :visible_us"
 
 
@@ -1405,50 +1370,6 @@ def select_events(
     return events or "", number, total_count
 
 
-PAGE_EVENTS = 1000
-GROUP_BYTES = 16 * 1024 * 1024  # what an import holds before it commits, an export before it writes
-StoredRow = tuple[int, Row]  # with its seq
-SELECT_ROWS = f"SELECT {', '.join(Row._fields)}, seq FROM events"
-
-
-def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
-    """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
-    from being checkpointed."""
-    while True:
-        parameters: Parameters = {}
-        clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        page = select_rows(conn, f"WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id", parameters)
-        if not page:
-            return
-        yield page
-        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
-
-
-def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
-    """The events that match with a seq in (after, last], in the order in which they were stored, in pages."""
-    while True:
-        parameters: Parameters = {"after": after, "last": last}
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "seq > :after", "seq <= :last"]
-        page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY seq", parameters)
-        if not page:
-            return
-        yield page
-        after = page[-1][0]
-
-
-def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
-    """The first thousand rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
-    page: list[StoredRow] = []
-    size = 0
-    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", parameters)) as found:
-        for *columns, seq in found:
-            page.append((seq, Row(*columns)))
-            size += len(columns[-1])
-            if size >= GROUP_BYTES:
-                break
-    return page
-
-
 def find_event(conn: sqlite3.Connection, query: EventQuery) -> EventLookup:
     """The one event that a query with an event_id finds. ApiError: not_found (SPEC 6)."""
     page = list_events(conn, query)
@@ -1530,7 +1451,7 @@ class _Task(NamedTuple):
 _Queue = queue.SimpleQueue["_Task | None"]  # None: close
 
 
-class _Reader:
+class Reader:
     """A read-only connection whose queries end when their time is up."""
 
     def __init__(self, path: str) -> None:
@@ -1560,9 +1481,9 @@ class Store:
         self._settings = settings
         self._temporary = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
         self.path = os.path.join(self._temporary, "events.db") if self._temporary else settings.db
-        self.events_at_start = _prepare(self.path)
+        self.events_at_start = prepare_file(self.path)
         # What is removed at exit need not be on the disk before the answer.
-        self._writer_pragmas = (*WRITER_PRAGMAS, *["PRAGMA synchronous = OFF"] * bool(self._temporary))
+        self.writer_pragmas = (*WRITER_PRAGMAS, *["PRAGMA synchronous = OFF"] * bool(self._temporary))
         self._closing = False
         self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
@@ -1573,12 +1494,12 @@ class Store:
         self._reads: _Queue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
         with _start_errors(self.path):  # here, not in the threads: nobody would answer those who wait for a dead one
-            self._conn = connect(self.path, self._writer_pragmas)
+            self._conn = connect(self.path, self.writer_pragmas)
             names = dict.fromkeys(key.environment for key in settings.api_keys)
             self.environments = {name: environment_number(self._conn, name) for name in names}
-            self._quick_reader = _Reader(self.path)
+            self._quick_reader = Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
-            self._readers = [_Reader(self.path) for _ in range(READER_THREADS)]
+            self._readers = [Reader(self.path) for _ in range(READER_THREADS)]
         self._files = _files_of(self.path)
         self._wal_limit_bytes = settings.wal_bytes
         self._reader_threads = [
@@ -1617,13 +1538,6 @@ class Store:
         result: T = await self._ask(self._reads, operation)
         return result
 
-    def delete_events(self, environment: str | None = None) -> int:
-        """Delete the events of one environment, or of all; returns how many. For any thread but an event loop's."""
-        of_one = "" if environment is None else f" WHERE {IN_ENVIRONMENT}"
-        with closing(connect(self.path, self._writer_pragmas)) as conn:
-            statement = f"DELETE FROM events{of_one}"
-            return execute_writing(conn, WRITE_LOCK_TIMEOUT_S, statement, {"environment": environment}).rowcount
-
     def close(self) -> None:
         """End what is being read, commit what waits, checkpoint, close the file. A second call does nothing."""
         if self._closing:
@@ -1651,11 +1565,11 @@ class Store:
             tasks.put(_Task(work, loop, answer))
         return answer
 
-    def _read_until_closed(self, reader: _Reader) -> None:
+    def _read_until_closed(self, reader: Reader) -> None:
         while task := self._reads.get():
             _answer([task], [self._read(reader, task.work)])
 
-    def _read(self, reader: _Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
+    def _read(self, reader: Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
         limit_s = self._settings.query_timeout_s
         try:
             return reader.run(operation, limit_s)
@@ -1798,18 +1712,18 @@ def _files_of(path: str) -> list[os.stat_result]:
     return files
 
 
-def data_file(name: str) -> Path:
-    """A file that comes with the module: in a wheel's own folder, or beside the module in a checkout."""
+def data_file(name: str) -> str:
+    """The text of a file that comes with this one: beside it in a checkout, in a folder of its own in a wheel."""
     here = Path(__file__).resolve().parent
     installed = here / "eventstore_data" / name
-    return installed if installed.exists() else here / name
+    return (installed if installed.exists() else here / name).read_text("utf-8")
 
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x45565354
 
 
-def _prepare(path: str) -> int:
+def prepare_file(path: str) -> int:
     """Make the file or check that it is ours; returns its number of events. StartError says what to do if it is not."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
@@ -1878,7 +1792,7 @@ def _write_schema(conn: sqlite3.Connection) -> None:
     """Make the tables. Of several processes the first one does, the others wait for it and make nothing."""
     execute_writing(conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
     statement = ""
-    for line in data_file("schema.sql").read_text().splitlines(keepends=True):  # not executescript, which commits first
+    for line in data_file("schema.sql").splitlines(keepends=True):  # not executescript, which commits first
         statement += line
         if sqlite3.complete_statement(statement):
             conn.execute(statement)
@@ -1985,16 +1899,19 @@ class RateLimits:
 class Service:
     """What the handlers work with."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
         self.settings = settings
-        self.operations = (*OPERATIONS, *MOCK_OPERATIONS) if settings.mock else OPERATIONS
+        self.operations = tuple(operations)
         self.store = Store(settings)
         self.make_id = IdMaker()
-        self.fault_queue = FaultQueue()
         self.held_bytes = 0  # of all bodies that are being received or worked on: read_body
         # One commit answers several clients, whose next batches come together: checked in a row they hold up whatever
         # comes behind them. Beside 8 such clients p99 of a page is 19 ms with turns, 31 without.
         self.batch_turn = asyncio.Lock()
+
+    @cached_property
+    def description(self) -> bytes:
+        return ENCODER.encode(openapi_document(self.operations))
 
     def rows(self, request: Request, events: list[Any], bulk: bool) -> list[Row]:
         environment = self.store.environments[request["environment"]]
@@ -2046,7 +1963,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
 
 
 async def _store(service: Service, request: Request, rows: list[Row], answer: object) -> Response:
-    inserted = len(rows) if request.scope.get("loses_events") else await service.store.insert(rows)
+    inserted = await service.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
     return JsonResponse(answer, 202, headers)
 
@@ -2127,7 +2044,7 @@ async def health(service: Service, request: Request) -> Response:
 
 async def describe_api(service: Service, request: Request) -> Response:
     """GET /openapi.json: this API as OpenAPI 3.1."""
-    return JsonResponse(openapi_document(service.operations))
+    return JsonResponse(service.description)
 
 
 def debugger_handler() -> Handler:
@@ -2135,7 +2052,7 @@ def debugger_handler() -> Handler:
 
     It shows what strangers send, so the browser is told to run and load nothing but what the file itself holds.
     """
-    page = data_file("debugger.html").read_text("utf-8")  # line ends as a browser counts them for the hashes
+    page = data_file("debugger.html")  # line ends as a browser counts them for the hashes
     hashes = {tag: _csp_hash(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)) for tag in ("script", "style")}
     headers = {
         "Content-Security-Policy": (
@@ -2194,6 +2111,9 @@ class Operation(NamedTuple):
     answer: Any
     body: Any = None
     parameters: Sequence[str] = ()  # of the query string; names in PARAMETER_SCHEMAS
+    required: Sequence[str] = ()  # fields of the body
+    example: Any = None  # of the body
+    schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
 
     @property
     def public_path(self) -> str:
@@ -2209,19 +2129,27 @@ class Operation(NamedTuple):
 _RANGE = ("start_time", "end_time")
 _LOOKUP = ("external_customer_id", *_RANGE)
 
+_API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
+
 OPERATIONS = (
-    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn),
+    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn,
+              required=["event_name", "external_customer_id"],
+              example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
     Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
-    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn),
-    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn),
-    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn),
+    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, example={"events": [_API_CALL]}),
+    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
+              example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
+                       "page_size": 100}),
+    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, required=["event_name", "aggregation_type"],
+              example=_API_CALL | {"aggregation_type": "SUM", "property_name": "tokens", "window_size": "DAY",
+                                   "timezone": "America/New_York"}),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*_RANGE, "window_size")),
     Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP)),
     Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),  # last: it matches all
     Operation("GET", "/health", health, Health),
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
-)
+)  # fmt: skip
 
 
 async def on_api_error(request: Request, error: ApiError) -> Response:
@@ -2265,29 +2193,34 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 }
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(
+    settings: Settings, *, operations: Sequence[Operation] = (), middleware: Sequence[Middleware] = ()
+) -> Starlette:
     """The Events API as an ASGI application; it opens the database now and closes it with its lifespan.
+
+    `operations` are served beside its own and stand in its OpenAPI document; `middleware` is run for requests whose key
+    is known and whose rate is within the limits. `app.state.service` is what the handlers work with.
 
     Raises StartError if the database cannot be used, ValueError without an API key.
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
     show_debugger = debugger_handler()  # before the store: a file that is missing leaves no thread behind
-    service = Service(settings)
+    service = Service(settings, [*OPERATIONS, *operations])
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.store.close)
 
-    middleware = [Middleware(Authentication, api_keys=settings.api_keys)]
-    if settings.mock:
-        middleware.append(Middleware(FaultInjection, queue=service.fault_queue))
+    layers = [Middleware(Authentication, api_keys=settings.api_keys)]
     if settings.rate_limits:
-        middleware.append(Middleware(RateLimits, settings=settings))
+        layers.append(Middleware(RateLimits, settings=settings))
     routes = [operation.route(service) for operation in service.operations]
     routes.append(Route("/", endpoint(show_debugger, service)))
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
+    app = Starlette(
+        routes=routes, middleware=[*layers, *middleware], exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan
+    )
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.service = service
     return app
@@ -2386,7 +2319,7 @@ def _choice(*values: str) -> dict[str, Any]:
     return {"enum": [*values, "", None]}
 
 
-# What the types do not say: which fields are required, and what a string must look like.
+# What the wire types do not say of their fields.
 FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventIn": {
         "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"},
@@ -2421,18 +2354,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "EventPage": {"events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
     "EventLookup": {"event": {"$ref": "#/components/schemas/Event"}},
-    "InjectedFault": {
-        "times": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_FAULT_TIMES},
-        "status": {"enum": [202, *FAULT_CODES, None]},
-        "retry_after_s": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_RETRY_AFTER_S},
-        "delay_ms": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_DELAY_MS},
-    },
 }  # fmt: skip
 FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
-REQUIRED = {
-    "EventIn": {"required": ["event_name", "external_customer_id"]},
-    "UsageIn": {"required": ["event_name", "aggregation_type"]},
-}
 
 _QUERY_TIME: dict[str, Any] = {"anyOf": [_TIME["anyOf"][0], {"enum": [""]}]}
 PARAMETER_SCHEMAS: dict[str, Any] = {
@@ -2449,33 +2372,26 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
     "window_size": {"enum": [*WINDOW_SIZES, ""]},
     "id": {"type": "string", "minLength": 1},
 }
-EXAMPLES: dict[Any, Any] = {
-    EventIn: {"event_name": "api_request", "external_customer_id": "cust_42", "event_id": "evt_1",
-              "properties": {"tokens": 1250}},
-    BulkIn: {"events": [{"event_name": "api_request", "external_customer_id": "cust_42"}]},
-    EventQueryIn: {"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]}, "page_size": 100},
-    UsageIn: {"event_name": "api_request", "external_customer_id": "cust_42", "aggregation_type": "SUM",
-              "property_name": "tokens", "window_size": "DAY", "timezone": "America/New_York"},
-    InjectedFault: {"method": "POST", "path": "/v1/events/bulk", "times": 2, "status": 429, "retry_after_s": 1},
-}  # fmt: skip
 
 
-@lru_cache
-def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
+def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     """The routes as OpenAPI 3.1, made from their table and the wire types."""
     # Two types need help: a Raw has no schema as a default, and a batch is an array to everyone but its decoder.
     fields = [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
     event_in = msgspec.defstruct("EventIn", fields)
+    bodies = [operation.body for operation in operations if operation.body not in (None, EventIn, BulkIn)]
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
-    types = dict.fromkeys([event_in, EventQueryIn, UsageIn, ErrorBody, Event, *answers])
+    types = dict.fromkeys([event_in, *bodies, ErrorBody, Event, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
-    for name in FIELD_SCHEMAS.keys() & schemas:
-        schemas[name]["properties"] |= FIELD_SCHEMAS[name]
-        schemas[name] |= REQUIRED.get(name, {})
+    for more in (FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
+        for name in more:
+            schemas[name]["properties"] |= more[name]
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": _ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
     for operation in operations:
+        if operation.required:
+            schemas[operation.body.__name__]["required"] = operation.required
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
     return {
@@ -2518,345 +2434,12 @@ def _describe(operation: Operation) -> dict[str, Any]:
         "responses": responses,
     }
     if operation.body:
-        body = {"schema": _ref(operation.body), "example": EXAMPLES[operation.body]}
+        body = {"schema": _ref(operation.body), "example": operation.example}
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
     return described
 
 
-# ---------------------------------------------------------------------------------------------- mock
-
-MOCK_API_KEY = "eventstore-test-key"
-MOCK_SHUTDOWN_TIMEOUT_S = 1
-
-
-def is_for(fault: InjectedFault, method: str, path: str) -> bool:
-    ingest = method == "POST" and path in INGEST_PATHS
-    return fault.method in (None, method) and fault.path in (None, path) and (ingest or not needs_ingest(fault))
-
-
-def needs_ingest(fault: InjectedFault) -> bool:
-    """Whether only ingest can be answered so: accepted and lost, or stored and answered with an error."""
-    return fault.status == 202 or bool(fault.stored)
-
-
-def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
-    """The fault with its defaults. ApiError names what is wrong with it, and a fault that no request can match."""
-    one_of = _one_of("202", *map(str, FAULT_CODES))
-    checked = InjectedFault(
-        method=sent.method.upper() if sent.method else None,
-        path=faults.check("path", check_fault_path, sent.path),
-        times=faults.check("times", whole_within(1, MAX_FAULT_TIMES), sent.times) or 1,
-        status=faults.check("status", lambda status: int(one_of(str(status))), sent.status),
-        retry_after_s=faults.check("retry_after_s", whole_within(0, MAX_RETRY_AFTER_S), sent.retry_after_s),
-        delay_ms=faults.check("delay_ms", whole_within(0, MAX_DELAY_MS), sent.delay_ms),
-        stored=sent.stored,
-    )
-    if sent.status is None and sent.delay_ms is None:
-        faults.add("status", "required", "or delay_ms is required: what is to go wrong")
-    if sent.status in (None, 202) and sent.retry_after_s is not None:
-        faults.add("retry_after_s", "invalid_format", "goes with an error status only")
-    if sent.stored and checked.status == 202:
-        faults.add("stored", "invalid_format", "must be false with status 202: stored and accepted is no fault")
-    if sent.stored is False and sent.status is None:
-        faults.add("stored", "invalid_format", "must not be false without a status: 202 accepts an event and loses it")
-    check_that_some_request_matches(checked, faults)
-    faults.refuse()
-    return checked
-
-
-def check_fault_path(path: str) -> str:
-    """A path as requests are compared with it: decoded, without a query string."""
-    if "?" in path or "{" in path:
-        problem = f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
-        raise FieldError("invalid_format", problem)
-    return urllib.parse.unquote(path)
-
-
-def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> None:
-    served_here = [operation for operation in OPERATIONS if operation.path.startswith("/v1/")]
-    there = [operation for operation in served_here if fault.path is None or operation.serves(fault.path)]
-    methods = {operation.method for operation in there}
-    methods |= {"HEAD"} if "GET" in methods else set()
-    if not there:
-        served = ", ".join(sorted({operation.public_path for operation in served_here}))
-        faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
-    elif fault.method and fault.method not in methods:
-        allowed = ", ".join(sorted(methods))
-        problem = f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
-        faults.add("method", "invalid_format", problem)
-    elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
-        name = "stored" if fault.stored else "status"
-        ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
-        faults.add(name, "invalid_format", f"must be another for this request: only {ingest} can be answered so")
-
-
-class FaultQueue:
-    """The faults that wait for their requests, first come first served, of one environment or of all (None)."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[str | None, InjectedFault]] = []
-        self._lock = threading.Lock()  # tests add from another thread than the server's
-
-    def add(self, fault: InjectedFault, environment: str | None = None) -> None:
-        with self._lock:
-            self._waiting.append((environment, fault))
-
-    def take(self, environment: str, method: str, path: str) -> InjectedFault | None:
-        """The first fault for such a request; it is used up once."""
-        with self._lock:
-            for place, (whose, fault) in enumerate(self._waiting):
-                if whose in (None, environment) and is_for(fault, method, path):
-                    left = (fault.times or 1) - 1
-                    self._waiting[place : place + 1] = [(whose, replace(fault, times=left))] if left else []
-                    return fault
-        return None
-
-    def waiting(self, environment: str | None = None) -> list[InjectedFault]:
-        """What waits for requests of this environment; None: of any."""
-        with self._lock:
-            return [fault for whose, fault in self._waiting if self._concerns(environment, whose)]
-
-    def clear(self, environment: str | None = None) -> int:
-        """Forget what waits for requests of this environment; None: of any. Returns how many."""
-        with self._lock:
-            kept = [(whose, fault) for whose, fault in self._waiting if not self._concerns(environment, whose)]
-            cleared = len(self._waiting) - len(kept)
-            self._waiting = kept
-        return cleared
-
-    @staticmethod
-    def _concerns(environment: str | None, whose: str | None) -> bool:
-        return None in (environment, whose) or whose == environment
-
-
-class FaultInjection:
-    """ASGI middleware of a mock: answers as the next fault says, and as ever when none waits."""
-
-    def __init__(self, app: ASGIApp, queue: FaultQueue) -> None:
-        self._app = app
-        self._queue = queue
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        fault = None
-        if "environment" in scope and scope["path"].startswith("/v1/"):
-            fault = self._queue.take(scope["environment"], scope["method"], scope["path"])
-        if fault is None:
-            await self._app(scope, receive, send)
-            return
-        answer: list[Message] = []
-
-        async def keep(message: Message) -> None:
-            answer.append(message)
-
-        if fault.status is None or needs_ingest(fault):
-            scope["loses_events"] = fault.status == 202
-            await self._app(scope, receive, keep)
-        is_error = fault.status not in (None, 202)
-        is_refused = bool(answer) and answer[0]["status"] >= 400  # a fault does not make a bad request good
-        if is_error and not is_refused:
-            answer.clear()
-            error = ApiError(FAULT_CODES[fault.status or 500], "a fault that was asked for", None, fault.retry_after_s)
-            await error_response(Request(scope), error)(scope, receive, keep)
-        await self._hold_back(receive, fault.delay_ms or 0)
-        for message in answer:
-            await send(message)
-
-    @staticmethod
-    async def _hold_back(receive: Receive, delay_ms: int) -> None:
-        """Wait, unless the client goes away or the server stops: neither is to be held up."""
-        with suppress(TimeoutError, asyncio.CancelledError):
-            async with asyncio.timeout(delay_ms / 1000):
-                while delay_ms and (await receive())["type"] != "http.disconnect":
-                    pass
-
-
-async def reset_events(service: Service, request: Request) -> Response:
-    """DELETE /_mock/events: forgets the events of the key's environment."""
-    deleted = await asyncio.to_thread(service.store.delete_events, request["environment"])
-    return JsonResponse(Deleted(deleted))
-
-
-async def inject_fault(service: Service, request: Request) -> Response:
-    """POST /_mock/faults: what shall go wrong with the next requests of the key's environment."""
-    faults = Faults()
-    body = await read_body(service, request)
-    for name in decode(MEMBERS, body) or {}:
-        if name not in InjectedFault.__struct_fields__:
-            known = ", ".join(InjectedFault.__struct_fields__)
-            faults.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {known}")
-    fault = check_fault(decode_fields(INJECTED_FAULT, body, faults), faults)
-    service.fault_queue.add(fault, request["environment"])
-    return await list_faults(service, request)
-
-
-async def list_faults(service: Service, request: Request) -> Response:
-    """GET /_mock/faults: the faults that still wait for their requests."""
-    return JsonResponse(InjectedFaults(service.fault_queue.waiting(request["environment"])))
-
-
-async def clear_faults(service: Service, request: Request) -> Response:
-    """DELETE /_mock/faults: from here on everything works."""
-    return JsonResponse(Deleted(service.fault_queue.clear(request["environment"])))
-
-
-MOCK_OPERATIONS = (
-    Operation("DELETE", "/_mock/events", reset_events, Deleted),
-    Operation("POST", "/_mock/faults", inject_fault, InjectedFaults, InjectedFault),
-    Operation("GET", "/_mock/faults", list_faults, InjectedFaults),
-    Operation("DELETE", "/_mock/faults", clear_faults, Deleted),
-)
-
-
-class MockServer:
-    """A server for tests, as `running_server` and the pytest fixture `flexprice` give it."""
-
-    def __init__(self, app: Starlette, url: str, api_keys: Mapping[str, str]) -> None:
-        self.url = url  # ends in /v1
-        self.api_keys = dict(api_keys)  # key -> environment
-        self.api_key = next(iter(api_keys))
-        self._store: Store = app.state.service.store
-        self._fault_queue: FaultQueue = app.state.service.fault_queue
-
-    def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
-        """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
-
-        `filters` are those of POST /v1/events/query (SPEC 5): external_customer_id, event_name, event_id, source,
-        property_filters, start_time, end_time; of all times by default. TypeError for another one, ApiError for a bad
-        value. `environment` defaults to that of `api_key`.
-        """
-        if unknown := filters.keys() - EVENT_FILTERS:
-            raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
-        sent = _convert({"start_time": EARLIEST, "end_time": LATEST, "order": "asc"} | filters, EventQueryIn)
-        view = View(environment or self.api_keys[self.api_key], 0)
-        query = event_query(sent, view, 1000, Faults())
-        reader = _Reader(self._store.path)
-        found: list[dict[str, Any]] = []
-        with closing(reader.conn):
-            while True:
-                page = reader.run(partial(list_events, query=query), math.inf)
-                found += json.loads(bytes(page.events))
-                if not page.has_more:
-                    return found
-                query = replace(query, after=parse_cursor(page.iter_last_key or ""))
-
-    def reset(self) -> None:
-        """Forget all events and all faults."""
-        self._fault_queue.clear()
-        self._store.delete_events()
-
-    def fail(self, **fault: Any) -> None:
-        """Let the next requests that match fail, whatever their key: the fields of POST /_mock/faults.
-
-        TypeError for an unknown field, ApiError for a bad value.
-        """
-        InjectedFault(**fault)  # names the unknown
-        self._fault_queue.add(check_fault(_convert(fault, InjectedFault), Faults()))
-
-    def faults(self) -> list[dict[str, Any]]:
-        """The faults that still wait for their requests."""
-        return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting()]
-
-
-def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
-    """Python's values as the type that they have on the wire. ApiError for one that has another."""
-    try:
-        return msgspec.convert(msgspec.to_builtins(arguments), kind)
-    except msgspec.ValidationError as error:
-        raise ApiError("validation_error", str(error)) from None
-
-
-@contextmanager
-def running_server(*, api_keys: Mapping[str, str] | None = None, **settings: Any) -> Iterator[MockServer]:
-    """A real server in a thread, on a free port of this machine with a temporary database, until the block ends.
-
-    `api_keys` maps keys to environments; `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
-    """
-    api_keys = api_keys or {MOCK_API_KEY: "development"}
-    hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
-    defaults: dict[str, Any] = {"api_keys": hashed, "db": ":memory:", "mock": True}
-    with listen("127.0.0.1", 0) as listener:
-        app = create_app(Settings(**defaults | settings))
-        server = uvicorn_server(app, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
-        thread = threading.Thread(target=server.run, args=[[listener]], name="eventstore-server", daemon=True)
-        thread.start()
-        try:  # the socket listens already: a request that comes before the thread is ready waits for it
-            yield MockServer(app, f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_keys)
-        finally:
-            server.should_exit = True
-            thread.join()
-            app.state.service.store.close()
-
-
-def _pytest_plugin() -> object:
-    """The plugin that pytest finds by its entry point. Made on demand: the server does not need pytest."""
-    import pytest  # noqa: PLC0415
-
-    @pytest.fixture(scope="session")
-    def _flexprice_server() -> Iterator[MockServer]:
-        with running_server() as server:
-            yield server
-
-    @pytest.fixture
-    def flexprice(_flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> MockServer:
-        """A FlexPrice of one's own: empty, and found by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
-        _flexprice_server.reset()
-        monkeypatch.setenv("FLEXPRICE_API_HOST", _flexprice_server.url)
-        monkeypatch.setenv("FLEXPRICE_API_KEY", _flexprice_server.api_key)
-        return _flexprice_server
-
-    plugin = ModuleType("flexprice_fixture")
-    vars(plugin).update(_flexprice_server=_flexprice_server, flexprice=flexprice)
-    return plugin
-
-
-def __getattr__(name: str) -> object:
-    if name == "pytest_plugin":
-        return _pytest_plugin()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-# ---------------------------------------------------------------------------------------------- in and out
-
-CHUNK_BYTES = 1024 * 1024
-HEAD_BYTES = 64 * 1024  # enough to see the format
-IMPORT_LOCK_TIMEOUT_S = 60.0
-IMPORT_EVENTS = 4000  # of a commit: a server beside it waits for that long
-LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it is longer than the body that brought the event
-
-
-class ExportedEvent(Struct):
-    """One event as ndjson and replay have it: what POST /v1/events/bulk takes (SPEC 3)."""
-
-    event_name: str
-    event_id: str
-    external_customer_id: str
-    customer_id: str
-    source: str
-    timestamp: datetime
-    properties: Raw
-
-
-class TableEvent(EventIn):
-    """A row of a CSV file: FlexPrice's own table export says when an event was ingested, too."""
-
-    ingested_at: str | None = None
-
-
-class Entry(NamedTuple):
-    """One event of a file as it was found there."""
-
-    line: int
-    number: int | None  # in its JSON array, from 0
-    content: Any  # the bytes of its JSON, or a table's cells
-    problem: str = ""  # that makes the rest not worth a look
-
-
-class UnreadableError(Exception):
-    """A file cannot be read on from a line."""
-
-    def __init__(self, line: int | None, problem: str) -> None:
-        super().__init__(problem)
-        self.line = line
+# ---------------------------------------------------------------------------------------------- command line
 
 
 def say(message: str) -> None:
@@ -2867,860 +2450,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-@contextmanager
-def progress_bar(
-    total: Callable[[], int | None], unit: str, among_data: bool = False
-) -> Iterator[Callable[[int], object]]:
-    """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
-    if not sys.stderr.isatty() or (among_data and sys.stdout.isatty()) or importlib.util.find_spec("tqdm") is None:
-        yield lambda _: None
-        return
-    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
-
-    with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
-        yield bar.update
-
-
-class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes, read to look at them, are put back."""
-
-    def __init__(self, head: bytes, rest: io.BufferedReader | gzip.GzipFile, error: Exception | None) -> None:
-        self._head = head
-        self._rest = rest
-        self._error = error
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._error and not self._head:
-            raise self._error
-        chunk = self._head[: len(buffer)] or self._rest.read1(len(buffer))
-        self._head = self._head[len(chunk) :]
-        buffer[: len(chunk)] = chunk
-        return len(chunk)
-
-
-def look_into(stream: io.BufferedReader | gzip.GzipFile) -> tuple[bytes, io.BufferedReader]:
-    """The first bytes of a stream, and the stream as if they had not been read."""
-    head, error = b"", None
-    try:
-        while len(head) < HEAD_BYTES and (chunk := stream.read1(HEAD_BYTES)):
-            head += chunk
-    except (EOFError, OSError, zlib.error) as damage:  # what could be read comes first
-        error = damage
-    return head, io.BufferedReader(_Rejoined(head, stream, error), CHUNK_BYTES)
-
-
-_EVENTS_MEMBER = re.compile(rb'\s*\{\s*"events"\s*:')
-_ARRAY_START = re.compile(rb'\s*(\{\s*"events"\s*:\s*)?\[')
-
-
-def input_format(head: bytes) -> str:
-    start = head.lstrip()[:1]
-    if start == b"[" or _EVENTS_MEMBER.match(head):
-        return "json"
-    return "ndjson" if start in (b"{", b"") else "csv"
-
-
-def read_entries(raw: io.BufferedReader, form: str, limit_bytes: int) -> Iterator[Entry]:
-    """What a file holds, whatever its format, gzipped or not. UnreadableError, after the entries before the place."""
-    try:
-        head, stream = look_into(raw)
-        if head.startswith(b"\x1f\x8b"):
-            head, stream = look_into(gzip.GzipFile(fileobj=stream))
-        if head.startswith(codecs.BOM_UTF8):
-            head = head[len(stream.read(len(codecs.BOM_UTF8))) :]
-        form = input_format(head) if form == "auto" else form
-        yield from {"ndjson": json_lines, "json": json_array, "csv": table_rows}[form](stream, limit_bytes)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UnreadableError(None, f"the gzip data is damaged or cut off: {error}") from error
-    except OSError as error:
-        raise UnreadableError(None, f"cannot be read on: {error.strerror or error}") from error
-
-
-def lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
-    """The lines with their numbers; of one that is too long the start only, and False."""
-    for number in itertools.count(1):
-        line = stream.readline(limit_bytes + 1)
-        if not line:
-            return
-        is_whole = len(line) <= limit_bytes or line.endswith(b"\n")
-        rest = b"" if is_whole else b"..."
-        while rest and not rest.endswith(b"\n"):
-            rest = stream.readline(CHUNK_BYTES)
-        yield number, line, is_whole
-
-
-def json_lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
-    for number, line, is_whole in lines(stream, limit_bytes + LINE_OVERHEAD_BYTES):
-        if not is_whole:
-            yield Entry(number, None, line[:1000], f"is longer than {limit_bytes} bytes")
-        elif content := line.strip():
-            problem = "is { alone: each event is one whole line" if content == b"{" else ""
-            yield Entry(number, None, content, problem)
-
-
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_TO_BRACKET = re.compile(rb'[^"{}\[\]]*(?:' + _STRING + rb'[^"{}\[\]]*)*([{}\[\]])', re.DOTALL)
-_SCALAR = re.compile(_STRING + rb'|[^\s,"\[\]{}]+', re.DOTALL)
-_SPACE = re.compile(rb"[ \t\r\n]*")
-
-
-def json_array(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
-    return _Array(stream, limit_bytes + LINE_OVERHEAD_BYTES).entries()
-
-
-class _Array:
-    """Cuts a JSON array of any length into its elements, holding one of them and a chunk.
-
-    A regular expression leaps from bracket to bracket; a JSON parser would need the whole array in memory.
-    """
-
-    def __init__(self, stream: io.BufferedReader, limit_bytes: int) -> None:
-        self._stream = stream
-        self._limit_bytes = limit_bytes
-        self._buffer = b""
-        self._at = 0  # what is before it is done with
-        self._line = 1
-
-    def entries(self) -> Iterator[Entry]:
-        while (start := _ARRAY_START.match(self._buffer)) is None:
-            if len(self._buffer) > HEAD_BYTES or not self._more():
-                raise UnreadableError(self._line, 'must start with [ or {"events": [')
-        self._advance(start.end())
-        for index in itertools.count():
-            if self._next_byte() == b"]" and not index:
-                break
-            yield Entry(self._line, index, self._element(index))
-            byte = self._next_byte()
-            if byte == b"]":
-                break
-            if byte != b",":
-                where = f"the comma or ] after events[{index}] is missing"
-                raise UnreadableError(self._line, where if byte else "the file ends inside the array: it is not whole")
-            self._advance(self._at + 1)
-        self._check_rest(b'{"events":[' if start[1] else b"[")
-
-    def _check_rest(self, start: bytes) -> None:
-        """What follows the events must close what came before them; other members are ignored, as over HTTP."""
-        line = self._line
-        while len(self._buffer) - self._at <= self._limit_bytes and self._more():
-            pass
-        try:
-            decode(RAW, start + self._buffer[self._at :])
-        except ApiError:
-            raise UnreadableError(line, f"after the events: {_show(self._buffer[self._at + 1 :])}") from None
-
-    def _more(self) -> bool:
-        chunk = self._stream.read1(CHUNK_BYTES)
-        self._buffer = self._buffer[self._at :] + chunk
-        self._at = 0
-        return bool(chunk)
-
-    def _advance(self, at: int) -> None:
-        self._line += self._buffer.count(b"\n", self._at, at)
-        self._at = at
-
-    def _next_byte(self) -> bytes:
-        """The next one that is no white space; none at the end."""
-        while True:
-            space = _SPACE.match(self._buffer, self._at)
-            self._advance(space.end() if space else self._at)
-            if self._at < len(self._buffer) or not self._more():
-                return self._buffer[self._at : self._at + 1]
-
-    def _element(self, index: int) -> bytes:
-        first = self._next_byte()
-        if first in (b",", b"]", b"}", b":"):
-            raise UnreadableError(self._line, f"events[{index}] is missing")
-        scalar = first not in (b"{", b"[")
-        size, depth = 0, 0
-        while True:
-            match = (_SCALAR if scalar else _TO_BRACKET).match(self._buffer, self._at + size)
-            if match and not (scalar and match.end() == len(self._buffer)):
-                size = match.end() - self._at
-                depth += 0 if scalar else 1 if match[1] in b"{[" else -1
-                if depth == 0:
-                    break
-            elif len(self._buffer) - self._at > self._limit_bytes:
-                raise UnreadableError(self._line, f"events[{index}] is longer than {self._limit_bytes} bytes")
-            elif not self._more():
-                raise UnreadableError(self._line, f"the file ends inside events[{index}]: it is not whole")
-        content = self._buffer[self._at : self._at + size]
-        self._advance(self._at + size)
-        return content
-
-
-PROPERTY_COLUMN = "properties."
-EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id")  # what only FlexPrice's table export has
-
-
-def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
-    """The rows of a CSV file as `column -> cell`, without the empty cells."""
-
-    def texts() -> Iterator[str]:
-        for number, line, is_whole in lines(stream, 2 * limit_bytes):  # each quote in a cell is written twice
-            if not is_whole:
-                raise UnreadableError(number, f"is longer than {2 * limit_bytes} bytes")
-            yield line.decode(errors="surrogateescape")
-
-    csv.field_size_limit(limit_bytes)
-    reader = csv.reader(texts(), strict=True)
-    columns: list[str] | None = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # an open quote swallows the lines after it, so there is no going on
-            reason = "a quote opens here and is never closed" if "end of data" in str(error) else error
-            raise UnreadableError(line, f"cannot be read as CSV: {reason}") from error
-        if cells is None:
-            return
-        if columns is None:
-            columns = check_columns(cells, line)
-        elif len(cells) not in (len(columns), 0):
-            problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
-            yield Entry(line, None, dict(enumerate(cells)), problem)
-        elif cells:
-            null = "\\N" if "id" in columns else ""  # ClickHouse's
-            row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
-            yield Entry(line, None, row)
-
-
-def check_columns(columns: list[str], line: int) -> list[str]:
-    """The header of a CSV file. UnreadableError."""
-    known = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
-    unknown = [name for name in columns if name not in known and not re.match(r"properties\..", name, re.DOTALL)]
-    missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
-    twice = [name for name, number in Counter(columns).items() if number > 1]
-    if len(unknown) == len(columns):
-        start = echo(readable(",".join(columns))[:40])
-        raise UnreadableError(
-            line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
-        )
-    if unknown:
-        problem = (
-            f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
-        )
-        raise UnreadableError(line, f"the header has {problem}")
-    if missing:
-        raise UnreadableError(line, f"the header has no column {missing[0]}")
-    if twice or {"id", "event_id"} <= set(columns):
-        raise UnreadableError(line, f"the header has the column {(twice or ['id and event_id'])[0]} twice")
-    return columns
-
-
-_TABLE_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
-
-
-def table_event(row: dict[str, str]) -> TableEvent:
-    """The event of a CSV file's row. ApiError."""
-    try:
-        "".join(row.values()).encode()
-    except UnicodeEncodeError:
-        refuse("line", "invalid_format", "is not UTF-8")
-    event = TableEvent(properties=Raw(table_properties(row)))
-    for name in row.keys() & {*TableEvent.__struct_fields__} - {"properties"}:
-        setattr(event, name, row[name])
-    event.event_id = row.get("id", event.event_id)
-    if "id" in row:
-        for name in ("timestamp", "ingested_at"):
-            if time := _TABLE_TIME.fullmatch(row.get(name, "")):
-                setattr(event, name, f"{time[1]}T{time[2]}Z")
-    return event
-
-
-def table_properties(row: dict[str, str]) -> bytes:
-    """The JSON of the column `properties` together with the columns `properties.NAME`, which hold texts."""
-    raw = row.get("properties", "").encode()
-    named = {name.removeprefix(PROPERTY_COLUMN): row[name] for name in row if name.startswith(PROPERTY_COLUMN)}
-    if not named:
-        return raw
-    try:
-        members = MEMBERS.decode(check_properties(raw))
-    except FieldError:
-        return raw  # whoever stores it says what is wrong
-    if both := named.keys() & members.keys():
-        refuse(PROPERTY_COLUMN + min(both), "invalid_format", "is in the column properties, too")
-    return ENCODER.encode({**members, **named})
-
-
-class Importer:
-    """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction."""
-
-    def __init__(self, arguments: argparse.Namespace, conn: sqlite3.Connection, rejects: BinaryIO | None) -> None:
-        self._name = "standard input" if arguments.file == "-" else arguments.file
-        self._environment = environment_number(conn, arguments.environment)
-        self._conn = conn
-        self._rejects = rejects
-        self._make_id = IdMaker()
-        self._rows: list[Row] = []
-        self._bytes = 0
-        self._now = now_us()
-        self.stored = self.new = self.rejected = 0
-
-    def add(self, entry: Entry) -> bool:
-        """Whether this entry completed a group, which is now stored. StopError if it is bad and nobody takes those."""
-        try:
-            row = self._row(entry)
-        except ApiError as error:
-            self._reject(entry, error)
-            return False
-        self._rows.append(row)
-        self._bytes += len(row.properties)
-        if len(self._rows) < IMPORT_EVENTS and self._bytes < GROUP_BYTES:
-            return False
-        self.commit()
-        return True
-
-    def commit(self) -> None:
-        """Store what was added. The events are made before the lock is taken, which leaves a server its turn."""
-        try:
-            new = insert_events(self._conn, self._rows, IMPORT_LOCK_TIMEOUT_S)
-        except sqlite3.Error as error:
-            reason = f"the database refused the write: {error}; {self.so_far}"
-            raise StopError(f"{reason}; when it can be written again, import the file again") from error
-        self.stored += len(self._rows)
-        self.new += new
-        self._rows, self._bytes, self._now = [], 0, now_us()
-        if self._rejects:
-            self._rejects.flush()
-
-    @property
-    def so_far(self) -> str:
-        return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
-
-    def stop(self, line: int | None, problem: str) -> NoReturn:
-        """Store what came before the place, and say so."""
-        self.commit()
-        place = self._name if line is None else f"{self._name}:{line}"
-        raise StopError(f"{place}: {problem}; {self.so_far}; correct it and import the file again")
-
-    def _row(self, entry: Entry) -> Row:
-        if entry.problem:
-            refuse("line", "invalid_format", entry.problem)
-        faults = Faults()
-        if isinstance(entry.content, dict):
-            event: EventIn = table_event(entry.content)
-        else:
-            faults.index = entry.number or 0
-            event = decode_fields(EVENT, entry.content, faults)
-            if not entry.content.startswith(b"{"):
-                faults.refuse()
-        event.event_id = event.event_id or content_id(entry)
-        row = event_row(event, self._environment, self._now, self._make_id, faults)
-        ingested_at = event.ingested_at if isinstance(event, TableEvent) else None
-        ingested_at_us = faults.check("ingested_at", parse_time, ingested_at)
-        faults.refuse()
-        return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
-
-    def _reject(self, entry: Entry, error: ApiError) -> None:
-        message = f"event {error.message.removeprefix('the body ')}"
-        faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
-        if self._rejects is None:
-            prefix = "" if entry.number is None else f"events[{entry.number}]."
-            problems = [f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults]
-            self.stop(entry.line, "; ".join(problems))
-        place = {"line": entry.line} if entry.number is None else {"line": entry.line, "index": entry.number}
-        errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
-        self._rejects.write(ENCODER.encode({**place, "errors": errors, "event": shown_content(entry.content)}) + b"\n")
-        self.rejected += 1
-
-
-def content_id(entry: Entry) -> str:
-    """The id of an event that has none: importing the same file again makes the same one."""
-    content = entry.content if isinstance(entry.content, bytes) else ENCODER.encode(entry.content)
-    number = entry.line if entry.number is None else entry.number
-    return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
-
-
-def readable(cell: str) -> str:
-    """A cell in which bytes that are not UTF-8 are replaced."""
-    return cell.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def shown_content(found: Any) -> Any:
-    """What was found in a file, as JSON; as a text if it is none."""
-    if isinstance(found, dict):
-        return {str(key): readable(cell) for key, cell in found.items()}
-    try:
-        decode(RAW, found)
-        return Raw(msgspec.json.format(found, indent=-1))
-    except (ApiError, RecursionError, msgspec.DecodeError):
-        return found.decode(errors="replace")
-
-
-def import_events(arguments: argparse.Namespace) -> int:
-    """`eventstore import`: 0, or StopError at the first bad event."""
-    started_s = time.monotonic()
-    with ExitStack() as stack:
-        source = open_input(arguments, stack)
-        size = os.fstat(source.fileno()).st_size if source.seekable() else None
-        if arguments.db == ":memory:":
-            raise StartError("--db :memory: would be gone after the import: name a file")
-        _prepare(arguments.db)
-        rejects = stack.enter_context(open_rejects(arguments)) if arguments.skip_invalid else None
-        conn = stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
-        importer = Importer(arguments, conn, rejects)
-        advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
-        done = 0
-        try:
-            for entry in read_entries(source, arguments.format, arguments.max_body_bytes):
-                if importer.add(entry):
-                    done, before = importer.stored if size is None else source.tell(), done
-                    advance(done - before)
-            importer.commit()
-            advance(importer.stored - done if size is None else size - done)
-        except UnreadableError as error:
-            importer.stop(error.line, str(error))
-        except KeyboardInterrupt:
-            again = "import the file again to go on, nothing is stored twice"
-            raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
-    rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
-    known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
-    say(f"imported {counted(importer.stored, 'event')}: {known}; {time.monotonic() - started_s:.1f} s")
-    return 0
-
-
-def open_input(arguments: argparse.Namespace, stack: ExitStack) -> io.BufferedReader:
-    if arguments.file == "-":
-        return cast(io.BufferedReader, sys.stdin.buffer)
-    try:
-        return stack.enter_context(open(arguments.file, "rb"))
-    except OSError as error:
-        raise StartError(f"cannot read {arguments.file}: {error.strerror}") from error
-
-
-def open_rejects(arguments: argparse.Namespace) -> BinaryIO:
-    path = arguments.skip_invalid
-    try:
-        for name in (arguments.file, arguments.db):
-            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
-                raise StartError(f"--skip-invalid {path} would overwrite {name}: name another file")
-        return open(path, "wb")
-    except OSError as error:
-        raise StartError(f"cannot write --skip-invalid {path}: {error.strerror}") from error
-
-
-def flag_query(arguments: argparse.Namespace) -> EventQuery:
-    """The query of the filter flags, over all time by default. StartError names the flag."""
-    faults = Faults()
-    flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
-    flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
-    sent = EventQueryIn(**flags, count_total=True, page_size=1)
-    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
-    try:
-        return event_query(sent, View(arguments.environment, 0), PAGE_EVENTS, faults)
-    except ApiError as error:
-        problems = error.details.errors or []
-        flagged = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
-        flagged = [message.replace("before start_time", "before --start-time") for message in flagged]
-        raise StartError("; ".join(flagged)) from error
-
-
-def open_stored(path: str) -> sqlite3.Connection:
-    """A reading connection to a database that exists. StartError."""
-    if not os.path.exists(path):
-        raise StartError(f"there is no database {path}: name one with --db")
-    _prepare(path)
-    return connect_reader(path)
-
-
-def exported_event(row: Row) -> ExportedEvent:
-    properties = row.properties.encode()
-    if b"\n" in properties or b"\r" in properties:  # one event is one line; digits and escapes stay as they are
-        properties = msgspec.json.format(properties, indent=-1)
-    return ExportedEvent(row.event_name, row.id, row.external_customer_id, row.customer_id, row.source,
-                         to_datetime(row.timestamp_us), Raw(properties))  # fmt: skip
-
-
-def ndjson(rows: Iterable[Row]) -> bytes:
-    return ENCODER.encode_lines(map(exported_event, rows))
-
-
-def csv_lines(rows: Iterable[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\r\n")  # with "\n", a lone \r in a cell would not be quoted
-    for row in rows:
-        time_text = STRING.decode(ENCODER.encode(to_datetime(row.timestamp_us)))
-        writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
-                         row.properties])  # fmt: skip
-    return text.getvalue().encode()
-
-
-def clickhouse_lines(rows: Iterable[Row], tenant_id: str, environment: str) -> bytes:
-    """JSONEachRow for FlexPrice's ClickHouse table `events`."""
-
-    def milliseconds(time_us: int) -> str:
-        return to_datetime(time_us).replace(tzinfo=None).isoformat(" ", "milliseconds")
-
-    return ENCODER.encode_lines(
-        {
-            "id": row.id,
-            "tenant_id": tenant_id,
-            "environment_id": environment,
-            "external_customer_id": row.external_customer_id,
-            "event_name": row.event_name,
-            "customer_id": row.customer_id,
-            "source": row.source,
-            "timestamp": milliseconds(row.timestamp_us),
-            "ingested_at": milliseconds(row.ingested_at_us),
-            "properties": row.properties,
-        }
-        for row in rows
-    )
-
-
-def export_events(arguments: argparse.Namespace) -> int:
-    """`eventstore export`: 0, or StopError."""
-    started_s = time.monotonic()
-    if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
-        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
-    query = flag_query(arguments)
-    encoders: dict[str, Callable[[list[Row]], bytes]] = {
-        "ndjson": ndjson,
-        "csv": csv_lines,
-        "clickhouse": partial(clickhouse_lines, tenant_id=arguments.tenant_id, environment=arguments.environment),
-    }
-    done = 0
-    with closing(open_stored(arguments.db)) as conn, open_output(arguments.output, arguments.db) as output:
-        if arguments.format == "csv":
-            output.write(",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
-        among_data = arguments.output is None
-        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
-            for page in stored_events(conn, query):
-                output.write(encoders[arguments.format]([row for _, row in page]))
-                done += len(page)
-                advance(len(page))
-        elsewhere = "" if done else other_environments(conn, arguments.environment)
-    say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
-    return 0
-
-
-def other_environments(conn: sqlite3.Connection, environment: str) -> str:
-    """For whoever finds nothing: where there are events."""
-    has_events = "EXISTS (SELECT 1 FROM events WHERE environment = environments.id)"
-    names = conn.execute(f"SELECT name FROM environments WHERE {has_events} ORDER BY name")
-    others = ", ".join(name for (name,) in names if name != environment)
-    return f"; --environment is {environment}, the database has events of {others}, too" if others else ""
-
-
-@contextmanager
-def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
-    """Standard output, or a file that appears under its name when it is complete. StartError, StopError."""
-    if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    path = os.path.realpath(path)
-    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
-        raise StartError(f"--output {path} is the database, or no file: name another one")
-    folder = os.path.dirname(path)
-    if not os.access(folder, os.W_OK):
-        problem = "cannot be written" if os.path.isdir(folder) else "does not exist"
-        raise StartError(f"--output {path}: the folder {folder} {problem}: make it so, or name another file")
-    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
-        if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                yield cast(BinaryIO, packed)
-        else:
-            yield file
-
-
-@contextmanager
-def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
-    """A file that appears under its name, in another's place, when it is complete and on the disk. StopError."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
-
-
-BATCH_BYTES = 10_000_000  # what FlexPrice recommends at most
-REQUEST_TIMEOUT_S = 60.0
-BACKOFF_BASE_S = 0.5
-BACKOFF_CAP_S = 30.0
-SAVE_INTERVAL_S = 0.5
-SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
-
-
-class ReplayProgress(Struct):
-    """How far a replay is sure, as the file beside the database holds it."""
-
-    target: str
-    environment: str
-    filters: dict[str, str | None]
-    arrived: int  # the newest seq when the replay began; what came later is sent in the order in which it came
-    cursor: str | None = None  # everything up to it is accepted, in (timestamp, id) order
-    is_caught_up: bool = False  # the pass in (timestamp, id) order is done
-    accepted: int = 0
-
-    @property
-    def place(self) -> str:
-        return f"cursor {self.cursor or 'at the start'}{f', row {self.arrived}' if self.is_caught_up else ''}"
-
-
-PROGRESS = msgspec.json.Decoder(ReplayProgress)
-
-
-class Batch(NamedTuple):
-    body: bytes
-    rows: list[StoredRow]
-
-
-class RefusedError(Exception):
-    """A batch that there is no sense in sending again."""
-
-
-def target_url(text: str) -> str:
-    """The base URL of an API, ending in /v1. StartError."""
-    try:
-        parts = urllib.parse.urlsplit(text.strip())
-        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-        valid = valid and (parts.port is None or parts.port > 0) and not re.search(r"\s", text.strip())
-    except ValueError:
-        valid = False
-    if not valid:
-        example = "https://us.api.flexprice.io/v1 or http://host:8080"
-        raise StartError(f"--to must be a URL like {example}, got {echo(text)}")
-    url = text.strip().rstrip("/")
-    if re.search(r"/v\d+/|/events", url):
-        raise StartError(f"--to must be the base URL, with or without /v1 at its end, got {echo(text)}")
-    return url if url.endswith("/v1") else f"{url}/v1"
-
-
-def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
-    rows: list[StoredRow] = []
-    events: list[bytes] = []
-    size = 0
-    for row in itertools.chain.from_iterable(pages):
-        event = ENCODER.encode(exported_event(row[1]))
-        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-            rows, events, size = [], [], 0
-        rows.append(row)
-        events.append(event)
-        size += len(event) + 1
-    if rows:
-        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-
-
-class Replay:
-    """Sends batches, several at a time, and notes up to where all of them were accepted."""
-
-    def __init__(self, arguments: argparse.Namespace, progress: ReplayProgress, path: Path) -> None:
-        self._url = f"{progress.target}/events/bulk"
-        self._arguments = arguments
-        self._path = path
-        self._saved_s = 0.0
-        self._said_s = -SAY_INTERVAL_S
-        self._success_s = time.monotonic()
-        self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
-        self.progress = progress
-        self.sent = self.accepted = self.retried = self.known = 0
-
-    async def run(
-        self, conn: sqlite3.Connection, query: EventQuery, key: str, advance: Callable[[int], object]
-    ) -> None:
-        """StopError if a batch is refused, or none is accepted for too long."""
-        import httpx  # noqa: PLC0415 - only the extra `cli` has it
-
-        concurrency = self._arguments.concurrency
-        limits = httpx.Limits(max_connections=concurrency)
-        headers = {"x-api-key": key, "content-type": "application/json", "user-agent": f"eventstore/{__version__}"}
-        async with httpx.AsyncClient(headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
-            try:
-                for pages in self.passes(conn, query):
-                    for batch in batches(pages, self._arguments.batch_size):
-                        if len(self._pending) == concurrency:
-                            advance(await self._settle_oldest())
-                        self._pending.append((batch, asyncio.create_task(self._send(client, batch))))
-                    while self._pending:
-                        advance(await self._settle_oldest())
-            finally:
-                tasks = [task for _, task in self._pending]
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                if self.progress.accepted or self._path.exists():
-                    self.save()
-
-    def passes(self, conn: sqlite3.Connection, query: EventQuery) -> Iterator[Iterator[list[StoredRow]]]:
-        """First what there is, oldest first; then what was stored since the replay began, which may be older than the
-        cursor."""
-        progress = self.progress
-        if not progress.is_caught_up:
-            after = parse_cursor(progress.cursor) if progress.cursor else None
-            yield stored_events(conn, replace(query, after=after))
-        progress.is_caught_up = True
-        newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
-        yield arrived_events(conn, query, progress.arrived, newest)
-        progress.arrived = newest
-
-    async def _settle_oldest(self) -> int:
-        batch, task = self._pending[0]
-        first, last = batch.rows[0][1], batch.rows[-1][1]
-        try:
-            await task
-        except RefusedError as refusal:
-            batch_ids = f"the batch of {counted(len(batch.rows), 'event')} from {echo(first.id)} to {echo(last.id)}"
-            sure = f"everything before it is accepted ({self.progress.place})"
-            again = "when that is mended, the same command goes on from there"
-            raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
-        self._pending.popleft()
-        self.progress.accepted += len(batch.rows)
-        if self.progress.is_caught_up:
-            self.progress.arrived = batch.rows[-1][0]
-        else:
-            self.progress.cursor = Cursor(last.timestamp_us, last.id).text
-        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
-            self.save()
-        return len(batch.rows)
-
-    def save(self) -> None:
-        with whole_file(self._path, f"cannot keep the progress in {self._path}", "make room for it") as file:
-            file.write(ENCODER.encode(self.progress) + b"\n")
-        self._saved_s = time.monotonic()
-
-    async def _send(self, client: httpx.AsyncClient, batch: Batch) -> None:
-        """Until it is accepted. RefusedError."""
-        import httpx  # noqa: PLC0415 - only the extra `cli` has it
-
-        self.sent += len(batch.rows)
-        for attempt in itertools.count():
-            wait_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempt, 16)))  # noqa: S311
-            try:
-                response = await client.post(self._url, content=batch.body)
-            except httpx.InvalidURL as error:
-                raise RefusedError(f"{self._url} is no URL: {error}") from None
-            except httpx.RequestError as error:
-                problem = f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
-            else:
-                if response.status_code == 202:
-                    self._success_s = time.monotonic()
-                    self.accepted += len(batch.rows)
-                    self.known += int(response.headers.get("x-events-duplicate", 0))
-                    return
-                problem = f"{self._url} answered {response.status_code}: {answer_message(response)}"
-                if response.status_code == 401:
-                    problem += f" (the key came from {'--api-key' if self._arguments.api_key else 'FLEXPRICE_API_KEY'})"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise RefusedError(problem)
-                wait_s = max(wait_s, retry_after_s(response.headers.get("retry-after", "")))
-            limit_s = self._arguments.give_up_after_s
-            if time.monotonic() + wait_s - self._success_s > limit_s:
-                raise RefusedError(f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s): {problem}")
-            self.retried += 1
-            if time.monotonic() > self._said_s + SAY_INTERVAL_S:
-                self._said_s = time.monotonic()
-                say(f"{problem}; trying again, for at most {limit_s:g} s without success")
-            await asyncio.sleep(wait_s)
-
-
-def retry_after_s(text: str) -> float:
-    """What a Retry-After header asks for: a number of seconds or a date; 0 if it is neither."""
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    with suppress(ValueError, TypeError):
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    return 0.0
-
-
-def answer_message(response: httpx.Response) -> str:
-    """What an error answer says, on one line: of this server or FlexPrice the message, else the start of the body."""
-    text = _show(response.content)
-    with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
-        body = response.json()
-        error = body.get("error")
-        text = body.get("message") or (error["message"] if isinstance(error, dict) else error) or text
-        text = f"{text} ({body['details']['errors'][0]['message']})"
-    if 200 <= response.status_code < 400:
-        location = response.headers.get("location", "")
-        where = f" It redirects to {echo(location)}, where the key is not sent." if location else ""
-        text = f"{text} - 202 was expected.{where} Is --to the URL of the API?"
-    return str(" ".join(text.split()))
-
-
-def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
-    """The progress of the same replay, if it ran before, and its file. StartError."""
-    filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
-    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
-    fresh = ReplayProgress(target, arguments.environment, filters, newest)
-    name = hashlib.sha256(ENCODER.encode([target, arguments.environment, filters])).hexdigest()[:16]
-    path = Path(f"{arguments.db}.replay-{name}.json")
-    if arguments.restart or not path.exists():
-        return fresh, path
-    try:
-        progress = PROGRESS.decode(path.read_bytes())
-        cursor = progress.cursor and parse_cursor(progress.cursor)
-    except (OSError, msgspec.DecodeError, FieldError) as error:
-        raise StartError(f"cannot read the progress in {path}: {error}; --restart starts over") from error
-    parameters = {"environment": arguments.environment, "id": cursor.id if cursor else ""}
-    if progress.arrived > newest or (cursor and conn.execute(SELECT_NAME, parameters).fetchone() is None):
-        raise StartError(f"{path} is the progress of another database of that name; --restart starts over")
-    if progress.accepted:
-        accepted = counted(progress.accepted, "event")
-        say(f"going on at {progress.place}: {accepted} were accepted before (--restart starts over)")
-    return progress, path
-
-
-def replay_events(arguments: argparse.Namespace) -> int:
-    """`eventstore replay`: 0, or StopError."""
-    started_s = time.monotonic()
-    target = target_url(arguments.to)
-    query = flag_query(arguments)
-    if importlib.util.find_spec("httpx") is None:
-        raise StartError(f"replay needs httpx: {sys.executable} -m pip install httpx tqdm (or '.[cli]' in the clone)")
-    with closing(open_stored(arguments.db)) as conn:
-        progress, path = load_progress(arguments, conn, target)
-        replay = Replay(arguments, progress, path)
-        if arguments.dry_run:
-            sizes = [
-                len(batch.rows)
-                for pages in replay.passes(conn, query)
-                for batch in batches(pages, arguments.batch_size)
-            ]
-            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {target}/events/bulk"
-            elsewhere = "" if sizes else other_environments(conn, arguments.environment)
-            say(f"would send {would}; nothing was sent{elsewhere}")
-            return 0
-        key = replay_key(arguments.api_key, os.environ)
-        try:
-            with progress_bar(lambda: events_left(conn, query, progress), "event") as advance:
-                asyncio.run(replay.run(conn, query, key, advance))
-        except KeyboardInterrupt:
-            sure = f"{counted(progress.accepted, 'event')} are accepted ({progress.place})"
-            raise StopError(f"interrupted; {sure}; the same command goes on from there") from None
-        elsewhere = "" if replay.sent else other_environments(conn, arguments.environment)
-    known = f" ({replay.known:,} of them it had)" if replay.known else ""
-    counts = f"sent {counted(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
-    say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
-    return 0
-
-
-def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress) -> int | None:
-    """How many events a progress bar has before it, if that can be told quickly."""
-    if progress.is_caught_up:
-        return None
-    start_us = parse_cursor(progress.cursor).timestamp_us if progress.cursor else query.start_us
-    return list_events(conn, replace(query, start_us=start_us)).total_count or 0
-
-
-def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
-    key = flag or environ.get("FLEXPRICE_API_KEY", "").strip()
-    if not key:
-        raise StartError("no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
-    return check_key(key)
+# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
+# after it.
+SHUTDOWN_TIMEOUT_S = 5
 
 
 def check_key(key: str) -> str:
@@ -3728,13 +2460,6 @@ def check_key(key: str) -> str:
         problem = "is empty, or has a space or a character outside ASCII"
         raise StartError(f"an API key {problem}: an HTTP header cannot carry it")
     return key
-
-
-# ---------------------------------------------------------------------------------------------- command line
-
-# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
-# after it.
-SHUTDOWN_TIMEOUT_S = 5
 
 
 def parse_api_key(text: str) -> ApiKey:
@@ -3773,14 +2498,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
+def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None, is_mock: bool) -> str:
     service: Service = app.state.service
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = made_key or "$FLEXPRICE_API_KEY"
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
-    mock = "  mock         /_mock/events and /_mock/faults are open\n" if service.settings.mock else ""
+    mock = "  mock         /_mock/events and /_mock/faults are open\n" if is_mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
@@ -3838,10 +2563,12 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stopping.set())
     with listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        app = create_app(Settings(api_keys=api_keys, **chosen))
+        mock = room("mock", "--mock").additions() if arguments.mock else {}
+        app = create_app(Settings(api_keys=api_keys, **chosen), **mock)
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        print(banner(app, f"http://{host}:{listener.getsockname()[1]}/v1", key_source, made_key), flush=True)
+        base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
+        print(banner(app, base_url, key_source, made_key, arguments.mock), flush=True)
         run_server(app, listener, arguments.access_log, stopping)
         app.state.service.store.close()
     return 0
@@ -3898,34 +2625,55 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it does
+    "serve": ("", "serve the API"),
+    "import": ("transfer", "store the events of a file"),
+    "export": ("transfer", "write events to a file"),
+    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of the command that is named; only its room is imported. StartError."""
     parser = argparse.ArgumentParser(
         "eventstore", description="FlexPrice's usage-events API in one file on SQLite", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, add_flags, summary in (
-        ("serve", serve, add_serve_flags, "serve the API"),
-        ("import", import_events, add_import_flags, "store the events of a file"),
-        ("export", export_events, add_export_flags, "write events to a file"),
-        ("replay", replay_events, add_replay_flags, "send events to FlexPrice, or another eventstore"),
-    ):
+    for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter,
                                       allow_abbrev=False)  # fmt: skip
-        command.set_defaults(run=run if name == "serve" else partial(run_job, run))
-        db_help = "database file" if name in ("export", "replay") else "database file, made if absent"
-        db_help += '; ":memory:" is a temporary one' if name == "serve" else ""
-        command.add_argument("--db", metavar="PATH", default=Settings().db, help=db_help)
-        add_flags(command.add_argument)
+        if name in argv[:1] and module:
+            its_room = room(module, name)
+            command.set_defaults(run=partial(run_job, its_room.run))
+            its_room.add_flags(name, command.add_argument)
+        elif name in argv[:1]:
+            command.set_defaults(run=serve)
+            add_serve_flags(command.add_argument)
     return parser.parse_args(argv)
+
+
+def room(name: str, purpose: str) -> ModuleType:
+    """A module of eventstore_extras, imported now. StartError if this file stands alone."""
+    try:
+        return importlib.import_module(f"eventstore_extras.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "eventstore_extras":
+            raise
+        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}") from None
 
 
 AddFlag = Callable[..., argparse.Action]
 
 
+def add_db_flag(add: AddFlag, text: str) -> None:
+    add("--db", metavar="PATH", default=Settings().db, help=text)
+
+
 def add_serve_flags(add: AddFlag) -> None:
     """Flags that are named like a field of Settings set it."""
     defaults = Settings()
+    add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
     add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
@@ -3942,48 +2690,6 @@ def add_serve_flags(add: AddFlag) -> None:
         "to queries so long after they were accepted")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
-
-
-def add_import_flags(add: AddFlag) -> None:
-    add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each also gzipped; - is standard input")
-    add("--environment", default="development", help="where to store them")
-    add("--format", choices=["auto", "ndjson", "json", "csv"], default="auto", help="by the content, or this one")
-    add("--skip-invalid", metavar="REJECTS", help="go on after a bad event, and write it to this file with the reasons")
-    add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
-
-
-def add_filter_flags(add: AddFlag) -> None:
-    add("--environment", default="development", help="whose events")
-    for name in EVENT_FILTERS:
-        note = {"start_time": "all time", "end_time": "all time"}.get(name)
-        text = f"RFC 3339, inclusive; {note} if absent" if note else "as in GET /v1/events"
-        metavar = "KEY:V1,V2;KEY2:V3" if name == "property_filters" else "TIME" if note else "TEXT"
-        add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
-
-
-def add_export_flags(add: AddFlag) -> None:
-    add_filter_flags(add)
-    add("--format", choices=["ndjson", "csv", "clickhouse"], default="ndjson", help="what to write; clickhouse is "
-        "JSONEachRow for FlexPrice's own table")  # fmt: skip
-    add("--tenant-id", help="for --format clickhouse")
-    add("-o", "--output", metavar="FILE", help="else standard output; a name that ends in .gz compresses")
-
-
-def add_replay_flags(add: AddFlag) -> None:
-    add_filter_flags(add)
-    add("--to", metavar="URL", required=True, help="the base URL of the API, like https://us.api.flexprice.io/v1")
-    add("--api-key", metavar="KEY", help="the key there; else FLEXPRICE_API_KEY")
-    add("--batch-size", type=batch_size, default=500, help=f"events a request, at most {MAX_BATCH}")
-    add("--concurrency", type=positive(int), default=4, help="requests under way at a time")
-    add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for so long")
-    add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    add("--restart", action="store_true", help="start over, not where the last run stopped")
-
-
-def batch_size(text: str) -> int:
-    if (size := positive(int)(text)) > MAX_BATCH:
-        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_BATCH}, got {text!r}")
-    return size
 
 
 def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
@@ -4004,8 +2710,8 @@ def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namesp
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 if it stopped half-way, 2 if it cannot start."""
-    arguments = parse_arguments(argv)
     try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         status: int = arguments.run(arguments)
     except StartError as error:
         say(str(error))
@@ -4014,4 +2720,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["eventstore"] = sys.modules["__main__"]  # what eventstore_extras imports is this module, not another
     sys.exit(main())

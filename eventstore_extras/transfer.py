@@ -1,0 +1,788 @@
+"""Events in and out: `eventstore import` and `eventstore export`."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import csv
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import os
+import re
+import sqlite3
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from eventstore import (
+    EARLIEST,
+    ENCODER,
+    EVENT,
+    EVENT_FILTERS,
+    LATEST,
+    MEMBERS,
+    RAW,
+    STRING,
+    WRITER_PRAGMAS,
+    AddFlag,
+    ApiError,
+    Cursor,
+    EventIn,
+    EventQuery,
+    EventQueryIn,
+    Fault,
+    Faults,
+    FieldError,
+    IdMaker,
+    Parameters,
+    Row,
+    Settings,
+    StartError,
+    StopError,
+    View,
+    add_db_flag,
+    check_properties,
+    connect,
+    connect_reader,
+    counted,
+    decode,
+    decode_fields,
+    echo,
+    environment_number,
+    event_query,
+    event_row,
+    excerpt,
+    filter_clauses,
+    insert_events,
+    keyset_clauses,
+    list_events,
+    now_us,
+    parse_property_filters,
+    parse_time,
+    positive,
+    prepare_file,
+    refuse,
+    say,
+    to_datetime,
+)
+
+# ---------------------------------------------------------------------------------------------- reading files
+
+CHUNK_BYTES = 1024 * 1024
+HEAD_BYTES = 64 * 1024  # enough to see the format
+IMPORT_LOCK_TIMEOUT_S = 60.0
+IMPORT_EVENTS = 4000  # of a commit: a server beside it waits for that long
+LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it is longer than the body that brought the event
+
+
+class TableEvent(EventIn):
+    """A row of a CSV file: FlexPrice's own table export says when an event was ingested, too."""
+
+    ingested_at: str | None = None
+
+
+class Entry(NamedTuple):
+    """One event of a file as it was found there."""
+
+    line: int
+    number: int | None  # in its JSON array, from 0
+    content: Any  # the bytes of its JSON, or a table's cells
+    problem: str = ""  # that makes the rest not worth a look
+
+
+class UnreadableError(Exception):
+    """A file cannot be read on from a line."""
+
+    def __init__(self, line: int | None, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes, read to look at them, are put back."""
+
+    def __init__(self, head: bytes, rest: io.BufferedReader | gzip.GzipFile, error: Exception | None) -> None:
+        self._head = head
+        self._rest = rest
+        self._error = error
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._error and not self._head:
+            raise self._error
+        chunk = self._head[: len(buffer)] or self._rest.read1(len(buffer))
+        self._head = self._head[len(chunk) :]
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+
+def look_into(stream: io.BufferedReader | gzip.GzipFile) -> tuple[bytes, io.BufferedReader]:
+    """The first bytes of a stream, and the stream as if they had not been read."""
+    head, error = b"", None
+    try:
+        while len(head) < HEAD_BYTES and (chunk := stream.read1(HEAD_BYTES)):
+            head += chunk
+    except (EOFError, OSError, zlib.error) as damage:  # what could be read comes first
+        error = damage
+    return head, io.BufferedReader(_Rejoined(head, stream, error), CHUNK_BYTES)
+
+
+_EVENTS_MEMBER = re.compile(rb'\s*\{\s*"events"\s*:')
+_ARRAY_START = re.compile(rb'\s*(\{\s*"events"\s*:\s*)?\[')
+
+
+def input_format(head: bytes) -> str:
+    start = head.lstrip()[:1]
+    if start == b"[" or _EVENTS_MEMBER.match(head):
+        return "json"
+    return "ndjson" if start in (b"{", b"") else "csv"
+
+
+def read_entries(raw: io.BufferedReader, form: str, limit_bytes: int) -> Iterator[Entry]:
+    """What a file holds, whatever its format, gzipped or not. UnreadableError, after the entries before the place."""
+    try:
+        head, stream = look_into(raw)
+        if head.startswith(b"\x1f\x8b"):
+            head, stream = look_into(gzip.GzipFile(fileobj=stream))
+        if head.startswith(codecs.BOM_UTF8):
+            head = head[len(stream.read(len(codecs.BOM_UTF8))) :]
+        form = input_format(head) if form == "auto" else form
+        yield from {"ndjson": json_lines, "json": json_array, "csv": table_rows}[form](stream, limit_bytes)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UnreadableError(None, f"the gzip data is damaged or cut off: {error}") from error
+    except OSError as error:
+        raise UnreadableError(None, f"cannot be read on: {error.strerror or error}") from error
+
+
+def lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[tuple[int, bytes, bool]]:
+    """The lines with their numbers; of one that is too long the start only, and False."""
+    for number in itertools.count(1):
+        line = stream.readline(limit_bytes + 1)
+        if not line:
+            return
+        is_whole = len(line) <= limit_bytes or line.endswith(b"\n")
+        rest = b"" if is_whole else b"..."
+        while rest and not rest.endswith(b"\n"):
+            rest = stream.readline(CHUNK_BYTES)
+        yield number, line, is_whole
+
+
+def json_lines(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    for number, line, is_whole in lines(stream, limit_bytes + LINE_OVERHEAD_BYTES):
+        if not is_whole:
+            yield Entry(number, None, line[:1000], f"is longer than {limit_bytes} bytes")
+        elif content := line.strip():
+            problem = "is { alone: each event is one whole line" if content == b"{" else ""
+            yield Entry(number, None, content, problem)
+
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TO_BRACKET = re.compile(rb'[^"{}\[\]]*(?:' + _STRING + rb'[^"{}\[\]]*)*([{}\[\]])', re.DOTALL)
+_SCALAR = re.compile(_STRING + rb'|[^\s,"\[\]{}]+', re.DOTALL)
+_SPACE = re.compile(rb"[ \t\r\n]*")
+
+
+def json_array(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    return _Array(stream, limit_bytes + LINE_OVERHEAD_BYTES).entries()
+
+
+class _Array:
+    """Cuts a JSON array of any length into its elements, holding one of them and a chunk.
+
+    A regular expression leaps from bracket to bracket; a JSON parser would need the whole array in memory.
+    """
+
+    def __init__(self, stream: io.BufferedReader, limit_bytes: int) -> None:
+        self._stream = stream
+        self._limit_bytes = limit_bytes
+        self._buffer = b""
+        self._at = 0  # what is before it is done with
+        self._line = 1
+
+    def entries(self) -> Iterator[Entry]:
+        while (start := _ARRAY_START.match(self._buffer)) is None:
+            if len(self._buffer) > HEAD_BYTES or not self._more():
+                raise UnreadableError(self._line, 'must start with [ or {"events": [')
+        self._advance(start.end())
+        for index in itertools.count():
+            if self._next_byte() == b"]" and not index:
+                break
+            yield Entry(self._line, index, self._element(index))
+            byte = self._next_byte()
+            if byte == b"]":
+                break
+            if byte != b",":
+                where = f"the comma or ] after events[{index}] is missing"
+                raise UnreadableError(self._line, where if byte else "the file ends inside the array: it is not whole")
+            self._advance(self._at + 1)
+        self._check_rest(b'{"events":[' if start[1] else b"[")
+
+    def _check_rest(self, start: bytes) -> None:
+        """What follows the events must close what came before them; other members are ignored, as over HTTP."""
+        line = self._line
+        while len(self._buffer) - self._at <= self._limit_bytes and self._more():
+            pass
+        try:
+            decode(RAW, start + self._buffer[self._at :])
+        except ApiError:
+            raise UnreadableError(line, f"after the events: {excerpt(self._buffer[self._at + 1 :])}") from None
+
+    def _more(self) -> bool:
+        chunk = self._stream.read1(CHUNK_BYTES)
+        self._buffer = self._buffer[self._at :] + chunk
+        self._at = 0
+        return bool(chunk)
+
+    def _advance(self, at: int) -> None:
+        self._line += self._buffer.count(b"\n", self._at, at)
+        self._at = at
+
+    def _next_byte(self) -> bytes:
+        """The next one that is no white space; none at the end."""
+        while True:
+            space = _SPACE.match(self._buffer, self._at)
+            self._advance(space.end() if space else self._at)
+            if self._at < len(self._buffer) or not self._more():
+                return self._buffer[self._at : self._at + 1]
+
+    def _element(self, index: int) -> bytes:
+        first = self._next_byte()
+        if first in (b",", b"]", b"}", b":"):
+            raise UnreadableError(self._line, f"events[{index}] is missing")
+        scalar = first not in (b"{", b"[")
+        size, depth = 0, 0
+        while True:
+            match = (_SCALAR if scalar else _TO_BRACKET).match(self._buffer, self._at + size)
+            if match and not (scalar and match.end() == len(self._buffer)):
+                size = match.end() - self._at
+                depth += 0 if scalar else 1 if match[1] in b"{[" else -1
+                if depth == 0:
+                    break
+            elif len(self._buffer) - self._at > self._limit_bytes:
+                raise UnreadableError(self._line, f"events[{index}] is longer than {self._limit_bytes} bytes")
+            elif not self._more():
+                raise UnreadableError(self._line, f"the file ends inside events[{index}]: it is not whole")
+        content = self._buffer[self._at : self._at + size]
+        self._advance(self._at + size)
+        return content
+
+
+PROPERTY_COLUMN = "properties."
+EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id")  # what only FlexPrice's table export has
+
+
+def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
+    """The rows of a CSV file as `column -> cell`, without the empty cells."""
+
+    def texts() -> Iterator[str]:
+        for number, line, is_whole in lines(stream, 2 * limit_bytes):  # each quote in a cell is written twice
+            if not is_whole:
+                raise UnreadableError(number, f"is longer than {2 * limit_bytes} bytes")
+            yield line.decode(errors="surrogateescape")
+
+    csv.field_size_limit(limit_bytes)
+    reader = csv.reader(texts(), strict=True)
+    columns: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # an open quote swallows the lines after it, so there is no going on
+            reason = "a quote opens here and is never closed" if "end of data" in str(error) else error
+            raise UnreadableError(line, f"cannot be read as CSV: {reason}") from error
+        if cells is None:
+            return
+        if columns is None:
+            columns = check_columns(cells, line)
+        elif len(cells) not in (len(columns), 0):
+            problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
+            yield Entry(line, None, dict(enumerate(cells)), problem)
+        elif cells:
+            null = "\\N" if "id" in columns else ""  # ClickHouse's
+            row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in ("", null)}
+            yield Entry(line, None, row)
+
+
+def check_columns(columns: list[str], line: int) -> list[str]:
+    """The header of a CSV file. UnreadableError."""
+    known = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
+    unknown = [name for name in columns if name not in known and not re.match(r"properties\..", name, re.DOTALL)]
+    missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
+    twice = [name for name, number in Counter(columns).items() if number > 1]
+    if len(unknown) == len(columns):
+        start = echo(readable(",".join(columns))[:40])
+        raise UnreadableError(
+            line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
+        )
+    if unknown:
+        problem = (
+            f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
+        )
+        raise UnreadableError(line, f"the header has {problem}")
+    if missing:
+        raise UnreadableError(line, f"the header has no column {missing[0]}")
+    if twice or {"id", "event_id"} <= set(columns):
+        raise UnreadableError(line, f"the header has the column {(twice or ['id and event_id'])[0]} twice")
+    return columns
+
+
+_TABLE_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
+
+
+def table_event(row: dict[str, str]) -> TableEvent:
+    """The event of a CSV file's row. ApiError."""
+    try:
+        "".join(row.values()).encode()
+    except UnicodeEncodeError:
+        refuse("line", "invalid_format", "is not UTF-8")
+    event = TableEvent(properties=Raw(table_properties(row)))
+    for name in row.keys() & {*TableEvent.__struct_fields__} - {"properties"}:
+        setattr(event, name, row[name])
+    event.event_id = row.get("id", event.event_id)
+    if "id" in row:
+        for name in ("timestamp", "ingested_at"):
+            if time := _TABLE_TIME.fullmatch(row.get(name, "")):
+                setattr(event, name, f"{time[1]}T{time[2]}Z")
+    return event
+
+
+def table_properties(row: dict[str, str]) -> bytes:
+    """The JSON of the column `properties` together with the columns `properties.NAME`, which hold texts."""
+    raw = row.get("properties", "").encode()
+    named = {name.removeprefix(PROPERTY_COLUMN): row[name] for name in row if name.startswith(PROPERTY_COLUMN)}
+    if not named:
+        return raw
+    try:
+        members = MEMBERS.decode(check_properties(raw))
+    except FieldError:
+        return raw  # whoever stores it says what is wrong
+    if both := named.keys() & members.keys():
+        refuse(PROPERTY_COLUMN + min(both), "invalid_format", "is in the column properties, too")
+    return ENCODER.encode({**members, **named})
+
+
+# ---------------------------------------------------------------------------------------------- import
+
+
+class Importer:
+    """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction."""
+
+    def __init__(self, arguments: argparse.Namespace, conn: sqlite3.Connection, rejects: BinaryIO | None) -> None:
+        self._name = "standard input" if arguments.file == "-" else arguments.file
+        self._environment = environment_number(conn, arguments.environment)
+        self._conn = conn
+        self._rejects = rejects
+        self._make_id = IdMaker()
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._now = now_us()
+        self.stored = self.new = self.rejected = 0
+
+    def add(self, entry: Entry) -> bool:
+        """Whether this entry completed a group, which is now stored. StopError if it is bad and nobody takes those."""
+        try:
+            row = self._row(entry)
+        except ApiError as error:
+            self._reject(entry, error)
+            return False
+        self._rows.append(row)
+        self._bytes += len(row.properties)
+        if len(self._rows) < IMPORT_EVENTS and self._bytes < GROUP_BYTES:
+            return False
+        self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Store what was added. The events are made before the lock is taken, which leaves a server its turn."""
+        try:
+            new = insert_events(self._conn, self._rows, IMPORT_LOCK_TIMEOUT_S)
+        except sqlite3.Error as error:
+            reason = f"the database refused the write: {error}; {self.so_far}"
+            raise StopError(f"{reason}; when it can be written again, import the file again") from error
+        self.stored += len(self._rows)
+        self.new += new
+        self._rows, self._bytes, self._now = [], 0, now_us()
+        if self._rejects:
+            self._rejects.flush()
+
+    @property
+    def so_far(self) -> str:
+        return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
+
+    def stop(self, line: int | None, problem: str) -> NoReturn:
+        """Store what came before the place, and say so."""
+        self.commit()
+        place = self._name if line is None else f"{self._name}:{line}"
+        raise StopError(f"{place}: {problem}; {self.so_far}; correct it and import the file again")
+
+    def _row(self, entry: Entry) -> Row:
+        if entry.problem:
+            refuse("line", "invalid_format", entry.problem)
+        faults = Faults()
+        if isinstance(entry.content, dict):
+            event: EventIn = table_event(entry.content)
+        else:
+            faults.index = entry.number or 0
+            event = decode_fields(EVENT, entry.content, faults)
+            if not entry.content.startswith(b"{"):
+                faults.refuse()
+        event.event_id = event.event_id or content_id(entry)
+        row = event_row(event, self._environment, self._now, self._make_id, faults)
+        ingested_at = event.ingested_at if isinstance(event, TableEvent) else None
+        ingested_at_us = faults.check("ingested_at", parse_time, ingested_at)
+        faults.refuse()
+        return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
+
+    def _reject(self, entry: Entry, error: ApiError) -> None:
+        message = f"event {error.message.removeprefix('the body ')}"
+        faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
+        if self._rejects is None:
+            prefix = "" if entry.number is None else f"events[{entry.number}]."
+            problems = [f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults]
+            self.stop(entry.line, "; ".join(problems))
+        place = {"line": entry.line} if entry.number is None else {"line": entry.line, "index": entry.number}
+        errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
+        self._rejects.write(ENCODER.encode({**place, "errors": errors, "event": shown_content(entry.content)}) + b"\n")
+        self.rejected += 1
+
+
+def content_id(entry: Entry) -> str:
+    """The id of an event that has none: importing the same file again makes the same one."""
+    content = entry.content if isinstance(entry.content, bytes) else ENCODER.encode(entry.content)
+    number = entry.line if entry.number is None else entry.number
+    return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
+
+
+def readable(cell: str) -> str:
+    """A cell in which bytes that are not UTF-8 are replaced."""
+    return cell.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def shown_content(found: Any) -> Any:
+    """What was found in a file, as JSON; as a text if it is none."""
+    if isinstance(found, dict):
+        return {str(key): readable(cell) for key, cell in found.items()}
+    try:
+        decode(RAW, found)
+        return Raw(msgspec.json.format(found, indent=-1))
+    except (ApiError, RecursionError, msgspec.DecodeError):
+        return found.decode(errors="replace")
+
+
+def import_events(arguments: argparse.Namespace) -> int:
+    """`eventstore import`: 0, or StopError at the first bad event."""
+    started_s = time.monotonic()
+    with ExitStack() as stack:
+        source = open_input(arguments, stack)
+        size = os.fstat(source.fileno()).st_size if source.seekable() else None
+        if arguments.db == ":memory:":
+            raise StartError("--db :memory: would be gone after the import: name a file")
+        prepare_file(arguments.db)
+        rejects = stack.enter_context(open_rejects(arguments)) if arguments.skip_invalid else None
+        conn = stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
+        importer = Importer(arguments, conn, rejects)
+        advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
+        done = 0
+        try:
+            for entry in read_entries(source, arguments.format, arguments.max_body_bytes):
+                if importer.add(entry):
+                    done, before = importer.stored if size is None else source.tell(), done
+                    advance(done - before)
+            importer.commit()
+            advance(importer.stored - done if size is None else size - done)
+        except UnreadableError as error:
+            importer.stop(error.line, str(error))
+        except KeyboardInterrupt:
+            again = "import the file again to go on, nothing is stored twice"
+            raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
+    rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
+    known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
+    say(f"imported {counted(importer.stored, 'event')}: {known}; {time.monotonic() - started_s:.1f} s")
+    return 0
+
+
+def open_input(arguments: argparse.Namespace, stack: ExitStack) -> io.BufferedReader:
+    if arguments.file == "-":
+        return cast(io.BufferedReader, sys.stdin.buffer)
+    try:
+        return stack.enter_context(open(arguments.file, "rb"))
+    except OSError as error:
+        raise StartError(f"cannot read {arguments.file}: {error.strerror}") from error
+
+
+def open_rejects(arguments: argparse.Namespace) -> BinaryIO:
+    path = arguments.skip_invalid
+    try:
+        for name in (arguments.file, arguments.db):
+            if os.path.exists(path) and os.path.exists(name) and os.path.samefile(path, name):
+                raise StartError(f"--skip-invalid {path} would overwrite {name}: name another file")
+        return open(path, "wb")
+    except OSError as error:
+        raise StartError(f"cannot write --skip-invalid {path}: {error.strerror}") from error
+
+
+# ---------------------------------------------------------------------------------------------- stored events
+
+PAGE_EVENTS = 1000
+GROUP_BYTES = 16 * 1024 * 1024  # what an import holds before it commits, an export before it writes
+StoredRow = tuple[int, Row]  # with its seq
+SELECT_ROWS = f"SELECT {', '.join(Row._fields)}, seq FROM events"
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
+    """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
+    from being checkpointed."""
+    while True:
+        parameters: Parameters = {}
+        clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
+        page = select_rows(conn, f"WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id", parameters)
+        if not page:
+            return
+        yield page
+        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
+
+
+def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
+    """The first thousand rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
+    page: list[StoredRow] = []
+    size = 0
+    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", parameters)) as found:
+        for *columns, seq in found:
+            page.append((seq, Row(*columns)))
+            size += len(columns[-1])
+            if size >= GROUP_BYTES:
+                break
+    return page
+
+
+def flag_query(arguments: argparse.Namespace) -> EventQuery:
+    """The query of the filter flags, over all time by default. StartError names the flag."""
+    faults = Faults()
+    flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
+    flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
+    sent = EventQueryIn(**flags, count_total=True, page_size=1)
+    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
+    try:
+        return event_query(sent, View(arguments.environment, 0), PAGE_EVENTS, faults)
+    except ApiError as error:
+        problems = error.details.errors or []
+        flagged = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
+        flagged = [message.replace("before start_time", "before --start-time") for message in flagged]
+        raise StartError("; ".join(flagged)) from error
+
+
+def open_stored(path: str) -> sqlite3.Connection:
+    """A reading connection to a database that exists. StartError."""
+    if not os.path.exists(path):
+        raise StartError(f"there is no database {path}: name one with --db")
+    prepare_file(path)
+    return connect_reader(path)
+
+
+@contextmanager
+def progress_bar(
+    total: Callable[[], int | None], unit: str, among_data: bool = False
+) -> Iterator[Callable[[int], object]]:
+    """A function that takes how much more is done; on a terminal it moves a bar, if tqdm is installed."""
+    if not sys.stderr.isatty() or (among_data and sys.stdout.isatty()) or importlib.util.find_spec("tqdm") is None:
+        yield lambda _: None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
+
+    with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+
+class ExportedEvent(Struct):
+    """One event as ndjson and replay have it: what POST /v1/events/bulk takes (SPEC 3)."""
+
+    event_name: str
+    event_id: str
+    external_customer_id: str
+    customer_id: str
+    source: str
+    timestamp: datetime
+    properties: Raw
+
+
+def exported_event(row: Row) -> ExportedEvent:
+    properties = row.properties.encode()
+    if b"\n" in properties or b"\r" in properties:  # one event is one line; digits and escapes stay as they are
+        properties = msgspec.json.format(properties, indent=-1)
+    return ExportedEvent(row.event_name, row.id, row.external_customer_id, row.customer_id, row.source,
+                         to_datetime(row.timestamp_us), Raw(properties))  # fmt: skip
+
+
+def ndjson(rows: Iterable[Row]) -> bytes:
+    return ENCODER.encode_lines(map(exported_event, rows))
+
+
+def csv_lines(rows: Iterable[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")  # with "\n", a lone \r in a cell would not be quoted
+    for row in rows:
+        time_text = STRING.decode(ENCODER.encode(to_datetime(row.timestamp_us)))
+        writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
+                         row.properties])  # fmt: skip
+    return text.getvalue().encode()
+
+
+def clickhouse_lines(rows: Iterable[Row], tenant_id: str, environment: str) -> bytes:
+    """JSONEachRow for FlexPrice's ClickHouse table `events`."""
+
+    def milliseconds(time_us: int) -> str:
+        return to_datetime(time_us).replace(tzinfo=None).isoformat(" ", "milliseconds")
+
+    return ENCODER.encode_lines(
+        {
+            "id": row.id,
+            "tenant_id": tenant_id,
+            "environment_id": environment,
+            "external_customer_id": row.external_customer_id,
+            "event_name": row.event_name,
+            "customer_id": row.customer_id,
+            "source": row.source,
+            "timestamp": milliseconds(row.timestamp_us),
+            "ingested_at": milliseconds(row.ingested_at_us),
+            "properties": row.properties,
+        }
+        for row in rows
+    )
+
+
+def export_events(arguments: argparse.Namespace) -> int:
+    """`eventstore export`: 0, or StopError."""
+    started_s = time.monotonic()
+    if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
+        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    query = flag_query(arguments)
+    encoders: dict[str, Callable[[list[Row]], bytes]] = {
+        "ndjson": ndjson,
+        "csv": csv_lines,
+        "clickhouse": partial(clickhouse_lines, tenant_id=arguments.tenant_id, environment=arguments.environment),
+    }
+    done = 0
+    with closing(open_stored(arguments.db)) as conn, open_output(arguments.output, arguments.db) as output:
+        if arguments.format == "csv":
+            output.write(",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
+        among_data = arguments.output is None
+        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
+            for page in stored_events(conn, query):
+                output.write(encoders[arguments.format]([row for _, row in page]))
+                done += len(page)
+                advance(len(page))
+        elsewhere = "" if done else other_environments(conn, arguments.environment)
+    say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    return 0
+
+
+def other_environments(conn: sqlite3.Connection, environment: str) -> str:
+    """For whoever finds nothing: where there are events."""
+    has_events = "EXISTS (SELECT 1 FROM events WHERE environment = environments.id)"
+    names = conn.execute(f"SELECT name FROM environments WHERE {has_events} ORDER BY name")
+    others = ", ".join(name for (name,) in names if name != environment)
+    return f"; --environment is {environment}, the database has events of {others}, too" if others else ""
+
+
+@contextmanager
+def open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
+    """Standard output, or a file that appears under its name when it is complete. StartError, StopError."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = os.path.realpath(path)
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
+        raise StartError(f"--output {path} is the database, or no file: name another one")
+    folder = os.path.dirname(path)
+    if not os.access(folder, os.W_OK):
+        problem = "cannot be written" if os.path.isdir(folder) else "does not exist"
+        raise StartError(f"--output {path}: the folder {folder} {problem}: make it so, or name another file")
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it: equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
+@contextmanager
+def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
+    """A file that appears under its name, in another's place, when it is complete and on the disk. StopError."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def add_import_flags(add: AddFlag) -> None:
+    add_db_flag(add, "database file, made if absent")
+    add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each also gzipped; - is standard input")
+    add("--environment", default="development", help="where to store them")
+    add("--format", choices=["auto", "ndjson", "json", "csv"], default="auto", help="by the content, or this one")
+    add("--skip-invalid", metavar="REJECTS", help="go on after a bad event, and write it to this file with the reasons")
+    add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
+
+
+def add_filter_flags(add: AddFlag) -> None:
+    add_db_flag(add, "database file")
+    add("--environment", default="development", help="whose events")
+    for name in EVENT_FILTERS:
+        note = {"start_time": "all time", "end_time": "all time"}.get(name)
+        text = f"RFC 3339, inclusive; {note} if absent" if note else "as in GET /v1/events"
+        metavar = "KEY:V1,V2;KEY2:V3" if name == "property_filters" else "TIME" if note else "TEXT"
+        add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+
+
+def add_export_flags(add: AddFlag) -> None:
+    add_filter_flags(add)
+    add("--format", choices=["ndjson", "csv", "clickhouse"], default="ndjson", help="what to write; clickhouse is "
+        "JSONEachRow for FlexPrice's own table")  # fmt: skip
+    add("--tenant-id", help="for --format clickhouse")
+    add("-o", "--output", metavar="FILE", help="else standard output; a name that ends in .gz compresses")
+
+
+COMMANDS: dict[str, tuple[Callable[[AddFlag], None], Callable[[argparse.Namespace], int]]] = {
+    "import": (add_import_flags, import_events),
+    "export": (add_export_flags, export_events),
+}
+
+
+def add_flags(command: str, add: AddFlag) -> None:
+    """The flags of one of the commands."""
+    COMMANDS[command][0](add)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command that was named; its exit status. StartError, StopError."""
+    return COMMANDS[arguments.command][1](arguments)
