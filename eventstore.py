@@ -896,12 +896,12 @@ def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
     return parameters
 
 
-def query_of_parameters(query_string: bytes, faults: Faults) -> EventQueryIn:
-    """GET /v1/events: every parameter as the type it has in a body (SPEC 4)."""
+def query_of_parameters(parameters: Mapping[str, str], names: Iterable[str], faults: Faults) -> EventQueryIn:
+    """The named parameters of a GET, each as the type it has in a body (SPEC 4)."""
     sent = EventQueryIn()
-    for name, value in parse_parameters(query_string, faults).items():
-        if name in EventQueryIn.__struct_fields__:
-            setattr(sent, name, faults.check(name, _PARAMETER_PARSERS.get(name, str), value))
+    for name in names:
+        if name in parameters:
+            setattr(sent, name, faults.check(name, _PARAMETER_PARSERS.get(name, str), parameters[name]))
     return sent
 
 
@@ -922,7 +922,7 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
         view=view,
         start_us=start_us,
         end_us=end_us,
-        filters={column: value for name, column in FILTER_COLUMNS.items() if (value := getattr(sent, name))},
+        filters=column_filters(sent),
         property_filters=property_filters,
         page_size=50 if page_size <= 0 else min(page_size, max_page_size),
         offset=offset,
@@ -932,6 +932,11 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
         before=before,
         count=sent.count_total,
     )
+
+
+def column_filters(sent: EventQueryIn) -> dict[str, str]:
+    """What a column must equal."""
+    return {column: value for name, column in FILTER_COLUMNS.items() if (value := getattr(sent, name))}
 
 
 def time_range(start_time: str | None, end_time: str | None, now: int, faults: Faults) -> tuple[int, int]:
@@ -1027,19 +1032,25 @@ def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> flo
 
 
 def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
-    """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours (SPEC 8)."""
+    """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours; filters as for a page (SPEC 8)."""
     faults = Faults()
-    sent = parse_parameters(query_string, faults)
-    start_time, end_time = (parse_query_time(sent.get(name, "")) for name in ("start_time", "end_time"))
-    if bool(start_time) is not bool(end_time):
-        missing, given = ("start_time", "end_time") if end_time else ("end_time", "start_time")
+    parameters = parse_parameters(query_string, faults)
+    sent = query_of_parameters(parameters, EVENT_FILTERS, faults)
+    if bool(sent.start_time) is not bool(sent.end_time):
+        missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
         faults.add(missing, "required", f"is required with {given}")
-    start_us, end_us = time_range(start_time, end_time, view.now_us, faults)
-    size = faults.check("window_size", _WINDOW_SIZE, sent.get("window_size"))
+    start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
+    size = faults.check("window_size", _WINDOW_SIZE, parameters.get("window_size"))
+    property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
-    if not start_time:
-        start_us = end_us - DAY_US
-    return UsageQuery(view=view, start_us=start_us, end_us=end_us, windows=Windows(size) if size else None)
+    return UsageQuery(
+        view=view,
+        start_us=start_us if sent.start_time else end_us - DAY_US,
+        end_us=end_us,
+        filters=column_filters(sent),
+        property_filters=property_filters,
+        windows=Windows(size) if size else None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- SQL
@@ -1971,7 +1982,8 @@ async def _store(service: Service, request: Request, rows: list[Row], answer: ob
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
     """GET /v1/events (SPEC 4)."""
     faults = Faults()
-    sent = query_of_parameters(request["query_string"], faults)
+    parameters = parse_parameters(request["query_string"], faults)
+    sent = query_of_parameters(parameters, EventQueryIn.__struct_fields__, faults)
     sent.count_total = sent.count_total or None
     return await _list(service, request, sent, 50, faults)
 
@@ -2126,8 +2138,7 @@ class Operation(NamedTuple):
         return Route(self.path, endpoint(self.handler, service), methods=[self.method])
 
 
-_RANGE = ("start_time", "end_time")
-_LOOKUP = ("external_customer_id", *_RANGE)
+_LOOKUP = ("external_customer_id", "start_time", "end_time")
 
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
@@ -2143,7 +2154,7 @@ OPERATIONS = (
     Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, required=["event_name", "aggregation_type"],
               example=_API_CALL | {"aggregation_type": "SUM", "property_name": "tokens", "window_size": "DAY",
                                    "timezone": "America/New_York"}),
-    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*_RANGE, "window_size")),
+    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
     Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP)),
     Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),  # last: it matches all
     Operation("GET", "/health", health, Health),
