@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from conftest import (
+    BODY,
     DAY_US,
     KEY,
     NOW,
@@ -25,6 +26,7 @@ from conftest import (
     counts,
     event,
     eventually,
+    posting,
     python,
     refused,
     store,
@@ -247,6 +249,26 @@ def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(c
     assert "Traceback" not in caplog.text
 
 
+@table("fault", [{"status": 202}, {"status": 500, "stored": True}, {"delay_ms": 1}], ids=str)
+def test_a_fault_of_a_client_that_goes_away_in_its_body_stores_nothing_and_logs_no_traceback(caplog, fault):
+    with running_server(api_keys={KEY: "development"}) as server:
+        server.fail(method="POST", **fault)
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as sock:
+            sock.sendall(posting(BODY)[:-1])
+        eventually(lambda: "client went away" in caplog.text)
+        assert (server.events(), server.faults()) == ([], [])
+    assert "Traceback" not in caplog.text
+
+
+def test_an_answer_that_a_fault_makes_counts_and_says_how_much_of_the_rate_limit_is_left():
+    with running_server(rate_limits={"/v1/events": 2}, clock=lambda: NOW) as server, calling(server) as client:
+        server.fail(status=503, times=3)
+        answers = [send(client) for _ in range(3)]
+        left = [(answer.status_code, answer.headers["X-RateLimit-Remaining"]) for answer in answers]
+        assert left == [(503, "1"), (503, "0"), (429, "0")]
+        assert [fault["times"] for fault in server.faults()] == [1]
+
+
 def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
     with ThreadPoolExecutor() as pool:
         with running_server() as server:
@@ -374,6 +396,19 @@ def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
         """
     )
     pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=4)
+
+
+def test_a_run_that_does_not_use_the_fixture_imports_no_server(pytester):
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_the_plugin_is_all_that_is_there():
+            modules = [name for name in sys.modules if name.startswith("eventstore")]
+            assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
+        """
+    )
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
 
 
 def retrying():
