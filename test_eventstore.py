@@ -7,239 +7,82 @@ would. The database is always a real file, and the clock stands still, so that n
 from __future__ import annotations
 
 import asyncio
-import gzip
-import http.client
-import io
 import itertools
 import json
-import math
 import os
 import random
 import re
-import select
 import shutil
-import signal
 import socket
 import sqlite3
-import struct
 import subprocess
-import sys
-import tempfile
-import threading
-import time
 import urllib.parse
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any, NamedTuple
 from unittest.mock import Mock
-from zoneinfo import ZoneInfo
 
 import httpx
+import msgspec
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.testclient import TestClient
 
-import benchmark
 import eventstore
+from conftest import (
+    AGGREGATIONS,
+    BODY,
+    DAY_US,
+    EVER,
+    HEAD,
+    KEY,
+    KEYS,
+    LEDGER_START,
+    NOW,
+    POST,
+    SCRIPT,
+    SIZES,
+    STAGING_KEY,
+    TEXT_FILE,
+    ZONES,
+    Live,
+    answer_on,
+    ask,
+    at,
+    brute_force,
+    counts,
+    cursor,
+    database,
+    event,
+    eventually,
+    ids,
+    is_root,
+    monitored,
+    page,
+    place_by,
+    python,
+    refused,
+    rows_of,
+    rows_to_insert,
+    run,
+    serving,
+    sizes_in,
+    store,
+    stores_nothing,
+    table,
+    total,
+    usage,
+    windows_of,
+    write_lock,
+)
 from eventstore import ApiError, ApiKey, Settings, Store, create_app
 
-pytest_plugins = "pytester"
-ROOT = Path(__file__).resolve().parent
-KEY, STAGING_KEY = "key-of-development", "key-of-staging"
-KEYS = (ApiKey.hashed(KEY), ApiKey.hashed(STAGING_KEY, "staging"))
-NOW = 1_760_528_327_962_000  # 2025-10-15T11:38:47.962Z
-DAY_US = 86_400_000_000
-EVER = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
-KEYS_OF_A_PAGE = {"events", "has_more", "iter_first_key", "iter_last_key", "offset"}
-table = pytest.mark.parametrize
-both_ways = table("method", ["GET", "POST"])
-
-
-def serving(folder: Path, **settings):
-    """A client of the application in this process, on folder/events.db. To be entered and left."""
-    settings = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
-    return TestClient(create_app(Settings(**settings)), raise_server_exceptions=False, headers={"x-api-key": KEY})
-
-
-@pytest.fixture
-def client(tmp_path):
-    with serving(tmp_path) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """For tests that care for nothing but their own events."""
-    with serving(tmp_path_factory.mktemp("shared")) as client:
-        yield client
-
-
-def at(after_us: int = 0) -> str:
-    return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=NOW + after_us)).isoformat()
-
-
-def event(event_id: object = None, **fields) -> dict:
-    return {"event_name": "call", "external_customer_id": "cust", "event_id": event_id, **fields}
-
-
-def store(client, *events: dict) -> httpx.Response:
-    response = client.post("/v1/events/bulk", json={"events": events})
-    assert response.status_code == 202, response.text
-    return response
-
-
-def counts(response: httpx.Response) -> tuple[int, int]:
-    """How many events were new, and how many were known."""
-    return int(response.headers["X-Events-Inserted"]), int(response.headers["X-Events-Duplicate"])
-
-
-def ask(client, method: str, **query) -> httpx.Response:
-    """The same query as GET parameters or as a POST body."""
-    if method == "POST":
-        return client.post("/v1/events/query", json=query)
-    if filters := query.pop("property_filters", None):
-        query["property_filters"] = ";".join(f"{key}:{','.join(values)}" for key, values in filters.items())
-    return client.get("/v1/events", params=query)
-
-
-def page(client, method: str = "GET", **query) -> dict:
-    response = ask(client, method, **query)
-    assert response.status_code == 200, response.text
-    return response.json()
-
-
-def ids(client, method: str = "GET", **query) -> list[str]:
-    return [stored["id"] for stored in page(client, method, **query)["events"]]
-
-
-def total(client) -> int:
-    return page(client, "POST", page_size=1, **EVER)["total_count"]
-
-
-def refused(response: httpx.Response, status: int = 400, code: str = "validation_error", part: str = "") -> dict:
-    """Checks the whole error answer (1); returns its details."""
-    assert (response.status_code, response.headers["content-type"]) == (status, "application/json"), response.text
-    body = response.json()
-    message, details = body["message"], body["details"]
-    assert message
-    assert part in message
-    assert isinstance(details, dict)
-    assert body == {"code": code, "message": message, "http_status_code": status, "details": details, "success": False,
-                    "error": {"message": message, "internal_error": None}}  # fmt: skip
-    return details
-
-
-@contextmanager
-def stores_nothing(client) -> Iterator[None]:
-    """What happens inside leaves no event behind, and the server takes a good one after it."""
-    before = total(client)
-    yield
-    assert total(client) == before
-    assert counts(store(client, event())) == (1, 0)
-
-
-@contextmanager
-def write_lock(folder: Path) -> Iterator[None]:
-    """Keeps the server's writer waiting, as another process that writes would."""
-    with closing(sqlite3.connect(folder / "events.db", isolation_level=None)) as conn:
-        conn.execute("BEGIN IMMEDIATE")
-        yield
-
-
-def refuse_to_write(folder: Path, condition: str) -> None:
-    with closing(sqlite3.connect(folder / "events.db")) as conn:
-        action = "BEGIN SELECT RAISE(ABORT, 'full'); END"
-        conn.execute(f"CREATE TRIGGER full BEFORE INSERT ON events WHEN {condition} {action}")
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
-
-
-def run(*command: object, **options) -> subprocess.CompletedProcess[str]:
-    options = {"timeout": 60, "capture_output": True, "text": True} | options
-    return subprocess.run([*map(str, command)], check=False, **options)
-
-
-SCRIPT = (sys.executable, ROOT / "eventstore.py")
-
-
-class Live:
-    """`eventstore serve` in a process and a folder of its own. To be entered and left."""
-
-    def __init__(self, folder: Path, *flags: str, command=SCRIPT, **environ: str):
-        folder.mkdir(exist_ok=True)
-        self.log_file, self.banner = folder / "stderr.txt", ""
-        with self.log_file.open("w") as log:
-            self.process = subprocess.Popen([*command, "serve", "--port", "0", *flags], cwd=folder, text=True,
-                                            stdout=subprocess.PIPE, stderr=log, env=os.environ | environ)  # fmt: skip
-        watchdog = threading.Timer(60, self.process.kill)
-        watchdog.start()
-        while self.banner.count("curl") < 2 and (line := self.process.stdout.readline()):
-            self.banner += line
-        watchdog.cancel()
-        self.curl_lines = re.findall(r"curl .*", self.banner)
-        assert len(self.curl_lines) == 2, self.log
-        self.url, self.port = re.search(r"(http://127.0.0.1:(\d+))/v1", self.banner).groups()
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text()
-
-    def client(self, key: str = KEY) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"x-api-key": key}, timeout=60)
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", int(self.port)), timeout=30)
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    def __enter__(self) -> Live:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-def answer_on(sock: socket.socket) -> httpx.Response:
-    answer = http.client.HTTPResponse(sock)
-    answer.begin()
-    return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
-
-
-@pytest.fixture(scope="module")
-def live(tmp_path_factory):
-    with Live(tmp_path_factory.mktemp("live"), "--api-key", KEY) as live:
-        yield live
-        assert KEY not in live.banner + live.log
-        assert "Traceback" not in live.log
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _clean_environment():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("no_proxy", "127.0.0.1")
-        patch.delenv("FLEXPRICE_API_KEY", raising=False)
-        patch.delenv("EVENTSTORE_API_KEYS", raising=False)
-        yield
-
-
 # ---------------------------------------------------------------------------------------------- 2: one event
+
+both_ways = table("method", ["GET", "POST"])
 
 
 def test_a_single_event_is_answered_with_202_and_its_id(client):
@@ -352,7 +195,7 @@ def test_properties_come_back_with_the_same_types_and_digits(shared, raw, method
 
 @table("path", ["/v1/events", "/v1/events/bulk"])
 def test_202_means_that_another_connection_sees_the_event(client, tmp_path, path):
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+    with database(tmp_path) as conn:
         for number in range(1, 6):
             sent = event(f"evt_{number}")
             assert client.post(path, json={"events": [sent], **sent}).status_code == 202
@@ -560,9 +403,6 @@ def test_33_mib_are_over_the_default_limit(live, send):
         refused(client.post("/v1/events/bulk", content=send([b" " * 2**20] * 33)), part=str(2**25))
 
 
-HEAD = f"Host: test\r\nx-api-key: {KEY}\r\n".encode()
-POST = b"POST /v1/events HTTP/1.1\r\n" + HEAD
-BODY = json.dumps(event()).encode()
 BAD_HTTP = {
     "garbage": b"garbage\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
@@ -751,6 +591,8 @@ def test_an_application_without_a_key_is_not_made(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- 4, 5: queries
 
+KEYS_OF_A_PAGE = {"events", "has_more", "iter_first_key", "iter_last_key", "offset"}
+
 
 @both_ways
 @table("field", ["event_id", "event_name", "external_customer_id", "source"])
@@ -800,7 +642,7 @@ def many(tmp_path_factory):
         yield client
 
 
-SIZES = [
+PAGE_SIZES = [
     *[("GET", size, given) for size, given in [("", 50), (1, 1), (7, 7), (49, 49), (50, 50), (51, 50), (1000, 50)]],
     *[("GET", size, 50) for size in (10**30, 0, -1, -(10**30))],
     *[("POST", size, given) for size, given in [(None, 50), (1, 1), (51, 51), (999, 999), (1000, 1000), (1001, 1000)]],
@@ -808,7 +650,7 @@ SIZES = [
 ]
 
 
-@table(("method", "size", "given"), SIZES)
+@table(("method", "size", "given"), PAGE_SIZES)
 def test_a_page_has_the_size_asked_for_within_its_limit(many, method, size, given):
     found = page(many, method, offset=1, page_size=size)
     newest_first = [f"{number:04}" for number in range(1001, -1, -1)]
@@ -989,17 +831,6 @@ def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict]:
     ]  # fmt: skip
 
 
-def place_by(sort: str) -> Callable[[dict], tuple]:
-    """Where an event stands in the total order."""
-    names = ("event_name", "timestamp", "event_id") if sort == "event_name" else ("timestamp", "event_id")
-    return lambda one: tuple(one[name] for name in names)
-
-
-def cursor(one: dict) -> str:
-    after = datetime.fromisoformat(one["timestamp"]) - datetime.fromisoformat(at())
-    return f"{NOW + after // timedelta(microseconds=1)}000::{one['event_id']}"
-
-
 @four_orders
 @table("size", [1, 7, 50])
 def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client, sort, order, size):
@@ -1178,27 +1009,7 @@ def test_a_bad_lookup_is_refused(shared, query):
 
 # ---------------------------------------------------------------------------------------------- 7: usage
 
-
-def usage(client, kind: str = "COUNT", **query) -> dict:
-    query = {key: value for key, value in query.items() if value is not None}
-    response = client.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": kind} | query)
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    assert list(answer) == ["event_name", "type", "value", "results"]
-    assert [list(result) for result in answer["results"]] == [["window_size", "value"]] * len(answer["results"])
-    return answer
-
-
-def windows_of(answer: dict) -> list[tuple[datetime, float]]:
-    return [(datetime.fromisoformat(row["window_size"]), row["value"]) for row in answer["results"]]
-
-
 NAMES = ["tokens", "a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " "]
-LEDGER_START = datetime(2024, 10, 25, tzinfo=UTC)  # clocks go back in Berlin on October 27, in New York on November 3
-SIZES = ("MINUTE", "15MIN", "30MIN", "HOUR", "3HOUR", "6HOUR", "12HOUR", "DAY", "WEEK", "MONTH")
-MINUTES = dict(zip(SIZES, (1, 15, 30, 60, 180, 360, 720), strict=False))
-ZONES = ("UTC", "America/New_York", "Asia/Kolkata", "Europe/Berlin", "Pacific/Apia")
-AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
 
 
 def random_value(choose: random.Random) -> object:
@@ -1228,68 +1039,6 @@ def ledger(tmp_path_factory):
         other = {"events": [event(properties=dict.fromkeys(NAMES, 1000), timestamp=events[0]["timestamp"])] * 10}
         assert client.post("/v1/events/bulk", json=other, headers={"x-api-key": STAGING_KEY}).status_code == 202
         yield client, events
-
-
-def number_of(value: object) -> float:
-    is_decimal = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value, re.ASCII)
-    if isinstance(value, bool) or not (is_decimal or isinstance(value, (int, float))):
-        return 0.0
-    return float(value) if math.isfinite(float(value)) else 0.0
-
-
-def text_of(value: object) -> str | None:
-    return value if isinstance(value, str) or value is None else json.dumps(value, separators=(",", ":"))
-
-
-def window_start(time: datetime, size: str, zone: str) -> datetime:
-    local = time.astimezone(ZoneInfo(zone))
-    day = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
-    if minutes := MINUTES.get(size):
-        hour, minute = divmod((local.hour * 60 + local.minute) // minutes * minutes, 60)
-        day = day.replace(hour=hour, minute=minute, fold=local.fold)
-    elif size == "WEEK":
-        day -= timedelta(days=day.isoweekday() % 7)
-    elif size == "MONTH":
-        day = day.replace(day=1)
-    return day.astimezone(UTC)
-
-
-def brute_force(events: list[dict], kind: str, query: dict) -> tuple[float, list[tuple[datetime, float]]]:
-    """The value over all events and that of each window, by the words of SPEC 7."""
-    start, end = (datetime.fromisoformat(query[name]) for name in ("start_time", "end_time"))
-    taken = []
-    for sent in events:
-        time, properties = datetime.fromisoformat(sent["timestamp"]), sent["properties"]
-        chosen = [name for name in ("external_customer_id", "customer_id") if query.get(name)]
-        scalars = {
-            key: None if isinstance(value, (dict, list)) else text_of(value) for key, value in properties.items()
-        }
-        if (start <= time < end and sent["event_name"] == "call" and all(sent[name] == query[name] for name in chosen)
-                and all(scalars.get(key) in values for key, values in query.get("filters", {}).items())):  # fmt: skip
-            taken.append((time, sent["event_id"], properties))
-
-    def aggregate(rows: list) -> float:
-        values = [number_of(properties.get(query["property_name"])) for _, _, properties in rows]
-        texts = {text_of(properties.get(query["property_name"])) for _, _, properties in rows} - {None}
-        group_property = query.get("group_by", ["properties."])[0].removeprefix("properties.")
-        groups: dict[str, list[float]] = {}
-        for value, (_, _, properties) in zip(values, rows, strict=True):
-            groups.setdefault(text_of(properties.get(group_property)) or "", []).append(value)
-        return {"COUNT": lambda: len(rows), "SUM": lambda: math.fsum(values), "AVG": lambda: math.fsum(values) / len(rows),
-                "MAX": lambda: math.fsum(map(max, groups.values())), "COUNT_UNIQUE": lambda: len(texts),
-                "LATEST": lambda: number_of(max(rows, key=lambda row: row[:2])[2].get(query["property_name"])),
-                "SUM_WITH_MULTIPLIER": lambda: math.fsum(values) * 2.5,
-                "WEIGHTED_SUM": lambda: math.fsum(value * ((end - row[0]) / (end - start))
-                                                  for value, row in zip(values, rows, strict=True))}[kind]()  # fmt: skip
-
-    size, cells = query.get("bucket_size") or query.get("window_size"), {}
-    for row in taken:
-        cells.setdefault(window_start(row[0], size or "MONTH", query.get("timezone", "UTC")), []).append(row)
-    per_cell = [(time, aggregate(cells[time])) for time in sorted(cells)]
-    whole = (
-        math.fsum(value for _, value in per_cell) if query.get("bucket_size") else aggregate(taken) if taken else 0.0
-    )
-    return max(whole, 0.0), [(time, max(value, 0.0)) for time, value in per_cell] if size else []
 
 
 @table("kind", AGGREGATIONS)
@@ -1332,6 +1081,7 @@ def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
 
 
 NEW_YORK, KOLKATA = "America/New_York", "Asia/Kolkata"
+
 # size, zone, billing_anchor, {window: its events}: all UTC, an event is so much later than its window's start
 IN_WINDOWS = {
     "MINUTE": ("MINUTE UTC", {"2026-01-01 00:00": "0:00:00 0:00:59.999999", "2026-01-01 00:01": "0:00:00"}),
@@ -1506,16 +1256,6 @@ def test_only_the_number_of_windows_is_limited_and_not_the_range(client, size, w
 # ---------------------------------------------------------------------------------------------- 8: monitoring
 
 
-def monitored(client, **query) -> tuple[int, list[tuple[str, int]]]:
-    response = client.get("/v1/events/monitoring", params=query)
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    assert list(answer) == ["total_count", "consumption_lag", "post_processing_lag", "points"]
-    assert (answer["consumption_lag"], answer["post_processing_lag"]) == (0, 0)
-    assert [list(point) for point in answer["points"]] == [["timestamp", "event_count"]] * len(answer["points"])
-    return answer["total_count"], [(point["timestamp"], point["event_count"]) for point in answer["points"]]
-
-
 def test_monitoring_counts_the_last_24_hours_or_a_range(client):
     times = (-DAY_US - 1, -DAY_US, -2_000_000, -1, 0)
     store(client, *[event(event_name=f"n{us}", external_customer_id=f"c{us}", timestamp=at(us)) for us in times])
@@ -1536,6 +1276,57 @@ def test_monitoring_counts_the_last_24_hours_or_a_range(client):
                  {"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "end_time": at()}])  # fmt: skip
 def test_a_bad_monitoring_query_is_refused(shared, query):
     refused(shared.get("/v1/events/monitoring", params=query))
+
+
+# ---------------------------------------------------------------------------------------------- 4: visibility lag
+
+LAG_MS = 1500
+
+
+@pytest.fixture
+def lagging(tmp_path):
+    """A server whose events are seen late, and its clock."""
+    clock = Mock(return_value=NOW)
+    with serving(tmp_path, visibility_lag_ms=LAG_MS, clock=clock) as client:
+        yield client, clock
+
+
+def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(lagging):
+    client, clock = lagging
+    seen = {
+        "list": lambda: len(page(client)["events"]),
+        "query": lambda: total(client),
+        "lookup": lambda: int(client.get("/v1/events/lookup", params={"id": "1"}).status_code == 200),
+        "usage": lambda: int(usage(client)["value"]),
+        "monitoring": lambda: client.get("/v1/events/monitoring").json()["total_count"],
+    }
+    assert counts(store(client, event("1", timestamp=at(-1)))) == (1, 0)
+    for after_us, number in [(0, 0), (LAG_MS * 1000 - 1, 0), (LAG_MS * 1000, 1), (DAY_US - 10, 1)]:
+        clock.return_value = NOW + after_us
+        assert {name: ask() for name, ask in seen.items()} == dict.fromkeys(seen, number)
+    assert counts(store(client, event("1"))) == (0, 1)
+
+
+def test_the_lag_counts_from_when_an_event_came_and_not_from_when_it_happened(lagging):
+    client, clock = lagging
+    clock.return_value = NOW + LAG_MS * 1000
+    store(client, event("old", timestamp=at(-DAY_US)))
+    assert ids(client) == []
+
+
+def test_monitoring_counts_what_is_not_visible_yet(lagging):
+    client, clock = lagging
+    store(client, event(), event())
+    clock.return_value += 1_000_000
+    store(client, event())
+    lag = []
+    for _ in range(4):
+        lag.append(client.get("/v1/events/monitoring").json()["consumption_lag"])
+        clock.return_value += 500_000
+    assert lag == [3, 1, 1, 0]
+    refused(client.get("/v1/events/monitoring", headers={"x-api-key": "unknown"}), 401, "unauthorized")
+    of_staging = client.get("/v1/events/monitoring", headers={"x-api-key": STAGING_KEY})
+    assert of_staging.json()["consumption_lag"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- 9: rate limits
@@ -1620,70 +1411,110 @@ def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_
     assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
 
 
-# What no JSON Schema can say: rules between fields, and times that are no day or too near the ends of the calendar.
-SCHEMATHESIS_HOOKS = '''
-import re
-from datetime import UTC, datetime, timedelta
-
-import schemathesis
-
-DAY = timedelta(days=1)
+# ---------------------------------------------------------------------------------------------- what an embedder adds
 
 
-def time(text):
-    """A time, None if it is none; ValueError if there is no such day or it is within nine of the calendar's ends."""
-    if not isinstance(text, str) or not re.match(r"\\d{4}-\\d\\d-\\d\\d[Tt]", text, re.ASCII):
-        return None
-    time = datetime.fromisoformat(re.sub(r" (?=\\d\\d:\\d\\d$)", "+", text.upper()))
-    if not datetime.min + 9 * DAY < time.replace(tzinfo=None) < datetime.max - 9 * DAY:
-        raise ValueError
-    return time if time.tzinfo else None
+class Name(msgspec.Struct):
+    name: str
 
 
-@schemathesis.hook
-def filter_case(context, case):
-    return all(sendable(case.operation.path, sent) for sent in (case.query, case.body) if isinstance(sent, dict))
+class Greeting(msgspec.Struct):
+    text: str
 
 
-def sendable(path, sent):
-    events = sent.get("events")
-    try:
-        for one in [sent, *(events if isinstance(events, list) else [])]:
-            time(one.get("timestamp") if isinstance(one, dict) else None)
-        start, end, _ = (time(sent.get(name)) for name in ("start_time", "end_time", "billing_anchor"))
-    except ValueError:
-        return False
-    is_lookup = path.endswith(("/lookup", "{id}"))
-    if start and (end or not is_lookup) and start > (end or datetime.now(UTC)):
-        return False
-    if path.endswith("/monitoring") and bool(sent.get("start_time")) != bool(sent.get("end_time")):
-        return False
-    cursors = [sent[name] for name in ("iter_first_key", "iter_last_key") if sent.get(name)]
-    if len(cursors) > 1 or (cursors and sent.get("sort") == "event_name"):
-        return False
-    is_multiplied = str(sent.get("aggregation_type")).upper() == "SUM_WITH_MULTIPLIER"
-    if path.endswith("/usage") and is_multiplied is (sent.get("multiplier") in (None, "")):
-        return False
-    too_long = start and (end or datetime.now(UTC)) - start > timedelta(minutes=99_000)
-    return not (too_long and (sent.get("window_size") or sent.get("bucket_size")))
-'''
+async def greet(service: eventstore.Service, request: Request) -> Response:
+    """POST /v1/hello: says hello."""
+    name = json.loads(await eventstore.read_body(service, request))["name"]
+    return eventstore.JsonResponse(Greeting(f"hello {name} of {request['environment']}"))
 
 
-def test_schemathesis_finds_no_failure(tmp_path):
-    (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
-    with Live(tmp_path / "server", "--api-key", KEY) as live:
-        command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
-                   "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
-        done = run(
-            *command, cwd=tmp_path, timeout=300, env=os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Traceback" not in live.log
-    tested = len(eventstore.openapi_document(eventstore.OPERATIONS)["paths"])
-    assert int(re.search(r"Tested: (\d+)", done.stdout)[1]) >= tested, done.stdout
+class Stamp:
+    """Middleware that says in a header for which environment it ran."""
+
+    def __init__(self, app, name: str):
+        self.app, self.name = app, name
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def stamped(message) -> None:
+            if message["type"] == "http.response.start":
+                stamp = (self.name.encode(), scope.get("environment", "none").encode())
+                message = message | {"headers": [*message["headers"], stamp]}
+            await send(message)
+
+        await self.app(scope, receive, stamped)
+
+
+def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path):
+    from openapi_spec_validator import validate
+
+    hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, required=["name"], example={"name": "you"},
+                                 schemas={"Name": {"name": {"type": "string", "maxLength": 9}}})  # fmt: skip
+    settings = Settings(db=str(tmp_path / "events.db"), api_keys=KEYS)
+    app = create_app(settings, operations=[hello], middleware=[Middleware(Stamp, name="x-stamp")])
+    with TestClient(app, headers={"x-api-key": STAGING_KEY}) as client:
+        refused(client.post("/v1/hello", json={"name": "a"}, headers={"x-api-key": "unknown"}), 401, "unauthorized")
+        answer = client.post("/v1/hello", json={"name": "a"})
+        assert (answer.status_code, answer.json()) == (200, {"text": "hello a of staging"})
+        assert answer.headers["x-stamp"] == store(client, event()).headers["x-stamp"] == "staging"
+        refused(client.get("/v1/hello"), 405, "method_not_allowed", "allowed: POST")
+        refused(client.get("/v1/nowhere"), 404, "not_found", "POST /v1/hello")
+        refused(client.post("/hello"), 404, "not_found", 'so "/v1/hello"?')
+        validate(document := client.get("/openapi.json").json())
+    described = document["paths"]["/v1/hello"]["post"]
+    assert described["security"] == [{"ApiKey": []}]
+    assert described["requestBody"]["content"]["application/json"]["example"] == {"name": "you"}
+    schemas = document["components"]["schemas"]
+    assert (schemas["Name"]["required"], schemas["Name"]["properties"]["name"]["maxLength"]) == (["name"], 9)
+    assert schemas["Greeting"]["properties"] == {"text": {"type": "string"}}
 
 
 # ---------------------------------------------------------------------------------------------- SDK
+
+
+def test_the_official_sdk_writes_reads_and_pages(live):
+    from flexprice import Flexprice
+
+    who = {"external_customer_id": "sdk_customer"}
+    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
+        one = {"event_name": "call", "event_id": "sdk_1", "properties": {"tokens": "12"}, "source": "sdk", **who}
+        assert sdk.events.ingest_event(**one) == {"message": "Event accepted for processing", "event_id": "sdk_1"}
+        batch = [{"event_name": "batch", "event_id": f"sdk_{number}", **who} for number in range(1, 4)]
+        assert sdk.events.ingest_events_bulk(events=batch) == {"message": "Events accepted for processing"}
+        found = [sdk.events.list_raw_events(**who, page_size=1, order="asc")]
+        while found[-1].has_more:
+            key = found[-1].iter_last_key
+            found.append(sdk.events.list_raw_events(**who, page_size=1, order="asc", iter_last_key=key))
+        assert [[stored.id for stored in answer.events] for answer in found] == [["sdk_1"], ["sdk_2"], ["sdk_3"]]
+        assert (found[0].total_count, found[0].offset, found[0].events[0].environment_id) == (3, 1, "development")
+        tokens = sdk.events.list_raw_events(**who, property_filters={"tokens": ["12", "13"]})
+        assert [(stored.id, stored.properties, stored.source) for stored in tokens.events] == [
+            ("sdk_1", {"tokens": "12"}, "sdk")
+        ]
+
+
+def test_the_official_async_sdk_writes_and_reads(live):
+    from flexprice import Flexprice
+
+    async def round_trip() -> list[str]:
+        who = {"external_customer_id": "async_customer"}
+        async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
+            await sdk.events.ingest_event_async(event_name="call", event_id="async_1", **who)
+            await sdk.events.ingest_events_bulk_async(events=[{"event_name": "call", "event_id": "async_2", **who}])
+            answer = await sdk.events.list_raw_events_async(**who, order="asc")
+            return [stored.id for stored in answer.events]
+
+    assert asyncio.run(round_trip()) == ["async_1", "async_2"]
+
+
+@table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
+def test_the_official_sdk_raises_the_servers_message(live, key, status, message):
+    from flexprice import Flexprice
+    from flexprice.models.errors import FlexpriceError
+
+    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=key) as sdk:
+        with pytest.raises(FlexpriceError, match=message) as refusal:
+            sdk.events.ingest_event(event_name="call", external_customer_id="cust", timestamp="yesterday")
+        assert refusal.value.status_code == status
 
 
 def test_the_official_sdk_looks_up_an_event_and_computes_usage(live):
@@ -1711,20 +1542,6 @@ def test_the_official_sdk_looks_up_an_event_and_computes_usage(live):
 # ---------------------------------------------------------------------------------------------- the store
 
 
-def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works(client, tmp_path, caplog):
-    store(client, event("before"))
-    refuse_to_write(tmp_path, "new.event_name = 'boom'")
-    boom = event("boom", event_name="boom")
-    for path, body in (("/v1/events", boom), ("/v1/events/bulk", {"events": [event("good"), boom, event("before")]})):
-        caplog.clear()
-        with stores_nothing(client):
-            response = client.post(path, json=body)
-            refused(response, 500, "database_error")
-        assert "IntegrityError: full" in caplog.text  # the cause goes to the log, not to the caller
-        assert "full" not in response.text
-    assert counts(store(client, event("good"), event("before"))) == (1, 1)
-
-
 @table("more", [0, 1, 500], ids=["one statement", "with BEGIN", "several statements"])
 def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more):
     with serving(tmp_path) as client:
@@ -1741,107 +1558,6 @@ def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more
     assert len(rows_of(tmp_path)) == 2 * (5 + 64 * more)
 
 
-def rows_to_insert(*event_ids: str) -> list[eventstore.Row]:
-    return [eventstore.Row(1, event_id, "cust", "", "call", "", NOW, NOW, "{}") for event_id in event_ids]
-
-
-class FailsOnce:
-    """A connection whose first statement that starts so fails, as if memory had run out."""
-
-    def __init__(self, conn: sqlite3.Connection, start: str):
-        self._conn, self._start = conn, start
-
-    def __getattr__(self, name: str):
-        return getattr(self._conn, name)
-
-    def execute(self, statement: str, *values):
-        if self._start and statement.startswith(self._start):
-            self._start = ""
-            raise sqlite3.OperationalError("out of memory")
-        return self._conn.execute(statement, *values)
-
-
-def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path):
-    with serving(tmp_path) as client:
-        store(client, event("known"))
-        with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
-            failing = FailsOnce(conn, eventstore.SELECT_NEW_IDS)
-            assert eventstore.insert_group(failing, [rows_to_insert("known"), rows_to_insert("new", "new")]) == [1, 1]
-        assert sorted(ids(client)) == ["known", "new"]
-
-
-def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path):
-    with serving(tmp_path) as client:
-        writer = client.app.state.service.store
-        writer._conn = FailsOnce(writer._conn, "ROLLBACK")
-        refuse_to_write(tmp_path, "new.id = '200'")
-        response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
-        refused(response, 500, "database_error")
-        assert writer._conn.in_transaction
-        assert counts(store(client, event("after"))) == (1, 0)
-        assert ids(client) == ["after"]
-    assert [row[1] for row in rows_of(tmp_path)] == ["after"]
-
-
-def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
-    clock, later = Mock(return_value=NOW), [f"{number}" for number in range(40)]
-    with serving(tmp_path, clock=clock) as client, ThreadPoolExecutor(41) as pool:
-
-        def send(event_id: str):
-            return pool.submit(client.post, "/v1/events", json=event(event_id))
-
-        refuse_to_write(tmp_path, "new.id = '20'")
-        with write_lock(tmp_path):  # the first waits for it, and the others, to be committed together, for the first
-            answers = {"first": send("first")}
-            eventually(lambda: clock.call_count == 1)
-            answers |= {event_id: send(event_id) for event_id in later}
-            eventually(lambda: clock.call_count == 41)
-        stored = {event_id for event_id, answer in answers.items() if answer.result().status_code == 202}
-        for event_id in answers.keys() - stored:
-            refused(answers[event_id].result(), 500, "database_error")
-        assert set(ids(client)) == stored
-        assert ("first" in stored, "20" in stored) == (True, False)
-        assert len(stored) < 40  # some shared the commit of 20
-        retried = [event(event_id) for event_id in answers.keys() - stored - {"20"}]
-        assert counts(store(client, *retried)) == (len(retried), 0)
-
-
-def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path):
-    clock = Mock(return_value=NOW)
-    with serving(tmp_path, queue_events=3, clock=clock) as client, ThreadPoolExecutor(3) as pool:
-        with write_lock(tmp_path):
-            waiting = [pool.submit(client.post, "/v1/events", json=event(f"{number}")) for number in range(3)]
-            eventually(lambda: clock.call_count == 3)
-            for path in ("/v1/events", "/v1/events/bulk"):
-                response = client.post(path, json={"events": [event("late")], **event("late")})
-                refused(response, 503, "service_unavailable")
-                assert int(response.headers["Retry-After"]) > 0
-            assert ids(client) == []
-            assert client.get("/health").status_code == 200
-        assert [answer.result().status_code for answer in waiting] == [202] * 3
-        assert counts(store(client, event("late"))) == (1, 0)
-        assert sorted(ids(client)) == ["0", "1", "2", "late"]
-        assert counts(store(client, *[event()] * 1000)) == (1000, 0)  # more than the limit, but nothing waits
-
-
-def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path):
-    properties = {f"p{number}": "\\" * 100 for number in range(50)}
-    filters = {f"p{number}": ["x", "\\" * 100] if number < 49 else ["x"] for number in range(50)}
-    with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
-        store(client, *[event(f"{number:03}", properties=properties) for number in range(200)])
-        slow, meanwhile = pool.submit(ask, client, "POST", property_filters=filters), 0
-        while not slow.done():
-            assert client.get("/health").status_code == 200
-            assert ids(client, page_size=1) == ["199"]
-            meanwhile += not slow.done()
-        assert (meanwhile > 0, slow.result().json()["events"]) == (True, [])
-    with serving(tmp_path, query_timeout_s=0.01) as client:
-        response = ask(client, "POST", property_filters=filters)
-        refused(response, 503, "service_unavailable", "0.01 s")
-        assert int(response.headers["Retry-After"]) > 0
-        assert client.get("/health").status_code == 200
-
-
 def test_a_restart_keeps_everything(tmp_path):
     with serving(tmp_path) as client:
         store(client, event("a", properties={"n": 0.10}), event("b::c"))
@@ -1855,20 +1571,19 @@ def test_a_restart_keeps_everything(tmp_path):
 def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_path):
     async def close_while_writing() -> list[int]:
         store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
-        row = eventstore.Row(1, "", "cust", "", "call", "", NOW, NOW, "{}")
         with write_lock(tmp_path):
-            waiting = [asyncio.ensure_future(store.insert([row._replace(id=f"{number}")])) for number in range(50)]
+            waiting = [asyncio.ensure_future(store.insert(rows_to_insert(f"{number}"))) for number in range(50)]
             await asyncio.sleep(0)  # each of them runs until it waits for the writer
             closed = asyncio.ensure_future(asyncio.to_thread(store.close))
             await asyncio.sleep(0)
         await closed
         with pytest.raises(ApiError) as refusal:
-            await store.insert([row._replace(id="late")])
+            await store.insert(rows_to_insert("late"))
         assert refusal.value.code == "service_unavailable"
         return await asyncio.gather(*waiting)
 
     assert asyncio.run(close_while_writing()) == [1] * 50
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+    with database(tmp_path) as conn:
         assert conn.execute("SELECT count(*), count(*) FILTER (WHERE id = 'late') FROM events").fetchone() == (50, 0)
 
 
@@ -1889,14 +1604,13 @@ def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path):
         await asyncio.to_thread(store.close)
 
     asyncio.run(store_beside_batches())
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+    with database(tmp_path) as conn:
         stored = [event_id for (event_id,) in conn.execute("SELECT id FROM events ORDER BY seq")]
     assert (stored[:3], len(stored)) == (["first", "single", "0-0"], 4002)
 
 
 # ---------------------------------------------------------------------------------------------- the command line
 
-is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
 CANNOT_START = [  # flags, what the message names
     ("--port {taken}", "--port"),
     ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
@@ -1948,7 +1662,7 @@ def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path):
         store(client, event("a", timestamp="1969-12-31T23:59:59.5Z", source="app", properties={"n": 1}), event("b"))
         client.headers["x-api-key"] = "third"
         store(client, event("a"))
-    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+    with database(tmp_path) as conn:
         conn.row_factory = sqlite3.Row
         first, second, third = map(dict, conn.execute("SELECT * FROM readable_events ORDER BY seq"))
     ingested_at = "2025-10-15T11:38:47.962000Z"
@@ -1961,7 +1675,7 @@ def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path):
 
 def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
     def numbers() -> list[int]:
-        with closing(sqlite3.connect(tmp_path / "events.db", isolation_level=None)) as conn:
+        with database(tmp_path, isolation_level=None) as conn:
             found = [seq for (seq,) in conn.execute("SELECT seq FROM events ORDER BY seq")]
             conn.execute("DELETE FROM events")
             return found
@@ -1975,7 +1689,7 @@ def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
 
 @table(("flags", "part"), CANNOT_START)
 def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags, part):
-    (tmp_path / "text.db").write_text("Dear diary, this is no database. " * 100)
+    (tmp_path / "text.db").write_text(TEXT_FILE)
     (tmp_path / "folder").mkdir()
     (tmp_path / "sealed").mkdir(mode=0o555)
     with serving(tmp_path, db=str(tmp_path / "newer.db")):
@@ -1983,7 +1697,7 @@ def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags
     for name, statement in (("newer.db", "PRAGMA user_version = 99"), ("other.db", "CREATE TABLE events (id)")):
         with closing(sqlite3.connect(tmp_path / name)) as conn:
             conn.execute(statement)
-    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    before = sizes_in(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags = flags.format(taken=taken.getsockname()[1]).split(" ")
         command = (*SCRIPT, "serve", *(flags if "--port" in flags else ["--port", "0", *flags]))
@@ -1995,7 +1709,7 @@ def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags
     assert re.fullmatch(r"eventstore: .+\n", done.stderr)
     assert part in done.stderr
     assert "secret" not in done.stderr
-    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
+    assert sizes_in(tmp_path) == before
 
 
 def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
@@ -2011,7 +1725,7 @@ def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
     for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["serve", "--max-body-bytes", "1" + "0" * 20], ["import"],
                       ["replay", "--to", "http://x", "--batch-size", "1001"]):  # fmt: skip
         assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
-    imported = run(sys.executable, "-c", "import eventstore", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    imported = python("import eventstore", cwd=tmp_path)
     assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -2074,47 +1788,6 @@ def test_memory_leaves_no_file(tmp_path):
     assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["stderr.txt"]
 
 
-@table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path, number):
-    def takes_no_more() -> bool:
-        try:
-            live.connect().close()
-        except OSError:
-            return True
-        return False
-
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as idle, live.connect() as sock:
-        store(idle, event("before"))
-        body = json.dumps(event("under way")).encode()
-        sock.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
-        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # the server waits for the body
-        live.process.send_signal(number)
-        eventually(takes_no_more)
-        sock.sendall(body)
-        assert answer_on(sock).status_code == 202
-        assert (live.process.wait(30), live.log) == (0, "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "stderr.txt"]
-    with closing(sqlite3.connect(f"file:{tmp_path}/events.db?immutable=1", uri=True)) as conn:
-        assert conn.execute("SELECT id FROM events ORDER BY rowid").fetchall() == [("before",), ("under way",)]
-
-
-@table("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    command = [*SCRIPT, "serve", "--port", str(port)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-
-        def answers() -> bool:
-            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-                return True
-            return False
-
-        eventually(answers)
-        process.send_signal(number)
-        assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
-
-
 @table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
 def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown):
     with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:
@@ -2122,2547 +1795,3 @@ def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown)
         refused(client.get("/v1/nowhere"), 404, "not_found")
         assert "404 not_found" in live.log
         assert ('/v1/events/bulk HTTP/1.1" 202' in live.log) is shown
-
-
-# ---------------------------------------------------------------------------------------------- in and out
-
-
-def command_line(*arguments: object) -> int:
-    """The exit status of the command, run in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return eventstore.main([*map(str, arguments)])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def exported(folder: Path, *flags: object, form: str = "ndjson") -> bytes:
-    """What `eventstore export` writes of folder/events.db."""
-    output = folder / f"exported.{form}"
-    assert command_line("export", "--db", folder / "events.db", "--format", form, "-o", output, *flags) == 0
-    return output.read_bytes()
-
-
-def imported(folder: Path, content: bytes, *flags: object, status: int = 0) -> Path:
-    """Imports the content into folder/events.db; returns the folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / "in").write_bytes(content)
-    assert command_line("import", "--db", folder / "events.db", folder / "in", *flags) == status
-    return folder
-
-
-def lines_of(*events: dict) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in events)
-
-
-def stored_ids(folder: Path) -> list[str]:
-    return [json.loads(line)["event_id"] for line in exported(folder).splitlines()]
-
-
-NASTY_PROPERTIES = [
-    '{"a": "\\u0000 \\u2028 \u2028 \U0001f600 \\ud83d\\ude00 \\" \\\\ \\n"}',
-    '{"big": 123456789012345678901234567890, "kept": 0.10, "e": 1E5, "minus": -0.0}',
-    '{\r\n  "pretty" : [ 1,\n 2 ]\r,\t"text": "two  spaces, [brackets] {and} \\"quotes\\""\n}',
-    json.dumps({"megabyte": 'x"\\,\n' * 200_000}),
-    '{"a": 1, "a": 2, "": {}, "\\ud83d\\ude00": null}',
-    "{}",
-]
-NASTY_TEXTS = [
-    'a,b;"c"',
-    "line\nbreak\r\nand\rmore",
-    "\rlone",
-    " spaces ",
-    "'; --",
-    "\u00e9\U0001f600\u2028\ufeff",
-    "nul\x00",
-    "=1+1",
-    "\\N",
-    "#",
-]
-
-
-def nasty_folder(folder: Path) -> Path:
-    fields = [(text, json.dumps(text)) for text in NASTY_TEXTS]
-    with serving(folder) as client:
-        events = [
-            f'{{"event_id": "p{number}", "event_name": "call", "external_customer_id": "cust", "properties": {properties}}}'
-            for number, properties in enumerate(NASTY_PROPERTIES)
-        ]
-        events += [
-            f'{{"event_id": {quoted}, "event_name": {json.dumps("n" + text)}, "external_customer_id": {quoted}, '
-            f'"customer_id": {quoted}, "source": {quoted}, "timestamp": "{at(-number)}"}}'
-            for number, (text, quoted) in enumerate(fields)
-        ]
-        for text in ("0001-01-02T00:00:00Z", "9999-12-31T23:59:59.999999Z"):
-            events.append(json.dumps(event(text, timestamp=text)))
-        answer = client.post("/v1/events/bulk", content=f'{{"events": [{",".join(events)}]}}'.encode())
-        assert answer.status_code == 202, answer.text
-    return folder
-
-
-@table("form", ["ndjson", "csv"])
-def test_export_import_export_gives_the_same_bytes_whatever_the_data(tmp_path, form):
-    first = exported(nasty_folder(tmp_path), form=form)
-    again = exported(imported(tmp_path / "again", first), form=form)
-    assert again == first
-    zipped = tmp_path / "zipped.gz"
-    for _ in range(2):
-        assert command_line("export", "--db", tmp_path / "events.db", "--format", form, "-o", zipped) == 0
-        packed = zipped.read_bytes()
-    assert exported(imported(tmp_path / "unpacked", packed), form=form) == first
-    assert command_line("export", "--db", tmp_path / "again/events.db", "--format", form, "-o", zipped) == 0
-    assert zipped.read_bytes() == packed
-
-
-def test_csv_and_bulk_take_ndjson_s_events_without_loss(tmp_path):
-    lines = exported(nasty_folder(tmp_path))
-    assert len(lines.splitlines()) == len(NASTY_PROPERTIES) + len(NASTY_TEXTS) + 2  # one event, one line
-    assert b'"properties":%b' % NASTY_PROPERTIES[1].encode() in lines
-    assert b'"properties":{"pretty":[1,2],"text":"two  spaces, [brackets] {and} \\"quotes\\""}' in lines
-    assert exported(imported(tmp_path / "csv", exported(tmp_path, form="csv"))) == lines
-    (tmp_path / "bulk").mkdir()
-    with serving(tmp_path / "bulk") as client:
-        body = b'{"events": [' + b",".join(lines.splitlines()) + b"]}"
-        assert counts(client.post("/v1/events/bulk", content=body)) == (18, 0)
-    assert exported(tmp_path / "bulk") == lines
-
-
-TWO = [event("a", timestamp=at(0), properties={"s": ']}[{"\\'}), event("b", timestamp=at(1), source="x")]
-ARRAY, PRETTY = json.dumps(TWO).encode(), json.dumps(TWO, indent=2).encode()
-AS_CSV = (b'timestamp,event_id,event_name,external_customer_id,source,properties\r\n'
-          b'%b,a,call,cust,,"{""s"": ""]}[{\\""\\\\""}"\r\n\r\n%b,b,call,cust,x,\r\n' % (at(0).encode(), at(1).encode()))  # fmt: skip
-FORMATS = {
-    "lines": lines_of(*TWO),
-    "lines with CRLF, blank ones and no end": b"\r\n" + lines_of(*TWO).replace(b"\n", b"\r\n \r\n").rstrip(),
-    "array": ARRAY,
-    "pretty array": b"\n\n" + PRETTY + b"\n",
-    "bulk body": b'{"events": %b}' % ARRAY,
-    "pretty bulk body with other members": b'{\n "events"\n:\n%b\n, "count": [2], "more": {"a": "]"}}\r\n' % PRETTY,
-    "csv": AS_CSV,
-    "csv with a quoted header": AS_CSV.replace(b"event_id", b'"event_id"'),
-}
-
-
-@table("way", ["plain", "BOM", "gzip", "gzip in two parts", "standard input"])
-@table("content", FORMATS.values(), ids=FORMATS)
-def test_a_file_is_read_by_its_content(tmp_path, content, way):
-    if way == "standard input":
-        done = run(*SCRIPT, "import", "-", cwd=tmp_path, input=content.decode(), text=True)
-        assert (done.returncode, done.stdout) == (0, "")
-        assert re.fullmatch(r"eventstore: imported 2 events: 2 new, 0 already stored; .+ s\n", done.stderr)
-    elif way == "gzip in two parts":
-        imported(tmp_path, gzip.compress(content[:30]) + gzip.compress(content[30:]))
-    else:
-        changed = {"BOM": b"\xef\xbb\xbf" + content, "gzip": gzip.compress(content)}.get(way, content)
-        imported(tmp_path, changed)
-    first, second = map(json.loads, exported(tmp_path).splitlines())
-    assert (first["event_id"], first["properties"], second["source"]) == ("a", TWO[0]["properties"], "x")
-    assert second["timestamp"] == at(1).replace("+00:00", "Z")
-
-
-def test_an_array_is_cut_in_the_same_places_wherever_its_chunks_end(tmp_path, monkeypatch):
-    texts = ['{"a": "\\\\\\"]"}', '["]", {"}": "["}]', "{}", '"text, \\" ]"', "12.5e3", "null", "[[]]"]
-    body = ('{"events": [\n' + " , ".join(texts) + ' ]\n, "x": 1} ').encode()
-    for size in range(1, len(body) + 1):
-        monkeypatch.setattr(eventstore, "CHUNK_BYTES", size)
-        entries = list(eventstore.json_array(io.BufferedReader(io.BytesIO(body)), 1000))
-        assert [(entry.line, entry.number, entry.content.decode()) for entry in entries] == [
-            (2, number, text) for number, text in enumerate(texts)
-        ]
-
-
-def test_csv_columns_make_properties_and_flexprices_own_export_comes_back(tmp_path, capsys):
-    table_export = (
-        '"id","tenant_id","external_customer_id","environment_id","event_name","customer_id","source","timestamp",'
-        '"ingested_at","properties"\n'
-        '"evt","t","cust","env","call",\\N,"api","2026-08-06 06:53:31.000","2026-08-06 06:53:32.250","{""n"": 1.50}"\n'
-    )
-    named = ('event_name,external_customer_id,event_id,properties.model,properties,properties.a.b\n'
-             'call,cust,both,gpt,"{""n"": 1.50}",x\ncall,cust,none,,,\ncall,cust,one,,,007\n')  # fmt: skip
-    imported(tmp_path, table_export.encode())
-    imported(tmp_path, named.encode())
-    with serving(tmp_path) as client:
-        found = {stored["id"]: stored for stored in page(client, "POST", **EVER)["events"]}
-        raw = client.post("/v1/events/query", json=EVER).text
-    assert (found["evt"]["timestamp"], found["evt"]["ingested_at"]) == (
-        "2026-08-06T06:53:31Z",
-        "2026-08-06T06:53:32.25Z",
-    )
-    assert (found["evt"]["customer_id"], found["evt"]["environment_id"]) == ("", "development")
-    assert '{"n":1.50,"model":"gpt","a.b":"x"}' in raw
-    assert (found["none"]["properties"], found["one"]["properties"]) == ({}, {"a.b": "007"})
-    capsys.readouterr()
-    for header, part in (("event_name,external_customer_id,when,properties.", '"when", "properties."'), ("event_name", "external_customer_id"),
-                         ("event_name,external_customer_id,source,source", "source twice"),
-                         ("event_name,external_customer_id,id,event_id", "id and event_id twice")):  # fmt: skip
-        imported(tmp_path, header.encode() + b"\n", status=1)
-        assert f"{tmp_path}/in:1: the header " in (message := capsys.readouterr().err)
-        assert part in message
-
-
-def test_an_event_without_an_id_gets_one_of_its_content_and_number(tmp_path, capsys):
-    same = {"event_name": "call", "external_customer_id": "cust"}
-    for content in (lines_of(same, same, {**same, "source": "x"}), json.dumps([same, same]).encode(),
-                    b"event_name,external_customer_id\ncall,cust\ncall,cust\n"):  # fmt: skip
-        folder = tmp_path / str(len(content))
-        imported(folder, content)
-        before = exported(folder)
-        imported(folder, content)
-        imported(folder, gzip.compress(content.replace(b"\n", b"\r\n")))
-        assert exported(folder) == before
-        made = stored_ids(folder)
-        assert len({*made}) == len(made) > 1
-        assert all(re.fullmatch("import_[0-9a-f]{32}", event_id) for event_id in made)
-    imported(folder, b"", "--environment", "staging")
-    assert capsys.readouterr().err.endswith("imported 0 events: 0 new, 0 already stored; 0.0 s\n")
-    imported(folder, lines_of(event("s")), "--environment", "staging")
-    assert (exported(folder), len(exported(folder, "--environment", "staging").splitlines())) == (before, 1)
-
-
-GOOD = b'{"event_id": "%d", "event_name": "call", "external_customer_id": "cust"}'
-BEFORE, AFTER = GOOD % 1 + b"\n", b"\n" + GOOD % 3
-BAD_LINES = {  # what is between a good first and a good third event; the place and the problem
-    "no JSON": (BEFORE + b"{,}" + AFTER, "2: event: is not valid JSON: "),
-    "over several lines": (BEFORE + b"{" + AFTER, "2: line: is { alone: each event is one whole line"),
-    "no object": (BEFORE + b"[1]" + AFTER, "2: event: must be an object, got [1]"),
-    "no name": (BEFORE + b'{"external_customer_id": "c"}' + AFTER, "2: event_name: is required"),
-    "two faults": (BEFORE + b'{"timestamp": "now", "event_name": 5, "external_customer_id": "c"}' + AFTER,
-                   '2: event_name: must be a string, got 5; timestamp: must be RFC 3339 with a zone, got "now"'),
-    "no UTF-8": (BEFORE + b'{"event_name": "\xff"}' + AFTER, "2: event: is not valid JSON: byte 16 is not UTF-8"),
-    "too long": (BEFORE + b'{"event_name": "%b"}' % (b"x" * 3000) + AFTER, "2: line: is longer than 1000 bytes"),
-    "in an array": (b"[\n" + BEFORE + b',\n{"event_name": "a"}, ' + GOOD % 3 + b"]",
-                    "4: events[1].external_customer_id: is required"),
-    "a number in an array": (b"[" + BEFORE + b", 12," + GOOD % 3 + b"]", "2: events[1].event: must be an object, got 12"),
-    "csv": (b"event_id,event_name,external_customer_id,properties\n1,call,cust,\n2,call,cust,[1]\n3,call,cust,",
-            "3: properties: must be an object, got [1]"),
-    "csv cells": (b"event_id,event_name,external_customer_id\n1,call,cust\n2,call\n3,call,cust", "3: line: has 2 cells, the header has 3"),
-    "csv no UTF-8": (b"event_id,event_name,external_customer_id\n1,call,cust\n2,c\xff,cust\n3,call,cust", "3: line: is not UTF-8"),
-    "csv property twice": (b'event_id,event_name,external_customer_id,properties,properties.a\n1,call,cust,,\n2,c,cust,"{""a"":1}",5\n3,call,cust,,',
-                           "3: properties.a: is in the column properties, too"),
-    "csv time without a zone": (b"event_id,event_name,external_customer_id,timestamp\n1,call,cust,\n2,c,cust,2026-08-06 06:53:31.000\n3,call,cust,",
-                                "3: timestamp: must be RFC 3339"),
-}  # fmt: skip
-
-
-@table(("content", "problem"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_event_stops_an_import_or_goes_to_the_rejects(tmp_path, capsys, content, problem):
-    imported(tmp_path, content, "--max-body-bytes", 1000, status=1)
-    message = capsys.readouterr().err
-    assert message.startswith(f"eventstore: {tmp_path}/in:{problem}")
-    assert "; stored before it: 1 event, 1 of them new; " in message
-    assert stored_ids(tmp_path) == ["1"]
-    rejects = tmp_path / "rejects.ndjson"
-    capsys.readouterr()
-    imported(tmp_path, content, "--max-body-bytes", 1000, "--skip-invalid", rejects)
-    assert (
-        f"imported 2 events: 1 new, 1 already stored, 1 rejected and written to {rejects}; " in capsys.readouterr().err
-    )
-    assert stored_ids(tmp_path) == ["1", "3"]
-    (reject,) = map(json.loads, rejects.read_bytes().splitlines())
-    assert reject["line"] == int(problem.partition(":")[0])
-    assert reject.get("index") == (1 if "events[1]" in problem else None)
-    assert [{*error} for error in reject["errors"]] == [{"field", "code", "message"}] * len(reject["errors"])
-    for error in reject["errors"]:
-        assert error["field"] in problem
-        assert error["message"].startswith(f"{error['field']} ")
-    assert reject["event"]
-
-
-BROKEN = {
-    "array not closed": (b"[" + GOOD % 1, "1: the file ends inside the array"),
-    "element not closed": (b"[" + GOOD % 1 + b',\n{"a": "', "2: the file ends inside events[1]"),
-    "no comma": (b"[" + GOOD % 1 + b" " + GOOD % 2 + b"]", "1: the comma or ] after events[0] is missing"),
-    "comma too many": (b"[" + GOOD % 1 + b",]", "1: events[1] is missing"),
-    "more after it": (b"[" + GOOD % 1 + b"]\n[]", "1: after the events: []"),
-    "bulk body not closed": (b'{"events": [' + GOOD % 1 + b"]", "1: after the events"),
-    "csv quote": (
-        b'event_id,event_name,external_customer_id\n1,call,cust\n2,call,"cust\n',
-        "3: cannot be read as CSV: a quote opens here and",
-    ),
-    "gzip cut off": (gzip.compress(GOOD % 1 + b"\n", 0)[:-8], " the gzip data is damaged or cut off"),
-}
-
-
-@table(("content", "problem"), BROKEN.values(), ids=BROKEN)
-def test_a_file_that_cannot_be_read_on_stops_even_an_import_that_skips(tmp_path, capsys, content, problem):
-    imported(tmp_path, content, "--skip-invalid", tmp_path / "rejects", status=1)
-    assert f"{tmp_path}/in:{problem}" in capsys.readouterr().err
-    assert stored_ids(tmp_path) == ["1"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
-@table("form", ["json", "ndjson", "csv"])
-def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path, form):
-    """The few ids keep the database small, and the groups are small: what would grow is what holds the file."""
-    report = ("import eventstore, sys; eventstore.GROUP_BYTES = eventstore.CHUNK_BYTES = 1 << 20; "
-              "eventstore.main(sys.argv[1:]); print(open('/proc/self/status').read())")  # fmt: skip
-    peaks = []
-    for number in (100, 5_000):
-        with (tmp_path / "in").open("w") as file:
-            file.write({"json": "[", "csv": "event_name,external_customer_id,event_id,properties.text\n"}.get(form, ""))
-            for each in range(number):
-                sent = event(f"{each % 100}", properties={"text": "x" * 5000})
-                line = f"call,cust,{each % 100},{'x' * 5000}\n" if form == "csv" else json.dumps(sent) + "\n"
-                file.write("," + line if form == "json" and each else line)
-            file.write("]" * (form == "json"))
-        done = run(sys.executable, "-c", report, "import", tmp_path / "in", "--db", tmp_path / "events.db", cwd=ROOT)
-        assert f"imported {number:,} events" in done.stderr
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024)
-    assert (tmp_path / "in").stat().st_size > 25_000_000
-    assert peaks[1] - peaks[0] < 12_000_000
-
-
-def test_an_import_and_a_server_share_a_file(tmp_path):
-    (tmp_path / "in.ndjson").write_bytes(lines_of(*[event(f"i{number}") for number in range(20_000)]))
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
-        process = subprocess.Popen([*SCRIPT, "import", "in.ndjson"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        sent = 0
-        while process.poll() is None:
-            assert client.post("/v1/events", json=event(f"s{sent}")).status_code == 202
-            sent += 1
-        assert "20,000 new" in process.stderr.read()
-        process.stderr.close()
-        assert sent > 0
-        assert total(client) == 20_000 + sent
-    assert "Error" not in live.log
-
-
-@table("filters", [{}, {"external_customer_id": "c1"}, {"event_name": "n2"}, {"event_id": "e7"}, {"source": "s0"},
-                   {"start_time": at(10)}, {"end_time": at(10)}, {"start_time": at(3), "end_time": at(9), "event_name": "n1"},
-                   {"property_filters": {"p": ["1", "2"], "q": ["x"]}}], ids=str)  # fmt: skip
-def test_export_filters_as_a_query_does_over_all_time_by_default(tmp_path_factory, filters):
-    folder = tmp_path_factory.getbasetemp() / "filtered"
-    if not folder.exists():
-        folder.mkdir()
-        with serving(folder) as client:
-            store(client, *[event(f"e{n}", event_name=f"n{n % 3}", external_customer_id=f"c{n % 4}", source=f"s{n % 2}",
-                                  timestamp=at(n), properties={"p": n % 5, "q": "x"}) for n in range(20)])  # fmt: skip
-    flags = dict(filters)
-    if "property_filters" in flags:
-        flags["property_filters"] = "p:1,2;q:x"
-    flags = itertools.chain.from_iterable((f"--{name.replace('_', '-')}", value) for name, value in flags.items())
-    found = [json.loads(line)["event_id"] for line in exported(folder, *flags).splitlines()]
-    with serving(folder) as client:
-        assert found == ids(client, "POST", **(EVER | filters), order="asc")
-    assert found
-
-
-def test_pages_of_an_export_meet_whatever_their_size_and_times(tmp_path, monkeypatch):
-    with serving(tmp_path) as client:
-        store(client, *[event(f"{n:03}", timestamp=at(n // 10), properties={"x": "y" * n}) for n in range(300)])
-    monkeypatch.setattr(eventstore, "PAGE_EVENTS", 7)
-    monkeypatch.setattr(eventstore, "GROUP_BYTES", 500)
-    assert stored_ids(tmp_path) == [f"{n:03}" for n in range(300)]
-
-
-def test_export_writes_rows_for_flexprices_own_table(tmp_path):
-    with serving(tmp_path) as client:
-        store(client, event("a", source="s", timestamp="2026-08-06T12:23:31.987654+05:30", properties={"n": "\u00e9"}))
-    assert json.loads(exported(tmp_path, "--tenant-id", "tenant_1", form="clickhouse")) == {
-        "id": "a", "tenant_id": "tenant_1", "environment_id": "development", "external_customer_id": "cust",
-        "event_name": "call", "customer_id": "", "source": "s", "timestamp": "2026-08-06 06:53:31.987",
-        "ingested_at": "2025-10-15 11:38:47.962", "properties": '{"n":"\u00e9"}'}  # fmt: skip
-
-
-def test_an_exported_file_appears_when_it_is_complete(tmp_path, capsys, monkeypatch):
-    imported(tmp_path, lines_of(event("a")))
-    (tmp_path / "out.ndjson").write_text("before")
-    for error, part in (
-        (KeyboardInterrupt(), "interrupted"),
-        (OSError(28, "No space left on device"), "No space left"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(eventstore, "ndjson", Mock(side_effect=error))
-            capsys.readouterr()
-            assert command_line("export", "--db", tmp_path / "events.db", "-o", tmp_path / "out.ndjson") == 1
-        assert re.fullmatch(rf"eventstore: .*{part}.*\n", capsys.readouterr().err)
-        assert (tmp_path / "out.ndjson").read_text() == "before"
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "in", "out.ndjson"]
-
-
-def test_standard_output_holds_data_only_and_may_be_closed_early(tmp_path):
-    imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(5000)]))
-    whole = run(*SCRIPT, "export", cwd=tmp_path, text=False)
-    assert whole.stdout == exported(tmp_path)
-    assert re.fullmatch(rb"eventstore: exported 5,000 events; .+ s\n", whole.stderr)
-    with subprocess.Popen([*SCRIPT, "export"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert b'"00000"' in process.stdout.readline()
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait(30)) == (b"", 1)
-    elsewhere = run(*SCRIPT, "export", "--environment", "production", cwd=tmp_path)
-    assert (elsewhere.returncode, elsewhere.stdout) == (0, "")
-    assert "events of development, too" in elsewhere.stderr
-
-
-@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo terminal")
-@table("missing", [False, True], ids=["tqdm", "no tqdm"])
-def test_on_a_terminal_a_bar_shows_how_far_it_is_if_tqdm_is_there(tmp_path, missing):
-    import fcntl
-    import pty
-    import termios
-
-    imported(tmp_path, lines_of(event("a"), event("b")))
-    code = f"import sys; {'sys.modules.update(tqdm=None);' * missing} import eventstore; sys.exit(eventstore.main())"
-    terminal, screen = pty.openpty()
-    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    try:
-        for arguments, shown in (("export -o out", "2.00/2.00"), ("import in --db new.db", "100%")):
-            done = run(sys.executable, "-c", code, *arguments.split(), cwd=tmp_path, capture_output=False, stderr=screen,
-                       stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-            written = os.read(terminal, 100_000).decode()
-            assert (done.returncode, done.stdout) == (0, "")
-            assert (shown in written) is not missing
-            assert "ported 2 events" in written
-    finally:
-        os.close(terminal)
-        os.close(screen)
-
-
-CANNOT_RUN = [  # arguments, what the message names
-    ("import missing.ndjson", "missing.ndjson"),
-    ("import folder", "folder"),
-    ("import in --db :memory:", ":memory:"),
-    ("import in --db text.db", "not a SQLite database"),
-    ("import in --skip-invalid in", "overwrite"),
-    ("import in --skip-invalid missing/rejects", "--skip-invalid"),
-    ("export --db missing.db", "missing.db"),
-    ("export --start-time yesterday", "--start-time must be RFC 3339"),
-    (
-        "export --start-time 2026-01-02T00:00:00Z --end-time 2026-01-01T00:00:00Z",
-        '--end-time is "2026-01-01T00:00:00Z", before --start-time "2026-01-02T00:00:00Z"',
-    ),
-    ("export --property-filters x", "--property-filters must look like"),
-    ("export --format clickhouse", "--tenant-id"),
-    ("export -o events.db", "events.db"),
-    ("export -o folder", "folder"),
-    ("replay --to ftp://host", "ftp://host"),
-    ("replay --to localhost:8080", "localhost:8080"),
-    ("replay --to http://host:99999", "99999"),
-    ("replay --to http://host/v1?key=1", "key=1"),
-    ("replay --to http://127.0.0.1:1", "FLEXPRICE_API_KEY"),
-    ("replay --to http://127.0.0.1:1 --api-key s\u00e9cret", "ASCII"),
-]
-
-
-@table(("arguments", "part"), CANNOT_RUN)
-def test_what_cannot_be_done_is_said_in_one_line_before_anything_is(tmp_path, capsys, monkeypatch, arguments, part):
-    imported(tmp_path, lines_of(event("a")))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "text.db").write_text("Dear diary, this is no database. " * 100)
-    before = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert command_line(*arguments.split()) == 2
-    output, message = capsys.readouterr()
-    assert (output, re.fullmatch(r"eventstore: .+\n", message) is not None) == ("", True), message
-    assert part in message
-    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == before
-
-
-class Target:
-    """An HTTP server before an application in this process; it can answer otherwise, and remembers what came."""
-
-    def __init__(self, folder: Path, *tricks: Callable[[BaseHTTPRequestHandler, bytes], bool]):
-        """A trick is asked about each request and says whether it dealt with it; one that did is not asked again."""
-        folder.mkdir(exist_ok=True)
-        self.folder, self.tricks, self.bodies, self.times, self.lock = folder, [*tricks], [], [], threading.Lock()
-        target = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["content-length"]))
-                with target.lock:
-                    target.bodies.append(body)
-                    target.times.append(time.monotonic())
-                    trick = target.tricks[0] if target.tricks else None
-                    if trick and trick(self, body):
-                        target.tricks.pop(0)
-                        return
-                answer = target.client.post(self.path, content=body, headers={"x-api-key": self.headers["x-api-key"]})
-                reply(self, answer.status_code, answer.content, **answer.headers)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> Target:
-        self.client = serving(self.folder)
-        self.client.__enter__()
-        threading.Thread(target=self.server.serve_forever, args=[0.01]).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.client.__exit__(None, None, None)
-
-    def ids_sent(self) -> list[list[str]]:
-        return [[sent["event_id"] for sent in json.loads(body)["events"]] for body in self.bodies]
-
-
-def reply(handler, status: int, body: bytes = b"", **headers: str) -> bool:
-    handler.send_response(status)
-    for name, value in ({"content-length": str(len(body))} | headers).items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.end_headers()
-    handler.wfile.write(body)
-    return True
-
-
-def drop(handler, _: bytes) -> bool:
-    handler.connection.shutdown(socket.SHUT_RDWR)
-    return True
-
-
-def replayed(folder: Path, url: str, *flags: object, key: str = KEY) -> int:
-    return command_line("replay", "--db", folder / "events.db", "--to", url, "--api-key", key, *flags)
-
-
-def a_source(folder: Path, number: int = 100) -> Path:
-    return imported(folder / "source", lines_of(*[event(f"{n:05}", timestamp=at(n)) for n in range(number)]))
-
-
-def test_a_replay_outlasts_429_500_and_broken_connections(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eventstore, "BACKOFF_BASE_S", 0.001)
-    source = a_source(tmp_path)
-    tricks = [lambda handler, _: reply(handler, 429, retry_after="1"), lambda handler, _: reply(handler, 500), drop,
-              lambda handler, _: reply(handler, 503, b"busy", retry_after="0"), drop]  # fmt: skip
-    with Target(tmp_path / "target", *tricks) as target:
-        assert replayed(source, f"{target.url}/v1/", "--batch-size", 10, "--concurrency", 1) == 0
-        assert target.times[1] - target.times[0] >= 1  # what Retry-After asked for
-        assert target.ids_sent()[5:] == [[f"{n:05}" for n in range(at, at + 10)] for at in range(0, 100, 10)]
-        assert target.ids_sent()[:5] == target.ids_sent()[5:6] * 5
-    assert re.search(r"sent 100 events: 100 accepted, 5 retried; .+ s\n$", capsys.readouterr().err)
-    assert exported(tmp_path / "target") == exported(source)
-
-
-@table(("text", "seconds"), [("7", 7), ("", 0), ("soon", 0), ("-5", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
-def test_retry_after_is_a_number_or_a_date(text, seconds):
-    assert eventstore.retry_after_s(text) == seconds
-    in_an_hour = (datetime.now(UTC) + timedelta(hours=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    assert 3000 < eventstore.retry_after_s(in_an_hour) <= 3600
-
-
-def test_a_refused_batch_stops_a_replay_which_goes_on_from_there_later(tmp_path, capsys):
-    source = a_source(tmp_path)
-    flags = ("--batch-size", 10, "--concurrency", 3)
-
-    def poisoned(handler, body: bytes) -> bool:
-        return b'"00045"' in body and reply(
-            handler, 400, b'{"message": "no poison", "details": {"errors": [{"message": "in 5"}]}}'
-        )
-
-    with Target(tmp_path / "target", poisoned) as target:
-        assert replayed(source, target.url, *flags, key="wrong") == 1
-        message = capsys.readouterr().err
-        assert "answered 401: the header x-api-key holds a key" in message
-        assert "(the key came from --api-key)" in message
-        assert replayed(source, target.url, *flags) == 1
-        message = capsys.readouterr().err
-        for part in ("answered 400: no poison (in 5)", '"00040" to "00049"', f"{(NOW + 39) * 1000}::00039"):
-            assert part in message
-        assert set(stored_ids(source)[:40]) <= set(ids(target.client, "POST", **EVER, page_size=1000))
-        del target.bodies[:]
-        assert replayed(source, f"{target.url}/v1", *flags) == 0
-        message = capsys.readouterr().err
-        assert "going on at cursor" in message
-        assert "40 events were accepted before (--restart starts over)" in message
-        assert sorted(itertools.chain(*target.ids_sent())) == [f"{n:05}" for n in range(40, 100)]
-        del target.bodies[:]
-        assert replayed(source, target.url, *flags, "--restart") == 0
-        assert len(target.bodies) == 10
-        assert "100 accepted (100 of them it had)" in capsys.readouterr().err
-    assert exported(tmp_path / "target") == exported(source)
-
-
-@table("status", [200, 301])
-def test_what_does_not_answer_202_is_no_target_and_a_redirect_gets_no_key(tmp_path, capsys, status):
-    source = a_source(tmp_path)
-    with Target(
-        tmp_path / "target", lambda handler, _: reply(handler, status, b"<p>hello", location="http://127.0.0.1:1/")
-    ) as target:
-        assert replayed(source, target.url) == 1
-        assert f"answered {status}: <p>hello - 202 was expected" in capsys.readouterr().err
-        assert len(target.bodies) == 1
-
-
-def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(eventstore, "BACKOFF_BASE_S", 0.001)
-    source = a_source(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    assert replayed(source, url, "--give-up-after-s", 0.2) == 1
-    message = capsys.readouterr().err
-    for part in ("no batch was accepted for 0.2 s (--give-up-after-s)", "cannot be reached", "cursor at the start"):
-        assert part in message
-    assert message.count("; trying again, for at most 0.2 s") == 1, "said at once, and not at each try"
-    assert not [*source.glob("*.replay-*")], "nothing was accepted: there is no progress to keep"
-
-
-@table("path", ["/v1/events", "/v1/events/bulk", "/v2/x", "/events", "/v1/x"])
-def test_a_target_is_a_base_url(tmp_path, capsys, path):
-    assert replayed(a_source(tmp_path), f"http://127.0.0.1:1{path}") == 2
-    assert "--to must be the base URL, with or without /v1 at its end" in capsys.readouterr().err
-
-
-@table(
-    "content",
-    [b"\x89PNG\r\n\x1a\n", b"event_name;external_customer_id\na;b\n", b"# Read me\n"],
-    ids=["PNG", "semicolons", "text"],
-)
-def test_what_has_no_format_is_refused_as_such(tmp_path, capsys, content):
-    imported(tmp_path, content, status=1)
-    assert (
-        "in:1: is neither NDJSON nor JSON nor CSV with known columns and commas: it starts" in capsys.readouterr().err
-    )
-
-
-def test_an_export_into_no_folder_cannot_start(tmp_path, capsys):
-    imported(tmp_path, lines_of(event("a")))
-    assert command_line("export", "--db", tmp_path / "events.db", "-o", tmp_path / "none" / "out") == 2
-    assert "none does not exist" in capsys.readouterr().err
-
-
-def test_events_stored_after_a_replay_began_are_sent_whatever_their_time(tmp_path, capsys):
-    source = a_source(tmp_path)
-
-    def store_more(handler, body: bytes) -> bool:
-        target.tricks.clear()
-        (source / "more").write_bytes(lines_of(event("older", timestamp=at(-5)), event("newer", timestamp=at(1000))))
-        assert run(*SCRIPT, "import", "more", cwd=source).returncode == 0
-        return False
-
-    with Target(tmp_path / "target") as target:
-        target.tricks.append(store_more)
-        assert replayed(source, target.url, "--batch-size", 10, "--concurrency", 1) == 0
-        assert exported(tmp_path / "target") == exported(source)
-        imported(source, lines_of(event("oldest", timestamp=at(-50)), event("last", timestamp=at(2000))))
-        del target.bodies[:]
-        assert replayed(source, target.url) == 0
-        assert target.ids_sent() == [["oldest", "last"]]
-        assert replayed(source, target.url) == 0
-        assert len(target.bodies) == 1
-    assert "sent 0 events: 0 accepted, 0 retried" in capsys.readouterr().err
-    assert exported(tmp_path / "target") == exported(source)
-
-
-def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(tmp_path, capsys):
-    source = a_source(tmp_path)
-    imported(source, lines_of(event("other", event_name="other", timestamp=at(1))))
-    with Target(tmp_path / "target") as target:
-        names = sorted(path.name for path in source.iterdir())
-        assert replayed(source, target.url, "--dry-run", "--batch-size", 40) == 0
-        assert f"would send 101 events in 3 requests to {target.url}/v1/events/bulk" in capsys.readouterr().err
-        assert (target.bodies, sorted(path.name for path in source.iterdir())) == ([], names)
-        assert replayed(source, target.url, "--event-name", "other") == 0
-        assert target.ids_sent() == [["other"]]
-        assert replayed(source, target.url) == 0
-        assert len(target.bodies) == 2
-        assert len([*source.glob("events.db.replay-????????????????.json")]) == 2
-        (source / "events.db").unlink()
-        imported(source, lines_of(event("new")))
-        assert replayed(source, target.url) == 2
-        assert "another database" in capsys.readouterr().err
-
-
-def test_a_request_holds_at_most_10_mb(tmp_path):
-    source = imported(
-        tmp_path / "source", lines_of(*[event(f"{n:02}", properties={"x": "y" * 1_500_000}) for n in range(20)])
-    )
-    with Target(tmp_path / "target") as target:
-        assert replayed(source, target.url, "--concurrency", 1) == 0
-        assert [len(sent) for sent in target.ids_sent()] == [6, 6, 6, 2]
-        assert max(map(len, target.bodies)) < 10_000_000
-
-
-def test_a_replay_that_is_killed_goes_on_where_it_was_sure(tmp_path):
-    sent = [event(f"{n:05}", timestamp=at(n * 7919 % 3000)) for n in range(3000)]
-    with Live(tmp_path / "source", "--api-key", KEY) as source, Live(tmp_path / "target", "--api-key", KEY) as target:
-        (tmp_path / "source" / "in.ndjson").write_bytes(lines_of(*sent))
-        assert run(*SCRIPT, "import", "in.ndjson", cwd=tmp_path / "source").returncode == 0
-        command = (*SCRIPT, "replay", "--to", target.url, "--batch-size", "10")
-        options = {"cwd": tmp_path / "source", "env": os.environ | {"FLEXPRICE_API_KEY": KEY}}
-        with source.client() as client:
-            store(client, event("over HTTP", timestamp=at(0)))
-        with target.client() as client:
-            for number, status, end in ((signal.SIGKILL, -9, 600), (signal.SIGINT, 1, 1200), (signal.SIGTERM, 1, 1800)):
-                refuse_to_write(tmp_path / "target", f"new.timestamp_us >= {NOW + end}")  # and it tries again
-                process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
-                eventually(lambda end=end: total(client) > end - 10)
-                process.send_signal(number)
-                message = process.communicate(timeout=30)[1]
-                assert process.returncode == status
-                lines = [line for line in message.splitlines() if "trying again" not in line]
-                assert len(lines) == (2 if status == 1 else 0)
-                if status == 1:
-                    assert re.match(
-                        r"eventstore: interrupted; .+ are accepted \(cursor .+; the same command", lines[-1]
-                    )
-                with closing(sqlite3.connect(tmp_path / "target" / "events.db")) as conn:
-                    conn.execute("DROP TRIGGER full")
-            assert total(client) < 1801
-        done = run(*command, **options)
-        assert done.returncode == 0
-        assert re.match(r"eventstore: going on at cursor \d+::\d+: 1,\d{3} events were accepted before", done.stderr)
-        accepted = int(re.search(r"sent .+: ([\d,]+) accepted", done.stderr)[1].replace(",", ""))
-        assert 1200 <= accepted < 1300
-        exports = [run(*SCRIPT, "export", cwd=tmp_path / name).stdout for name in ("source", "target")]
-        assert exports[0] == exports[1]
-        assert len(exports[0].splitlines()) == 3001
-
-
-def test_without_httpx_replay_says_what_to_install(tmp_path):
-    a_source(tmp_path)
-    code = "import sys; sys.modules['httpx'] = None; import eventstore; sys.exit(eventstore.main())"
-    done = run(sys.executable, "-c", code, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", cwd=tmp_path / "source",
-               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"eventstore: replay needs httpx: .+ -m pip install httpx.*\n", done.stderr)
-
-
-# ---------------------------------------------------------------------------------------------- the mock
-
-
-@pytest.fixture(scope="module")
-def shared_mock():
-    with eventstore.running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def mock(shared_mock):
-    shared_mock.reset()
-    return shared_mock
-
-
-@pytest.fixture
-def caller(mock):
-    with calling(mock) as client:
-        yield client
-
-
-def calling(server, key: str | None = None, **options) -> httpx.Client:
-    return httpx.Client(base_url=server.url, headers={"x-api-key": key or server.api_key}, **options)
-
-
-def send(client, event_id: str = "evt_1", **fields) -> httpx.Response:
-    return client.post("/events", json=event(event_id, **fields))
-
-
-def ids_in(server, **filters) -> list[str]:
-    return [stored["id"] for stored in server.events(**filters)]
-
-
-@pytest.mark.filterwarnings("error")
-@table("fails", [False, True], ids=["", "the block raises"])
-def test_a_running_server_answers_until_its_block_ends_and_leaves_nothing_behind(fails):
-    threads, files = set(threading.enumerate()), open_files()
-    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), eventstore.running_server() as server:
-        with calling(server) as client:
-            assert send(client).status_code == 202
-        assert ids_in(server) == ["evt_1"]
-        port = httpx.URL(server.url).port
-        opened = open_files() - files
-        assert opened
-        1 / (not fails)
-    assert set(threading.enumerate()) == threads
-    assert open_files() <= files
-    assert not any(os.path.exists(path) for path in opened if path.startswith(tempfile.gettempdir()))
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port))
-
-
-def open_files() -> set[str]:
-    """The files that this process has open."""
-    links = Path("/proc/self/fd")
-    if not links.exists():
-        pytest.skip("needs /proc to see open files")
-    targets = {os.readlink(link) for link in links.iterdir() if link.is_symlink()}
-    return {target for target in targets if target.startswith("/")}
-
-
-def test_several_servers_run_at_once_and_share_nothing():
-    with eventstore.running_server() as one, eventstore.running_server() as other:
-        other.fail(status=503, method="POST")
-        with calling(one) as client:
-            assert send(client).status_code == 202
-        with calling(other) as client:
-            assert send(client).status_code == 503
-        assert (ids_in(one), ids_in(other)) == (["evt_1"], [])
-
-
-def test_a_running_server_takes_keys_and_every_setting(tmp_path):
-    keys = {"first": "production", "second": "staging"}
-    with eventstore.running_server(api_keys=keys, clock=lambda: NOW, max_body_bytes=200) as server:
-        assert (server.api_key, server.api_keys) == ("first", keys)
-        with calling(server) as first, calling(server, "second") as second:
-            assert send(first, "1").status_code == send(second, "2").status_code == 202
-            assert send(first, "3", source="x" * 200).status_code == 400
-        assert [(stored["id"], stored["environment_id"]) for stored in server.events()] == [("1", "production")]
-        (of_second,) = server.events(environment="staging")
-        assert of_second["timestamp"] == "2025-10-15T11:38:47.962Z"
-    with pytest.raises(TypeError, match="colour"), eventstore.running_server(colour="red"):
-        pass
-
-
-def test_stored_events_are_plain_dicts_oldest_first_of_all_times_and_can_be_filtered(mock, caller):
-    sent = [
-        event(f"{number:04}", timestamp=at(-number * DAY_US), properties={"n": number % 2}) for number in range(1001)
-    ]
-    for some in (sent[:999], sent[999:]):
-        assert caller.post("/events/bulk", json={"events": some}).status_code == 202
-    assert ids_in(mock) == [f"{number:04}" for number in reversed(range(1001))]
-    assert len(ids_in(mock, property_filters={"n": ["1"]})) == 500
-    (found,) = mock.events(event_id="0003")
-    assert found == caller.get("/events/0003").json()["event"]
-    since = datetime.fromisoformat(at(-DAY_US))
-    assert ids_in(mock, start_time=since) == ["0001", "0000"]
-
-
-@table(("filters", "error", "part"), [
-    ({"colour": "red"}, TypeError, "no filter colour: it takes external_customer_id, "),
-    ({"page_size": 5}, TypeError, "no filter page_size"),
-    ({"start_time": "yesterday"}, ApiError, "start_time must be RFC 3339"),
-    ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
-    ({"event_name": 5}, ApiError, "Expected `str"),
-], ids=str)  # fmt: skip
-def test_a_filter_that_cannot_work_is_an_error_and_not_an_empty_list(mock, filters, error, part):
-    with pytest.raises(error, match=part):
-        mock.events(**filters)
-
-
-def test_a_misspelt_fault_is_an_error(mock):
-    with pytest.raises(TypeError, match="tmies"):
-        mock.fail(status=500, tmies=3)
-    assert mock.faults() == []
-
-
-def test_reset_forgets_events_and_faults(mock, caller):
-    send(caller)
-    mock.fail(status=500)
-    mock.reset()
-    assert (mock.events(), mock.faults()) == ([], [])
-    assert counts(send(caller)) == (1, 0)
-
-
-FAULTS = {  # what is asked for, what the client sees, how many of the two events are stored
-    "an error": ({"status": 500}, [(500, "internal_error"), (202, None)], 1),
-    "twice": ({"status": 502, "times": 2}, [(502, "bad_gateway"), (502, "bad_gateway")], 0),
-    "every field": ({"method": "POST", "path": "/v1/events", "times": 1, "status": 429, "retry_after_s": 1,
-                     "delay_ms": 1, "stored": False}, [(429, "too_many_requests"), (202, None)], 1),
-    "any case of the method": ({"method": "post", "status": 503}, [(503, "service_unavailable"), (202, None)], 1),
-    "another path": ({"path": "/v1/events/bulk", "status": 504}, [(202, None), (202, None)], 2),
-    "another method": ({"method": "GET", "status": 504}, [(202, None), (202, None)], 2),
-    "stored, answer lost": ({"status": 504, "stored": True}, [(504, "gateway_timeout"), (202, None)], 2),
-    "accepted and lost": ({"status": 202, "stored": False}, [(202, None), (202, None)], 1),
-    "slow": ({"delay_ms": 1}, [(202, None), (202, None)], 2),
-}  # fmt: skip
-
-
-@table("how", ["HTTP", "Python"])
-@table(("fault", "answers", "stored"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_what_the_next_matching_requests_get(mock, caller, how, fault, answers, stored):
-    if how == "Python":
-        mock.fail(**fault)
-    else:
-        waiting = caller.post("../_mock/faults", json=fault)
-        assert waiting.status_code == 200, waiting.text
-        assert waiting.json() == caller.get("../_mock/faults").json() == {"faults": mock.faults()}
-    assert len(mock.faults()) == 1
-    for number, (status, code) in enumerate(answers):
-        answer = send(caller, f"evt_{number}")
-        assert answer.headers.get("retry-after") == ("1" if status == 429 else None)
-        if code:
-            refused(answer, status, code)
-        else:
-            assert (answer.status_code, answer.json()["event_id"]) == (202, f"evt_{number}")
-    assert len(mock.events()) == stored
-    assert len(mock.faults()) == (
-        1 if fault.get("path", "/v1/events") != "/v1/events" or fault.get("method") == "GET" else 0
-    )
-
-
-def test_faults_are_consumed_in_order_each_by_its_own_requests(mock, caller):
-    mock.fail(method="GET", status=500)
-    mock.fail(path="/v1/events/bulk", status=502)
-    mock.fail(status=503, times=2)
-    mock.fail(path="/v1/events/evt%5F1", status=504)
-    assert [fault["times"] for fault in mock.faults()] == [1, 1, 2, 1]
-    assert [send(caller).status_code for _ in range(3)] == [503, 503, 202]
-    assert caller.post("/events/bulk", json={"events": [event()]}).status_code == 502
-    assert [caller.get("/events/evt_1").status_code for _ in range(3)] == [500, 504, 200]
-    assert mock.faults() == []
-
-
-def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
-    with eventstore.running_server(api_keys={"a": "one", "b": "two"}) as server:
-        with calling(server, "a") as of_one, calling(server, "b") as of_two:
-            of_one.post("../_mock/faults", json={"status": 500, "times": 2})
-            assert of_two.get("../_mock/faults").json() == {"faults": []}
-            assert [of_two.get("/events").status_code, of_one.get("../health").status_code] == [200, 200]
-            assert of_one.get("/events").status_code == 500
-            assert of_two.delete("../_mock/faults").json() == {"deleted": 0}
-            assert of_one.delete("../_mock/faults").json() == {"deleted": 1}
-            assert of_one.get("/events").status_code == 200
-            server.fail(status=500)  # whatever the key
-            assert of_two.delete("../_mock/faults").json() == {"deleted": 1}
-            send(of_one)
-            send(of_two)
-            assert of_one.delete("../_mock/events").json() == {"deleted": 1}
-        assert (server.events(), len(server.events(environment="two"))) == ([], 1)
-
-
-def test_a_stored_event_whose_answer_was_lost_is_not_counted_twice_by_the_retry(mock, caller):
-    mock.fail(status=500, stored=True)
-    assert send(caller).status_code == 500
-    assert counts(send(caller)) == (0, 1)
-    assert ids_in(mock) == ["evt_1"]
-
-
-def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(caplog):
-    with eventstore.running_server() as server:
-        server.fail(method="POST", delay_ms=600_000)
-        with pytest.raises(httpx.ReadTimeout), calling(server, timeout=httpx.Timeout(30, read=0.05)) as impatient:
-            send(impatient)
-        eventually(lambda: ids_in(server) == ["evt_1"])
-    assert "Traceback" not in caplog.text
-
-
-def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
-    with ThreadPoolExecutor() as pool:
-        with eventstore.running_server() as server:
-            server.fail(method="POST", delay_ms=600_000)
-            client = calling(server, timeout=60)
-            answer = pool.submit(send, client)
-            eventually(lambda: ids_in(server) == ["evt_1"])
-        assert answer.result().status_code == 202
-        client.close()
-
-
-@table("fault", [{"status": 500, "stored": True}, {"status": 202}], ids=str)
-def test_a_fault_does_not_make_a_bad_request_good(mock, caller, fault):
-    mock.fail(**fault)
-    refused(send(caller, timestamp="yesterday"), part="timestamp")
-    assert mock.events() == []
-
-
-BAD_FAULTS = {
-    "nothing": ({}, "status or delay_ms is required"),
-    "no such status": ({"status": 418}, 'status must be one of 202, 429, 500, 502, 503, 504, got "418"'),
-    "a status in words": ({"status": "500"}, "status must be an integer, got"),
-    "no such path": ({"status": 500, "path": "/v1/customers"}, 'path must be a path of this API (/v1/events, '),
-    "a path of the mock": ({"status": 500, "path": "/_mock/faults"}, "path must be a path of this API"),
-    "a path without a key": ({"status": 500, "path": "/health"}, "path must be a path of this API"),
-    "no such method": ({"status": 500, "method": "BREW"}, "method must be one that this path takes"),
-    "not with this path": ({"status": 500, "method": "DELETE", "path": "/v1/events"}, 'got "DELETE"'),
-    "a query cannot be stored": ({"status": 500, "method": "GET", "stored": True}, "only POST /v1/events and POST"),
-    "a query cannot be accepted": ({"status": 202, "path": "/v1/events/query"}, "status must be another"),
-    "no fault": ({"status": 202, "stored": True}, "stored must be false with status 202"),
-    "lost how?": ({"delay_ms": 5, "stored": False}, "stored must not be false without a status"),
-    "never": ({"status": 500, "times": 0}, "times must be 1 to 1000000, got 0"),
-    "into the past": ({"delay_ms": -1}, "delay_ms must be 0 to 600000, got -1"),
-    "for ever": ({"delay_ms": 600_001}, "delay_ms must be 0 to 600000, got 600001"),
-    "an hour later": ({"delay_ms": 1, "retry_after_s": 3600}, "retry_after_s goes with an error status only"),
-    "not of an error": ({"status": 202, "retry_after_s": 1}, "retry_after_s goes with an error status only"),
-    "a template": ({"status": 500, "path": "/v1/events/{id}"}, "path must be one path, no query string, an id in place"),
-    "a query": ({"status": 500, "path": "/v1/events/lookup?id=1"}, "path must be one path, no query string"),
-    "not an integer": ({"status": 429, "retry_after_s": 0.5}, "retry_after_s must be an integer"),
-}  # fmt: skip
-
-
-@table(("fault", "part"), BAD_FAULTS.values(), ids=BAD_FAULTS)
-def test_a_malformed_fault_is_refused_and_not_queued(mock, caller, fault, part):
-    refused(caller.post("../_mock/faults", json=fault), part=part)
-    with pytest.raises(ApiError):
-        mock.fail(**fault)
-    assert mock.faults() == []
-
-
-@table(
-    ("content", "part"),
-    [("", "empty"), ("[]", "body must be an object, got []"), ('{"stauts": 500}', "stauts is no field")],
-)
-def test_what_is_no_fault_is_refused(mock, caller, content, part):
-    refused(caller.post("../_mock/faults", content=content), part=part)
-    assert mock.faults() == []
-
-
-@table("method", ["GET", "POST", "DELETE"])
-@table("path", ["/_mock/events", "/_mock/faults"])
-def test_without_the_flag_there_is_no_mock(client, method, path):
-    with stores_nothing(client):
-        refused(client.request(method, path, json={"status": 500}), 404, "not_found", "started with --mock")
-
-
-def test_the_mock_needs_a_key_and_a_known_route(mock, caller):
-    refused(httpx.delete(mock.url.replace("/v1", "/_mock/events")), 401, "unauthorized")
-    refused(caller.get("../_mock/events"), 405, "method_not_allowed", "allowed: DELETE")
-    refused(caller.get("../_mock/nothing"), 404, "not_found", "POST /_mock/faults")
-    assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
-
-
-def test_serve_with_the_flag_opens_the_mock_and_keeps_the_number_of_events_right(tmp_path):
-    flags = ("--api-key", KEY, "--api-key", f"{STAGING_KEY}=staging", "--db", "events.db", "--mock")
-    with Live(tmp_path, *flags) as live, live.client() as client, live.client(STAGING_KEY) as staging:
-        assert "/_mock/events" in live.banner
-        store(client, event("1"), event("2"), event("3"))
-        store(staging, event("1"))
-        assert client.delete("/_mock/events").json() == {"deleted": 3}
-        assert client.post("/_mock/faults", json={"status": 503, "retry_after_s": 7}).status_code == 200
-        refused(client.get("/v1/events"), 503, "service_unavailable")
-        assert (total(client), total(staging)) == (0, 1)
-        live.stop()
-    with Live(tmp_path, *flags) as live:
-        assert "events.db (1 events)" in live.banner
-
-
-LAG_MS = 1500
-
-
-@pytest.fixture
-def lagging(tmp_path):
-    """A server whose events are seen late, and its clock."""
-    clock = Mock(return_value=NOW)
-    with serving(tmp_path, visibility_lag_ms=LAG_MS, clock=clock) as client:
-        yield client, clock
-
-
-def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(lagging):
-    client, clock = lagging
-    seen = {
-        "list": lambda: len(page(client)["events"]),
-        "query": lambda: total(client),
-        "lookup": lambda: int(client.get("/v1/events/lookup", params={"id": "1"}).status_code == 200),
-        "usage": lambda: int(usage(client)["value"]),
-        "monitoring": lambda: client.get("/v1/events/monitoring").json()["total_count"],
-    }
-    assert counts(store(client, event("1", timestamp=at(-1)))) == (1, 0)
-    for after_us, number in [(0, 0), (LAG_MS * 1000 - 1, 0), (LAG_MS * 1000, 1), (DAY_US - 10, 1)]:
-        clock.return_value = NOW + after_us
-        assert {name: ask() for name, ask in seen.items()} == dict.fromkeys(seen, number)
-    assert counts(store(client, event("1"))) == (0, 1)
-
-
-def test_the_lag_counts_from_when_an_event_came_and_not_from_when_it_happened(lagging):
-    client, clock = lagging
-    clock.return_value = NOW + LAG_MS * 1000
-    store(client, event("old", timestamp=at(-DAY_US)))
-    assert ids(client) == []
-
-
-def test_monitoring_counts_what_is_not_visible_yet(lagging):
-    client, clock = lagging
-    store(client, event(), event())
-    clock.return_value += 1_000_000
-    store(client, event())
-    lag = []
-    for _ in range(4):
-        lag.append(client.get("/v1/events/monitoring").json()["consumption_lag"])
-        clock.return_value += 500_000
-    assert lag == [3, 1, 1, 0]
-    refused(client.get("/v1/events/monitoring", headers={"x-api-key": "unknown"}), 401, "unauthorized")
-    of_staging = client.get("/v1/events/monitoring", headers={"x-api-key": STAGING_KEY})
-    assert of_staging.json()["consumption_lag"] == 0
-
-
-def test_the_server_does_not_import_pytest():
-    code = "import sys, eventstore; server = eventstore.running_server(); server.__enter__(); print('pytest' in sys.modules)"
-    assert run(sys.executable, "-c", code, cwd=ROOT).stdout == "False\n"
-
-
-def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
-    pytester.makepyfile(
-        """
-        import os, urllib.request
-
-        import pytest
-
-        def application_code(event_id):
-            body = ('{"event_name": "call", "external_customer_id": "cust", "event_id": "%s"}' % event_id).encode()
-            headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
-            urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
-
-        servers = []
-
-        @pytest.mark.parametrize("event_id", ["one", "two"])
-        def test_each_starts_empty(flexprice, event_id):
-            assert flexprice.events() == flexprice.faults() == []
-            application_code(event_id)
-            assert [event["id"] for event in flexprice.events()] == [event_id]
-            flexprice.fail(status=500)
-            servers.append(flexprice.url)
-
-        def test_there_is_one_server_for_the_run(flexprice):
-            assert set(servers) == {flexprice.url}
-
-        def test_the_environment_is_as_before_without_it():
-            assert "FLEXPRICE_API_HOST" not in os.environ and "FLEXPRICE_API_KEY" not in os.environ
-        """
-    )
-    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=4)
-
-
-def retrying():
-    from flexprice.utils import BackoffStrategy, RetryConfig
-
-    return RetryConfig("backoff", BackoffStrategy(1, 10, 1.5, 20_000, jitter_ms=0), True)
-
-
-RETRIED = {
-    "429 with Retry-After": [{"status": 429, "retry_after_s": 1}],
-    "500 thrice": [{"status": 500, "times": 3}],
-    "stored, the answer lost": [{"status": 500, "stored": True}],
-    "one after the other": [{"status": 502}, {"status": 503, "stored": True}, {"status": 504}],
-}
-
-
-@table("way", ["sync", "async", "bulk"])
-@table("faults", RETRIED.values(), ids=RETRIED)
-def test_the_retries_of_the_official_sdk_end_with_exactly_one_event(mock, faults, way):
-    from flexprice import Flexprice
-
-    for fault in faults:
-        mock.fail(method="POST", **fault)
-    sdk = Flexprice(server_url=mock.url, api_key_auth=mock.api_key, retry_config=retrying())
-    one = {"event_name": "call", "external_customer_id": "cust", "event_id": "evt_1"}
-
-    async def ingest() -> object:
-        async with sdk:
-            return await sdk.events.ingest_event_async(**one)
-
-    if way == "async":
-        asyncio.run(ingest())
-    else:
-        with sdk:
-            sdk.events.ingest_event(**one) if way == "sync" else sdk.events.ingest_events_bulk(events=[one])
-    assert mock.faults() == []
-    assert ids_in(mock) == ["evt_1"]
-
-
-# ---------------------------------------------------------------------------------------------- the benchmark
-
-QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
-
-
-def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
-    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
-    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
-    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in benchmark.ROWS]
-    assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
-    assert list(tmp_path.iterdir()) == []
-
-
-@table("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
-    process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-    with process:
-        assert any("single events" in line for line in process.stderr)
-        (folder,) = tmp_path.iterdir()
-        assert [path.suffix for path in folder.glob("*.db")] == [".db"]
-        process.send_signal(number)
-        process.stderr.read()  # ends when its servers have ended, too
-        assert process.wait(60) == 130
-    assert list(tmp_path.iterdir()) == []
-
-
-@table(
-    ("later", "verdict"),
-    [
-        ({}, []),
-        ({"RSS MB": 103, "page p99 ms": 20, "WAL MB": 60}, []),
-        ({"RSS MB": 130}, ["RSS MB went from 100 to 130"]),
-        ({"WAL MB": 100}, ["WAL MB went from 64.0 to 100"]),
-        ({"handles": 50}, ["handles went from 40.0 to 50.0"]),
-        ({"page p99 ms": 40}, ["page p99 ms went from 20.0 to 40.0"]),
-        ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
-    ],
-)
-def test_the_soak_names_what_did_not_stay_flat(later, verdict):
-    warm = {"events/s": 2000, "RSS MB": 100, "WAL MB": 64, "handles": 40} | dict.fromkeys(benchmark.P99S, 20)
-    cold = dict.fromkeys(warm, 1)
-    assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
-
-
-# ---------------------------------------------------------------------------------------------- the event debugger
-
-no_browser = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs a browser: apt-get install chromium chromium-driver",
-)
-DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
-
-
-class Debugger:
-    """The page in a real browser, as a person at its screen and keyboard has it."""
-
-    def __init__(self):
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "no-proxy-server"):
-            options.add_argument(f"--{flag}")
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-        self.look()
-
-    def look(self, width: int = 1280, height: int = 800, scheme: str = "light") -> None:
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-
-    def open(self, url: str) -> None:
-        self.driver.execute_cdp_cmd("Page.navigate", {"url": "about:blank"})
-        self.driver.get(url)
-
-    def ask(self, script: str, *arguments: object) -> Any:
-        return self.driver.execute_script(f"return {script}", *arguments)
-
-    def find(self, selector: str):
-        return self.driver.find_element("css selector", selector)
-
-    def text(self, selector: str) -> str:
-        return self.ask("document.querySelector(arguments[0])?.textContent ?? ''", selector)
-
-    def texts(self, selector: str) -> list[str]:
-        return self.ask("[...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector)
-
-    def click(self, selector: str) -> None:
-        self.find(selector).click()
-
-    def press(self, *keys: str) -> None:
-        from selenium.webdriver import ActionChains
-
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def fill(self, selector: str, text: str) -> None:
-        """What a person types, key by key, and then leaves the field."""
-        field = self.find(selector)
-        field.clear()
-        field.send_keys(text)
-        self.ask("document.activeElement.blur()")
-
-    def ids(self) -> list[str]:
-        return self.texts(".row .id")
-
-    def shows(self, *event_ids: str) -> None:
-        eventually(lambda: self.ids() == list(event_ids))
-
-    def opens(self, selector: str, part: str) -> None:
-        eventually(lambda: part in self.text(selector))
-
-    def pasted(self) -> str:
-        """What is in the clipboard."""
-        from selenium.webdriver.common.keys import Keys
-
-        self.click("#send")
-        self.find("#send-input").clear()
-        self.find("#send-input").send_keys(Keys.CONTROL, "v")
-        text = self.ask("document.getElementById('send-input').value")
-        self.click("#send-dialog .close")
-        return text
-
-    def complaints(self, but: str = "the server responded with a status of 4") -> list[str]:
-        """What the browser's console says, but for the answers that a test provokes; reading it empties it."""
-        return [line["message"] for line in self.driver.get_log("browser") if but not in line["message"]]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """A browser, and a server with a fresh environment for each test, whose key the link of the banner would have."""
-    keys = [f"key-{number}" for number in range(40)]
-    flags = itertools.chain.from_iterable(("--api-key", f"{key}={key}-s") for key in keys)
-    with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
-        debugger = Debugger()
-        debugger.live, debugger.keys = live, keys
-        yield debugger
-        debugger.driver.quit()
-        assert "Traceback" not in live.log
-
-
-@pytest.fixture
-def debugger(browser):
-    """The debugger as its link opens it; `client` is one with the same key."""
-    browser.key = browser.keys.pop()
-    with browser.live.client(browser.key) as browser.client:
-        browser.complaints()
-        browser.look()
-        browser.open(f"{browser.live.url}/#key={browser.key}")
-        browser.opens("#pulse", "Live")
-        yield browser
-        assert browser.complaints() == []
-
-
-def ago(seconds: float = 0) -> str:
-    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
-
-
-def some(count: int, **fields) -> list[dict]:
-    """Events of the last minutes, the oldest first: e0000, e0001 ..."""
-    return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]
-
-
-def test_the_page_is_small_whole_and_sets_nothing_as_markup():
-    assert len(DEBUGGER.encode()) < 50_000
-    foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
-    assert re.findall(foreign, DEBUGGER) == []
-    markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
-    assert re.findall(markup, DEBUGGER) == []
-    assert re.findall(r"<[^>]*\s(?:style|on\w+)=", DEBUGGER) == []
-
-
-@table("method", ["GET", "HEAD"])
-def test_the_page_needs_no_key_and_lets_nothing_foreign_in(shared, method):
-    response = TestClient(shared.app).request(method, "/")
-    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert response.text == (DEBUGGER if method == "GET" else "")
-    policy = dict(part.split(" ", 1) for part in response.headers["Content-Security-Policy"].split("; "))
-    for kind in ("script", "style"):
-        assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy.pop(f"{kind}-src"))
-    assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
-                      "form-action": "'none'", "frame-ancestors": "'none'"}  # fmt: skip
-    expected = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-cache"}  # fmt: skip
-    assert {name: response.headers.get(name) for name in expected} == expected
-
-
-@no_browser
-def test_the_key_of_the_link_leaves_the_address_bar_and_stays_for_the_session(debugger):
-    assert debugger.driver.current_url == f"{debugger.live.url}/"
-    debugger.driver.refresh()
-    debugger.opens("#pulse", "Live")
-    assert debugger.key not in debugger.live.log + debugger.driver.page_source
-
-
-@no_browser
-def test_without_a_key_or_with_a_wrong_one_it_asks_and_keeps_the_filters(debugger):
-    store(debugger.client, event("a", source="app"), event("b"))
-    debugger.ask("sessionStorage.clear()")
-    debugger.open(f"{debugger.live.url}/?source=app")
-    eventually(lambda: debugger.ask("document.getElementById('key-dialog').open"))
-    for key, answer in (("wrong", "a key that this server does not know"), ("s\u00e9cret", "ASCII")):
-        debugger.fill("#key-input", key)
-        debugger.click("#key-form .main")
-        debugger.opens("#key-fault", answer)
-    debugger.fill("#key-input", debugger.key)
-    debugger.click("#key-form .main")
-    debugger.shows("a")
-    assert debugger.driver.current_url == f"{debugger.live.url}/?source=app"
-
-
-@no_browser
-def test_new_events_appear_by_themselves_and_marked_even_those_a_little_late(debugger):
-    store(debugger.client, event("first", timestamp=ago(5)))
-    debugger.shows("first")
-    store(debugger.client, event("second", timestamp=ago(1)))
-    debugger.shows("second", "first")
-    store(debugger.client, event("late", timestamp=ago(3)), event("third", timestamp=ago()))
-    debugger.shows("third", "second", "late", "first")
-    assert {"third", "second", "late"} <= set(debugger.texts(".row.new .id"))
-    debugger.click("#pause")
-    store(debugger.client, event("unseen"))
-    polls = "performance.getEntriesByType('resource').filter((one) => one.name.endsWith('/health')).length"
-    before = debugger.ask(polls)
-    eventually(lambda: debugger.ask(polls) > before + 1)
-    assert (debugger.text("#pulse"), debugger.ids()[0]) == ("Paused", "third")
-    debugger.click("#pause")
-    debugger.shows("unseen", "third", "second", "late", "first")
-
-
-@no_browser
-def test_filters_are_in_the_address_and_a_link_reproduces_the_view(debugger):
-    events = [event("a", source="app", properties={"region": "eu", "city": "Paris, France"}), event("b", source="app"),
-              event("c", event_name="other", external_customer_id="cust 2", properties={"region": "us", "n": 0.5})]  # fmt: skip
-    store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
-    for field, text, found in (
-        ("source", "app", ["b", "a"]), ("event_name", "other", ["c"]), ("external_customer_id", "cust 2", ["c"]),
-        ("event_id", "b", ["b"]), ("property_filters", "region:eu,us", ["c", "a"]),
-        ("property_filters", '{"city": ["Paris, France"]}', ["a"]), ("property_filters", "region:eu,us;n:0.5", ["c"]),
-    ):  # fmt: skip
-        debugger.shows("c", "b", "a")
-        debugger.fill(f"#{field}", text)
-        debugger.shows(*found)
-        address = debugger.driver.current_url
-        assert urllib.parse.parse_qs(urllib.parse.urlsplit(address).query) == {field: [text]}
-        debugger.click("#clear")
-    debugger.open(address + "&external_customer_id=cust%202&range=1h")
-    debugger.shows("c")
-    fields = "[...document.querySelectorAll('#query input, #query select')].map((field) => field.value)"
-    assert debugger.ask(fields) == ["cust 2", "", "", "", "region:eu,us;n:0.5", "1h", "", ""]
-    debugger.click("#clear")
-    debugger.shows("c", "b", "a")
-    debugger.driver.back()
-    debugger.shows("c")
-
-
-@no_browser
-def test_a_click_on_a_value_filters_by_it(debugger):
-    events = [event("a", source="app", properties={"city": "Paris, France", "n": 1}), event("b", properties={"n": 2})]
-    store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
-    for selector, parameter, value in (
-        (".source .value", "source", "app"), (".row:last-child .id .value", "event_id", "a"),
-        (".row:last-child .brief .value", "property_filters", '{"city":["Paris, France"]}'),
-        (".row:last-child .brief .value:last-child", "property_filters", "n:1"),
-    ):  # fmt: skip
-        debugger.shows("b", "a")
-        debugger.click(selector)
-        debugger.shows("a")
-        assert urllib.parse.parse_qs(urllib.parse.urlsplit(debugger.driver.current_url).query) == {parameter: [value]}
-        debugger.click("#clear")
-
-
-@no_browser
-def test_what_the_api_refuses_is_said_beside_its_field_once(debugger):
-    for field, text in (("property_filters", "abc"), ("property_filters", "{"), ("start_time", "yesterday")):
-        parameters = {field: text} | ({"range": "own"} if field == "start_time" else {})
-        debugger.open(f"{debugger.live.url}/?{urllib.parse.urlencode(parameters)}")
-        debugger.opens(f"#{field}-fault", f"{field} must ")
-        assert debugger.ask("document.getElementById(arguments[0]).ariaInvalid", field) == "true"
-    refusals = debugger.live.log.count("/v1/events/usage: 400")
-    debugger.open(f"{debugger.live.url}/?view=usage")
-    debugger.opens("#event_name-fault", "event_name is required")
-    eventually(lambda: debugger.ask("performance.now() > 3 * POLL_MS"))  # time enough to ask again
-    assert debugger.live.log.count("/v1/events/usage: 400") == refusals + 1
-
-
-@no_browser
-def test_scrolling_reaches_the_last_of_1000_events_with_few_rows_in_the_document(debugger):
-    store(debugger.client, *some(1000))
-    debugger.open(f"{debugger.live.url}/")
-    eventually(debugger.ids)
-    seen = set(debugger.ids())
-
-    def scroll_on() -> bool:
-        debugger.ask("document.getElementById('scroll').scrollBy(0, 600)")
-        debugger.ask("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
-        seen.update(debugger.ids())
-        assert debugger.ask("document.querySelectorAll('.row').length") < 60
-        return "e0000" in seen
-
-    eventually(scroll_on)
-    assert sorted(seen) == [f"e{number:04}" for number in range(1000)]
-    debugger.opens("#foot", "These are all: 1,000 events.")
-    store(debugger.client, event("new"))
-    debugger.opens("#newest", "1 new event")
-    debugger.click("#newest")
-    eventually(lambda: debugger.ids()[:2] == ["new", "e0999"])
-
-
-@no_browser
-def test_of_very_many_events_a_stretch_is_held_and_the_way_back_is_the_same(debugger):
-    for at in range(0, 12_000, 1000):
-        numbers = range(at, at + 1000)
-        store(debugger.client, *(event(f"e{number:05}", timestamp=ago(6000 - number / 10)) for number in numbers))
-    debugger.open(f"{debugger.live.url}/")
-
-    def reaches(event_id: str, end: int) -> Callable[[], bool]:
-        def scroll() -> bool:
-            debugger.ask("document.getElementById('scroll').scrollTo(0, arguments[0])", end)
-            return event_id in debugger.ids()
-
-        return scroll
-
-    eventually(reaches("e00000", 10**9))
-    assert debugger.ask("state.events.length") == 10_000
-    eventually(reaches("e11999", 0))
-    assert debugger.ask("state.events.length") <= 10_000
-    held = debugger.ask("state.events.map((event) => event.id)")
-    assert held == [f"e{number:05}" for number in range(11_999, 11_999 - len(held), -1)]
-    store(debugger.client, event("new"))
-    eventually(lambda: debugger.ids()[0] == "new")
-
-
-EXACT = '{"price": 0.10, "big": 12345678901234567890, "it\'s": {"2": [1E+2, -0.0, "\\u0000\\\\"], "1": {}}, "no": null}'
-
-
-@no_browser
-def test_an_event_is_shown_and_copied_whole_to_the_last_digit(debugger):
-    raw = '{"event_name": "call", "external_customer_id": "o\'neil", "event_id": "it\'s $(1) `2` %%", "properties": %s}'
-    raw = raw.replace("%s", EXACT)
-    assert debugger.client.post("/v1/events", content=raw).status_code == 202
-    eventually(debugger.ids)
-    debugger.click(".row .time")
-    tree = debugger.text("#tree")
-    for part in ("price: 0.10", "big: 12345678901234567890", "it's {2}", "2 [3]", "0: 1E+2", "1: -0.0", "no: null"):
-        assert part in tree
-    debugger.driver.set_permissions("clipboard-write", "granted")
-    copied = []
-    for number in range(1, 4):
-        button = f"#detail .actions + .actions button:nth-child({number})"
-        debugger.click(button)
-        debugger.opens(button, "Copied")
-        copied.append(debugger.pasted())
-    as_json, query, send = copied
-    stored = json.loads(as_json, parse_float=str, parse_int=str)
-    sent = json.loads(raw, parse_float=str, parse_int=str)
-    assert (stored["id"], stored["properties"]) == (sent["event_id"], sent["properties"])
-    if not (shutil.which("bash") and shutil.which("curl")):
-        return
-    environ = os.environ | {"FLEXPRICE_API_KEY": debugger.key}
-    found, again = (run("bash", "-c", line, env=environ).stdout for line in (query, send))
-    assert json.loads(found, parse_float=str, parse_int=str)["event"] == stored
-    assert json.loads(again)["event_id"] == sent["event_id"]
-    assert len(debugger.ids()) == 1
-
-
-@no_browser
-def test_a_test_event_is_stored_or_known_or_refused_field_by_field(debugger):
-    debugger.click("#send")
-    event_id = json.loads(debugger.ask("document.getElementById('send-input').value"))["event_id"]
-    for outcome in ("202 stored", "202 duplicate: the first one with this id stays"):
-        debugger.click("#send-form .main")
-        debugger.opens("#answer", outcome)
-    debugger.shows(event_id)
-    for body, parts in (('{"timestamp": "yesterday"}', ["event_name: event_name is required", "timestamp: timestamp must be RFC 3339"]),
-                        ("{", ["400", "not valid JSON"])):  # fmt: skip
-        debugger.fill("#send-input", body)
-        debugger.click("#send-form .main")
-        for part in parts:
-            debugger.opens("#answer", part)
-    debugger.click("#send-dialog .close")
-    debugger.shows(event_id)
-
-
-MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-
-
-@no_browser
-def test_markup_in_an_event_is_text_everywhere(debugger):
-    fields = dict.fromkeys(("event_name", "external_customer_id", "customer_id", "source", "event_id"), MARKUP)
-    properties = {MARKUP: MARKUP, "deep": {MARKUP: [MARKUP]}}
-    assert debugger.client.post("/v1/events", json={**fields, "properties": properties}).status_code == 202
-    debugger.shows(MARKUP)
-    assert debugger.ask("[...document.querySelectorAll('.row .value')].map((node) => node.textContent)") == [MARKUP] * 5
-    debugger.click(".row .time")
-    assert debugger.text("#detail h2") == MARKUP
-    assert debugger.text("#tree").count(MARKUP) == 4
-    debugger.click(".row .name .value")
-    debugger.opens("#in-use", "(1)")
-    debugger.ask("changed(state.view = 'usage')")
-    debugger.opens("#usage-says", "COUNT")
-    assert debugger.ask("document.querySelectorAll('img, script:not(:first-of-type)').length") == 0
-    assert debugger.driver.title == "Event debugger"  # an alert would not let itself be ignored
-
-
-@no_browser
-def test_a_server_that_went_away_is_missed_and_found_again(browser, tmp_path):
-    browser.look()
-    with Live(tmp_path) as live:
-        link, key = re.search(r"http\S+/#key=(\S+)", live.banner).group(0, 1)
-        with live.client(key) as client:
-            store(client, event("before", timestamp=ago(5)))
-        browser.open(link)
-        browser.shows("before")
-        assert live.stop() == 0
-    browser.opens("#notice", "The server does not answer. Next try in ")
-    assert browser.text("#pulse") == "Reconnecting"
-    with Live(tmp_path, "--port", live.port, "--api-key", key) as live, live.client(key) as client:
-        store(client, event("after"))
-        browser.shows("after", "before")
-        eventually(lambda: (browser.text("#notice"), browser.text("#pulse")) == ("", "Live"))
-        assert key not in browser.driver.current_url
-        browser.open("about:blank")
-    assert browser.complaints("net::ERR_CONNECTION_REFUSED") == []
-
-
-@no_browser
-def test_the_histogram_counts_narrows_and_widens(debugger):
-    from selenium.webdriver import ActionChains
-
-    for hours in (1, 12, 23):
-        store(debugger.client, *(event(f"{hours}_{number}", timestamp=ago(3600 * hours)) for number in range(hours)))
-    debugger.opens("#bars-say", "36 events")
-    bars = debugger.ask("[...document.querySelectorAll('#bars rect')].map((bar) => Number(bar.dataset.count))")
-    assert (96 <= len(bars) <= 97, sum(bars), [count for count in bars if count]) == (True, 36, [23, 12, 1])
-    middle = next(index for index, count in enumerate(bars) if count == 12) - len(bars) / 2
-    area = debugger.find("#bars")
-    step = area.size["width"] / len(bars)
-    drag = ActionChains(debugger.driver).move_to_element_with_offset(area, int((middle - 2) * step), 0)
-    drag.click_and_hold().move_by_offset(int(5 * step), 0).release().perform()
-    debugger.opens("#foot", "These are all: 12 events.")
-    debugger.opens("#bars-say", "12 events")
-    assert "range=own&start_time=" in debugger.driver.current_url
-    assert debugger.text("#pulse") == "Fixed range"
-    for widened in ("Last 24 hours", "Last 7 days"):
-        ActionChains(debugger.driver).double_click(area).perform()
-        chosen = "document.getElementById('range').selectedOptions[0].text"
-        eventually(lambda chosen=chosen, widened=widened: debugger.ask(chosen) == widened)
-    debugger.opens("#foot", "These are all: 36 events.")
-
-
-@no_browser
-def test_usage_is_shown_per_window_with_its_numbers(debugger):
-    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    for event_id, before, tokens in (("a", 3, 1000), ("b", 3, "0.5"), ("c", 2, 250)):
-        timestamp = (hour - timedelta(hours=before)).isoformat()
-        store(debugger.client, event(event_id, timestamp=timestamp, properties={"tokens": tokens}))
-    debugger.shows("c", "b", "a")
-    debugger.click("#show-usage")
-    debugger.fill("#event_name", "call")
-    debugger.opens("#usage-says", "COUNT of events over the whole range")
-    debugger.fill("#property_name", "tokens")
-    debugger.find("#aggregation_type").send_keys("SUM")
-    debugger.ask("document.activeElement.blur()")
-    debugger.opens("#usage-says", "SUM of tokens")
-    assert debugger.text("#sum") == "1,250.5"
-    starts = [(hour - timedelta(hours=before)).strftime("%Y-%m-%d %H:00") for before in (3, 2)]
-    assert debugger.texts("#windows td") == [starts[0], "1,000.5", "", starts[1], "250", ""]
-    widths = "[...document.querySelectorAll('#windows rect')].map((bar) => parseFloat(bar.getAttribute('width')))"
-    assert debugger.ask(widths) == [100, pytest.approx(100 * 250 / 1000.5)]
-    debugger.open(debugger.driver.current_url)
-    debugger.opens("#sum", "1,250.5")
-
-
-@no_browser
-def test_the_keyboard_does_it_all(debugger):
-    from selenium.webdriver.common.keys import Keys
-
-    store(debugger.client, *some(100))
-    debugger.open(f"{debugger.live.url}/")
-    eventually(lambda: debugger.ids()[:1] == ["e0099"])
-    debugger.press(*"jjjk", Keys.ENTER)
-    assert "e0098" in debugger.text("#detail dl")
-    assert debugger.ask("document.activeElement.id") == "detail"
-    debugger.press("j")
-    assert "e0097" in debugger.text("#detail dl")
-    debugger.press(Keys.ESCAPE)
-    assert debugger.ask("[document.getElementById('detail').hidden, document.activeElement.id]") == [True, "scroll"]
-    debugger.press(*"j" * 40)
-    assert debugger.ask("document.getElementById('scroll').scrollTop > 100")
-    assert debugger.text(".row[aria-selected=true] .id") == "e0057"
-    debugger.press("/", "nobody", Keys.ENTER)
-    debugger.shows()
-    assert debugger.text("#foot").startswith("No events match.")
-    assert debugger.ask("document.activeElement.id") == "external_customer_id"
-    assert debugger.ask("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    debugger.press(Keys.ESCAPE)
-    assert debugger.ask("document.activeElement.tagName") == "BODY"
-    unnamed = "[...document.querySelectorAll('input, select, textarea')].filter((field) => !field.labels.length).map((field) => field.id)"
-    assert debugger.ask(unnamed) == []
-
-
-# Of each text on the screen: its contrast with the nearest background that is not transparent.
-CONTRASTS = """(() => {
-  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
-  const light = (color) => channels(color).slice(0, 3).map((part) => part / 255)
-    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
-  const background = (node) => node === null ? "rgb(255, 255, 255)"
-    : channels(getComputedStyle(node).backgroundColor)[3] === 0 ? background(node.parentElement) : getComputedStyle(node).backgroundColor;
-  const texts = [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() &&
-    (node.matches("input, select, textarea") || [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())));
-  return texts.map((node) => {
-    const [a, b] = [light(getComputedStyle(node).color), light(background(node))].sort((a, b) => b - a);
-    return [node.id || node.className || node.tagName, (a + 0.05) / (b + 0.05)];
-  });
-})()"""
-
-
-@no_browser
-@table("scheme", ["light", "dark"])
-def test_every_text_has_the_contrast_of_wcag_aa(debugger, scheme):
-    from selenium.webdriver.common.keys import Keys
-
-    debugger.look(scheme=scheme)
-    properties = {"a": 1, "b": "c", "d": [None, True]}
-    store(debugger.client, event("old", timestamp=ago(9), source="app", properties=properties))
-    debugger.shows("old")
-    store(debugger.client, event("new"))
-    debugger.shows("new", "old")
-    debugger.press("j", "j", Keys.ENTER)
-    measured = debugger.ask(CONTRASTS)
-    debugger.click("#show-usage")
-    debugger.opens("#event_name-fault", "required")
-    measured += debugger.ask(CONTRASTS)
-    debugger.click("#send")
-    debugger.click("#send-form .main")
-    debugger.opens("#answer", "stored")
-    measured += debugger.ask(CONTRASTS)
-    backgrounds = debugger.ask("getComputedStyle(document.body).backgroundColor")
-    assert (backgrounds == "rgb(244, 246, 249)") is (scheme == "light")
-    assert len(measured) > 100
-    assert [(name, ratio) for name, ratio in measured if ratio < 4.5] == []
-    debugger.click("#send-dialog .close")
-
-
-@no_browser
-@table("width", [375, 2560])
-def test_nothing_is_wider_than_the_screen(debugger, width):
-    debugger.look(width, 812)
-    long = {"source": "s" * 200, "event_name": "n" * 200, "properties": {"key" * 50: "value" * 100}}
-    store(debugger.client, event("wide" * 50, **long))
-    debugger.open(f"{debugger.live.url}/")
-    eventually(debugger.ids)
-    too_wide = "[document.documentElement, document.getElementById('scroll')].filter((node) => node.scrollWidth > node.clientWidth).length"
-    assert debugger.ask(too_wide) == 0
-    debugger.click(".row .time")
-    assert debugger.ask(too_wide) == 0
-    assert debugger.ask("document.getElementById('detail').scrollWidth <= innerWidth")
-    if width == 375:
-        debugger.click("#detail [aria-label=Close]")
-        debugger.click("#filters summary")
-        assert debugger.ask(too_wide) == 0
-        assert debugger.ask("document.getElementById('scroll').clientHeight") > 100
-    debugger.click("#show-usage")
-    assert debugger.ask(too_wide) == 0
-
-
-# ---------------------------------------------------------------------------------------------- SDK and wheel
-
-
-def test_the_official_sdk_writes_reads_and_pages(live):
-    from flexprice import Flexprice
-
-    who = {"external_customer_id": "sdk_customer"}
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-        one = {"event_name": "call", "event_id": "sdk_1", "properties": {"tokens": "12"}, "source": "sdk", **who}
-        assert sdk.events.ingest_event(**one) == {"message": "Event accepted for processing", "event_id": "sdk_1"}
-        batch = [{"event_name": "batch", "event_id": f"sdk_{number}", **who} for number in range(1, 4)]
-        assert sdk.events.ingest_events_bulk(events=batch) == {"message": "Events accepted for processing"}
-        found = [sdk.events.list_raw_events(**who, page_size=1, order="asc")]
-        while found[-1].has_more:
-            key = found[-1].iter_last_key
-            found.append(sdk.events.list_raw_events(**who, page_size=1, order="asc", iter_last_key=key))
-        assert [[stored.id for stored in answer.events] for answer in found] == [["sdk_1"], ["sdk_2"], ["sdk_3"]]
-        assert (found[0].total_count, found[0].offset, found[0].events[0].environment_id) == (3, 1, "development")
-        tokens = sdk.events.list_raw_events(**who, property_filters={"tokens": ["12", "13"]})
-        assert [(stored.id, stored.properties, stored.source) for stored in tokens.events] == [
-            ("sdk_1", {"tokens": "12"}, "sdk")
-        ]
-
-
-def test_the_official_async_sdk_writes_and_reads(live):
-    from flexprice import Flexprice
-
-    async def round_trip() -> list[str]:
-        who = {"external_customer_id": "async_customer"}
-        async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-            await sdk.events.ingest_event_async(event_name="call", event_id="async_1", **who)
-            await sdk.events.ingest_events_bulk_async(events=[{"event_name": "call", "event_id": "async_2", **who}])
-            answer = await sdk.events.list_raw_events_async(**who, order="asc")
-            return [stored.id for stored in answer.events]
-
-    assert asyncio.run(round_trip()) == ["async_1", "async_2"]
-
-
-@table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
-def test_the_official_sdk_raises_the_servers_message(live, key, status, message):
-    from flexprice import Flexprice
-    from flexprice.models.errors import FlexpriceError
-
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=key) as sdk:
-        with pytest.raises(FlexpriceError, match=message) as refusal:
-            sdk.events.ingest_event(event_name="call", external_customer_id="cust", timestamp="yesterday")
-        assert refusal.value.status_code == status
-
-
-# ---------------------------------------------------------------------------------------------- a bad day
-# README says how to run more of it. What chance decides comes from one seed, which is shown.
-
-STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
-EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
-SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
-
-
-@pytest.fixture
-def choose(request, capsys) -> random.Random:
-    """What chance decides in a test; its seed is shown, passed or failed."""
-    line = f"EVENTSTORE_TEST_SEED={SEED}"
-    with capsys.disabled():
-        print(f" {line} ", end="", flush=True)
-    print(line)  # this one is captured, and shown with the failure
-    return random.Random(f"{SEED} {request.node.name}")
-
-
-def known_event(event_id: str) -> dict:
-    """All of it follows from its id, which is a number, so that what is stored can be compared with what was sent."""
-    number = int(event_id, 16)
-    return event(event_id, event_name=f"name{number % 5}", external_customer_id=f"cust{number % 99}", source="storm",
-                 timestamp=at(-(number % DAY_US)), properties={"id": event_id, "filler": "x" * (number % 400)})  # fmt: skip
-
-
-def known_row(event_id: str) -> tuple:
-    """The same event as the file has it."""
-    sent = known_event(event_id)
-    return (1, event_id, sent["event_name"], sent["external_customer_id"], "storm",
-            NOW - int(event_id, 16) % DAY_US, json.dumps(sent["properties"]))  # fmt: skip
-
-
-def rows_of(folder: Path) -> list[tuple]:
-    """Every event in the file, which is to be sound, by its id."""
-    with closing(sqlite3.connect(folder / "events.db")) as conn:
-        assert conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        columns = "environment, id, event_name, external_customer_id, source, timestamp_us, properties"
-        return sorted(conn.execute(f"SELECT {columns} FROM events"), key=lambda row: row[1])
-
-
-class Sender:
-    """A client with a ledger: sends events and batches of known ids until told to stop, whatever happens."""
-
-    def __init__(self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7):
-        self.choose, self.sizes, self.patience = random.Random(start), sizes, patience
-        self.port, self.stop = 0, threading.Event()
-        self.acknowledged: list[str] = []
-        self.given_up: list[list[str]] = []  # got no answer and was not sent again: stored whole or not at all
-        self.outcomes: Counter[int | None] = Counter()  # None: no answer
-
-    def run(self) -> None:
-        while not self.stop.is_set():
-            self.turn()
-
-    def turn(self) -> None:
-        batch = [f"{self.choose.getrandbits(128):032x}" for _ in range(self.choose.choice(self.sizes))]
-        is_patient, deadline = self.choose.random() < self.patience, time.monotonic() + 60
-        while not (accepted := self.send(batch)) and is_patient:
-            assert time.monotonic() < deadline, f"never accepted: {self.outcomes}"
-            time.sleep(0.01)
-        if accepted:
-            self.acknowledged += batch
-            self.look_up(self.choose.choice(self.acknowledged))
-        else:
-            self.given_up.append(batch)
-
-    def send(self, batch: list[str]) -> bool:
-        events = [known_event(event_id) for event_id in batch]
-        path, body = ("/v1/events", events[0]) if len(events) == 1 else ("/v1/events/bulk", {"events": events})
-        status, headers = self.request("POST", path, body)
-        if status != 202:
-            return False
-        assert int(headers["X-Events-Inserted"]) in (0, len(batch)), "only a part of the batch was there"
-        return True
-
-    def look_up(self, event_id: str) -> None:
-        assert self.request("GET", f"/v1/events/{event_id}")[0] != 404, "what was acknowledged is gone"
-
-    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str]]:
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
-            try:
-                connection.request(method, path, json.dumps(body), {"x-api-key": KEY})
-                answer = connection.getresponse()
-                status, headers = answer.status, answer.headers
-            except (OSError, http.client.HTTPException):  # the server is gone, or not there yet
-                status, headers = None, {}
-        self.outcomes[status] += 1
-        return status, headers
-
-
-@contextmanager
-def sending(senders: list[Sender]) -> Iterator[Callable[[], None]]:
-    """Runs the senders; calling what this gives stops them, each when what it sends is acknowledged or given up."""
-    with ThreadPoolExecutor(len(senders)) as pool:
-        running = [pool.submit(sender.run) for sender in senders]
-
-        def stop() -> None:
-            for sender in senders:
-                sender.stop.set()
-            for each in running:
-                each.result()
-
-        try:
-            yield stop
-        finally:
-            for sender in senders:
-                sender.stop.set()
-
-
-def check_ledgers(folder: Path, senders: list[Sender]) -> None:
-    """What was acknowledged is there once with its content, given-up batches whole or not at all, and nothing else."""
-    rows = rows_of(folder)
-    stored = [row[1] for row in rows]
-    present, acknowledged = set(stored), {event_id for sender in senders for event_id in sender.acknowledged}
-    given_up = [set(batch) for sender in senders for batch in sender.given_up]
-    assert len(stored) == len(present), "an event is there twice"
-    assert acknowledged <= present, f"{len(acknowledged - present)} of {len(acknowledged)} acknowledged are lost"
-    assert [batch for batch in given_up if batch & present not in (set(), batch)] == [], "batches in pieces"
-    assert present <= acknowledged.union(*given_up), "what nobody sent"
-    assert rows == [known_row(event_id) for event_id in stored]
-
-
-def test_every_event_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
-    senders = [Sender(choose.getrandbits(64)) for _ in range(6)]
-    with sending(senders) as stop:
-        for kill in range(STORM_KILLS + 1):
-            with Live(tmp_path, "--api-key", KEY) as live:
-                for sender in senders:
-                    sender.port = int(live.port)
-                if kill == STORM_KILLS:
-                    stop()
-                else:
-                    time.sleep(choose.choice([0, 0.02, 0.3, 0.6, 1.2]) + choose.random() / 5)
-                assert live.stop(signal.SIGKILL) == -signal.SIGKILL
-            if choose.random() < 0.3:  # the next one dies on its way up, where it recovers the file
-                starting = subprocess.Popen([*SCRIPT, "serve", "--port", "0"], cwd=tmp_path, stdout=subprocess.DEVNULL)
-                time.sleep(choose.random() * 0.8)
-                starting.kill()
-                starting.wait()
-    outcomes = sum((sender.outcomes for sender in senders), Counter())
-    assert set(outcomes) <= {None, 200, 202}
-    assert outcomes[None] > STORM_KILLS  # requests were cut off
-    check_ledgers(tmp_path, senders)
-
-
-# What chance chooses from: few of each, so that they meet, and each with a way to go wrong.
-NASTY = ["a", "A", "\x1e", '","', "}", "b", "a::b", "::", "1::2", "é", "e\u0301", "\uffff", "😀", "\0", "a\0b", '"', "\\", "%", "' --", "a\nb", " ",
-         "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
-TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
-PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
-SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
-                           "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
-HOUR_US = 3_600_000_000
-# Where listings, windows and the nights on which clocks change begin and end, to the microsecond.
-BORDERS_US = [
-    NOW,
-    NOW - 7 * DAY_US,
-    *(eventstore.to_us(LEDGER_START) + hours * HOUR_US for hours in (0, 46, 47, 48, 49, 240)),
-]
-MOMENTS = st.sampled_from(
-    [eventstore.to_datetime(border + step).isoformat() for border in BORDERS_US for step in (-1, 0, 1)]
-)
-ANY_TIMES = MOMENTS | st.sampled_from(
-    ["0001-01-01T00:00:00.000001+00:00", "1969-12-31T23:59:59.999999+00:00", "9999-12-31T23:59:59.999999+00:00"]
-)
-EVENTS = st.fixed_dictionaries({
-    "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
-    "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
-    "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
-    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
-PROPERTY_FILTERS = st.dictionaries(
-    PROPERTY_NAMES, st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8), min_size=1, max_size=2
-)
-FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events are left; "" is none
-    "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
-    "source": st.sampled_from(["", "", "", "::"]), "property_filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}, optional={
-    "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
-ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
-                                "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
-ENVIRONMENTS = st.sampled_from(["development", "staging"])
-METHODS = st.sampled_from(["GET", "POST"])
-WHOLE_TIME = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
-
-
-def as_sent(answered: dict) -> dict:
-    """An answered event as its sender would write it."""
-    assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
-    timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
-    kept = {
-        name: answered[name] for name in ("event_name", "external_customer_id", "customer_id", "source", "properties")
-    }
-    return {"event_id": answered["id"], "timestamp": timestamp, **kept}
-
-
-def literally(events: Iterable[dict]) -> list[str]:
-    """As JSON, in which 1 and true are not the same."""
-    return [json.dumps(one, sort_keys=True) for one in events]
-
-
-def time_us(text: str) -> int:
-    return (datetime.fromisoformat(text) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-
-
-def is_upside_down(query: dict) -> bool:
-    """Whether a range ends before it starts."""
-    return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
-
-
-def matches(one: dict, query: dict) -> bool:
-    """The filters and the range of a listing, by the words of SPEC 4. The times of both are written alike."""
-    end_us = time_us(query.get("end_time", at()))
-    start_us = time_us(query["start_time"]) if "start_time" in query else end_us - 7 * DAY_US
-    fields = [name for name in ("external_customer_id", "event_name", "source") if query.get(name)]
-    texts = {key: text_of(value) for key, value in one["properties"].items() if not isinstance(value, (dict, list))}
-    return (start_us <= time_us(one["timestamp"]) <= end_us and all(one[name] == query[name] for name in fields)
-            and all(texts.get(key) in values for key, values in query.get("property_filters", {}).items()))  # fmt: skip
-
-
-class Model(RuleBasedStateMachine):
-    """The server beside what it should be: for each environment a dict from an id to the event that came first."""
-
-    def __init__(self):
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.walks: list[dict] = []
-        self.client = serving(Path(self.folder.name)).__enter__()
-
-    def teardown(self) -> None:
-        for environment, stored in self.stored.items():
-            found = page(self.enter(environment), "POST", **WHOLE_TIME, page_size=1000, order="asc")
-            in_order = sorted(stored.values(), key=place_by("timestamp"))
-            assert literally(map(as_sent, found["events"])) == literally(in_order)
-        self.client.__exit__(None, None, None)
-        self.folder.cleanup()
-
-    def enter(self, environment: str) -> TestClient:
-        self.client.headers["x-api-key"] = {"development": KEY, "staging": STAGING_KEY}[environment]
-        return self.client
-
-    def note(self, environment: str, events: list[dict]) -> tuple[int, int]:
-        """What storing them should count: the first with an id stays."""
-        stored = self.stored[environment]
-        before = len(stored)
-        for one in events:
-            stored.setdefault(one["event_id"], one | {"event_name": one["event_name"].strip()})
-        return len(stored) - before, len(events) - len(stored) + before
-
-    @rule(environment=ENVIRONMENTS, sent=EVENTS, names_itself=st.booleans())
-    def send_one(self, environment, sent, names_itself):
-        response = self.enter(environment).post("/v1/events", json=sent if names_itself else sent | {"event_id": ""})
-        assert response.status_code == 202
-        stored = sent | {"event_id": response.json()["event_id"]}
-        assert not names_itself or stored == sent
-        assert counts(response) == self.note(environment, [stored])
-
-    @initialize(sent=st.lists(EVENTS, min_size=10, max_size=20), environment=ENVIRONMENTS)
-    def send_many(self, environment, sent):
-        self.send_a_batch(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
-    def send_a_batch(self, environment, sent):
-        assert counts(store(self.enter(environment), *sent)) == self.note(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
-    def send_known_ids_with_other_content(self, environment, sent, data):
-        if known := list(self.stored[environment]):
-            again = [one | {"event_id": data.draw(st.sampled_from(known))} for one in sent]
-            assert counts(store(self.enter(environment), *again)) == (0, len(again))
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), place=st.integers(0, 4),
-          bad=st.sampled_from([{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]))  # fmt: skip
-    def send_a_batch_with_a_bad_event(self, environment, sent, place, bad):
-        sent.insert(place, event("bad") | bad)
-        refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=st.sampled_from([1, 2, 3, 50]), offset=st.integers(0, 5),
-          stranger=EVENTS, data=st.data())  # fmt: skip
-    def list_pages(self, environment, filters, page_size, offset, stranger, data):
-        """In all orders, from the start and to both sides of some places, over all time and over a part of it."""
-        known = self.stored[environment]
-        marks = data.draw(st.lists(st.sampled_from([*known.values()]), min_size=1, max_size=2)) if known else []
-        for mark, span in itertools.product([*marks, stranger], [{}, WHOLE_TIME]):
-            self.list_around(environment, filters | span, page_size, offset, mark)
-
-    def list_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
-        known = self.stored[environment]
-        if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
-            mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
-        methods = itertools.cycle(["GET", "POST", "POST", "GET", "GET"])
-        for sort, order in itertools.product(["timestamp", "event_name"], ["asc", "desc"]):
-            query = filters | {"sort": sort, "order": order, "page_size": page_size}
-            self.check_page(environment, next(methods), query, offset=offset)
-            for side in ("iter_last_key", "iter_first_key"):
-                if sort == "event_name" and mark["event_id"] not in known:
-                    response = ask(self.enter(environment), next(methods), **query, **{side: cursor(mark)})
-                    refused(response, part="start_time" if is_upside_down(query) else side)
-                else:
-                    self.check_page(environment, next(methods), query, side, mark, offset)
-
-    def check_page(
-        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
-    ) -> dict | None:
-        """One page against the model: the events, their order, the cursors and the counts."""
-        sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
-        if is_upside_down(query):
-            refused(ask(self.enter(environment), method, **sent), part="start_time")
-            return None
-        answer = page(self.enter(environment), method, **sent)
-        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
-        rows = sorted(
-            (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
-        )
-        after = descending is (side == "iter_first_key")  # which neighbours of the cursor are greater
-        left = (
-            [one for one in rows if (place(one) > place(mark) if after else place(one) < place(mark))]
-            if mark
-            else rows[offset:]
-        )
-        expected = left[-size:] if side == "iter_first_key" else left[:size]
-        assert literally(map(as_sent, answer.pop("events"))) == literally(expected)
-        first, last = (cursor(expected[0]), cursor(expected[-1])) if expected else (None, None)
-        assert answer == {"has_more": len(left) > size, "total_count": len(rows), "offset": None if mark else offset + size,
-                          "iter_first_key": first, "iter_last_key": last}  # fmt: skip
-        return {"events": expected, "has_more": answer["has_more"]}
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_to_page(self, environment, filters, order):
-        there = {one["event_id"] for one in self.stored[environment].values() if matches(one, filters)}
-        self.walks.append({"query": (environment, filters | order), "there": there, "seen": [], "mark": None})
-
-    @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
-    def go_on_paging(self, method, data, pages):
-        """In between, anything may have happened."""
-        for _ in range(pages if self.walks else 0):
-            walk = self.walks[at_ := data.draw(st.integers(0, len(self.walks) - 1))]
-            environment, query = walk["query"]
-            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
-            walk["seen"] += [one["event_id"] for one in found["events"]] if found else []
-            if found and found["has_more"]:
-                walk["mark"] = found["events"][-1]
-                continue
-            assert len(walk["seen"]) == len(set(walk["seen"]))
-            assert walk["there"] <= set(walk["seen"])
-            if not self.walks.pop(at_) or not self.walks:
-                return
-
-    @rule(environment=ENVIRONMENTS, kind=st.sampled_from(AGGREGATIONS), times=st.tuples(MOMENTS, MOMENTS),
-          narrow=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
-              "external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
-          size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
-    def compute_usage(self, environment, kind, times, narrow, size, zone, in_buckets):
-        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
-        if size:
-            query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
-        if kind == "SUM_WITH_MULTIPLIER":
-            query["multiplier"] = "2.5"
-        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
-        answer = usage(self.enter(environment), kind, **query)
-        expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
-        assert (answer["type"], answer["value"]) == (kind, expected)
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(
-            [each for _, each in per_window], rel=1e-9, abs=1e-9
-        )
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
-    def count_by_monitoring(self, environment, times):
-        start, end = sorted(times, key=time_us)
-        between = [
-            one for one in self.stored[environment].values() if matches(one, {"start_time": start, "end_time": end})
-        ]
-        expected = sum(time_us(one["timestamp"]) < time_us(end) for one in between)
-        assert monitored(self.enter(environment), start_time=start, end_time=end) == (expected, [])
-
-    @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
-    def look_one_up(self, environment, event_id, is_known, data):
-        known = self.stored[environment]
-        event_id = data.draw(st.sampled_from([*known])) if known and is_known else event_id
-        response = self.enter(environment).get("/v1/events/lookup", params={"id": event_id})
-        if event_id in known:
-            assert literally([as_sent(response.json()["event"])]) == literally([known[event_id]])
-        else:
-            refused(response, 404, "not_found")
-
-    @rule()
-    def restart(self):
-        self.client.__exit__(None, None, None)
-        self.client = serving(Path(self.folder.name)).__enter__()
-
-
-def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
-    options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
-                       suppress_health_check=list(HealthCheck))  # fmt: skip
-    run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
-
-
-class Disk(NamedTuple):
-    folder: Path
-    fill: Callable[[Live], None]
-    free: Callable[[Live], None]
-
-
-@pytest.fixture(params=["file system", "limit"])
-def disk(request, tmp_path) -> Iterator[Disk]:
-    """A disk that can be filled and freed: a file system of 4 MB, or a limit of the server's files as they are."""
-    resource = pytest.importorskip("resource", reason="Windows has neither")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if request.param == "limit":
-        if not hasattr(resource, "prlimit"):
-            pytest.skip("only Linux limits another process")
-
-        def limit(live: Live, length: int) -> None:
-            with suppress(ProcessLookupError):  # a limit ends with its process
-                resource.prlimit(live.process.pid, resource.RLIMIT_FSIZE, (length, resource.RLIM_INFINITY))
-
-        wal = folder / "events.db-wal"
-        yield Disk(folder, lambda live: limit(live, wal.stat().st_size + 9000), lambda live: limit(live, -1))
-        return
-    if not (shutil.which("mount") and run("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder).returncode == 0):
-        pytest.skip("mounting a file system takes root")
-
-    def fill(_: Live) -> None:
-        with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
-            while filler.write(b"x" * 512):
-                pass
-
-    try:
-        yield Disk(folder, fill, lambda _: (folder / "filler").unlink())
-    finally:
-        assert run("umount", "--lazy", folder).returncode == 0
-
-
-def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(tmp_path, disk):
-    sender = Sender(1, sizes=[1, 1, 20], patience=0)
-    with Live(tmp_path, "--api-key", KEY, "--db", str(disk.folder / "events.db")) as live, live.client() as client:
-        sender.port = int(live.port)
-
-        def send_until(status: int) -> None:
-            sender.outcomes.clear()
-            eventually(lambda: sender.turn() or sender.outcomes[status] > 5)
-
-        send_until(202)
-        disk.fill(live)
-        send_until(500)
-        refused(client.post("/v1/events/bulk", json={"events": [event()] * 100}), 500, "database_error")
-        assert len(ids(client, "POST", page_size=1000, source="storm", **EVER)) == len(
-            sender.acknowledged
-        )  # reads go on
-        disk.free(live)
-        send_until(202)
-        assert set(sender.outcomes) == {200, 202}
-        assert "full" in live.log or "disk I/O error" in live.log  # the cause
-        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
-    check_ledgers(disk.folder, [sender])
-
-
-def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path, disk):
-    flags = ("--api-key", KEY, "--db", str(disk.folder / "events.db"))
-    sender = Sender(1, sizes=[20], patience=0)
-    with Live(tmp_path, *flags) as live:
-        sender.port = int(live.port)
-        eventually(lambda: sender.turn() or sender.outcomes[202] > 5)
-        disk.fill(live)
-        eventually(lambda: sender.turn() or sender.outcomes[500] > 5)
-        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
-        disk.free(live)
-    with Live(tmp_path, *flags) as live:
-        sender.port = int(live.port)
-        sender.turn()
-        assert live.stop() == 0
-    check_ledgers(disk.folder, [sender])
-
-
-def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
-    with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
-        store(client, event("before"))
-        with write_lock(tmp_path):  # longer than busy_timeout, and for more than one commit takes
-            many = {"events": [event()] * 1000}
-            waiting = [pool.submit(client.post, "/v1/events/bulk", json=many) for _ in range(32)]
-            waiting.append(pool.submit(client.post, "/v1/events", json=event("single")))
-            assert ids(client) == ["before"]
-            eventually(lambda: all(answer.done() for answer in waiting))
-            for answer in waiting:
-                refused(answer.result(), 503, "service_unavailable", "another process")
-                assert int(answer.result().headers["Retry-After"]) > 0
-        assert counts(store(client, event("before"), event("after"))) == (1, 1)
-        assert ids(client) == ["before", "after"]
-
-
-def killed_with(folder: Path, *batches: list[dict]) -> None:
-    """A server that stored the batches and was killed; the first is in the file, the others only in its WAL."""
-    with Live(folder, "--api-key", KEY) as live, live.client() as client:
-        for number, batch in enumerate(batches):
-            store(client, *batch)
-            if number == 0:
-                with closing(sqlite3.connect(folder / "events.db")) as conn:
-                    assert conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
-        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
-
-
-def batch_of(name: str) -> list[dict]:
-    return [event(f"{name}{number}") for number in range(20)]
-
-
-def ids_after_a_restart(folder: Path) -> list[str]:
-    with Live(folder, "--api-key", KEY) as live, live.client() as client:
-        found = sorted(ids(client, "POST", page_size=1000))
-        assert counts(store(client, event("new"))) == (1, 0)
-        assert (live.stop(), live.log) == (0, "")
-    assert len(rows_of(folder)) == len(found) + 1
-    return found
-
-
-def test_without_its_wal_the_file_has_what_was_checkpointed(tmp_path):
-    killed_with(tmp_path, batch_of("a"), batch_of("b"))
-    (tmp_path / "events.db-wal").unlink()
-    assert ids_after_a_restart(tmp_path) == sorted(one["event_id"] for one in batch_of("a"))
-
-
-@table("share", [0.2, 0.5, 0.8, 0.99])
-def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp_path, share):
-    names = "abcdefgh"
-    killed_with(tmp_path, *map(batch_of, names))
-    wal = tmp_path / "events.db-wal"
-    os.truncate(wal, int(wal.stat().st_size * share))
-    found = ids_after_a_restart(tmp_path)
-    kept = len(found) // 20
-    assert found == sorted(one["event_id"] for name in names[:kept] for one in batch_of(name))
-    assert 1 <= kept < len(names)
-
-
-def refused_to_start(folder: Path, *prefix: str) -> str:
-    """The one line with which the server says why it does not start."""
-    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder, timeout=10)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"eventstore: .+\n", done.stderr)
-    return done.stderr
-
-
-@table("share", [0.01, 0.5, 0.99])
-def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path, share):
-    with serving(tmp_path) as client:
-        store(client, *[event()] * 1000)
-    file = tmp_path / "events.db"
-    os.truncate(file, int(file.stat().st_size * share))
-    before = file.read_bytes()
-    assert "restore it from a copy" in refused_to_start(tmp_path)
-    assert file.read_bytes() == before
-
-
-def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_nothing(tmp_path):
-    prefix = ()
-    if is_root:  # root writes into any file, unless that right is taken from it
-        prefix = ("setpriv", "--bounding-set=-dac_override")
-        if not (shutil.which("setpriv") and run(*prefix, "true").returncode == 0):
-            pytest.skip("this root cannot do without its right to write into any file")
-    (tmp_path / "data").mkdir()
-    file = tmp_path / "data" / "events.db"
-    with (
-        Live(tmp_path, "--api-key", KEY, "--db", str(file), command=[*prefix, *SCRIPT]) as live,
-        live.client() as client,
-    ):
-        store(client, event("a"))
-        for path in (*file.parent.iterdir(), file.parent):
-            path.chmod(path.stat().st_mode & ~0o222)
-        store(client, event("b"))
-        assert ids(client) == ["b", "a"]
-        assert live.stop() == 0
-    assert "read-only" in refused_to_start(file.parent, *prefix)
-    for path in (file.parent, *file.parent.iterdir()):
-        path.chmod(path.stat().st_mode | 0o200)
-    assert [row[1] for row in rows_of(file.parent)] == ["a", "b"]
-
-
-@table("name", ["events.db", "events.db-wal"])
-def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back(tmp_path, name):
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
-        store(client, event("a"))
-        (tmp_path / name).rename(tmp_path / "elsewhere")
-        for _ in range(2):
-            refused(client.post("/v1/events", json=event("b")), 500, "database_error")
-        assert "removed or replaced" in live.log
-        assert ids(client) == ["a"]
-        (tmp_path / "elsewhere").rename(tmp_path / name)
-        assert counts(store(client, event("b"))) == (1, 0)
-        assert live.stop() == 0
-    assert [row[1] for row in rows_of(tmp_path)] == ["a", "b"]
-
-
-def test_a_wal_that_is_removed_under_the_server_is_written_to_the_file_when_it_stops(tmp_path):
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
-        store(client, *batch_of("a"))
-        (tmp_path / "events.db-wal").unlink()
-        refused(client.post("/v1/events", json=event("b")), 500, "database_error")
-        assert live.stop() == 0
-    assert len(rows_of(tmp_path)) == 20
-
-
-def peak_memory_bytes(live: Live) -> int:
-    status = Path(f"/proc/{live.process.pid}/status")
-    if not status.exists():
-        pytest.skip("only Linux says how much memory another process took")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-
-
-def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path):
-    """150 requests of 1 MiB, of which 16 MiB may be held, while nothing can be written."""
-    large = {"filler": "x" * 2**20}
-    with Live(tmp_path, "--api-key", KEY, "--queue-bytes", str(2**24)) as live, live.client() as client:
-        store(client, event("warm", properties=large))
-        before = peak_memory_bytes(live)
-        with ThreadPoolExecutor(150) as pool:
-            with write_lock(tmp_path):
-                sent = {
-                    f"{number}": pool.submit(request_on, live, event(f"{number}", properties=large))
-                    for number in range(150)
-                }
-                eventually(lambda: sum(answer.done() for answer in sent.values()) >= 130)
-                assert total(client) == 1  # reads go on
-            answers = {event_id: answer.result() for event_id, answer in sent.items()}
-        assert peak_memory_bytes(live) - before < 2**27
-        accepted = {event_id for event_id, answer in answers.items() if answer.status_code == 202}
-        assert accepted
-        for event_id in answers.keys() - accepted:
-            refused(answers[event_id], 503, "service_unavailable", "bytes")
-            assert int(answers[event_id].headers["Retry-After"]) > 0
-        for event_id in answers:  # and all is well again
-            assert counts(store(client, event(event_id))) == ((0, 1) if event_id in accepted else (1, 0))
-        assert live.stop() == 0
-
-
-def request_on(live: Live, one: dict) -> httpx.Response:
-    """An event sent by a client that takes no longer to make than its request."""
-    body = json.dumps(one).encode()
-    with live.connect() as sock:
-        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        return answer_on(sock)
-
-
-def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path):
-    resource = pytest.importorskip("resource", reason="Windows has no such limit")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] < 2000:
-        pytest.skip("this process may not open 1000 connections")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$0" "$@"')  # what the server is given, not what it may ask for
-    try:
-        with ExitStack() as stack:
-            live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=[*few_files, *SCRIPT]))
-            client = stack.enter_context(live.client())
-            crowd_of = [stack.enter_context(live.connect()) for _ in range(1000)]
-            slow, vanishing = crowd_of[:100], crowd_of[100:200]  # the others say nothing
-            body = json.dumps(event()).encode()
-            for sock in slow + vanishing:
-                sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
-            for at_ in range(len(body)):
-                for sock in slow:
-                    sock.sendall(body[at_ : at_ + 1])
-                if at_ < 20:
-                    assert counts(store(client, event(f"{at_}"))) == (1, 0)
-                    assert len(ids(client)) == at_ + 1
-                    for sock in vanishing[at_ * 5 :][:5]:
-                        sock.sendall(body[:-1])
-                        sock.close()
-            assert {answer_on(sock).status_code for sock in slow} == {202}
-            assert total(client) == 120
-            eventually(lambda: live.log.count("client went away") == 100)
-            assert live.stop() == 0
-            assert "Traceback" not in live.log
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within_ten_seconds(tmp_path, choose):
-    senders = [Sender(choose.getrandbits(64), patience=0) for _ in range(8)]
-    body = json.dumps(event("slow")).encode()
-    with (
-        Live(tmp_path, "--api-key", KEY) as live,
-        live.connect() as slow,
-        live.connect() as idle,
-        live.connect() as half,
-    ):
-        slow.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body[:-1])
-        half.sendall(b"POST /v1/events HTTP/1.1\r\nHost:")
-        idle.sendall(POST + b"Content-Length: 0\r\n\r\n")
-        refused(answer_on(idle))  # and the connection stays open
-        for sender in senders:
-            sender.port = int(live.port)
-        with sending(senders) as stop:
-            eventually(lambda: all(len(sender.acknowledged) > 100 for sender in senders))
-            live.process.send_signal(signal.SIGTERM)
-            assert live.process.wait(10) == 0
-            stop()
-        refused(answer_on(slow), 503, "service_unavailable", "shutting down")
-        assert (idle.recv(1), half.recv(1)) == (b"", b"")
-        assert "Traceback" not in live.log
-    outcomes = sum((sender.outcomes for sender in senders), Counter())
-    assert set(outcomes) <= {None, 200, 202, 503}
-    assert outcomes[None] > 0  # some came too late
-    assert not (tmp_path / "events.db-wal").exists()
-    check_ledgers(tmp_path, senders)
-
-
-def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path):
-    body = json.dumps(event()).encode()
-    with (
-        Live(tmp_path, "--api-key", KEY, "--queue-events", "1") as live,
-        live.connect() as one,
-        live.connect() as other,
-    ):
-        with write_lock(tmp_path):
-            for sock in (one, other):
-                sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            too_many, *_ = select.select([one, other], [], [], 30)[0]
-            refused(answer_on(too_many), 503, "service_unavailable", "1 events wait")  # so the other one does
-            live.process.send_signal(signal.SIGTERM)
-            assert live.process.wait(10) == 0
-        waiting = one if too_many is other else other
-        refused(answer_on(waiting), 503, "service_unavailable")
-    assert rows_of(tmp_path) == []
-
-
-def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path):
-    over, overlaps = threading.Event(), []
-
-    def read_in_turns() -> None:
-        """One of two connections always reads from a snapshot."""
-        paths = [tmp_path / "events.db"] * 2
-        with ExitStack() as stack:
-            for conn in itertools.cycle([stack.enter_context(closing(sqlite3.connect(path))) for path in paths]):
-                conn.execute("BEGIN")
-                conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-                overlaps.append(conn)
-                if len(overlaps) > 1:
-                    overlaps[-2].rollback()
-                if over.wait(0.02):
-                    return
-
-    with serving(tmp_path, wal_bytes=2**21) as client, ThreadPoolExecutor(1) as pool:
-        reading, wal, sizes = pool.submit(read_in_turns), tmp_path / "events.db-wal", []
-        eventually(lambda: len(overlaps) > 1)
-        for number in range(30):
-            store(client, *[event(f"{number} {index}", source="x" * 200) for index in range(1000)])
-            sizes.append(wal.stat().st_size)
-        over.set()
-        reading.result()
-    assert max(sizes) < 8 * 2**20, sizes  # it would have had 30 times a batch's
-    assert len(rows_of(tmp_path)) == 30_000
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-@table("path", ["/v1/events", "/v1/events/bulk"])
-def test_the_wal_is_synced_between_its_last_write_and_the_202(tmp_path, path):
-    """Only a power cut would tell, and SIGKILL is none; so the system calls are read."""
-    trace = tmp_path / "trace.txt"
-    strace = [
-        "strace",
-        "-f",
-        "-yy",
-        "-s",
-        "20",
-        "-e",
-        "trace=pwrite64,fsync,fdatasync,write,writev,sendto,sendmsg",
-        "-o",
-        trace,
-    ]
-    if run(*strace, "true").returncode != 0:
-        pytest.skip("this process may not trace another")
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
-        store(client, event("before"))
-        tracing = subprocess.Popen([*map(str, strace), "-p", str(live.process.pid)], stderr=subprocess.PIPE, text=True)
-        assert "attached" in tracing.stderr.readline()
-        assert client.post(path, json={"events": [event()] * 3, **event()}).status_code == 202
-        tracing.send_signal(signal.SIGINT)  # it lets go
-        tracing.communicate(timeout=30)
-    calls = trace.read_text().splitlines()
-    (answer,) = [number for number, call in enumerate(calls) if "HTTP/1.1 202" in call]
-    wal = [re.search(r"(pwrite64|fdatasync|fsync)\(", call)[1] for call in calls[:answer] if "events.db-wal" in call]
-    assert "pwrite64" in wal
-    assert wal[-1] in ("fdatasync", "fsync")
-
-
-def test_the_wheel_serves_from_a_clean_environment(tmp_path):
-    ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
-    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
-    wheel = tmp_path / "dist" / f"eventstore-{eventstore.__version__}-py3-none-any.whl"
-    for command in (
-        [sys.executable, "-m", "build", "--wheel", "--outdir", wheel.parent, tmp_path / "checkout"],
-        [sys.executable, "-m", "venv", tmp_path / "venv"],
-        [programs / "python", "-m", "pip", "install", wheel],
-    ):
-        done = run(*command, timeout=600, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout + done.stderr
-    (site_packages,) = (path.parent for path in (tmp_path / "venv").rglob("eventstore.py"))
-    assert [path.name for pattern in ("*.sql", "*.html") for path in site_packages.glob(pattern)] == []
-    with Live(tmp_path / "elsewhere", "--api-key", KEY, command=[programs / "eventstore"]) as live:
-        with live.client() as client:
-            store(client, event("from the wheel"))
-            assert ids(client) == ["from the wheel"]
-            assert client.get("/").text == DEBUGGER
-        assert live.stop() == 0

@@ -248,6 +248,9 @@ class FaultInjection:
 class LosingStore:
     """Takes events as a store does, and forgets them."""
 
+    def __init__(self, environments: Mapping[str, int]) -> None:
+        self.environments = environments
+
     async def insert(self, rows: Sequence[Row]) -> int:
         return len(rows)
 
@@ -255,7 +258,7 @@ class LosingStore:
 def losing_ingest(service: Service) -> ASGIApp:
     """The ingest routes, which answer as ever, refusals too, and store nothing."""
     losing = copy.copy(service)
-    losing.store = cast(Store, LosingStore())
+    losing.store = cast(Store, LosingStore(service.store.environments))
     ingest = [operation for operation in OPERATIONS if operation.method == "POST" and operation.path in INGEST_PATHS]
     routes = [operation.route(losing) for operation in ingest]
     return Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)

@@ -1,0 +1,539 @@
+"""The debugger's page, in a browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import urllib.parse
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from conftest import DEBUGGER, Live, event, eventually, run, store, table
+
+no_browser = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs a browser: apt-get install chromium chromium-driver",
+)
+
+
+class Debugger:
+    """The page in a real browser, as a person at its screen and keyboard has it."""
+
+    def __init__(self):
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "no-proxy-server"):
+            options.add_argument(f"--{flag}")
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        self.look()
+
+    def look(self, width: int = 1280, height: int = 800, scheme: str = "light") -> None:
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    def open(self, url: str) -> None:
+        self.driver.execute_cdp_cmd("Page.navigate", {"url": "about:blank"})
+        self.driver.get(url)
+
+    def ask(self, script: str, *arguments: object) -> Any:
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self.ask("document.querySelector(arguments[0])?.textContent ?? ''", selector)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.ask("[...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector)
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def fill(self, selector: str, text: str) -> None:
+        """What a person types, key by key, and then leaves the field."""
+        field = self.find(selector)
+        field.clear()
+        field.send_keys(text)
+        self.ask("document.activeElement.blur()")
+
+    def ids(self) -> list[str]:
+        return self.texts(".row .id")
+
+    def shows(self, *event_ids: str) -> None:
+        eventually(lambda: self.ids() == list(event_ids))
+
+    def opens(self, selector: str, part: str) -> None:
+        eventually(lambda: part in self.text(selector))
+
+    def pasted(self) -> str:
+        """What is in the clipboard."""
+        from selenium.webdriver.common.keys import Keys
+
+        self.click("#send")
+        self.find("#send-input").clear()
+        self.find("#send-input").send_keys(Keys.CONTROL, "v")
+        text = self.ask("document.getElementById('send-input').value")
+        self.click("#send-dialog .close")
+        return text
+
+    def complaints(self, but: str = "the server responded with a status of 4") -> list[str]:
+        """What the browser's console says, but for the answers that a test provokes; reading it empties it."""
+        return [line["message"] for line in self.driver.get_log("browser") if but not in line["message"]]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A browser, and a server with a fresh environment for each test, whose key the link of the banner would have."""
+    keys = [f"key-{number}" for number in range(40)]
+    flags = itertools.chain.from_iterable(("--api-key", f"{key}={key}-s") for key in keys)
+    with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
+        debugger = Debugger()
+        debugger.live, debugger.keys = live, keys
+        yield debugger
+        debugger.driver.quit()
+        assert "Traceback" not in live.log
+
+
+@pytest.fixture
+def debugger(browser):
+    """The debugger as its link opens it; `client` is one with the same key."""
+    browser.key = browser.keys.pop()
+    with browser.live.client(browser.key) as browser.client:
+        browser.complaints()
+        browser.look()
+        browser.open(f"{browser.live.url}/#key={browser.key}")
+        browser.opens("#pulse", "Live")
+        yield browser
+        assert browser.complaints() == []
+
+
+def ago(seconds: float = 0) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def some(count: int, **fields) -> list[dict]:
+    """Events of the last minutes, the oldest first: e0000, e0001 ..."""
+    return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]
+
+
+def test_the_page_is_small_whole_and_sets_nothing_as_markup():
+    assert len(DEBUGGER.encode()) < 50_000
+    foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
+    assert re.findall(foreign, DEBUGGER) == []
+    markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
+    assert re.findall(markup, DEBUGGER) == []
+    assert re.findall(r"<[^>]*\s(?:style|on\w+)=", DEBUGGER) == []
+
+
+@table("method", ["GET", "HEAD"])
+def test_the_page_needs_no_key_and_lets_nothing_foreign_in(shared, method):
+    response = TestClient(shared.app).request(method, "/")
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert response.text == (DEBUGGER if method == "GET" else "")
+    policy = dict(part.split(" ", 1) for part in response.headers["Content-Security-Policy"].split("; "))
+    for kind in ("script", "style"):
+        assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy.pop(f"{kind}-src"))
+    assert policy == {"default-src": "'none'", "connect-src": "'self'", "img-src": "data:", "base-uri": "'none'",
+                      "form-action": "'none'", "frame-ancestors": "'none'"}  # fmt: skip
+    expected = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-cache"}  # fmt: skip
+    assert {name: response.headers.get(name) for name in expected} == expected
+
+
+@no_browser
+def test_the_key_of_the_link_leaves_the_address_bar_and_stays_for_the_session(debugger):
+    assert debugger.driver.current_url == f"{debugger.live.url}/"
+    debugger.driver.refresh()
+    debugger.opens("#pulse", "Live")
+    assert debugger.key not in debugger.live.log + debugger.driver.page_source
+
+
+@no_browser
+def test_without_a_key_or_with_a_wrong_one_it_asks_and_keeps_the_filters(debugger):
+    store(debugger.client, event("a", source="app"), event("b"))
+    debugger.ask("sessionStorage.clear()")
+    debugger.open(f"{debugger.live.url}/?source=app")
+    eventually(lambda: debugger.ask("document.getElementById('key-dialog').open"))
+    for key, answer in (("wrong", "a key that this server does not know"), ("s\u00e9cret", "ASCII")):
+        debugger.fill("#key-input", key)
+        debugger.click("#key-form .main")
+        debugger.opens("#key-fault", answer)
+    debugger.fill("#key-input", debugger.key)
+    debugger.click("#key-form .main")
+    debugger.shows("a")
+    assert debugger.driver.current_url == f"{debugger.live.url}/?source=app"
+
+
+@no_browser
+def test_new_events_appear_by_themselves_and_marked_even_those_a_little_late(debugger):
+    store(debugger.client, event("first", timestamp=ago(5)))
+    debugger.shows("first")
+    store(debugger.client, event("second", timestamp=ago(1)))
+    debugger.shows("second", "first")
+    store(debugger.client, event("late", timestamp=ago(3)), event("third", timestamp=ago()))
+    debugger.shows("third", "second", "late", "first")
+    assert {"third", "second", "late"} <= set(debugger.texts(".row.new .id"))
+    debugger.click("#pause")
+    store(debugger.client, event("unseen"))
+    polls = "performance.getEntriesByType('resource').filter((one) => one.name.endsWith('/health')).length"
+    before = debugger.ask(polls)
+    eventually(lambda: debugger.ask(polls) > before + 1)
+    assert (debugger.text("#pulse"), debugger.ids()[0]) == ("Paused", "third")
+    debugger.click("#pause")
+    debugger.shows("unseen", "third", "second", "late", "first")
+
+
+@no_browser
+def test_filters_are_in_the_address_and_a_link_reproduces_the_view(debugger):
+    events = [event("a", source="app", properties={"region": "eu", "city": "Paris, France"}), event("b", source="app"),
+              event("c", event_name="other", external_customer_id="cust 2", properties={"region": "us", "n": 0.5})]  # fmt: skip
+    store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
+    for field, text, found in (
+        ("source", "app", ["b", "a"]), ("event_name", "other", ["c"]), ("external_customer_id", "cust 2", ["c"]),
+        ("event_id", "b", ["b"]), ("property_filters", "region:eu,us", ["c", "a"]),
+        ("property_filters", '{"city": ["Paris, France"]}', ["a"]), ("property_filters", "region:eu,us;n:0.5", ["c"]),
+    ):  # fmt: skip
+        debugger.shows("c", "b", "a")
+        debugger.fill(f"#{field}", text)
+        debugger.shows(*found)
+        address = debugger.driver.current_url
+        assert urllib.parse.parse_qs(urllib.parse.urlsplit(address).query) == {field: [text]}
+        debugger.click("#clear")
+    debugger.open(address + "&external_customer_id=cust%202&range=1h")
+    debugger.shows("c")
+    fields = "[...document.querySelectorAll('#query input, #query select')].map((field) => field.value)"
+    assert debugger.ask(fields) == ["cust 2", "", "", "", "region:eu,us;n:0.5", "1h", "", ""]
+    debugger.click("#clear")
+    debugger.shows("c", "b", "a")
+    debugger.driver.back()
+    debugger.shows("c")
+
+
+@no_browser
+def test_a_click_on_a_value_filters_by_it(debugger):
+    events = [event("a", source="app", properties={"city": "Paris, France", "n": 1}), event("b", properties={"n": 2})]
+    store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
+    for selector, parameter, value in (
+        (".source .value", "source", "app"), (".row:last-child .id .value", "event_id", "a"),
+        (".row:last-child .brief .value", "property_filters", '{"city":["Paris, France"]}'),
+        (".row:last-child .brief .value:last-child", "property_filters", "n:1"),
+    ):  # fmt: skip
+        debugger.shows("b", "a")
+        debugger.click(selector)
+        debugger.shows("a")
+        assert urllib.parse.parse_qs(urllib.parse.urlsplit(debugger.driver.current_url).query) == {parameter: [value]}
+        debugger.click("#clear")
+
+
+@no_browser
+def test_what_the_api_refuses_is_said_beside_its_field_once(debugger):
+    for field, text in (("property_filters", "abc"), ("property_filters", "{"), ("start_time", "yesterday")):
+        parameters = {field: text} | ({"range": "own"} if field == "start_time" else {})
+        debugger.open(f"{debugger.live.url}/?{urllib.parse.urlencode(parameters)}")
+        debugger.opens(f"#{field}-fault", f"{field} must ")
+        assert debugger.ask("document.getElementById(arguments[0]).ariaInvalid", field) == "true"
+    refusals = debugger.live.log.count("/v1/events/usage: 400")
+    debugger.open(f"{debugger.live.url}/?view=usage")
+    debugger.opens("#event_name-fault", "event_name is required")
+    eventually(lambda: debugger.ask("performance.now() > 3 * POLL_MS"))  # time enough to ask again
+    assert debugger.live.log.count("/v1/events/usage: 400") == refusals + 1
+
+
+@no_browser
+def test_scrolling_reaches_the_last_of_1000_events_with_few_rows_in_the_document(debugger):
+    store(debugger.client, *some(1000))
+    debugger.open(f"{debugger.live.url}/")
+    eventually(debugger.ids)
+    seen = set(debugger.ids())
+
+    def scroll_on() -> bool:
+        debugger.ask("document.getElementById('scroll').scrollBy(0, 600)")
+        debugger.ask("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        seen.update(debugger.ids())
+        assert debugger.ask("document.querySelectorAll('.row').length") < 60
+        return "e0000" in seen
+
+    eventually(scroll_on)
+    assert sorted(seen) == [f"e{number:04}" for number in range(1000)]
+    debugger.opens("#foot", "These are all: 1,000 events.")
+    store(debugger.client, event("new"))
+    debugger.opens("#newest", "1 new event")
+    debugger.click("#newest")
+    eventually(lambda: debugger.ids()[:2] == ["new", "e0999"])
+
+
+@no_browser
+def test_of_very_many_events_a_stretch_is_held_and_the_way_back_is_the_same(debugger):
+    for at in range(0, 12_000, 1000):
+        numbers = range(at, at + 1000)
+        store(debugger.client, *(event(f"e{number:05}", timestamp=ago(6000 - number / 10)) for number in numbers))
+    debugger.open(f"{debugger.live.url}/")
+
+    def reaches(event_id: str, end: int) -> Callable[[], bool]:
+        def scroll() -> bool:
+            debugger.ask("document.getElementById('scroll').scrollTo(0, arguments[0])", end)
+            return event_id in debugger.ids()
+
+        return scroll
+
+    eventually(reaches("e00000", 10**9))
+    assert debugger.ask("state.events.length") == 10_000
+    eventually(reaches("e11999", 0))
+    assert debugger.ask("state.events.length") <= 10_000
+    held = debugger.ask("state.events.map((event) => event.id)")
+    assert held == [f"e{number:05}" for number in range(11_999, 11_999 - len(held), -1)]
+    store(debugger.client, event("new"))
+    eventually(lambda: debugger.ids()[0] == "new")
+
+
+EXACT = '{"price": 0.10, "big": 12345678901234567890, "it\'s": {"2": [1E+2, -0.0, "\\u0000\\\\"], "1": {}}, "no": null}'
+
+
+@no_browser
+def test_an_event_is_shown_and_copied_whole_to_the_last_digit(debugger):
+    raw = '{"event_name": "call", "external_customer_id": "o\'neil", "event_id": "it\'s $(1) `2` %%", "properties": %s}'
+    raw = raw.replace("%s", EXACT)
+    assert debugger.client.post("/v1/events", content=raw).status_code == 202
+    eventually(debugger.ids)
+    debugger.click(".row .time")
+    tree = debugger.text("#tree")
+    for part in ("price: 0.10", "big: 12345678901234567890", "it's {2}", "2 [3]", "0: 1E+2", "1: -0.0", "no: null"):
+        assert part in tree
+    debugger.driver.set_permissions("clipboard-write", "granted")
+    copied = []
+    for number in range(1, 4):
+        button = f"#detail .actions + .actions button:nth-child({number})"
+        debugger.click(button)
+        debugger.opens(button, "Copied")
+        copied.append(debugger.pasted())
+    as_json, query, send = copied
+    stored = json.loads(as_json, parse_float=str, parse_int=str)
+    sent = json.loads(raw, parse_float=str, parse_int=str)
+    assert (stored["id"], stored["properties"]) == (sent["event_id"], sent["properties"])
+    if not (shutil.which("bash") and shutil.which("curl")):
+        return
+    environ = os.environ | {"FLEXPRICE_API_KEY": debugger.key}
+    found, again = (run("bash", "-c", line, env=environ).stdout for line in (query, send))
+    assert json.loads(found, parse_float=str, parse_int=str)["event"] == stored
+    assert json.loads(again)["event_id"] == sent["event_id"]
+    assert len(debugger.ids()) == 1
+
+
+@no_browser
+def test_a_test_event_is_stored_or_known_or_refused_field_by_field(debugger):
+    debugger.click("#send")
+    event_id = json.loads(debugger.ask("document.getElementById('send-input').value"))["event_id"]
+    for outcome in ("202 stored", "202 duplicate: the first one with this id stays"):
+        debugger.click("#send-form .main")
+        debugger.opens("#answer", outcome)
+    debugger.shows(event_id)
+    for body, parts in (('{"timestamp": "yesterday"}', ["event_name: event_name is required", "timestamp: timestamp must be RFC 3339"]),
+                        ("{", ["400", "not valid JSON"])):  # fmt: skip
+        debugger.fill("#send-input", body)
+        debugger.click("#send-form .main")
+        for part in parts:
+            debugger.opens("#answer", part)
+    debugger.click("#send-dialog .close")
+    debugger.shows(event_id)
+
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@no_browser
+def test_markup_in_an_event_is_text_everywhere(debugger):
+    fields = dict.fromkeys(("event_name", "external_customer_id", "customer_id", "source", "event_id"), MARKUP)
+    properties = {MARKUP: MARKUP, "deep": {MARKUP: [MARKUP]}}
+    assert debugger.client.post("/v1/events", json={**fields, "properties": properties}).status_code == 202
+    debugger.shows(MARKUP)
+    assert debugger.ask("[...document.querySelectorAll('.row .value')].map((node) => node.textContent)") == [MARKUP] * 5
+    debugger.click(".row .time")
+    assert debugger.text("#detail h2") == MARKUP
+    assert debugger.text("#tree").count(MARKUP) == 4
+    debugger.click(".row .name .value")
+    debugger.opens("#in-use", "(1)")
+    debugger.ask("changed(state.view = 'usage')")
+    debugger.opens("#usage-says", "COUNT")
+    assert debugger.ask("document.querySelectorAll('img, script:not(:first-of-type)').length") == 0
+    assert debugger.driver.title == "Event debugger"  # an alert would not let itself be ignored
+
+
+@no_browser
+def test_a_server_that_went_away_is_missed_and_found_again(browser, tmp_path):
+    browser.look()
+    with Live(tmp_path) as live:
+        link, key = re.search(r"http\S+/#key=(\S+)", live.banner).group(0, 1)
+        with live.client(key) as client:
+            store(client, event("before", timestamp=ago(5)))
+        browser.open(link)
+        browser.shows("before")
+        assert live.stop() == 0
+    browser.opens("#notice", "The server does not answer. Next try in ")
+    assert browser.text("#pulse") == "Reconnecting"
+    with Live(tmp_path, "--port", live.port, "--api-key", key) as live, live.client(key) as client:
+        store(client, event("after"))
+        browser.shows("after", "before")
+        eventually(lambda: (browser.text("#notice"), browser.text("#pulse")) == ("", "Live"))
+        assert key not in browser.driver.current_url
+        browser.open("about:blank")
+    assert browser.complaints("net::ERR_CONNECTION_REFUSED") == []
+
+
+@no_browser
+def test_the_histogram_counts_narrows_and_widens(debugger):
+    from selenium.webdriver import ActionChains
+
+    for hours in (1, 12, 23):
+        store(debugger.client, *(event(f"{hours}_{number}", timestamp=ago(3600 * hours)) for number in range(hours)))
+    debugger.opens("#bars-say", "36 events")
+    bars = debugger.ask("[...document.querySelectorAll('#bars rect')].map((bar) => Number(bar.dataset.count))")
+    assert (96 <= len(bars) <= 97, sum(bars), [count for count in bars if count]) == (True, 36, [23, 12, 1])
+    middle = next(index for index, count in enumerate(bars) if count == 12) - len(bars) / 2
+    area = debugger.find("#bars")
+    step = area.size["width"] / len(bars)
+    drag = ActionChains(debugger.driver).move_to_element_with_offset(area, int((middle - 2) * step), 0)
+    drag.click_and_hold().move_by_offset(int(5 * step), 0).release().perform()
+    debugger.opens("#foot", "These are all: 12 events.")
+    debugger.opens("#bars-say", "12 events")
+    assert "range=own&start_time=" in debugger.driver.current_url
+    assert debugger.text("#pulse") == "Fixed range"
+    for widened in ("Last 24 hours", "Last 7 days"):
+        ActionChains(debugger.driver).double_click(area).perform()
+        chosen = "document.getElementById('range').selectedOptions[0].text"
+        eventually(lambda chosen=chosen, widened=widened: debugger.ask(chosen) == widened)
+    debugger.opens("#foot", "These are all: 36 events.")
+
+
+@no_browser
+def test_usage_is_shown_per_window_with_its_numbers(debugger):
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    for event_id, before, tokens in (("a", 3, 1000), ("b", 3, "0.5"), ("c", 2, 250)):
+        timestamp = (hour - timedelta(hours=before)).isoformat()
+        store(debugger.client, event(event_id, timestamp=timestamp, properties={"tokens": tokens}))
+    debugger.shows("c", "b", "a")
+    debugger.click("#show-usage")
+    debugger.fill("#event_name", "call")
+    debugger.opens("#usage-says", "COUNT of events over the whole range")
+    debugger.fill("#property_name", "tokens")
+    debugger.find("#aggregation_type").send_keys("SUM")
+    debugger.ask("document.activeElement.blur()")
+    debugger.opens("#usage-says", "SUM of tokens")
+    assert debugger.text("#sum") == "1,250.5"
+    starts = [(hour - timedelta(hours=before)).strftime("%Y-%m-%d %H:00") for before in (3, 2)]
+    assert debugger.texts("#windows td") == [starts[0], "1,000.5", "", starts[1], "250", ""]
+    widths = "[...document.querySelectorAll('#windows rect')].map((bar) => parseFloat(bar.getAttribute('width')))"
+    assert debugger.ask(widths) == [100, pytest.approx(100 * 250 / 1000.5)]
+    debugger.open(debugger.driver.current_url)
+    debugger.opens("#sum", "1,250.5")
+
+
+@no_browser
+def test_the_keyboard_does_it_all(debugger):
+    from selenium.webdriver.common.keys import Keys
+
+    store(debugger.client, *some(100))
+    debugger.open(f"{debugger.live.url}/")
+    eventually(lambda: debugger.ids()[:1] == ["e0099"])
+    debugger.press(*"jjjk", Keys.ENTER)
+    assert "e0098" in debugger.text("#detail dl")
+    assert debugger.ask("document.activeElement.id") == "detail"
+    debugger.press("j")
+    assert "e0097" in debugger.text("#detail dl")
+    debugger.press(Keys.ESCAPE)
+    assert debugger.ask("[document.getElementById('detail').hidden, document.activeElement.id]") == [True, "scroll"]
+    debugger.press(*"j" * 40)
+    assert debugger.ask("document.getElementById('scroll').scrollTop > 100")
+    assert debugger.text(".row[aria-selected=true] .id") == "e0057"
+    debugger.press("/", "nobody", Keys.ENTER)
+    debugger.shows()
+    assert debugger.text("#foot").startswith("No events match.")
+    assert debugger.ask("document.activeElement.id") == "external_customer_id"
+    assert debugger.ask("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    debugger.press(Keys.ESCAPE)
+    assert debugger.ask("document.activeElement.tagName") == "BODY"
+    unnamed = "[...document.querySelectorAll('input, select, textarea')].filter((field) => !field.labels.length).map((field) => field.id)"
+    assert debugger.ask(unnamed) == []
+
+
+# Of each text on the screen: its contrast with the nearest background that is not transparent.
+CONTRASTS = """(() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = (color) => channels(color).slice(0, 3).map((part) => part / 255)
+    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+  const background = (node) => node === null ? "rgb(255, 255, 255)"
+    : channels(getComputedStyle(node).backgroundColor)[3] === 0 ? background(node.parentElement) : getComputedStyle(node).backgroundColor;
+  const texts = [...document.querySelectorAll("body *")].filter((node) => node.checkVisibility() &&
+    (node.matches("input, select, textarea") || [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())));
+  return texts.map((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(background(node))].sort((a, b) => b - a);
+    return [node.id || node.className || node.tagName, (a + 0.05) / (b + 0.05)];
+  });
+})()"""
+
+
+@no_browser
+@table("scheme", ["light", "dark"])
+def test_every_text_has_the_contrast_of_wcag_aa(debugger, scheme):
+    from selenium.webdriver.common.keys import Keys
+
+    debugger.look(scheme=scheme)
+    properties = {"a": 1, "b": "c", "d": [None, True]}
+    store(debugger.client, event("old", timestamp=ago(9), source="app", properties=properties))
+    debugger.shows("old")
+    store(debugger.client, event("new"))
+    debugger.shows("new", "old")
+    debugger.press("j", "j", Keys.ENTER)
+    measured = debugger.ask(CONTRASTS)
+    debugger.click("#show-usage")
+    debugger.opens("#event_name-fault", "required")
+    measured += debugger.ask(CONTRASTS)
+    debugger.click("#send")
+    debugger.click("#send-form .main")
+    debugger.opens("#answer", "stored")
+    measured += debugger.ask(CONTRASTS)
+    backgrounds = debugger.ask("getComputedStyle(document.body).backgroundColor")
+    assert (backgrounds == "rgb(244, 246, 249)") is (scheme == "light")
+    assert len(measured) > 100
+    assert [(name, ratio) for name, ratio in measured if ratio < 4.5] == []
+    debugger.click("#send-dialog .close")
+
+
+@no_browser
+@table("width", [375, 2560])
+def test_nothing_is_wider_than_the_screen(debugger, width):
+    debugger.look(width, 812)
+    long = {"source": "s" * 200, "event_name": "n" * 200, "properties": {"key" * 50: "value" * 100}}
+    store(debugger.client, event("wide" * 50, **long))
+    debugger.open(f"{debugger.live.url}/")
+    eventually(debugger.ids)
+    too_wide = "[document.documentElement, document.getElementById('scroll')].filter((node) => node.scrollWidth > node.clientWidth).length"
+    assert debugger.ask(too_wide) == 0
+    debugger.click(".row .time")
+    assert debugger.ask(too_wide) == 0
+    assert debugger.ask("document.getElementById('detail').scrollWidth <= innerWidth")
+    if width == 375:
+        debugger.click("#detail [aria-label=Close]")
+        debugger.click("#filters summary")
+        assert debugger.ask(too_wide) == 0
+        assert debugger.ask("document.getElementById('scroll').clientHeight") > 100
+    debugger.click("#show-usage")
+    assert debugger.ask(too_wide) == 0

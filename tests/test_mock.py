@@ -1,0 +1,448 @@
+"""A FlexPrice for tests: `running_server`, its faults, `serve --mock` and the pytest fixture."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import pytest
+
+from conftest import (
+    BODY,
+    DAY_US,
+    KEY,
+    NOW,
+    STAGING_KEY,
+    Live,
+    at,
+    counts,
+    event,
+    eventually,
+    posting,
+    python,
+    refused,
+    store,
+    stores_nothing,
+    table,
+    total,
+)
+from eventstore import ApiError
+from eventstore_extras.mock import running_server
+
+pytest_plugins = "pytester"
+
+# ---------------------------------------------------------------------------------------------- running_server
+
+
+@pytest.fixture(scope="module")
+def shared_mock():
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def mock(shared_mock):
+    shared_mock.reset()
+    return shared_mock
+
+
+@pytest.fixture
+def caller(mock):
+    with calling(mock) as client:
+        yield client
+
+
+def calling(server, key: str | None = None, **options) -> httpx.Client:
+    return httpx.Client(base_url=server.url, headers={"x-api-key": key or server.api_key}, **options)
+
+
+def send(client, event_id: str = "evt_1", **fields) -> httpx.Response:
+    return client.post("/events", json=event(event_id, **fields))
+
+
+def ids_in(server, **filters) -> list[str]:
+    return [stored["id"] for stored in server.events(**filters)]
+
+
+@pytest.mark.filterwarnings("error")
+@table("fails", [False, True], ids=["", "the block raises"])
+def test_a_running_server_answers_until_its_block_ends_and_leaves_nothing_behind(fails):
+    threads, files = set(threading.enumerate()), open_files()
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), running_server() as server:
+        with calling(server) as client:
+            assert send(client).status_code == 202
+        assert ids_in(server) == ["evt_1"]
+        port = httpx.URL(server.url).port
+        opened = open_files() - files
+        assert opened
+        1 / (not fails)
+    assert set(threading.enumerate()) == threads
+    assert open_files() <= files
+    assert not any(os.path.exists(path) for path in opened if path.startswith(tempfile.gettempdir()))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+def open_files() -> set[str]:
+    """The files that this process has open."""
+    links = Path("/proc/self/fd")
+    if not links.exists():
+        pytest.skip("needs /proc to see open files")
+    targets = {os.readlink(link) for link in links.iterdir() if link.is_symlink()}
+    return {target for target in targets if target.startswith("/")}
+
+
+def test_several_servers_run_at_once_and_share_nothing():
+    with running_server() as one, running_server() as other:
+        other.fail(status=503, method="POST")
+        with calling(one) as client:
+            assert send(client).status_code == 202
+        with calling(other) as client:
+            assert send(client).status_code == 503
+        assert (ids_in(one), ids_in(other)) == (["evt_1"], [])
+
+
+def test_a_running_server_takes_keys_and_every_setting(tmp_path):
+    keys = {"first": "production", "second": "staging"}
+    with running_server(api_keys=keys, clock=lambda: NOW, max_body_bytes=200) as server:
+        assert (server.api_key, server.api_keys) == ("first", keys)
+        with calling(server) as first, calling(server, "second") as second:
+            assert send(first, "1").status_code == send(second, "2").status_code == 202
+            assert send(first, "3", source="x" * 200).status_code == 400
+        assert [(stored["id"], stored["environment_id"]) for stored in server.events()] == [("1", "production")]
+        (of_second,) = server.events(environment="staging")
+        assert of_second["timestamp"] == "2025-10-15T11:38:47.962Z"
+    with pytest.raises(TypeError, match="colour"), running_server(colour="red"):
+        pass
+
+
+def test_stored_events_are_plain_dicts_oldest_first_of_all_times_and_can_be_filtered(mock, caller):
+    sent = [
+        event(f"{number:04}", timestamp=at(-number * DAY_US), properties={"n": number % 2}) for number in range(1001)
+    ]
+    for some in (sent[:999], sent[999:]):
+        assert caller.post("/events/bulk", json={"events": some}).status_code == 202
+    assert ids_in(mock) == [f"{number:04}" for number in reversed(range(1001))]
+    assert len(ids_in(mock, property_filters={"n": ["1"]})) == 500
+    (found,) = mock.events(event_id="0003")
+    assert found == caller.get("/events/0003").json()["event"]
+    since = datetime.fromisoformat(at(-DAY_US))
+    assert ids_in(mock, start_time=since) == ["0001", "0000"]
+
+
+@table(("filters", "error", "part"), [
+    ({"colour": "red"}, TypeError, "no filter colour: it takes external_customer_id, "),
+    ({"page_size": 5}, TypeError, "no filter page_size"),
+    ({"start_time": "yesterday"}, ApiError, "start_time must be RFC 3339"),
+    ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
+    ({"event_name": 5}, ApiError, "Expected `str"),
+], ids=str)  # fmt: skip
+def test_a_filter_that_cannot_work_is_an_error_and_not_an_empty_list(mock, filters, error, part):
+    with pytest.raises(error, match=part):
+        mock.events(**filters)
+
+
+def test_a_misspelt_fault_is_an_error(mock):
+    with pytest.raises(TypeError, match="tmies"):
+        mock.fail(status=500, tmies=3)
+    assert mock.faults() == []
+
+
+def test_reset_forgets_events_and_faults(mock, caller):
+    send(caller)
+    mock.fail(status=500)
+    mock.reset()
+    assert (mock.events(), mock.faults()) == ([], [])
+    assert counts(send(caller)) == (1, 0)
+
+
+# ---------------------------------------------------------------------------------------------- faults
+
+FAULTS = {  # what is asked for, what the client sees, how many of the two events are stored
+    "an error": ({"status": 500}, [(500, "internal_error"), (202, None)], 1),
+    "twice": ({"status": 502, "times": 2}, [(502, "bad_gateway"), (502, "bad_gateway")], 0),
+    "every field": ({"method": "POST", "path": "/v1/events", "times": 1, "status": 429, "retry_after_s": 1,
+                     "delay_ms": 1, "stored": False}, [(429, "too_many_requests"), (202, None)], 1),
+    "any case of the method": ({"method": "post", "status": 503}, [(503, "service_unavailable"), (202, None)], 1),
+    "another path": ({"path": "/v1/events/bulk", "status": 504}, [(202, None), (202, None)], 2),
+    "another method": ({"method": "GET", "status": 504}, [(202, None), (202, None)], 2),
+    "stored, answer lost": ({"status": 504, "stored": True}, [(504, "gateway_timeout"), (202, None)], 2),
+    "accepted and lost": ({"status": 202, "stored": False}, [(202, None), (202, None)], 1),
+    "slow": ({"delay_ms": 1}, [(202, None), (202, None)], 2),
+}  # fmt: skip
+
+
+@table("how", ["HTTP", "Python"])
+@table(("fault", "answers", "stored"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_what_the_next_matching_requests_get(mock, caller, how, fault, answers, stored):
+    if how == "Python":
+        mock.fail(**fault)
+    else:
+        waiting = caller.post("../_mock/faults", json=fault)
+        assert waiting.status_code == 200, waiting.text
+        assert waiting.json() == caller.get("../_mock/faults").json() == {"faults": mock.faults()}
+    assert len(mock.faults()) == 1
+    for number, (status, code) in enumerate(answers):
+        answer = send(caller, f"evt_{number}")
+        assert answer.headers.get("retry-after") == ("1" if status == 429 else None)
+        if code:
+            refused(answer, status, code)
+        else:
+            assert (answer.status_code, answer.json()["event_id"]) == (202, f"evt_{number}")
+    assert len(mock.events()) == stored
+    assert len(mock.faults()) == (
+        1 if fault.get("path", "/v1/events") != "/v1/events" or fault.get("method") == "GET" else 0
+    )
+
+
+def test_faults_are_consumed_in_order_each_by_its_own_requests(mock, caller):
+    mock.fail(method="GET", status=500)
+    mock.fail(path="/v1/events/bulk", status=502)
+    mock.fail(status=503, times=2)
+    mock.fail(path="/v1/events/evt%5F1", status=504)
+    assert [fault["times"] for fault in mock.faults()] == [1, 1, 2, 1]
+    assert [send(caller).status_code for _ in range(3)] == [503, 503, 202]
+    assert caller.post("/events/bulk", json={"events": [event()]}).status_code == 502
+    assert [caller.get("/events/evt_1").status_code for _ in range(3)] == [500, 504, 200]
+    assert mock.faults() == []
+
+
+def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
+    with running_server(api_keys={"a": "one", "b": "two"}) as server:
+        with calling(server, "a") as of_one, calling(server, "b") as of_two:
+            of_one.post("../_mock/faults", json={"status": 500, "times": 2})
+            assert of_two.get("../_mock/faults").json() == {"faults": []}
+            assert [of_two.get("/events").status_code, of_one.get("../health").status_code] == [200, 200]
+            assert of_one.get("/events").status_code == 500
+            assert of_two.delete("../_mock/faults").json() == {"deleted": 0}
+            assert of_one.delete("../_mock/faults").json() == {"deleted": 1}
+            assert of_one.get("/events").status_code == 200
+            server.fail(status=500)  # whatever the key
+            assert of_two.delete("../_mock/faults").json() == {"deleted": 1}
+            send(of_one)
+            send(of_two)
+            assert of_one.delete("../_mock/events").json() == {"deleted": 1}
+        assert (server.events(), len(server.events(environment="two"))) == ([], 1)
+
+
+def test_a_stored_event_whose_answer_was_lost_is_not_counted_twice_by_the_retry(mock, caller):
+    mock.fail(status=500, stored=True)
+    assert send(caller).status_code == 500
+    assert counts(send(caller)) == (0, 1)
+    assert ids_in(mock) == ["evt_1"]
+
+
+def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(caplog):
+    with running_server() as server:
+        server.fail(method="POST", delay_ms=600_000)
+        with pytest.raises(httpx.ReadTimeout), calling(server, timeout=httpx.Timeout(30, read=0.05)) as impatient:
+            send(impatient)
+        eventually(lambda: ids_in(server) == ["evt_1"])
+    assert "Traceback" not in caplog.text
+
+
+@table("fault", [{"status": 202}, {"status": 500, "stored": True}, {"delay_ms": 1}], ids=str)
+def test_a_fault_of_a_client_that_goes_away_in_its_body_stores_nothing_and_logs_no_traceback(caplog, fault):
+    with running_server(api_keys={KEY: "development"}) as server:
+        server.fail(method="POST", **fault)
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as sock:
+            sock.sendall(posting(BODY)[:-1])
+        eventually(lambda: "client went away" in caplog.text)
+        assert (server.events(), server.faults()) == ([], [])
+    assert "Traceback" not in caplog.text
+
+
+def test_an_answer_that_a_fault_makes_counts_and_says_how_much_of_the_rate_limit_is_left():
+    with running_server(rate_limits={"/v1/events": 2}, clock=lambda: NOW) as server, calling(server) as client:
+        server.fail(status=503, times=3)
+        answers = [send(client) for _ in range(3)]
+        left = [(answer.status_code, answer.headers["X-RateLimit-Remaining"]) for answer in answers]
+        assert left == [(503, "1"), (503, "0"), (429, "0")]
+        assert [fault["times"] for fault in server.faults()] == [1]
+
+
+def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
+    with ThreadPoolExecutor() as pool:
+        with running_server() as server:
+            server.fail(method="POST", delay_ms=600_000)
+            client = calling(server, timeout=60)
+            answer = pool.submit(send, client)
+            eventually(lambda: ids_in(server) == ["evt_1"])
+        assert answer.result().status_code == 202
+        client.close()
+
+
+@table("fault", [{"status": 500, "stored": True}, {"status": 202}], ids=str)
+def test_a_fault_does_not_make_a_bad_request_good(mock, caller, fault):
+    mock.fail(**fault)
+    refused(send(caller, timestamp="yesterday"), part="timestamp")
+    assert mock.events() == []
+
+
+BAD_FAULTS = {
+    "nothing": ({}, "status or delay_ms is required"),
+    "no such status": ({"status": 418}, 'status must be one of 202, 429, 500, 502, 503, 504, got "418"'),
+    "a status in words": ({"status": "500"}, "status must be an integer, got"),
+    "no such path": ({"status": 500, "path": "/v1/customers"}, 'path must be a path of this API (/v1/events, '),
+    "a path of the mock": ({"status": 500, "path": "/_mock/faults"}, "path must be a path of this API"),
+    "a path without a key": ({"status": 500, "path": "/health"}, "path must be a path of this API"),
+    "no such method": ({"status": 500, "method": "BREW"}, "method must be one that this path takes"),
+    "not with this path": ({"status": 500, "method": "DELETE", "path": "/v1/events"}, 'got "DELETE"'),
+    "a query cannot be stored": ({"status": 500, "method": "GET", "stored": True}, "only POST /v1/events and POST"),
+    "a query cannot be accepted": ({"status": 202, "path": "/v1/events/query"}, "status must be another"),
+    "no fault": ({"status": 202, "stored": True}, "stored must be false with status 202"),
+    "lost how?": ({"delay_ms": 5, "stored": False}, "stored must not be false without a status"),
+    "never": ({"status": 500, "times": 0}, "times must be 1 to 1000000, got 0"),
+    "into the past": ({"delay_ms": -1}, "delay_ms must be 0 to 600000, got -1"),
+    "for ever": ({"delay_ms": 600_001}, "delay_ms must be 0 to 600000, got 600001"),
+    "an hour later": ({"delay_ms": 1, "retry_after_s": 3600}, "retry_after_s goes with an error status only"),
+    "not of an error": ({"status": 202, "retry_after_s": 1}, "retry_after_s goes with an error status only"),
+    "a template": ({"status": 500, "path": "/v1/events/{id}"}, "path must be one path, no query string, an id in place"),
+    "a query": ({"status": 500, "path": "/v1/events/lookup?id=1"}, "path must be one path, no query string"),
+    "not an integer": ({"status": 429, "retry_after_s": 0.5}, "retry_after_s must be an integer"),
+}  # fmt: skip
+
+
+@table(("fault", "part"), BAD_FAULTS.values(), ids=BAD_FAULTS)
+def test_a_malformed_fault_is_refused_and_not_queued(mock, caller, fault, part):
+    refused(caller.post("../_mock/faults", json=fault), part=part)
+    with pytest.raises(ApiError):
+        mock.fail(**fault)
+    assert mock.faults() == []
+
+
+@table(
+    ("content", "part"),
+    [("", "empty"), ("[]", "body must be an object, got []"), ('{"stauts": 500}', "stauts is no field")],
+)
+def test_what_is_no_fault_is_refused(mock, caller, content, part):
+    refused(caller.post("../_mock/faults", content=content), part=part)
+    assert mock.faults() == []
+
+
+@table("method", ["GET", "POST", "DELETE"])
+@table("path", ["/_mock/events", "/_mock/faults"])
+def test_without_the_flag_there_is_no_mock(client, method, path):
+    with stores_nothing(client):
+        refused(client.request(method, path, json={"status": 500}), 404, "not_found", "started with --mock")
+
+
+def test_the_mock_needs_a_key_and_a_known_route(mock, caller):
+    refused(httpx.delete(mock.url.replace("/v1", "/_mock/events")), 401, "unauthorized")
+    refused(caller.get("../_mock/events"), 405, "method_not_allowed", "allowed: DELETE")
+    refused(caller.get("../_mock/nothing"), 404, "not_found", "POST /_mock/faults")
+    assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
+
+
+def test_serve_with_the_flag_opens_the_mock_and_keeps_the_number_of_events_right(tmp_path):
+    flags = ("--api-key", KEY, "--api-key", f"{STAGING_KEY}=staging", "--db", "events.db", "--mock")
+    with Live(tmp_path, *flags) as live, live.client() as client, live.client(STAGING_KEY) as staging:
+        assert "/_mock/events" in live.banner
+        store(client, event("1"), event("2"), event("3"))
+        store(staging, event("1"))
+        assert client.delete("/_mock/events").json() == {"deleted": 3}
+        assert client.post("/_mock/faults", json={"status": 503, "retry_after_s": 7}).status_code == 200
+        refused(client.get("/v1/events"), 503, "service_unavailable")
+        assert (total(client), total(staging)) == (0, 1)
+        live.stop()
+    with Live(tmp_path, *flags) as live:
+        assert "events.db (1 events)" in live.banner
+
+
+# ---------------------------------------------------------------------------------------------- the fixture, the SDK
+
+
+def test_the_server_does_not_import_pytest():
+    code = ("import sys; from eventstore_extras import mock; server = mock.running_server(); server.__enter__(); "
+            "print('pytest' in sys.modules)")  # fmt: skip
+    assert python(code).stdout == "False\n"
+
+
+def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
+    pytester.makepyfile(
+        """
+        import os, urllib.request
+
+        import pytest
+
+        def application_code(event_id):
+            body = ('{"event_name": "call", "external_customer_id": "cust", "event_id": "%s"}' % event_id).encode()
+            headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
+            urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
+
+        servers = []
+
+        @pytest.mark.parametrize("event_id", ["one", "two"])
+        def test_each_starts_empty(flexprice, event_id):
+            assert flexprice.events() == flexprice.faults() == []
+            application_code(event_id)
+            assert [event["id"] for event in flexprice.events()] == [event_id]
+            flexprice.fail(status=500)
+            servers.append(flexprice.url)
+
+        def test_there_is_one_server_for_the_run(flexprice):
+            assert set(servers) == {flexprice.url}
+
+        def test_the_environment_is_as_before_without_it():
+            assert "FLEXPRICE_API_HOST" not in os.environ and "FLEXPRICE_API_KEY" not in os.environ
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=4)
+
+
+def test_a_run_that_does_not_use_the_fixture_imports_no_server(pytester):
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_the_plugin_is_all_that_is_there():
+            modules = [name for name in sys.modules if name.startswith("eventstore")]
+            assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
+        """
+    )
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+
+
+def retrying():
+    from flexprice.utils import BackoffStrategy, RetryConfig
+
+    return RetryConfig("backoff", BackoffStrategy(1, 10, 1.5, 20_000, jitter_ms=0), True)
+
+
+RETRIED = {
+    "429 with Retry-After": [{"status": 429, "retry_after_s": 1}],
+    "500 thrice": [{"status": 500, "times": 3}],
+    "stored, the answer lost": [{"status": 500, "stored": True}],
+    "one after the other": [{"status": 502}, {"status": 503, "stored": True}, {"status": 504}],
+}
+
+
+@table("way", ["sync", "async", "bulk"])
+@table("faults", RETRIED.values(), ids=RETRIED)
+def test_the_retries_of_the_official_sdk_end_with_exactly_one_event(mock, faults, way):
+    from flexprice import Flexprice
+
+    for fault in faults:
+        mock.fail(method="POST", **fault)
+    sdk = Flexprice(server_url=mock.url, api_key_auth=mock.api_key, retry_config=retrying())
+    one = {"event_name": "call", "external_customer_id": "cust", "event_id": "evt_1"}
+
+    async def ingest() -> object:
+        async with sdk:
+            return await sdk.events.ingest_event_async(**one)
+
+    if way == "async":
+        asyncio.run(ingest())
+    else:
+        with sdk:
+            sdk.events.ingest_event(**one) if way == "sync" else sdk.events.ingest_events_bulk(events=[one])
+    assert mock.faults() == []
+    assert ids_in(mock) == ["evt_1"]

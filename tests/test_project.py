@@ -1,0 +1,152 @@
+"""The project around the code: the benchmark and the wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+
+import benchmark
+import eventstore
+from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
+
+# ---------------------------------------------------------------------------------------------- the benchmark
+
+QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
+
+
+def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
+    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
+    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in benchmark.ROWS]
+    assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
+    process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    with process:
+        assert any("single events" in line for line in process.stderr)
+        (folder,) = tmp_path.iterdir()
+        assert [path.suffix for path in folder.glob("*.db")] == [".db"]
+        process.send_signal(number)
+        process.stderr.read()  # ends when its servers have ended, too
+        assert process.wait(60) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@table(
+    ("later", "verdict"),
+    [
+        ({}, []),
+        ({"RSS MB": 103, "page p99 ms": 20, "WAL MB": 60}, []),
+        ({"RSS MB": 130}, ["RSS MB went from 100 to 130"]),
+        ({"WAL MB": 100}, ["WAL MB went from 64.0 to 100"]),
+        ({"handles": 50}, ["handles went from 40.0 to 50.0"]),
+        ({"page p99 ms": 40}, ["page p99 ms went from 20.0 to 40.0"]),
+        ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
+    ],
+)
+def test_the_soak_names_what_did_not_stay_flat(later, verdict):
+    warm = {"events/s": 2000, "RSS MB": 100, "WAL MB": 64, "handles": 40} | dict.fromkeys(benchmark.P99S, 20)
+    cold = dict.fromkeys(warm, 1)
+    assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
+
+
+# ---------------------------------------------------------------------------------------------- the rooms
+
+
+def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(tmp_path):
+    for name in ("eventstore.py", "schema.sql", "debugger.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
+    libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
+    with Live(tmp_path, "--api-key", KEY, command=alone, **libraries) as live, live.client() as client:
+        store(client, event("alone"))
+        assert ids(client) == ["alone"]
+        assert client.get("/").text == DEBUGGER
+        assert live.stop() == 0
+    for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "serve --port 0 --mock"):
+        done = run(*alone, *command.split(), cwd=tmp_path, env=os.environ | libraries)
+        assert (done.returncode, done.stdout) == (2, "")
+        needing = "--mock" if "--mock" in command else command.split()[0]
+        beside = re.escape(str(tmp_path / "eventstore.py"))
+        assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
+
+
+def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
+    code = """if True:
+        import sys, eventstore
+        eventstore.parse_arguments(["serve"])
+        app = eventstore.create_app(eventstore.Settings(db=":memory:", api_keys=(eventstore.ApiKey.hashed("k"),)))
+        app.state.service.store.close()
+        print({name.partition(".")[0] for name in sys.modules} & {"eventstore_extras", "pytest", "_pytest"})
+    """
+    assert python(code).stdout == "set()\n"
+
+
+def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
+    def imported(stderr: str) -> set[str]:
+        return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
+
+    script = (sys.executable, "-v", ROOT / "eventstore.py")
+    with Live(tmp_path, "--mock", command=script) as live:
+        assert imported(live.log) == {"eventstore_extras", "eventstore_extras.mock"}
+    for command, needed in (("import -", {"transfer"}), ("export", {"transfer"}),
+                            ("replay --to http://127.0.0.1:1 --dry-run", {"transfer", "forward"})):  # fmt: skip
+        done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr
+        assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
+
+
+# ---------------------------------------------------------------------------------------------- the wheel
+
+USES_THE_FIXTURE = """
+import os, urllib.request
+
+def test_the_fixture(flexprice):
+    body = b'{"event_name": "call", "external_customer_id": "cust", "event_id": "a"}'
+    headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
+    urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
+    assert [event["id"] for event in flexprice.events()] == ["a"]
+"""
+
+
+def test_the_wheel_serves_from_a_clean_environment(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
+    programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    wheel = tmp_path / "dist" / f"flexprice_eventstore-{eventstore.__version__}-py3-none-any.whl"
+    installed, elsewhere = [programs / "eventstore"], tmp_path / "elsewhere"
+
+    def works(*command: object, cwd=tmp_path) -> None:
+        done = run(*command, timeout=600, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    works(sys.executable, "-m", "build", "--wheel", "--outdir", wheel.parent, tmp_path / "checkout")
+    works(sys.executable, "-m", "venv", tmp_path / "venv")
+    works(programs / "python", "-m", "pip", "install", wheel)
+    (site_packages,) = (path.parent for path in (tmp_path / "venv").rglob("eventstore.py"))
+    assert [path.name for pattern in ("*.sql", "*.html") for path in site_packages.glob(pattern)] == []
+    with Live(elsewhere, "--api-key", KEY, command=installed) as live:
+        with live.client() as client:
+            store(client, event("from the wheel"))
+            assert ids(client) == ["from the wheel"]
+            assert client.get("/").text == DEBUGGER
+        assert live.stop() == 0
+    works(programs / "python", "-m", "pip", "install", f"{wheel}[cli]", "pytest")
+    with Live(tmp_path / "target", "--api-key", KEY, command=installed) as target, target.client() as client:
+        works(*installed, "export", "-o", "out.gz", cwd=elsewhere)
+        works(*installed, "import", "out.gz", "--db", "copy.db", cwd=elsewhere)
+        works(*installed, "replay", "--db", "copy.db", "--to", target.url, "--api-key", KEY, cwd=elsewhere)
+        assert ids(client) == ["from the wheel"]
+    (elsewhere / "test_it.py").write_text(USES_THE_FIXTURE)
+    works(programs / "python", "-m", "pytest", cwd=elsewhere)

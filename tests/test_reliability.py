@@ -1,0 +1,1084 @@
+"""A bad day: kills, full disks, locks, floods and what chance makes up, and what is left after it.
+
+README says how to run more of it. What chance decides comes from one seed, which is shown.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import Mock
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from starlette.testclient import TestClient
+
+import eventstore
+from conftest import (
+    AGGREGATIONS,
+    DAY_US,
+    EVER,
+    KEY,
+    LEDGER_START,
+    NOW,
+    POST,
+    SCRIPT,
+    STAGING_KEY,
+    ZONES,
+    Live,
+    answer_on,
+    ask,
+    at,
+    brute_force,
+    counts,
+    cursor,
+    database,
+    event,
+    eventually,
+    ids,
+    is_root,
+    monitored,
+    page,
+    place_by,
+    posting,
+    refuse_to_write,
+    refused,
+    rows_of,
+    rows_to_insert,
+    run,
+    serving,
+    store,
+    stores_nothing,
+    table,
+    text_of,
+    time_us,
+    total,
+    usage,
+    windows_of,
+    write_lock,
+)
+
+# ---------------------------------------------------------------------------------------------- commits
+
+
+def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works(client, tmp_path, caplog):
+    store(client, event("before"))
+    refuse_to_write(tmp_path, "new.event_name = 'boom'")
+    boom = event("boom", event_name="boom")
+    for path, body in (("/v1/events", boom), ("/v1/events/bulk", {"events": [event("good"), boom, event("before")]})):
+        caplog.clear()
+        with stores_nothing(client):
+            response = client.post(path, json=body)
+            refused(response, 500, "database_error")
+        assert "IntegrityError: full" in caplog.text  # the cause goes to the log, not to the caller
+        assert "full" not in response.text
+    assert counts(store(client, event("good"), event("before"))) == (1, 1)
+
+
+class FailsOnce:
+    """A connection whose first statement that starts so fails, as if memory had run out."""
+
+    def __init__(self, conn: sqlite3.Connection, start: str):
+        self._conn, self._start = conn, start
+
+    def __getattr__(self, name: str):
+        return getattr(self._conn, name)
+
+    def execute(self, statement: str, *values):
+        if self._start and statement.startswith(self._start):
+            self._start = ""
+            raise sqlite3.OperationalError("out of memory")
+        return self._conn.execute(statement, *values)
+
+
+def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path):
+    with serving(tmp_path) as client:
+        store(client, event("known"))
+        with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
+            failing = FailsOnce(conn, eventstore.SELECT_NEW_IDS)
+            assert eventstore.insert_group(failing, [rows_to_insert("known"), rows_to_insert("new", "new")]) == [1, 1]
+        assert sorted(ids(client)) == ["known", "new"]
+
+
+def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path):
+    with serving(tmp_path) as client:
+        writer = client.app.state.service.store
+        writer._conn = FailsOnce(writer._conn, "ROLLBACK")
+        refuse_to_write(tmp_path, "new.id = '200'")
+        response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
+        refused(response, 500, "database_error")
+        assert writer._conn.in_transaction
+        assert counts(store(client, event("after"))) == (1, 0)
+        assert ids(client) == ["after"]
+    assert [row[1] for row in rows_of(tmp_path)] == ["after"]
+
+
+def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
+    clock, later = Mock(return_value=NOW), [f"{number}" for number in range(40)]
+    with serving(tmp_path, clock=clock) as client, ThreadPoolExecutor(41) as pool:
+
+        def send(event_id: str):
+            return pool.submit(client.post, "/v1/events", json=event(event_id))
+
+        refuse_to_write(tmp_path, "new.id = '20'")
+        with write_lock(tmp_path):  # the first waits for it, and the others, to be committed together, for the first
+            answers = {"first": send("first")}
+            eventually(lambda: clock.call_count == 1)
+            answers |= {event_id: send(event_id) for event_id in later}
+            eventually(lambda: clock.call_count == 41)
+        stored = {event_id for event_id, answer in answers.items() if answer.result().status_code == 202}
+        for event_id in answers.keys() - stored:
+            refused(answers[event_id].result(), 500, "database_error")
+        assert set(ids(client)) == stored
+        assert ("first" in stored, "20" in stored) == (True, False)
+        assert len(stored) < 40  # some shared the commit of 20
+        retried = [event(event_id) for event_id in answers.keys() - stored - {"20"}]
+        assert counts(store(client, *retried)) == (len(retried), 0)
+
+
+def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path):
+    clock = Mock(return_value=NOW)
+    with serving(tmp_path, queue_events=3, clock=clock) as client, ThreadPoolExecutor(3) as pool:
+        with write_lock(tmp_path):
+            waiting = [pool.submit(client.post, "/v1/events", json=event(f"{number}")) for number in range(3)]
+            eventually(lambda: clock.call_count == 3)
+            for path in ("/v1/events", "/v1/events/bulk"):
+                response = client.post(path, json={"events": [event("late")], **event("late")})
+                refused(response, 503, "service_unavailable")
+                assert int(response.headers["Retry-After"]) > 0
+            assert ids(client) == []
+            assert client.get("/health").status_code == 200
+        assert [answer.result().status_code for answer in waiting] == [202] * 3
+        assert counts(store(client, event("late"))) == (1, 0)
+        assert sorted(ids(client)) == ["0", "1", "2", "late"]
+        assert counts(store(client, *[event()] * 1000)) == (1000, 0)  # more than the limit, but nothing waits
+
+
+def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path):
+    properties = {f"p{number}": "\\" * 100 for number in range(50)}
+    filters = {f"p{number}": ["x", "\\" * 100] if number < 49 else ["x"] for number in range(50)}
+    with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
+        store(client, *[event(f"{number:03}", properties=properties) for number in range(200)])
+        slow, meanwhile = pool.submit(ask, client, "POST", property_filters=filters), 0
+        while not slow.done():
+            assert client.get("/health").status_code == 200
+            assert ids(client, page_size=1) == ["199"]
+            meanwhile += not slow.done()
+        assert (meanwhile > 0, slow.result().json()["events"]) == (True, [])
+    with serving(tmp_path, query_timeout_s=0.01) as client:
+        response = ask(client, "POST", property_filters=filters)
+        refused(response, 503, "service_unavailable", "0.01 s")
+        assert int(response.headers["Retry-After"]) > 0
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@table("path", ["/v1/events", "/v1/events/bulk"])
+def test_the_wal_is_synced_between_its_last_write_and_the_202(tmp_path, path):
+    """Only a power cut would tell, and SIGKILL is none; so the system calls are read."""
+    trace = tmp_path / "trace.txt"
+    strace = [
+        "strace",
+        "-f",
+        "-yy",
+        "-s",
+        "20",
+        "-e",
+        "trace=pwrite64,fsync,fdatasync,write,writev,sendto,sendmsg",
+        "-o",
+        trace,
+    ]
+    if run(*strace, "true").returncode != 0:
+        pytest.skip("this process may not trace another")
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, event("before"))
+        tracing = subprocess.Popen([*map(str, strace), "-p", str(live.process.pid)], stderr=subprocess.PIPE, text=True)
+        assert "attached" in tracing.stderr.readline()
+        assert client.post(path, json={"events": [event()] * 3, **event()}).status_code == 202
+        tracing.send_signal(signal.SIGINT)  # it lets go
+        tracing.communicate(timeout=30)
+    calls = trace.read_text().splitlines()
+    (answer,) = [number for number, call in enumerate(calls) if "HTTP/1.1 202" in call]
+    wal = [re.search(r"(pwrite64|fdatasync|fsync)\(", call)[1] for call in calls[:answer] if "events.db-wal" in call]
+    assert "pwrite64" in wal
+    assert wal[-1] in ("fdatasync", "fsync")
+
+
+# ---------------------------------------------------------------------------------------------- a storm of kills
+
+STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
+EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
+SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
+
+
+@pytest.fixture
+def choose(request, capsys) -> random.Random:
+    """What chance decides in a test; its seed is shown, passed or failed."""
+    line = f"EVENTSTORE_TEST_SEED={SEED}"
+    with capsys.disabled():
+        print(f" {line} ", end="", flush=True)
+    print(line)  # this one is captured, and shown with the failure
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+def known_event(event_id: str) -> dict:
+    """All of it follows from its id, which is a number, so that what is stored can be compared with what was sent."""
+    number = int(event_id, 16)
+    return event(event_id, event_name=f"name{number % 5}", external_customer_id=f"cust{number % 99}", source="storm",
+                 timestamp=at(-(number % DAY_US)), properties={"id": event_id, "filler": "x" * (number % 400)})  # fmt: skip
+
+
+def known_row(event_id: str) -> tuple:
+    """The same event as the file has it."""
+    sent = known_event(event_id)
+    return (1, event_id, sent["event_name"], sent["external_customer_id"], "storm",
+            NOW - int(event_id, 16) % DAY_US, json.dumps(sent["properties"]))  # fmt: skip
+
+
+class Sender:
+    """A client with a ledger: sends events and batches of known ids until told to stop, whatever happens."""
+
+    def __init__(self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7):
+        self.choose, self.sizes, self.patience = random.Random(start), sizes, patience
+        self.port, self.stop = 0, threading.Event()
+        self.acknowledged: list[str] = []
+        self.given_up: list[list[str]] = []  # got no answer and was not sent again: stored whole or not at all
+        self.outcomes: Counter[int | None] = Counter()  # None: no answer
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            self.turn()
+
+    def turn(self) -> None:
+        batch = [f"{self.choose.getrandbits(128):032x}" for _ in range(self.choose.choice(self.sizes))]
+        is_patient, deadline = self.choose.random() < self.patience, time.monotonic() + 60
+        while not (accepted := self.send(batch)) and is_patient:
+            assert time.monotonic() < deadline, f"never accepted: {self.outcomes}"
+            time.sleep(0.01)
+        if accepted:
+            self.acknowledged += batch
+            self.look_up(self.choose.choice(self.acknowledged))
+        else:
+            self.given_up.append(batch)
+
+    def send(self, batch: list[str]) -> bool:
+        events = [known_event(event_id) for event_id in batch]
+        path, body = ("/v1/events", events[0]) if len(events) == 1 else ("/v1/events/bulk", {"events": events})
+        status, headers = self.request("POST", path, body)
+        if status != 202:
+            return False
+        assert int(headers["X-Events-Inserted"]) in (0, len(batch)), "only a part of the batch was there"
+        return True
+
+    def look_up(self, event_id: str) -> None:
+        assert self.request("GET", f"/v1/events/{event_id}")[0] != 404, "what was acknowledged is gone"
+
+    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str]]:
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            try:
+                connection.request(method, path, json.dumps(body), {"x-api-key": KEY})
+                answer = connection.getresponse()
+                status, headers = answer.status, answer.headers
+            except (OSError, http.client.HTTPException):  # the server is gone, or not there yet
+                status, headers = None, {}
+        self.outcomes[status] += 1
+        return status, headers
+
+
+@contextmanager
+def sending(senders: list[Sender]) -> Iterator[Callable[[], None]]:
+    """Runs the senders; calling what this gives stops them, each when what it sends is acknowledged or given up."""
+    with ThreadPoolExecutor(len(senders)) as pool:
+        running = [pool.submit(sender.run) for sender in senders]
+
+        def stop() -> None:
+            for sender in senders:
+                sender.stop.set()
+            for each in running:
+                each.result()
+
+        try:
+            yield stop
+        finally:
+            for sender in senders:
+                sender.stop.set()
+
+
+def check_ledgers(folder: Path, senders: list[Sender]) -> None:
+    """What was acknowledged is there once with its content, given-up batches whole or not at all, and nothing else."""
+    rows = rows_of(folder)
+    stored = [row[1] for row in rows]
+    present, acknowledged = set(stored), {event_id for sender in senders for event_id in sender.acknowledged}
+    given_up = [set(batch) for sender in senders for batch in sender.given_up]
+    assert len(stored) == len(present), "an event is there twice"
+    assert acknowledged <= present, f"{len(acknowledged - present)} of {len(acknowledged)} acknowledged are lost"
+    assert [batch for batch in given_up if batch & present not in (set(), batch)] == [], "batches in pieces"
+    assert present <= acknowledged.union(*given_up), "what nobody sent"
+    assert rows == [known_row(event_id) for event_id in stored]
+
+
+def test_every_event_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
+    senders = [Sender(choose.getrandbits(64)) for _ in range(6)]
+    with sending(senders) as stop:
+        for kill in range(STORM_KILLS + 1):
+            with Live(tmp_path, "--api-key", KEY) as live:
+                for sender in senders:
+                    sender.port = int(live.port)
+                if kill == STORM_KILLS:
+                    stop()
+                else:
+                    time.sleep(choose.choice([0, 0.02, 0.3, 0.6, 1.2]) + choose.random() / 5)
+                assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+            if choose.random() < 0.3:  # the next one dies on its way up, where it recovers the file
+                starting = subprocess.Popen([*SCRIPT, "serve", "--port", "0"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+                time.sleep(choose.random() * 0.8)
+                starting.kill()
+                starting.wait()
+    outcomes = sum((sender.outcomes for sender in senders), Counter())
+    assert set(outcomes) <= {None, 200, 202}
+    assert outcomes[None] > STORM_KILLS  # requests were cut off
+    check_ledgers(tmp_path, senders)
+
+
+# ---------------------------------------------------------------------------------------------- a model in plain Python
+
+# What chance chooses from: few of each, so that they meet, and each with a way to go wrong.
+NASTY = ["a", "A", "\x1e", '","', "}", "b", "a::b", "::", "1::2", "é", "e\u0301", "\uffff", "😀", "\0", "a\0b", '"', "\\", "%", "' --", "a\nb", " ",
+         "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
+TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
+PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
+SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
+                           "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
+HOUR_US = 3_600_000_000
+
+# Where listings, windows and the nights on which clocks change begin and end, to the microsecond.
+BORDERS_US = [
+    NOW,
+    NOW - 7 * DAY_US,
+    *(eventstore.to_us(LEDGER_START) + hours * HOUR_US for hours in (0, 46, 47, 48, 49, 240)),
+]
+MOMENTS = st.sampled_from(
+    [eventstore.to_datetime(border + step).isoformat() for border in BORDERS_US for step in (-1, 0, 1)]
+)
+ANY_TIMES = MOMENTS | st.sampled_from(
+    ["0001-01-01T00:00:00.000001+00:00", "1969-12-31T23:59:59.999999+00:00", "9999-12-31T23:59:59.999999+00:00"]
+)
+EVENTS = st.fixed_dictionaries({
+    "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
+    "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
+    "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
+    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
+PROPERTY_FILTERS = st.dictionaries(
+    PROPERTY_NAMES, st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8), min_size=1, max_size=2
+)
+FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events are left; "" is none
+    "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
+    "source": st.sampled_from(["", "", "", "::"]), "property_filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}, optional={
+    "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
+ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
+                                "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
+ENVIRONMENTS = st.sampled_from(["development", "staging"])
+METHODS = st.sampled_from(["GET", "POST"])
+
+
+def as_sent(answered: dict) -> dict:
+    """An answered event as its sender would write it."""
+    assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
+    timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
+    kept = {
+        name: answered[name] for name in ("event_name", "external_customer_id", "customer_id", "source", "properties")
+    }
+    return {"event_id": answered["id"], "timestamp": timestamp, **kept}
+
+
+def literally(events: Iterable[dict]) -> list[str]:
+    """As JSON, in which 1 and true are not the same."""
+    return [json.dumps(one, sort_keys=True) for one in events]
+
+
+def is_upside_down(query: dict) -> bool:
+    """Whether a range ends before it starts."""
+    return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
+
+
+def matches(one: dict, query: dict) -> bool:
+    """The filters and the range of a listing, by the words of SPEC 4. The times of both are written alike."""
+    end_us = time_us(query.get("end_time", at()))
+    start_us = time_us(query["start_time"]) if "start_time" in query else end_us - 7 * DAY_US
+    fields = [name for name in ("external_customer_id", "event_name", "source") if query.get(name)]
+    texts = {key: text_of(value) for key, value in one["properties"].items() if not isinstance(value, (dict, list))}
+    return (start_us <= time_us(one["timestamp"]) <= end_us and all(one[name] == query[name] for name in fields)
+            and all(texts.get(key) in values for key, values in query.get("property_filters", {}).items()))  # fmt: skip
+
+
+class Model(RuleBasedStateMachine):
+    """The server beside what it should be: for each environment a dict from an id to the event that came first."""
+
+    def __init__(self):
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
+        self.walks: list[dict] = []
+        self.client = serving(Path(self.folder.name)).__enter__()
+
+    def teardown(self) -> None:
+        for environment, stored in self.stored.items():
+            found = page(self.enter(environment), "POST", **EVER, page_size=1000, order="asc")
+            in_order = sorted(stored.values(), key=place_by("timestamp"))
+            assert literally(map(as_sent, found["events"])) == literally(in_order)
+        self.client.__exit__(None, None, None)
+        self.folder.cleanup()
+
+    def enter(self, environment: str) -> TestClient:
+        self.client.headers["x-api-key"] = {"development": KEY, "staging": STAGING_KEY}[environment]
+        return self.client
+
+    def note(self, environment: str, events: list[dict]) -> tuple[int, int]:
+        """What storing them should count: the first with an id stays."""
+        stored = self.stored[environment]
+        before = len(stored)
+        for one in events:
+            stored.setdefault(one["event_id"], one | {"event_name": one["event_name"].strip()})
+        return len(stored) - before, len(events) - len(stored) + before
+
+    @rule(environment=ENVIRONMENTS, sent=EVENTS, names_itself=st.booleans())
+    def send_one(self, environment, sent, names_itself):
+        response = self.enter(environment).post("/v1/events", json=sent if names_itself else sent | {"event_id": ""})
+        assert response.status_code == 202
+        stored = sent | {"event_id": response.json()["event_id"]}
+        assert not names_itself or stored == sent
+        assert counts(response) == self.note(environment, [stored])
+
+    @initialize(sent=st.lists(EVENTS, min_size=10, max_size=20), environment=ENVIRONMENTS)
+    def send_many(self, environment, sent):
+        self.send_a_batch(environment, sent)
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
+    def send_a_batch(self, environment, sent):
+        assert counts(store(self.enter(environment), *sent)) == self.note(environment, sent)
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
+    def send_known_ids_with_other_content(self, environment, sent, data):
+        if known := list(self.stored[environment]):
+            again = [one | {"event_id": data.draw(st.sampled_from(known))} for one in sent]
+            assert counts(store(self.enter(environment), *again)) == (0, len(again))
+
+    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), place=st.integers(0, 4),
+          bad=st.sampled_from([{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]))  # fmt: skip
+    def send_a_batch_with_a_bad_event(self, environment, sent, place, bad):
+        sent.insert(place, event("bad") | bad)
+        refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
+
+    @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=st.sampled_from([1, 2, 3, 50]), offset=st.integers(0, 5),
+          stranger=EVENTS, data=st.data())  # fmt: skip
+    def list_pages(self, environment, filters, page_size, offset, stranger, data):
+        """In all orders, from the start and to both sides of some places, over all time and over a part of it."""
+        known = self.stored[environment]
+        marks = data.draw(st.lists(st.sampled_from([*known.values()]), min_size=1, max_size=2)) if known else []
+        for mark, span in itertools.product([*marks, stranger], [{}, EVER]):
+            self.list_around(environment, filters | span, page_size, offset, mark)
+
+    def list_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
+        known = self.stored[environment]
+        if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
+            mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
+        methods = itertools.cycle(["GET", "POST", "POST", "GET", "GET"])
+        for sort, order in itertools.product(["timestamp", "event_name"], ["asc", "desc"]):
+            query = filters | {"sort": sort, "order": order, "page_size": page_size}
+            self.check_page(environment, next(methods), query, offset=offset)
+            for side in ("iter_last_key", "iter_first_key"):
+                if sort == "event_name" and mark["event_id"] not in known:
+                    response = ask(self.enter(environment), next(methods), **query, **{side: cursor(mark)})
+                    refused(response, part="start_time" if is_upside_down(query) else side)
+                else:
+                    self.check_page(environment, next(methods), query, side, mark, offset)
+
+    def check_page(
+        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
+    ) -> dict | None:
+        """One page against the model: the events, their order, the cursors and the counts."""
+        sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
+        if is_upside_down(query):
+            refused(ask(self.enter(environment), method, **sent), part="start_time")
+            return None
+        answer = page(self.enter(environment), method, **sent)
+        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
+        rows = sorted(
+            (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
+        )
+        after = descending is (side == "iter_first_key")  # which neighbours of the cursor are greater
+        left = (
+            [one for one in rows if (place(one) > place(mark) if after else place(one) < place(mark))]
+            if mark
+            else rows[offset:]
+        )
+        expected = left[-size:] if side == "iter_first_key" else left[:size]
+        assert literally(map(as_sent, answer.pop("events"))) == literally(expected)
+        first, last = (cursor(expected[0]), cursor(expected[-1])) if expected else (None, None)
+        assert answer == {"has_more": len(left) > size, "total_count": len(rows), "offset": None if mark else offset + size,
+                          "iter_first_key": first, "iter_last_key": last}  # fmt: skip
+        return {"events": expected, "has_more": answer["has_more"]}
+
+    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
+    def begin_to_page(self, environment, filters, order):
+        there = {one["event_id"] for one in self.stored[environment].values() if matches(one, filters)}
+        self.walks.append({"query": (environment, filters | order), "there": there, "seen": [], "mark": None})
+
+    @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
+    def go_on_paging(self, method, data, pages):
+        """In between, anything may have happened."""
+        for _ in range(pages if self.walks else 0):
+            walk = self.walks[at_ := data.draw(st.integers(0, len(self.walks) - 1))]
+            environment, query = walk["query"]
+            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
+            walk["seen"] += [one["event_id"] for one in found["events"]] if found else []
+            if found and found["has_more"]:
+                walk["mark"] = found["events"][-1]
+                continue
+            assert len(walk["seen"]) == len(set(walk["seen"]))
+            assert walk["there"] <= set(walk["seen"])
+            if not self.walks.pop(at_) or not self.walks:
+                return
+
+    @rule(environment=ENVIRONMENTS, kind=st.sampled_from(AGGREGATIONS), times=st.tuples(MOMENTS, MOMENTS),
+          narrow=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
+              "external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
+          size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
+    def compute_usage(self, environment, kind, times, narrow, size, zone, in_buckets):
+        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
+        if size:
+            query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
+        if kind == "SUM_WITH_MULTIPLIER":
+            query["multiplier"] = "2.5"
+        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
+        answer = usage(self.enter(environment), kind, **query)
+        expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
+        assert (answer["type"], answer["value"]) == (kind, expected)
+        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
+        assert [each for _, each in windows_of(answer)] == pytest.approx(
+            [each for _, each in per_window], rel=1e-9, abs=1e-9
+        )
+
+    @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
+    def count_by_monitoring(self, environment, times):
+        start, end = sorted(times, key=time_us)
+        between = [
+            one for one in self.stored[environment].values() if matches(one, {"start_time": start, "end_time": end})
+        ]
+        expected = sum(time_us(one["timestamp"]) < time_us(end) for one in between)
+        assert monitored(self.enter(environment), start_time=start, end_time=end) == (expected, [])
+
+    @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
+    def look_one_up(self, environment, event_id, is_known, data):
+        known = self.stored[environment]
+        event_id = data.draw(st.sampled_from([*known])) if known and is_known else event_id
+        response = self.enter(environment).get("/v1/events/lookup", params={"id": event_id})
+        if event_id in known:
+            assert literally([as_sent(response.json()["event"])]) == literally([known[event_id]])
+        else:
+            refused(response, 404, "not_found")
+
+    @rule()
+    def restart(self):
+        self.client.__exit__(None, None, None)
+        self.client = serving(Path(self.folder.name)).__enter__()
+
+
+def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
+    options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
+                       suppress_health_check=list(HealthCheck))  # fmt: skip
+    run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
+
+
+# ---------------------------------------------------------------------------------------------- full disks, locks, damaged files
+
+
+class Disk(NamedTuple):
+    folder: Path
+    fill: Callable[[Live], None]
+    free: Callable[[Live], None]
+
+
+@pytest.fixture(params=["file system", "limit"])
+def disk(request, tmp_path) -> Iterator[Disk]:
+    """A disk that can be filled and freed: a file system of 4 MB, or a limit of the server's files as they are."""
+    resource = pytest.importorskip("resource", reason="Windows has neither")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if request.param == "limit":
+        if not hasattr(resource, "prlimit"):
+            pytest.skip("only Linux limits another process")
+
+        def limit(live: Live, length: int) -> None:
+            with suppress(ProcessLookupError):  # a limit ends with its process
+                resource.prlimit(live.process.pid, resource.RLIMIT_FSIZE, (length, resource.RLIM_INFINITY))
+
+        wal = folder / "events.db-wal"
+        yield Disk(folder, lambda live: limit(live, wal.stat().st_size + 9000), lambda live: limit(live, -1))
+        return
+    if not (shutil.which("mount") and run("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder).returncode == 0):
+        pytest.skip("mounting a file system takes root")
+
+    def fill(_: Live) -> None:
+        with (folder / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(b"x" * 512):
+                pass
+
+    try:
+        yield Disk(folder, fill, lambda _: (folder / "filler").unlink())
+    finally:
+        assert run("umount", "--lazy", folder).returncode == 0
+
+
+def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(tmp_path, disk):
+    sender = Sender(1, sizes=[1, 1, 20], patience=0)
+    with Live(tmp_path, "--api-key", KEY, "--db", str(disk.folder / "events.db")) as live, live.client() as client:
+        sender.port = int(live.port)
+
+        def send_until(status: int) -> None:
+            sender.outcomes.clear()
+            eventually(lambda: sender.turn() or sender.outcomes[status] > 5)
+
+        send_until(202)
+        disk.fill(live)
+        send_until(500)
+        refused(client.post("/v1/events/bulk", json={"events": [event()] * 100}), 500, "database_error")
+        assert len(ids(client, "POST", page_size=1000, source="storm", **EVER)) == len(
+            sender.acknowledged
+        )  # reads go on
+        disk.free(live)
+        send_until(202)
+        assert set(sender.outcomes) == {200, 202}
+        assert "full" in live.log or "disk I/O error" in live.log  # the cause
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+    check_ledgers(disk.folder, [sender])
+
+
+def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path, disk):
+    flags = ("--api-key", KEY, "--db", str(disk.folder / "events.db"))
+    sender = Sender(1, sizes=[20], patience=0)
+    with Live(tmp_path, *flags) as live:
+        sender.port = int(live.port)
+        eventually(lambda: sender.turn() or sender.outcomes[202] > 5)
+        disk.fill(live)
+        eventually(lambda: sender.turn() or sender.outcomes[500] > 5)
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+        disk.free(live)
+    with Live(tmp_path, *flags) as live:
+        sender.port = int(live.port)
+        sender.turn()
+        assert live.stop() == 0
+    check_ledgers(disk.folder, [sender])
+
+
+def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
+    with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
+        store(client, event("before"))
+        with write_lock(tmp_path):  # longer than busy_timeout, and for more than one commit takes
+            many = {"events": [event()] * 1000}
+            waiting = [pool.submit(client.post, "/v1/events/bulk", json=many) for _ in range(32)]
+            waiting.append(pool.submit(client.post, "/v1/events", json=event("single")))
+            assert ids(client) == ["before"]
+            eventually(lambda: all(answer.done() for answer in waiting))
+            for answer in waiting:
+                refused(answer.result(), 503, "service_unavailable", "another process")
+                assert int(answer.result().headers["Retry-After"]) > 0
+        assert counts(store(client, event("before"), event("after"))) == (1, 1)
+        assert ids(client) == ["before", "after"]
+
+
+def killed_with(folder: Path, *batches: list[dict]) -> None:
+    """A server that stored the batches and was killed; the first is in the file, the others only in its WAL."""
+    with Live(folder, "--api-key", KEY) as live, live.client() as client:
+        for number, batch in enumerate(batches):
+            store(client, *batch)
+            if number == 0:
+                with database(folder) as conn:
+                    assert conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+
+
+def batch_of(name: str) -> list[dict]:
+    return [event(f"{name}{number}") for number in range(20)]
+
+
+def ids_after_a_restart(folder: Path) -> list[str]:
+    with Live(folder, "--api-key", KEY) as live, live.client() as client:
+        found = sorted(ids(client, "POST", page_size=1000))
+        assert counts(store(client, event("new"))) == (1, 0)
+        assert (live.stop(), live.log) == (0, "")
+    assert len(rows_of(folder)) == len(found) + 1
+    return found
+
+
+def test_without_its_wal_the_file_has_what_was_checkpointed(tmp_path):
+    killed_with(tmp_path, batch_of("a"), batch_of("b"))
+    (tmp_path / "events.db-wal").unlink()
+    assert ids_after_a_restart(tmp_path) == sorted(one["event_id"] for one in batch_of("a"))
+
+
+@table("share", [0.2, 0.5, 0.8, 0.99])
+def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp_path, share):
+    names = "abcdefgh"
+    killed_with(tmp_path, *map(batch_of, names))
+    wal = tmp_path / "events.db-wal"
+    os.truncate(wal, int(wal.stat().st_size * share))
+    found = ids_after_a_restart(tmp_path)
+    kept = len(found) // 20
+    assert found == sorted(one["event_id"] for name in names[:kept] for one in batch_of(name))
+    assert 1 <= kept < len(names)
+
+
+def refused_to_start(folder: Path, *prefix: str) -> str:
+    """The one line with which the server says why it does not start."""
+    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder, timeout=10)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"eventstore: .+\n", done.stderr)
+    return done.stderr
+
+
+@table("share", [0.01, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path, share):
+    with serving(tmp_path) as client:
+        store(client, *[event()] * 1000)
+    file = tmp_path / "events.db"
+    os.truncate(file, int(file.stat().st_size * share))
+    before = file.read_bytes()
+    assert "restore it from a copy" in refused_to_start(tmp_path)
+    assert file.read_bytes() == before
+
+
+def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_nothing(tmp_path):
+    prefix = ()
+    if is_root:  # root writes into any file, unless that right is taken from it
+        prefix = ("setpriv", "--bounding-set=-dac_override")
+        if not (shutil.which("setpriv") and run(*prefix, "true").returncode == 0):
+            pytest.skip("this root cannot do without its right to write into any file")
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "events.db"
+    with (
+        Live(tmp_path, "--api-key", KEY, "--db", str(file), command=[*prefix, *SCRIPT]) as live,
+        live.client() as client,
+    ):
+        store(client, event("a"))
+        for path in (*file.parent.iterdir(), file.parent):
+            path.chmod(path.stat().st_mode & ~0o222)
+        store(client, event("b"))
+        assert ids(client) == ["b", "a"]
+        assert live.stop() == 0
+    assert "read-only" in refused_to_start(file.parent, *prefix)
+    for path in (file.parent, *file.parent.iterdir()):
+        path.chmod(path.stat().st_mode | 0o200)
+    assert [row[1] for row in rows_of(file.parent)] == ["a", "b"]
+
+
+@table("name", ["events.db", "events.db-wal"])
+def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back(tmp_path, name):
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, event("a"))
+        (tmp_path / name).rename(tmp_path / "elsewhere")
+        for _ in range(2):
+            refused(client.post("/v1/events", json=event("b")), 500, "database_error")
+        assert "removed or replaced" in live.log
+        assert ids(client) == ["a"]
+        (tmp_path / "elsewhere").rename(tmp_path / name)
+        assert counts(store(client, event("b"))) == (1, 0)
+        assert live.stop() == 0
+    assert [row[1] for row in rows_of(tmp_path)] == ["a", "b"]
+
+
+def test_a_wal_that_is_removed_under_the_server_is_written_to_the_file_when_it_stops(tmp_path):
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, *batch_of("a"))
+        (tmp_path / "events.db-wal").unlink()
+        refused(client.post("/v1/events", json=event("b")), 500, "database_error")
+        assert live.stop() == 0
+    assert len(rows_of(tmp_path)) == 20
+
+
+# ---------------------------------------------------------------------------------------------- more than it can take
+
+
+def peak_memory_bytes(live: Live) -> int:
+    status = Path(f"/proc/{live.process.pid}/status")
+    if not status.exists():
+        pytest.skip("only Linux says how much memory another process took")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path):
+    """150 requests of 1 MiB, of which 16 MiB may be held, while nothing can be written."""
+    large = {"filler": "x" * 2**20}
+    with Live(tmp_path, "--api-key", KEY, "--queue-bytes", str(2**24)) as live, live.client() as client:
+        store(client, event("warm", properties=large))
+        before = peak_memory_bytes(live)
+        with ThreadPoolExecutor(150) as pool:
+            with write_lock(tmp_path):
+                sent = {
+                    f"{number}": pool.submit(request_on, live, event(f"{number}", properties=large))
+                    for number in range(150)
+                }
+                eventually(lambda: sum(answer.done() for answer in sent.values()) >= 130)
+                assert total(client) == 1  # reads go on
+            answers = {event_id: answer.result() for event_id, answer in sent.items()}
+        assert peak_memory_bytes(live) - before < 2**27
+        accepted = {event_id for event_id, answer in answers.items() if answer.status_code == 202}
+        assert accepted
+        for event_id in answers.keys() - accepted:
+            refused(answers[event_id], 503, "service_unavailable", "bytes")
+            assert int(answers[event_id].headers["Retry-After"]) > 0
+        for event_id in answers:  # and all is well again
+            assert counts(store(client, event(event_id))) == ((0, 1) if event_id in accepted else (1, 0))
+        assert live.stop() == 0
+
+
+def request_on(live: Live, one: dict) -> httpx.Response:
+    """An event sent by a client that takes no longer to make than its request."""
+    body = json.dumps(one).encode()
+    with live.connect() as sock:
+        sock.sendall(posting(body))
+        return answer_on(sock)
+
+
+def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2000:
+        pytest.skip("this process may not open 1000 connections")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$0" "$@"')  # what the server is given, not what it may ask for
+    try:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=[*few_files, *SCRIPT]))
+            client = stack.enter_context(live.client())
+            crowd_of = [stack.enter_context(live.connect()) for _ in range(1000)]
+            slow, vanishing = crowd_of[:100], crowd_of[100:200]  # the others say nothing
+            body = json.dumps(event()).encode()
+            for sock in slow + vanishing:
+                sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
+            for at_ in range(len(body)):
+                for sock in slow:
+                    sock.sendall(body[at_ : at_ + 1])
+                if at_ < 20:
+                    assert counts(store(client, event(f"{at_}"))) == (1, 0)
+                    assert len(ids(client)) == at_ + 1
+                    for sock in vanishing[at_ * 5 :][:5]:
+                        sock.sendall(body[:-1])
+                        sock.close()
+            assert {answer_on(sock).status_code for sock in slow} == {202}
+            assert total(client) == 120
+            eventually(lambda: live.log.count("client went away") == 100)
+            assert live.stop() == 0
+            assert "Traceback" not in live.log
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path):
+    over, overlaps = threading.Event(), []
+
+    def read_in_turns() -> None:
+        """One of two connections always reads from a snapshot."""
+        paths = [tmp_path / "events.db"] * 2
+        with ExitStack() as stack:
+            for conn in itertools.cycle([stack.enter_context(closing(sqlite3.connect(path))) for path in paths]):
+                conn.execute("BEGIN")
+                conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+                overlaps.append(conn)
+                if len(overlaps) > 1:
+                    overlaps[-2].rollback()
+                if over.wait(0.02):
+                    return
+
+    with serving(tmp_path, wal_bytes=2**21) as client, ThreadPoolExecutor(1) as pool:
+        reading, wal, sizes = pool.submit(read_in_turns), tmp_path / "events.db-wal", []
+        eventually(lambda: len(overlaps) > 1)
+        for number in range(30):
+            store(client, *[event(f"{number} {index}", source="x" * 200) for index in range(1000)])
+            sizes.append(wal.stat().st_size)
+        over.set()
+        reading.result()
+    assert max(sizes) < 8 * 2**20, sizes  # it would have had 30 times a batch's
+    assert len(rows_of(tmp_path)) == 30_000
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+@table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path, number):
+    def takes_no_more() -> bool:
+        try:
+            live.connect().close()
+        except OSError:
+            return True
+        return False
+
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as idle, live.connect() as sock:
+        store(idle, event("before"))
+        body = json.dumps(event("under way")).encode()
+        sock.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # the server waits for the body
+        live.process.send_signal(number)
+        eventually(takes_no_more)
+        sock.sendall(body)
+        assert answer_on(sock).status_code == 202
+        assert (live.process.wait(30), live.log) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "stderr.txt"]
+    with closing(sqlite3.connect(f"file:{tmp_path}/events.db?immutable=1", uri=True)) as conn:
+        assert conn.execute("SELECT id FROM events ORDER BY rowid").fetchall() == [("before",), ("under way",)]
+
+
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = [*SCRIPT, "serve", "--port", str(port)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+
+        def answers() -> bool:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                return True
+            return False
+
+        eventually(answers)
+        process.send_signal(number)
+        assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
+
+
+def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within_ten_seconds(tmp_path, choose):
+    senders = [Sender(choose.getrandbits(64), patience=0) for _ in range(8)]
+    body = json.dumps(event("slow")).encode()
+    with (
+        Live(tmp_path, "--api-key", KEY) as live,
+        live.connect() as slow,
+        live.connect() as idle,
+        live.connect() as half,
+    ):
+        slow.sendall(posting(body)[:-1])
+        half.sendall(b"POST /v1/events HTTP/1.1\r\nHost:")
+        idle.sendall(POST + b"Content-Length: 0\r\n\r\n")
+        refused(answer_on(idle))  # and the connection stays open
+        for sender in senders:
+            sender.port = int(live.port)
+        with sending(senders) as stop:
+            eventually(lambda: all(len(sender.acknowledged) > 100 for sender in senders))
+            live.process.send_signal(signal.SIGTERM)
+            assert live.process.wait(10) == 0
+            stop()
+        refused(answer_on(slow), 503, "service_unavailable", "shutting down")
+        assert (idle.recv(1), half.recv(1)) == (b"", b"")
+        assert "Traceback" not in live.log
+    outcomes = sum((sender.outcomes for sender in senders), Counter())
+    assert set(outcomes) <= {None, 200, 202, 503}
+    assert outcomes[None] > 0  # some came too late
+    assert not (tmp_path / "events.db-wal").exists()
+    check_ledgers(tmp_path, senders)
+
+
+def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path):
+    body = json.dumps(event()).encode()
+    with (
+        Live(tmp_path, "--api-key", KEY, "--queue-events", "1") as live,
+        live.connect() as one,
+        live.connect() as other,
+    ):
+        with write_lock(tmp_path):
+            for sock in (one, other):
+                sock.sendall(posting(body))
+            too_many, *_ = select.select([one, other], [], [], 30)[0]
+            refused(answer_on(too_many), 503, "service_unavailable", "1 events wait")  # so the other one does
+            live.process.send_signal(signal.SIGTERM)
+            assert live.process.wait(10) == 0
+        waiting = one if too_many is other else other
+        refused(answer_on(waiting), 503, "service_unavailable")
+    assert rows_of(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- what the OpenAPI document promises
+
+# What no JSON Schema can say: rules between fields, and times that are no day or too near the ends of the calendar.
+SCHEMATHESIS_HOOKS = '''
+import re
+from datetime import UTC, datetime, timedelta
+
+import schemathesis
+
+DAY = timedelta(days=1)
+
+
+def time(text):
+    """A time, None if it is none; ValueError if there is no such day or it is within nine of the calendar's ends."""
+    if not isinstance(text, str) or not re.match(r"\\d{4}-\\d\\d-\\d\\d[Tt]", text, re.ASCII):
+        return None
+    time = datetime.fromisoformat(re.sub(r" (?=\\d\\d:\\d\\d$)", "+", text.upper()))
+    if not datetime.min + 9 * DAY < time.replace(tzinfo=None) < datetime.max - 9 * DAY:
+        raise ValueError
+    return time if time.tzinfo else None
+
+
+@schemathesis.hook
+def filter_case(context, case):
+    return all(sendable(case.operation.path, sent) for sent in (case.query, case.body) if isinstance(sent, dict))
+
+
+def sendable(path, sent):
+    events = sent.get("events")
+    try:
+        for one in [sent, *(events if isinstance(events, list) else [])]:
+            time(one.get("timestamp") if isinstance(one, dict) else None)
+        start, end, _ = (time(sent.get(name)) for name in ("start_time", "end_time", "billing_anchor"))
+    except ValueError:
+        return False
+    is_lookup = path.endswith(("/lookup", "{id}"))
+    if start and (end or not is_lookup) and start > (end or datetime.now(UTC)):
+        return False
+    if path.endswith("/monitoring") and bool(sent.get("start_time")) != bool(sent.get("end_time")):
+        return False
+    cursors = [sent[name] for name in ("iter_first_key", "iter_last_key") if sent.get(name)]
+    if len(cursors) > 1 or (cursors and sent.get("sort") == "event_name"):
+        return False
+    is_multiplied = str(sent.get("aggregation_type")).upper() == "SUM_WITH_MULTIPLIER"
+    if path.endswith("/usage") and is_multiplied is (sent.get("multiplier") in (None, "")):
+        return False
+    too_long = start and (end or datetime.now(UTC)) - start > timedelta(minutes=99_000)
+    return not (too_long and (sent.get("window_size") or sent.get("bucket_size")))
+'''
+
+
+def test_schemathesis_finds_no_failure(tmp_path):
+    (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
+    with Live(tmp_path / "server", "--api-key", KEY) as live:
+        command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
+                   "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
+        done = run(
+            *command, cwd=tmp_path, timeout=300, env=os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Traceback" not in live.log
+    tested = len(eventstore.openapi_document(eventstore.OPERATIONS)["paths"])
+    assert int(re.search(r"Tested: (\d+)", done.stdout)[1]) >= tested, done.stdout
