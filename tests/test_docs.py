@@ -124,32 +124,27 @@ VARYING = {
 VARIES = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in VARYING.items()))
 
 
-def masked(text: str, written_on: datetime | None = None) -> str:
-    """The text without what another run has otherwise. Times are so only near `written_on`, the run's own clock."""
-
-    def mask(found: re.Match[str]) -> str:
-        kind, value = str(found.lastgroup), found[0]
-        if written_on and kind in ("clock", "cursor"):
-            moment = int(value) / 1e9 if kind == "cursor" else datetime.fromisoformat(value).timestamp()
-            if abs(moment - written_on.timestamp()) > 3600:
-                return value
-        return f"<{kind}>"
-
-    return VARIES.sub(mask, text)
+def varies(found: re.Match[str], now: datetime) -> bool:
+    """Whether another run prints something else there. Times do if they are the run's own, of this very hour."""
+    if found.lastgroup not in ("clock", "cursor"):
+        return True
+    moment = int(found[0]) / 1e9 if found.lastgroup == "cursor" else datetime.fromisoformat(found[0]).timestamp()
+    return abs(moment - now.timestamp()) < 3600
 
 
 def compare(command: str, expected: str, printed: str) -> None:
-    """What was printed is what the page has; a time that is not of this very hour has to be the same."""
+    """What was printed is what the page has, but for what varies."""
     now = datetime.now(UTC)
-    varying, wanted = VARIES.finditer(printed), []
-    place = 0
-    for found in VARIES.finditer(expected):
-        twin = next(varying, None)
-        is_masked = twin is not None and twin.lastgroup == found.lastgroup and masked(twin[0], now) != twin[0]
-        wanted += [expected[place : found.start()], f"<{found.lastgroup}>" if is_masked else found[0]]
-        place = found.end()
-    wanted.append(expected[place:])
-    assert masked(printed, now).rstrip() == "".join(wanted).rstrip(), command
+    twins = list(VARIES.finditer(printed))
+    masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
+    has, has_too = iter(masks), iter(zip(twins, masks, strict=True))
+
+    def mask_like_its_twin(found: re.Match[str]) -> str:
+        twin, mask = next(has_too, (None, ""))
+        return mask if twin and twin.lastgroup == found.lastgroup and mask != twin[0] else found[0]
+
+    wanted = VARIES.sub(mask_like_its_twin, expected)
+    assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
 
 
 def with_ports(text: str, ports: dict[str, int]) -> str:
