@@ -330,7 +330,7 @@ def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
 
 def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path):
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript(eventstore.data_file("schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
+        conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
     done = subprocess.run([*shlex.split(COMMAND), "serve", "--port", "0"], cwd=tmp_path, capture_output=True, text=True,
                           env=environment(tmp_path), check=False)  # fmt: skip
     assert done.returncode == 2
