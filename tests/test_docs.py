@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -275,6 +276,18 @@ def test_every_code_block_says_its_language(name):
     fences = re.findall(r"^```(.*)$", PAGES[name], re.MULTILINE)
     assert all(fences[::2]), fences
     assert not any(fences[1::2]), fences
+
+
+def test_what_the_readme_says_is_where_is_there():
+    for row in section(PAGES["README.md"], "Files").splitlines():
+        names = re.findall(r"`([^`]+\.\w+|\w+/)`", row.split("|")[1] if row.startswith("| `") else "")
+        for name in names:
+            assert (ROOT / name).exists() or (ROOT / names[0]).with_name(name).exists(), name
+
+
+def test_the_pytest_plugin_is_left_out_by_the_documented_name():
+    (name,) = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]
+    assert f"`pytest -p no:{name}`" in PAGES["docs/testing.md"]
 
 
 def test_what_ci_runs_is_the_readmes_second_command():
