@@ -272,6 +272,11 @@ def test_lines_of_prose_are_at_most_120_characters_long(name):
 
 
 @each_page
+def test_a_page_names_nothing_that_its_reader_does_not_have(name):
+    assert re.findall(r"\bSPEC\b|/work/|\bissue \d", PAGES[name]) == []
+
+
+@each_page
 def test_every_code_block_says_its_language(name):
     fences = re.findall(r"^```(.*)$", PAGES[name], re.MULTILINE)
     assert all(fences[::2]), fences
@@ -360,6 +365,7 @@ def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path):
 # ---------------------------------------------------------------------------------------------- to operate it
 
 BACKUPS = [command.text for block in blocks(section(OPERATING, "Backup"), "console") for command in commands(block)]
+BACKUPS = [command for command in BACKUPS if "backup" in command]
 
 
 def ids_on(port: int, key: str = KEY) -> list[str]:
