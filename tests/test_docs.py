@@ -62,7 +62,7 @@ def prose(page: str) -> str:
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     (folder / ".curlrc").write_text("silent\nshow-error\n")  # no meter, which curl shows where there is no terminal
     others = {name: value for name, value in os.environ.items() if not name.startswith(("EVENTSTORE_", "FLEXPRICE_"))}
-    ours = {"FLEXPRICE_API_KEY": KEY, "CURL_HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    ours = {"FLEXPRICE_API_KEY": KEY, "CURL_HOME": str(folder), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     return others | ours | variables
 
 
