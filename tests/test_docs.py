@@ -7,6 +7,7 @@ are one program. Blocks of other languages are not run.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
 OPERATING, API = PAGES["docs/operating.md"], PAGES["docs/api.md"]
 EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
 KEY = "key-of-the-pages"
+EVENT = {"event_name": "call", "external_customer_id": "cust"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 each_page = pytest.mark.parametrize("name", PAGES)
 needs_shell = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="needs bash and curl")
@@ -344,6 +346,21 @@ def test_every_route_field_and_code_is_documented():
     assert {*fields, *eventstore.STATUS_OF_CODE, *eventstore.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
 
 
+FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "Faults"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
+    from eventstore_extras.mock import running_server
+
+    fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
+    with running_server() as server:
+        server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
+        answer = httpx.post(f"{server.url}/events", json=EVENT, headers={"x-api-key": server.api_key})
+        assert answer.status_code == fields.get("status", 202)
+        assert len(server.events()) == (fields.get("stored", False) or "status" not in fields)
+
+
 def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(OPERATING, "What to watch"), re.MULTILINE)
     assert len(rows) == 9
@@ -375,7 +392,7 @@ def ids_on(port: int, key: str = KEY) -> list[str]:
 
 
 def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
-    event = {"event_name": "call", "external_customer_id": "cust", "event_id": event_id}
+    event = EVENT | {"event_id": event_id}
     return httpx.post(f"http://127.0.0.1:{port}/v1/events", json=event, headers={"x-api-key": key})
 
 
