@@ -1,0 +1,484 @@
+"""README.md and docs/ say what is true: what they show is run, what they point to is there.
+
+A ```console block is pasted: lines after `$ ` are commands (`> ` goes on with one), the others are what they print, but
+for ids, clocks and the like, which vary. A page has one server, in a folder of its own. The ```python blocks of a page
+are one program. Blocks of other languages are not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import pytest
+
+import eventstore
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+FILES = (README, *sorted((ROOT / "docs").glob("*.md")))
+PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
+OPERATING, API = PAGES["docs/operating.md"], PAGES["docs/api.md"]
+EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
+KEY = "key-of-the-pages"
+EVENT = {"event_name": "call", "external_customer_id": "cust"}
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+each_page = pytest.mark.parametrize("name", PAGES)
+needs_shell = pytest.mark.skipif(not (shutil.which("bash") and shutil.which("curl")), reason="needs bash and curl")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [text for name, text in BLOCK.findall(page) if name == language]
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading, up to the next one of its level or above."""
+    (found,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def prose(page: str) -> str:
+    return BLOCK.sub("", page)
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    (folder / ".curlrc").write_text("silent\nshow-error\n")  # no meter, which curl shows where there is no terminal
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("EVENTSTORE_", "FLEXPRICE_"))}
+    ours = {"FLEXPRICE_API_KEY": KEY, "CURL_HOME": str(folder), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
+    return others | ours | variables
+
+
+def run(folder: Path, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What became of a command; all that it printed is in stdout."""
+    return subprocess.run(
+        [*map(str, command)], cwd=folder, env=environment(folder, **variables), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    for _ in range(300):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+            time.sleep(0.05)
+    raise AssertionError(f"nobody listens on port {port}")
+
+
+@contextmanager
+def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen]:
+    """`eventstore serve` in the folder, which is where its events.db is."""
+    command = [*EVENTSTORE, "serve", "--port", str(port)]
+    with open(folder / "server.log", "ab") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables), stdout=log, stderr=log)
+    with ended(process):
+        wait_for(port, process)
+        yield process
+
+
+# ---------------------------------------------------------------------------------------------- pasting
+
+
+class Command(NamedTuple):
+    text: str
+    output: str
+
+
+def commands(block: str) -> Iterator[Command]:
+    for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+        first, *lines = part.splitlines()
+        more = [line for line in lines if line.startswith("> ")]
+        yield Command("\n".join([first, *(line[2:] for line in more)]), "\n".join(lines[len(more) :]))
+
+
+VARYING = {
+    "id": r"event_[0-9A-HJKMNP-TV-Z]{26}",
+    "clock": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z",
+    "cursor": r"\b\d{19}(?=::)",
+    "duration": r"\b\d+\.\d s\b",
+    "version": re.escape('"version":"') + r"[^\"]+",
+}
+VARIES = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in VARYING.items()))
+
+
+def varies(found: re.Match[str], now: datetime) -> bool:
+    """Whether another run prints something else there. Times do if they are the run's own, of this very hour."""
+    if found.lastgroup not in ("clock", "cursor"):
+        return True
+    moment = int(found[0]) / 1e9 if found.lastgroup == "cursor" else datetime.fromisoformat(found[0]).timestamp()
+    return abs(moment - now.timestamp()) < 3600
+
+
+def compare(command: str, expected: str, printed: str) -> None:
+    """What was printed is what the page has, but for what varies."""
+    now = datetime.now(UTC)
+    twins = list(VARIES.finditer(printed))
+    masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
+    has, has_too = iter(masks), iter(zip(twins, masks, strict=True))
+
+    def mask_like_its_twin(found: re.Match[str]) -> str:
+        twin, mask = next(has_too, (None, ""))
+        return mask if twin and twin.lastgroup == found.lastgroup and mask != twin[0] else found[0]
+
+    wanted = VARIES.sub(mask_like_its_twin, expected)
+    assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
+
+
+def with_ports(text: str, ports: dict[str, int]) -> str:
+    """The same with free ports in place of those that the page has."""
+
+    def free(found: re.Match[str]) -> str:
+        return found[1] + str(ports.setdefault(found[2], free_port()))
+
+    return re.sub(r"(127\.0\.0\.1:|--port )(\d+)", free, text)
+
+
+def here(command: str) -> str:
+    """The command for this copy and this Python."""
+    command = command.replace(".venv/bin/eventstore", shlex.join(EVENTSTORE))
+    return re.sub(r"^python3 ", f"{shlex.quote(sys.executable)} ", command)
+
+
+@needs_shell
+@each_page
+def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path):
+    pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
+    python = blocks(PAGES[name], "python")
+    if not (pasted or python):
+        pytest.skip("nothing to paste")
+    ports = {"8080": free_port()}
+    started, missing = [], set()
+    with serving(tmp_path, ports["8080"]):
+        try:
+            for command, expected in pasted:
+                text = here(with_ports(command, ports))
+                program = text.split()[0]
+                if shutil.which(program) is None:
+                    missing.add(program)
+                elif text.endswith("&"):
+                    process = subprocess.Popen(["bash", "-c", f"exec {text[:-1]}"], cwd=tmp_path, env=environment(tmp_path),
+                                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+                    started.append(process)
+                    wait_for(int(re.findall(r"--port (\d+)", text)[0]), process)
+                else:
+                    compare(command, with_ports(expected, ports), run(tmp_path, "bash", "-c", text).stdout)
+            run_program(name, with_ports("\n\n".join(python), ports), tmp_path)
+        finally:
+            for process in started:
+                with ended(process):
+                    pass
+    if missing:
+        pytest.skip(f"no {', '.join(sorted(missing))} here; everything else was run")
+
+
+USES_THE_OTHER_FIXTURE = """
+
+def test_the_other_fixture_is_a_server_too(slow_flexprice):
+    assert slow_flexprice.events() == []
+"""
+
+
+def run_program(name: str, program: str, folder: Path) -> None:
+    """The Python of a page; where it is about tests, as a test file."""
+    is_test_file = name == "docs/testing.md"
+    path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
+    path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
+    pytest_if_so = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] * is_test_file
+    done = run(folder, sys.executable, *pytest_if_so, path)
+    assert done.returncode == 0, done.stdout
+    assert not is_test_file or "3 passed" in done.stdout
+
+
+def test_the_masks_leave_what_does_not_vary():
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    compare("", "at 2026-11-01T03:30:00Z, now 2026-11-25T10:49:52.268441Z", f"at 2026-11-01T03:30:00Z, now {now}")
+    compare("", "event_01M80W6JV7116EN36KDG44YBRY; 0.0 s", "event_01M80W6JV7116EN36KDG44YBRZ; 1.7 s")
+    for expected in ("2026-11-01T03:30:00Z", now, "yesterday"):
+        with pytest.raises(AssertionError):
+            compare("", expected, "2025-11-01T03:30:00Z")
+
+
+# ---------------------------------------------------------------------------------------------- the pages themselves
+
+
+def anchors(page: str) -> set[str]:
+    """The headings as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: str) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [link for link in found if not link.startswith(("http://", "https://"))]
+
+
+@each_page
+def test_every_link_leads_somewhere(name):
+    for link in links(PAGES[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text("utf-8")), link
+
+
+def test_every_page_is_reached_from_the_readme():
+    direct = {Path(link.partition("#")[0]) for link in links(PAGES["README.md"])}
+    assert {Path(name) for name in PAGES} - direct == {Path("README.md")}
+
+
+def test_the_readme_takes_ten_minutes():
+    assert len(PAGES["README.md"].splitlines()) <= 215
+
+
+@each_page
+def test_lines_of_prose_are_at_most_120_characters_long(name):
+    lines = [line for line in prose(PAGES[name]).splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@each_page
+def test_a_page_names_nothing_that_its_reader_does_not_have(name):
+    assert re.findall(r"\bSPEC\b|/work/|\bissue \d", PAGES[name]) == []
+
+
+@each_page
+def test_every_code_block_says_its_language(name):
+    fences = re.findall(r"^```(.*)$", PAGES[name], re.MULTILINE)
+    assert all(fences[::2]), fences
+    assert not any(fences[1::2]), fences
+
+
+def test_what_the_readme_says_is_where_is_there():
+    for row in section(PAGES["README.md"], "Files").splitlines():
+        names = re.findall(r"`([^`]+\.\w+|\w+/)`", row.split("|")[1] if row.startswith("| `") else "")
+        for name in names:
+            assert (ROOT / name).exists() or ((ROOT / names[0]).parent / name).exists(), name
+
+
+def test_the_pytest_plugin_is_left_out_by_the_documented_name():
+    (name,) = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]
+    assert f"`pytest -p no:{name}`" in PAGES["docs/testing.md"]
+
+
+def test_what_ci_runs_is_the_readmes_second_command():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("no .ci in this copy")
+    _, test = [block.splitlines()[1] for block in blocks(PAGES["README.md"], "sh") if block.startswith("# set up and")]
+    assert test in script.read_text().splitlines()
+
+
+# ---------------------------------------------------------------------------------------------- complete, and true
+
+
+FLAG = re.compile(r"--[a-z][a-z-]+")
+
+
+def help_of(folder: Path, command: str) -> dict[str, str]:
+    """The flags of a command and their defaults, "" for none."""
+    flags = {}
+    shown = run(folder, *EVENTSTORE, command, "--help", COLUMNS="1000").stdout
+    for text in re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]:
+        (name, *_), default = FLAG.findall(text), re.search(r"\(default: (.*)\)$", text, re.MULTILINE)
+        flags[name] = default[1] if default else ""
+    return {flag: default for flag, default in flags.items() if flag != "--help"}
+
+
+def test_every_flag_is_documented_with_its_default(tmp_path):
+    flags = {command: help_of(tmp_path, command) for command in ("serve", "import", "export", "replay")}
+    everything = {flag for of_command in flags.values() for flag in of_command}
+    table = section(OPERATING, "Flags")
+    assert set(FLAG.findall(table)) - everything == set()
+    assert everything - set(FLAG.findall(OPERATING)) == set()
+    of_serve = table.partition("`import`, `export`")[0]
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)[^|]*\| ([^|]*?) ?\|", of_serve, re.MULTILINE))
+    assert set(flags["serve"]) - set(rows) == {"--port"}  # it shares the row of --host
+    defaults = {flag: re.sub("`|off|none", "", default.partition(",")[0]) for flag, default in rows.items()}
+    shown = {flag: flags["serve"][flag].replace("False", "").removesuffix(".0") for flag in rows}
+    assert defaults == shown
+
+
+def test_every_route_field_and_code_is_documented():
+    table = section(API, "Endpoints")
+    for operation in eventstore.OPERATIONS:
+        assert f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}" in table
+    fields = [name for struct in (eventstore.EventIn, eventstore.EventQueryIn, eventstore.UsageIn, eventstore.EventPage,
+                                  eventstore.Monitoring, eventstore.EventLookup, eventstore.Fault, eventstore.ErrorDetails)
+              for name in struct.__struct_fields__]  # fmt: skip
+    words = set(re.findall(r"\w+", API))
+    assert {*fields, *eventstore.STATUS_OF_CODE, *eventstore.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
+
+
+FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "Faults"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
+    from eventstore_extras.mock import running_server
+
+    fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
+    with running_server() as server:
+        server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
+        answer = httpx.post(f"{server.url}/events", json=EVENT, headers={"x-api-key": server.api_key})
+        assert answer.status_code == fields.get("status", 202)
+        assert len(server.events()) == (fields.get("stored", False) or "status" not in fields)
+
+
+def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
+    rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(OPERATING, "What to watch"), re.MULTILINE)
+    assert len(rows) == 9
+    source = (ROOT / "eventstore.py").read_text("utf-8")
+    for row in rows:
+        for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            part = re.sub(r"\b\d+ (?=requests|MB)", "%d ", re.sub(r"^\d{3} \w+(: )?", "", text))
+            assert part in source or part == "Exception in ASGI application", part  # that one is uvicorn's
+
+
+def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+        conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
+    done = run(tmp_path, *EVENTSTORE, "serve", "--port", "0")
+    assert done.returncode == 2
+    assert done.stdout.removeprefix("eventstore: ").strip() in " ".join(OPERATING.split())
+
+
+# ---------------------------------------------------------------------------------------------- to operate it
+
+BACKUPS = [command.text for block in blocks(section(OPERATING, "Backup"), "console") for command in commands(block)]
+BACKUPS = [command for command in BACKUPS if "backup" in command]
+
+
+def ids_on(port: int, key: str = KEY) -> list[str]:
+    body = {"order": "asc", "page_size": 1000}
+    page = httpx.post(f"http://127.0.0.1:{port}/v1/events/query", json=body, headers={"x-api-key": key})
+    return [event["id"] for event in page.raise_for_status().json()["events"]]
+
+
+def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
+    event = EVENT | {"event_id": event_id}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/events", json=event, headers={"x-api-key": key})
+
+
+@needs_shell
+@pytest.mark.parametrize("command", BACKUPS, ids=lambda command: command.split()[0])
+def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path, command):
+    if shutil.which(command.split()[0]) is None:
+        pytest.skip(f"needs {command.split()[0]}")
+    port = free_port()
+    (restore,) = blocks(section(OPERATING, "Restore"), "sh")
+    restore = "\n".join(line for line in restore.splitlines() if line.startswith(("rm ", "cp ")))
+    with serving(tmp_path, port) as process:
+        for number in range(3):
+            assert send(port, f"before {number}").status_code == 202
+        assert run(tmp_path, "bash", "-c", here(command)).stdout == ""
+        assert send(port, "after").status_code == 202
+        process.kill()  # a bad day: there is a -wal, and what is in it belongs to the old file
+        process.wait()
+    assert (tmp_path / "events.db-wal").exists()
+    (tmp_path / "events.db").write_bytes(b"damaged")
+    assert run(tmp_path, "bash", "-c", restore).stdout == ""
+    with serving(tmp_path, port):
+        assert ids_on(port) == ["before 0", "before 1", "before 2"]
+        assert send(port, "after").status_code == 202
+        assert ids_on(port) == ["before 0", "before 1", "before 2", "after"]
+
+
+def test_a_key_is_changed_without_losing_a_request(tmp_path):
+    """The three steps of Keys, while an application sends that tries again when it is refused a connection."""
+    port, key, over, sent = free_port(), "old-key", threading.Event(), []
+
+    def application() -> None:
+        for number in count():
+            event_id = f"event {number:04}"
+            while True:
+                try:
+                    status = send(port, event_id, key).status_code
+                except httpx.TransportError:
+                    time.sleep(0.02)
+                    continue
+                sent.append((event_id, status))
+                break
+            if over.wait(0.01):
+                return
+
+    thread = threading.Thread(target=application)
+    with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production"):
+        thread.start()
+        time.sleep(0.2)
+    with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production,new-key=production"):
+        key = "new-key"
+        time.sleep(0.2)
+    with serving(tmp_path, port, EVENTSTORE_API_KEYS="new-key=production"):
+        time.sleep(0.2)
+        over.set()
+        thread.join()
+        assert {status for _, status in sent} == {202}
+        assert ids_on(port, "new-key") == [event_id for event_id, _ in sent]
+        assert send(port, "late", "old-key").status_code == 401
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_the_systemd_unit_is_one(tmp_path):
+    (unit,) = blocks(OPERATING, "ini")
+    unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # it has to be there
+    (tmp_path / "eventstore.service").write_text(unit)
+    done = run(tmp_path, "systemd-analyze", "verify", "--man=no", "./eventstore.service")
+    assert [line for line in done.stdout.splitlines() if "eventstore.service" in line] == []
+
+
+@pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")
+def test_caddy_takes_its_configuration(tmp_path):
+    (tmp_path / "Caddyfile").write_text(blocks(OPERATING, "caddyfile")[0])
+    command = ("caddy", "validate", "--adapter", "caddyfile", "--config", "Caddyfile")
+    done = run(tmp_path, *command, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl")
+def test_nginx_takes_its_configuration(tmp_path):
+    certificate, key = tmp_path / "events.pem", tmp_path / "events.key"
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    run(tmp_path, "openssl", "req", "-x509", *curve, "-subj", "/CN=e", "-keyout", key, "-out", certificate)
+    server = blocks(OPERATING, "nginx")[0].replace("/etc/ssl/events.example.com.pem", str(certificate))
+    server = server.replace("/etc/ssl/events.example.com.key", str(key))
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid; events {{}}\nhttp {{\n{server}\n}}\n")
+    done = run(tmp_path, "nginx", "-t", "-c", tmp_path / "nginx.conf", "-e", "stderr")
+    assert done.returncode == 0, done.stdout
+    assert "[warn]" not in done.stdout
