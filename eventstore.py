@@ -63,7 +63,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
@@ -78,9 +78,6 @@ from starlette.responses import Response
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-if TYPE_CHECKING:
-    pass
 
 __version__ = "0.1.0"
 
@@ -423,8 +420,9 @@ class ErrorBody(Struct):
 
 
 class Health(Struct):
-    status: str = "ok"
+    status: str = "ok"  # or failing
     version: str = __version__
+    reason: str | UnsetType = UNSET  # why events cannot be stored
 
 
 ENCODER = msgspec.json.Encoder()
@@ -1447,6 +1445,7 @@ def monitoring_answer(hidden: int, query: UsageQuery, starts: list[int], cells: 
 GROUP_EVENTS, SHORT_GROUP_EVENTS = 16_000, 2_000
 FEW_EVENTS = 10
 READER_THREADS = 4
+TRIAL_PAUSE_S = 1.0  # between two trials of a commit, after one that failed
 QUICK_S = 0.001  # what a read may take on the event loop itself, about as long as it parses a batch
 PROGRESS_STEPS = 10_000  # of SQLite's machine between two looks at the clock, more than a page of 50 takes
 
@@ -1454,7 +1453,7 @@ PROGRESS_STEPS = 10_000  # of SQLite's machine between two looks at the clock, m
 class _Task(NamedTuple):
     """What a thread is asked to do, and who waits for it on which event loop."""
 
-    work: Any  # the writer's: rows; a reader's: a function of its connection
+    work: Any  # rows, for the writer only, or a function of a connection
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Any]
 
@@ -1499,9 +1498,12 @@ class Store:
         self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
         self._writes: _Queue = queue.SimpleQueue()
-        self._few: list[_Task] = []  # what the writer has taken from there
+        self._operations: deque[_Task] = deque()  # this and the next two are what the writer has taken from there
+        self._few: list[_Task] = []
         self._many: deque[_Task] = deque()
         self._short_until_s = 0.0
+        self._failure: str | None = None  # of the last commit
+        self._trial_s = 0.0  # when it was last tried again
         self._reads: _Queue = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
         with _start_errors(self.path):  # here, not in the threads: nobody would answer those who wait for a dead one
@@ -1534,6 +1536,22 @@ class Store:
             return int(await self._ask(self._writes, rows))
         finally:
             self._pending_events -= len(rows)
+
+    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a writing operation in a transaction of its own; what it returns comes when that is synced to disk.
+
+        An ApiError that it raises undoes all of it. ApiError as of `insert`.
+        """
+        result: T = await self._ask(self._writes, operation)
+        return result
+
+    async def failure(self) -> str | None:
+        """Why events cannot be stored, None if they can: as the last commit went, or since it failed a trial of one."""
+        if self._failure and time.monotonic() > self._trial_s + TRIAL_PAUSE_S:
+            self._trial_s = time.monotonic()
+            with suppress(ApiError):
+                await self.write(lambda conn: conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+        return self._failure
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation, which is one statement if it needs one snapshot.
@@ -1637,9 +1655,11 @@ class Store:
     def _next_group(self) -> list[_Task]:
         """The requests of the next commit: all that have few events, then as many others as the limit allows.
 
-        May block while nothing waits; empty when closed.
+        An operation is alone. May block while nothing waits; empty when closed.
         """
         self._take_waiting()
+        if self._operations:
+            return [self._operations.popleft()]
         now_s = time.monotonic()
         if self._few:
             self._short_until_s = now_s + 1
@@ -1653,8 +1673,11 @@ class Store:
     def _take_waiting(self) -> None:
         """Sort what has come by its size; blocks while there is nothing."""
         with suppress(queue.Empty):
-            while task := self._writes.get(block=not (self._few or self._many)):
-                (self._few if len(task.work) <= FEW_EVENTS else self._many).append(task)
+            while task := self._writes.get(block=not (self._operations or self._few or self._many)):
+                if callable(task.work):
+                    self._operations.append(task)
+                else:
+                    (self._few if len(task.work) <= FEW_EVENTS else self._many).append(task)
             self._writes.put(None)  # for the next call
 
     def _commit(self, group: list[_Task]) -> list[object]:
@@ -1663,22 +1686,48 @@ class Store:
             self._check_files()
             if self._conn.in_transaction:  # the last group's could not be rolled back: nobody would commit this one
                 self._conn.execute("ROLLBACK")
-            outcomes = insert_group(self._conn, [task.work for task in group])
+            outcomes = self._write(group)
         except Exception as error:
             with suppress(sqlite3.Error):  # a full disk may refuse it, too; this thread must go on
                 if self._conn.in_transaction:
                     self._conn.execute("ROLLBACK")
+            if isinstance(error, ApiError):  # an operation's own refusal
+                return [error]
+            known, self._failure = self._failure, failure_reason(error)
             if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
-                log.exception("a commit failed; none of its %d requests was stored", len(group))
+                if self._failure != known:  # each refused request has its line; one traceback will do
+                    log.exception("a commit failed; none of its %d requests was stored", len(group))
                 message = "the database refused the write; nothing was stored, the server's log says why"
                 return [ApiError("database_error", message) for _ in group]
             # Whoever waits behind would wait in vain, too, group after group, each as long as this one.
             self._take_waiting()
-            group += [*self._few, *self._many]
-            self._few, self._many = [], deque()
+            group += [*self._operations, *self._few, *self._many]
+            self._operations, self._few, self._many = deque(), [], deque()
             message = "another process has locked the database; nothing was stored, try again"
             return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
-        return list(outcomes)
+        self._failure = None
+        return outcomes
+
+    def _write(self, group: list[_Task]) -> list[object]:
+        if not callable(group[0].work):
+            return list(insert_group(self._conn, [task.work for task in group]))
+        execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
+        outcome = group[0].work(self._conn)
+        self._conn.execute("COMMIT")
+        return [outcome]
+
+
+def failure_reason(error: Exception) -> str:
+    """Why a commit failed, in words that may be told to anyone: no path is in them."""
+    if isinstance(error, OSError):
+        return "the database file was removed or replaced, or cannot be looked at"
+    reasons = {
+        sqlite3.SQLITE_FULL: "the disk is full",
+        sqlite3.SQLITE_BUSY: "another process has locked the database",
+        sqlite3.SQLITE_READONLY: "the database is read-only",
+        sqlite3.SQLITE_IOERR: "the disk answered with an error",
+    }
+    return reasons.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "the database refused a write")
 
 
 def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
@@ -2050,8 +2099,9 @@ async def _aggregate(
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET or POST /health: this process answers."""
-    return JsonResponse(Health())
+    """GET or POST /health: this process answers; 503 with a reason while it cannot store events."""
+    reason = await service.store.failure()
+    return JsonResponse(Health()) if reason is None else JsonResponse(Health("failing", reason=reason), 503)
 
 
 async def describe_api(service: Service, request: Request) -> Response:
@@ -2156,7 +2206,7 @@ OPERATIONS = (
                                    "timezone": "America/New_York"}),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
     Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP)),
-    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),  # last: it matches all
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),
     Operation("GET", "/health", health, Health),
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
@@ -2209,8 +2259,9 @@ def create_app(
 ) -> Starlette:
     """The Events API as an ASGI application; it opens the database now and closes it with its lifespan.
 
-    `operations` are served beside its own and stand in its OpenAPI document; `middleware` is run for requests whose key
-    is known and whose rate is within the limits. `app.state.service` is what the handlers work with.
+    `operations` are served beside its own and stand in its OpenAPI document. `middleware` is run inside its own: what
+    needs a key has `scope["environment"]` by then, and is within the rate limits. `app.state.service` is what the
+    handlers work with.
 
     Raises StartError if the database cannot be used, ValueError without an API key.
     """
@@ -2227,7 +2278,8 @@ def create_app(
     layers = [Middleware(Authentication, api_keys=settings.api_keys)]
     if settings.rate_limits:
         layers.append(Middleware(RateLimits, settings=settings))
-    routes = [operation.route(service) for operation in service.operations]
+    matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
+    routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", endpoint(show_debugger, service)))
     app = Starlette(
         routes=routes, middleware=[*layers, *middleware], exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan
@@ -2439,13 +2491,13 @@ def _describe(operation: Operation) -> dict[str, Any]:
         parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": PARAMETER_SCHEMAS["id"]})
     described = {
         "operationId": f"{operation.handler.__name__}_{operation.method.lower()}_{len(operation.path)}",
-        "summary": (operation.handler.__doc__ or "").splitlines()[0],
+        "summary": (operation.handler.__doc__ or operation.public_path).splitlines()[0],
         "security": [] if public else [{"ApiKey": []}],
         "parameters": parameters,
         "responses": responses,
     }
     if operation.body:
-        body = {"schema": _ref(operation.body), "example": operation.example}
+        body = {"schema": _ref(operation.body)} | ({"example": operation.example} if operation.example else {})
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
     return described
 
