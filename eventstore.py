@@ -2355,7 +2355,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def uvicorn_server(app: Starlette, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
+def uvicorn_server(app: ASGIApp, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=Protocol,

@@ -6,12 +6,14 @@ import asyncio
 import copy
 import json
 import math
+import socket
 import threading
 import urllib.parse
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 from msgspec import Struct
@@ -67,6 +69,7 @@ from eventstore import (
 # What a mock answers on request: each status with one of its codes.
 FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
                504: "gateway_timeout"}  # fmt: skip
+MAX_RECEIVED, MAX_RECEIVED_BYTES = 10_000, 64 * 1024 * 1024
 MAX_FAULT_TIMES, MAX_DELAY_MS, MAX_RETRY_AFTER_S = 1_000_000, 600_000, 86_400
 
 
@@ -164,43 +167,51 @@ def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> Non
         faults.add(name, "invalid_format", f"must be another for this request: only {ingest} can be answered so")
 
 
+class _Waiting(NamedTuple):
+    fault: InjectedFault
+    environment: str | None  # None: any
+    is_unused: bool = True
+
+    def concerns(self, environment: str | None) -> bool:
+        return None in (environment, self.environment) or environment == self.environment
+
+
 class FaultQueue:
     """The faults that wait for their requests, first come first served, of one environment or of all (None)."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[str | None, InjectedFault]] = []
+        self._waiting: list[_Waiting] = []
         self._lock = threading.Lock()  # tests add from another thread than the server's
 
     def add(self, fault: InjectedFault, environment: str | None = None) -> None:
         with self._lock:
-            self._waiting.append((environment, fault))
+            self._waiting.append(_Waiting(fault, environment))
 
     def take(self, environment: str, method: str, path: str) -> InjectedFault | None:
         """The first fault for such a request; it is used up once."""
         with self._lock:
-            for place, (whose, fault) in enumerate(self._waiting):
-                if whose in (None, environment) and is_for(fault, method, path):
+            for place, waiting in enumerate(self._waiting):
+                fault = waiting.fault
+                if waiting.concerns(environment) and is_for(fault, method, path):
                     left = (fault.times or 1) - 1
-                    self._waiting[place : place + 1] = [(whose, replace(fault, times=left))] if left else []
+                    rest = waiting._replace(fault=replace(fault, times=left), is_unused=False)
+                    self._waiting[place : place + 1] = [rest] if left else []
                     return fault
         return None
 
-    def waiting(self, environment: str | None = None) -> list[InjectedFault]:
-        """What waits for requests of this environment; None: of any."""
+    def waiting(self, environment: str | None = None, unused: bool = False) -> list[InjectedFault]:
+        """What waits for requests of this environment; None: of any. On request, only what none has met yet."""
         with self._lock:
-            return [fault for whose, fault in self._waiting if self._concerns(environment, whose)]
+            found = [waiting for waiting in self._waiting if waiting.concerns(environment)]
+        return [waiting.fault for waiting in found if waiting.is_unused or not unused]
 
     def clear(self, environment: str | None = None) -> int:
         """Forget what waits for requests of this environment; None: of any. Returns how many."""
         with self._lock:
-            kept = [(whose, fault) for whose, fault in self._waiting if not self._concerns(environment, whose)]
+            kept = [waiting for waiting in self._waiting if not waiting.concerns(environment)]
             cleared = len(self._waiting) - len(kept)
             self._waiting = kept
         return cleared
-
-    @staticmethod
-    def _concerns(environment: str | None, whose: str | None) -> bool:
-        return None in (environment, whose) or whose == environment
 
 
 class FaultInjection:
@@ -217,6 +228,7 @@ class FaultInjection:
         if fault is None:
             await self._app(scope, receive, send)
             return
+        scope["fault"] = fault  # for Recorder
         answer: list[Message] = []
 
         async def keep(message: Message) -> None:
@@ -226,6 +238,9 @@ class FaultInjection:
             await losing_ingest(scope["app"].state.service)(scope, receive, keep)
         elif fault.status is None or fault.stored:
             await self._app(scope, receive, keep)
+        else:
+            while (await receive()).get("more_body"):  # whoever records requests has all of it
+                pass
         is_error = fault.status not in (None, 202)
         is_refused = bool(answer) and answer[0]["status"] >= 400  # a fault does not make a bad request good
         if is_error and not is_refused:
@@ -321,15 +336,88 @@ def additions() -> dict[str, Any]:
     return Mock().additions
 
 
+class ReceivedRequest(Struct, frozen=True):
+    """A request as it came to a mock, and what became of it."""
+
+    method: str
+    path: str  # decoded, without the query string
+    query: str
+    headers: dict[str, str]  # names in lower case, without the key
+    body: bytes  # as far as the server has read it
+    status: int | None  # None: it was not answered, or not yet
+    fault: dict[str, Any] | None  # the one that it met
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON. ValueError if it is none."""
+        return json.loads(self.body)
+
+
+class Recorder:
+    """ASGI middleware around everything: what came, whatever its key, the latest of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._received: deque[ReceivedRequest] = deque()
+        self._bytes = 0
+        self._lock = threading.Lock()  # tests read from another thread than the server's
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        status: int | None = None
+
+        async def receive_and_keep() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        async def send_and_keep(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._add(scope, bytes(body), status)  # before the client has its answer, and looks
+            await send(message)
+
+        try:
+            await self._app(scope, receive_and_keep, send_and_keep)
+        finally:
+            if status is None:
+                self._add(scope, bytes(body), None)
+
+    def _add(self, scope: Scope, body: bytes, status: int | None) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers.pop("x-api-key", None)
+        fault = msgspec.structs.asdict(scope["fault"]) if "fault" in scope else None
+        query = scope["query_string"].decode("latin-1")
+        with self._lock:
+            self._received.append(ReceivedRequest(scope["method"], scope["path"], query, headers, body, status, fault))
+            self._bytes += len(body)
+            while len(self._received) > MAX_RECEIVED or self._bytes > MAX_RECEIVED_BYTES:
+                self._bytes -= len(self._received.popleft().body)
+
+    def received(self) -> list[ReceivedRequest]:
+        with self._lock:
+            return list(self._received)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._received.clear()
+            self._bytes = 0
+
+
 class MockServer:
     """A server for tests, as `running_server` and the pytest fixture `flexprice` give it."""
 
-    def __init__(self, store: Store, faults: FaultQueue, url: str, api_keys: Mapping[str, str]) -> None:
+    def __init__(self, store: Store, mock: Mock, recorder: Recorder, url: str, api_keys: Mapping[str, str]) -> None:
         self.url = url  # ends in /v1
         self.api_keys = dict(api_keys)  # key -> environment
         self.api_key = next(iter(api_keys))
         self._store = store
-        self._fault_queue = faults
+        self._fault_queue = mock.fault_queue
+        self._recorder = recorder
 
     def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
         """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
@@ -354,8 +442,9 @@ class MockServer:
                 query = replace(query, after=parse_cursor(page.iter_last_key or ""))
 
     def reset(self) -> None:
-        """Forget all events and all faults."""
+        """Forget all events, faults and requests."""
         self._fault_queue.clear()
+        self._recorder.clear()
         delete_events(self._store)
 
     def fail(self, **fault: Any) -> None:
@@ -366,9 +455,14 @@ class MockServer:
         InjectedFault(**fault)  # names the unknown
         self._fault_queue.add(check_fault(_convert(fault, InjectedFault), Faults()))
 
-    def faults(self) -> list[dict[str, Any]]:
-        """The faults that still wait for their requests."""
-        return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting()]
+    def requests(self) -> list[ReceivedRequest]:
+        """What came since the last `reset`, in the order in which it was answered; of very many the latest:
+        10,000, with 64 MB of bodies."""
+        return self._recorder.received()
+
+    def faults(self, unused: bool = False) -> list[dict[str, Any]]:
+        """The faults that still wait for requests; on request, only those that none has met yet."""
+        return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting(unused=unused)]
 
 
 def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
@@ -380,22 +474,27 @@ def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
 
 
 @contextmanager
-def running_server(*, api_keys: Mapping[str, str] | None = None, **settings: Any) -> Iterator[MockServer]:
-    """A real server in a thread, on a free port of this machine with a temporary database, until the block ends.
+def running_server(
+    *, api_keys: Mapping[str, str] | None = None, listener: socket.socket | None = None, **settings: Any
+) -> Iterator[MockServer]:
+    """A real server in a thread, with a temporary database, until the block ends.
 
     `api_keys` maps keys to environments; `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
+    It takes a free port of this machine, or that of `listener`, a bound socket, which it closes in the end.
     """
     api_keys = api_keys or {MOCK_API_KEY: "development"}
     hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
     mock = Mock()
-    with listen("127.0.0.1", 0) as listener:
+    with listener or listen("127.0.0.1", 0) as listening:
+        listening.listen(2048)
         app = create_app(Settings(**{"api_keys": hashed, "db": ":memory:"} | settings), **mock.additions)
-        server = uvicorn_server(app, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
-        thread = threading.Thread(target=server.run, args=[[listener]], name="eventstore-server", daemon=True)
+        recorder = Recorder(app)
+        server = uvicorn_server(recorder, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
+        thread = threading.Thread(target=server.run, args=[[listening]], name="eventstore-server", daemon=True)
         thread.start()
         try:  # the socket listens already: a request that comes before the thread is ready waits for it
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            yield MockServer(app.state.service.store, mock.fault_queue, url, api_keys)
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+            yield MockServer(app.state.service.store, mock, recorder, url, api_keys)
         finally:
             server.should_exit = True
             thread.join()

@@ -386,16 +386,153 @@ def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
             application_code(event_id)
             assert [event["id"] for event in flexprice.events()] == [event_id]
             flexprice.fail(status=500)
+            assert len(flexprice.faults()) == 1
+            flexprice.reset()
+            flexprice.fail(delay_ms=1, times=2)
+            application_code(event_id)
             servers.append(flexprice.url)
 
         def test_there_is_one_server_for_the_run(flexprice):
             assert set(servers) == {flexprice.url}
-
-        def test_the_environment_is_as_before_without_it():
-            assert "FLEXPRICE_API_HOST" not in os.environ and "FLEXPRICE_API_KEY" not in os.environ
         """
     )
-    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=4)
+    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=3)
+
+
+MODULE_LEVEL_CLIENT = """
+import os, urllib.request
+
+HOST = os.environ.get("FLEXPRICE_API_HOST", "https://us.api.flexprice.io/v1")  # as an application has it at import
+KEY = os.environ.get("FLEXPRICE_API_KEY", "a real key")
+
+def send():
+    body = b'{"event_name": "call", "external_customer_id": "cust"}'
+    return urllib.request.urlopen(urllib.request.Request(HOST + "/events", body, {"x-api-key": KEY}), timeout=5)
+"""
+
+
+def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhere(pytester):
+    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
+    pytester.makeconftest("import application")
+    pytester.makepyfile(
+        """
+        import time, urllib.error
+
+        import pytest
+        import application
+
+        def test_one_that_forgot_the_fixture_is_refused_at_once():
+            start = time.monotonic()
+            with pytest.raises(urllib.error.URLError, match="refused"):
+                application.send()
+            assert time.monotonic() - start < 2
+
+        def test_one_with_the_fixture_finds_its_event(flexprice):
+            application.send()
+            assert len(flexprice.events()) == 1 and application.HOST == flexprice.url
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-p", "no:randomly").assert_outcomes(passed=2)
+
+
+@table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
+def test_a_suite_that_means_the_real_thing_keeps_its_variables(pytester, monkeypatch, flags, ini):
+    monkeypatch.setenv("FLEXPRICE_API_HOST", "http://real.example/v1")
+    monkeypatch.setenv("FLEXPRICE_API_KEY", "real")
+    pytester.makefile(".ini", pytest=ini)
+    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
+    pytester.makepyfile(
+        """
+        import os
+        import application
+
+        def test_real():
+            assert (application.HOST, application.KEY) == ("http://real.example/v1", "real")
+
+        def test_with_the_fixture(flexprice):
+            assert os.environ["FLEXPRICE_API_HOST"] == flexprice.url
+
+        def test_real_again():
+            assert os.environ["FLEXPRICE_API_HOST"] == "http://real.example/v1"
+        """
+    )
+    pytester.runpytest_subprocess("-q", *flags).assert_outcomes(passed=3)
+
+
+def test_the_variables_are_as_before_when_the_run_is_over(tmp_path):
+    (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
+    code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
+            "status = pytest.main(['-q', 'test_nothing.py']); "
+            "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
+    assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
+
+
+def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
+    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
+    pytester.makepyfile(
+        """
+        import pathlib
+        import application
+        import pytest
+
+        @pytest.mark.parametrize("number", range(8))
+        def test_it(flexprice, number, worker_id):
+            application.send()
+            assert len(flexprice.events()) == 1
+            pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
+        """
+    )
+    pytester.runpytest_subprocess("-q", "-n", "2").assert_outcomes(passed=8)
+    urls = [path.read_text() for path in pytester.path.glob("*.url")]
+    assert len(urls) == len(set(urls)) == 2
+
+
+def test_a_test_can_count_the_requests_and_what_met_them(pytester):
+    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
+    pytester.makepyfile(
+        """
+        import urllib.error, urllib.request
+
+        import application
+        import pytest
+
+        def test_retries_are_counted(flexprice):
+            flexprice.fail(path="/v1/events", status=503, retry_after_s=1)
+            for expected in (503, 202):
+                try:
+                    application.send()
+                except urllib.error.HTTPError as error:
+                    assert error.code == expected
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(flexprice.url + "/events?page_size=1")
+            first, second, third = flexprice.requests()
+            assert (first.method, first.path, first.status, first.json["event_name"]) == ("POST", "/v1/events", 503, "call")
+            assert first.fault["retry_after_s"] == 1 and second.fault is third.fault is None
+            assert "x-api-key" not in first.headers and first.headers["content-length"] == str(len(first.body))
+            assert [request.status for request in (second, third)] == [202, 401]
+            assert (third.query, third.body) == ("page_size=1", b"")
+            flexprice.reset()
+            assert flexprice.requests() == []
+        """
+    )
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+
+
+def test_a_fault_that_no_request_met_is_a_warning_at_the_end_of_its_test(pytester):
+    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
+    pytester.makepyfile(
+        """
+        import application
+
+        def test_asks_for_too_much(flexprice):
+            flexprice.fail(path="/v1/events/bulk", status=429)
+            flexprice.fail(delay_ms=1, times=5)
+            application.send()
+        """
+    )
+    result = pytester.runpytest_subprocess("-q")
+    result.assert_outcomes(passed=1, warnings=1)
+    result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
 
 
 def test_a_run_that_does_not_use_the_fixture_imports_no_server(pytester):
