@@ -10,6 +10,8 @@ plans or invoices, and one process on one machine.
 What grew around it is in eventstore_extras: import, export, replay, and a mock for tests. Nothing of it is imported
 before a command or a flag asks for it, and this file works without it.
 
+What is promised to callers stands in docs/api.md: "API: Usage" in a docstring is its section of that name.
+
 The rooms of this module, in order; none knows of those below it, but for HTTP, which puts them together:
 
     Settings        everything that can be configured
@@ -32,6 +34,7 @@ import argparse
 import asyncio
 import base64
 import ctypes
+import difflib
 import errno
 import gc
 import hashlib
@@ -88,7 +91,7 @@ T = TypeVar("T")
 
 
 class ApiKey(Struct, frozen=True):
-    """A key as the server holds it: hashed, and bound to one environment (SPEC 1)."""
+    """A key as the server holds it: hashed, and bound to one environment (API: Common rules)."""
 
     digest: bytes
     environment: str
@@ -113,7 +116,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     queue_events: int = 100_000  # what may wait for the writer
     wal_bytes: int = 256 * 1024 * 1024  # a WAL longer than this is written into the file, whoever has to wait
     queue_bytes: int = 256 * 1024 * 1024  # request bodies held at a time, one alone may be longer
-    rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (SPEC 9)
+    rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (API: Rate limits)
     visibility_lag_ms: int = 0  # events are seen by queries so long after they were accepted
     clock: Callable[[], int] = now_us  # microseconds since 1970
 
@@ -142,7 +145,7 @@ MAX_FAULTS = 100
 
 
 class Fault(Struct, frozen=True):
-    """One thing that is wrong with a request; `index` and `event_id` say in which event, if in one (SPEC 3)."""
+    """One thing that is wrong with a request; `index` and `event_id` say in which event (API: Errors)."""
 
     index: int | None
     event_id: str | None
@@ -158,7 +161,7 @@ class ErrorDetails(Struct, frozen=True):
 
 
 class ApiError(Exception):
-    """A refusal that the caller can act on. `code` is a key of STATUS_OF_CODE (SPEC 1)."""
+    """A refusal that the caller can act on. `code` is a key of STATUS_OF_CODE (API: Common rules)."""
 
     def __init__(
         self, code: str, message: str, details: ErrorDetails | None = None, retry_after_s: int | None = None
@@ -184,6 +187,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.index: int | None = None  # of the event under check
+        self.ignored: set[str] = set()  # fields that nothing has, which is no fault
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
 
     def add(self, field: str, code: str, problem: str) -> None:
@@ -206,7 +210,7 @@ class Faults:
             return None
 
     def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """ApiError if there is a fault; it lists the first 100 (SPEC 3). `events` are what was sent, if events were."""
+        """ApiError if there is a fault; it lists the first 100 (API: Errors). `events` are those sent, if any were."""
         if not self._found:
             return
         faults = []
@@ -241,8 +245,11 @@ class StopError(Exception):
 # ---------------------------------------------------------------------------------------------- wire types
 
 
-class EventIn(Struct):
-    """One event as a client sends it (SPEC 2). Absent, null and, for strings, "" are the same."""
+class EventIn(Struct, forbid_unknown_fields=True):
+    """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same.
+
+    A field of another name is ignored, as are those of the next types: decode_members notes it.
+    """
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -264,7 +271,7 @@ def _batch_of(item: type) -> Any:
 
 
 class BulkIn(Struct):
-    """The body of POST /v1/events/bulk (SPEC 3)."""
+    """The body of POST /v1/events/bulk (API: Sending events)."""
 
     events: _batch_of(EventIn)  # type: ignore[valid-type]
 
@@ -286,8 +293,8 @@ class OuterBulkIn(Struct):
 PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
 
 
-class EventQueryIn(Struct):
-    """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (SPEC 4, 5)."""
+class EventQueryIn(Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (API: Queries)."""
 
     external_customer_id: str | None = None
     event_name: str | None = None
@@ -305,8 +312,8 @@ class EventQueryIn(Struct):
     iter_last_key: str | None = None
 
 
-class UsageIn(Struct):
-    """The body of POST /v1/events/usage (SPEC 7)."""
+class UsageIn(Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/events/usage (API: Usage)."""
 
     event_name: str | None = None
     aggregation_type: str | None = None
@@ -335,7 +342,7 @@ class BulkAccepted(Struct):
 
 
 class Event(Struct):
-    """One stored event as it is answered (SPEC 4). EVENT_JSON makes its JSON, in this order."""
+    """One stored event as it is answered (API: Queries). EVENT_JSON makes its JSON, in this order."""
 
     id: str
     external_customer_id: str
@@ -356,7 +363,7 @@ class Place(Struct):
 
 
 class EventPage(Struct, kw_only=True):
-    """One page of events and the cursors around it (SPEC 4)."""
+    """One page of events and the cursors around it (API: Queries)."""
 
     events: Raw  # a list[Event]
     has_more: bool
@@ -367,7 +374,7 @@ class EventPage(Struct, kw_only=True):
 
 
 class EventLookup(Struct):
-    """One event (SPEC 6). It is processed as soon as it is stored, so the rest never varies."""
+    """One event (API: Lookup). It is processed as soon as it is stored, so the rest never varies."""
 
     event: Raw  # an Event
     status: str = "processed"
@@ -381,7 +388,7 @@ class UsageResult(Struct):
 
 
 class Usage(Struct):
-    """An aggregation over a range, or over each window of it (SPEC 7)."""
+    """An aggregation over a range, or over each window of it (API: Usage)."""
 
     event_name: str
     type: str
@@ -395,7 +402,7 @@ class MonitoringPoint(Struct):
 
 
 class Monitoring(Struct):
-    """How many events a range has (SPEC 8)."""
+    """How many events a range has (API: Monitoring)."""
 
     total_count: int
     consumption_lag: int
@@ -409,7 +416,7 @@ class ErrorMessage(Struct):
 
 
 class ErrorBody(Struct):
-    """Every error has this body; `success` and `error` are what older SDKs parse (SPEC 1)."""
+    """Every error has this body; `success` and `error` are what older SDKs parse (API: Common rules)."""
 
     code: str
     message: str
@@ -447,6 +454,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 MIN_TIME_US = (datetime.min.replace(tzinfo=UTC) - EPOCH) // MICROSECOND  # Go's zero time, "no time" on this wire
 MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
+A_TIME = "2026-11-01T00:00:00Z"  # for who has to write one
 EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 DAY_US = 86_400 * 1_000_000
 DEFAULT_RANGE_US = 7 * DAY_US
@@ -464,9 +472,9 @@ def echo(value: str) -> str:
 
 
 def parse_time(text: str) -> int:
-    """Microseconds since 1970 of an RFC 3339 time with a zone; finer digits are cut off. FieldError (SPEC 1)."""
+    """Microseconds since 1970 of an RFC 3339 time with a zone; finer digits are cut off. FieldError (API: Times)."""
     if not _RFC_3339.fullmatch(text):
-        raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}")
+        raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}; write it like {A_TIME}")
     try:
         time_us = (datetime.fromisoformat(text.upper()) - EPOCH) // MICROSECOND
     except ValueError:  # a day that its month does not have, the year 0
@@ -500,7 +508,7 @@ class IdMaker:
 
 
 class Cursor(NamedTuple):
-    """A place between two events of a page's order; on the wire `<unix time in ns>::<event id>` (SPEC 4)."""
+    """A place between two events of a page's order; on the wire `<unix time in ns>::<event id>` (API: Queries)."""
 
     timestamp_us: int
     id: str
@@ -528,7 +536,7 @@ QUARTER_US = 15 * MINUTE_US
 
 
 class Windows(Struct, frozen=True):
-    """Windows of one size in one time zone; months may start on another day than the first (SPEC 7)."""
+    """Windows of one size in one time zone; months may start on another day than the first (API: Usage)."""
 
     size: str
     zone: tzinfo = UTC
@@ -590,7 +598,7 @@ class Windows(Struct, frozen=True):
 
 
 def parse_zone(name: str) -> tzinfo:
-    """An IANA time zone; UTC if there is none of that name, as on the real server (SPEC 7)."""
+    """An IANA time zone; UTC if there is none of that name, as on the real server (API: Usage)."""
     try:
         return UTC if name == "UTC" else ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -634,7 +642,7 @@ class Row(NamedTuple):
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
-    """The body as the decoder's type; None if it is JSON of another shape; ApiError if it is not JSON (SPEC 1)."""
+    """The body as the decoder's type; None if it is JSON of another shape; ApiError if it is not JSON (API: JSON)."""
     try:
         if not body.isascii():
             body.decode()  # msgspec skips what it does not decode, bad UTF-8 included
@@ -658,6 +666,9 @@ def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults)
     return decode(decoder, body) or decode_members(decoder.type, body, faults)
 
 
+decoder_of = lru_cache(msgspec.json.Decoder)
+
+
 def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """The struct from an object whose fields do not all have its types; a field that has not is noted and absent."""
     members = decode(MEMBERS, bytes(raw))
@@ -665,10 +676,11 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
         faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
         return struct()
     values = {}
+    faults.ignored |= members.keys() - {*struct.__struct_fields__}  # type: ignore[attr-defined]
     for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
         if field.name in members:
             member = bytes(members[field.name])
-            value = values[field.name] = decode(msgspec.json.Decoder(field.type), member)
+            value = values[field.name] = decode(decoder_of(field.type), member)
             if value is None and member != b"null":
                 expected = _TYPE_NAMES[struct.__annotations__[field.name]]
                 faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(member)}")
@@ -713,7 +725,7 @@ def _is_deeper_than(value: object, limit: int) -> bool:
 
 
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
-    """The row of an event; what is wrong with it goes to `faults`, and the row is then not to be used (SPEC 2)."""
+    """The row of an event; what is wrong with it goes to `faults`, and the row is then not to be used."""
     event_name = (event.event_name or "").strip()
     if not event_name:
         faults.add("event_name", "required", "is required")
@@ -738,7 +750,7 @@ def decode_event(body: bytes) -> list[Any]:
 
 
 def decode_batch(body: bytes) -> list[Any]:
-    """The events of a bulk body, raw where one of them does not fit EventIn. ApiError if it is no batch (SPEC 3)."""
+    """The events of a bulk body, raw where one does not fit EventIn. ApiError if it is no batch (API: A batch)."""
     batch = decode(BULK, body) or decode(RAW_BULK, body)
     events = [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
     if not events:
@@ -760,9 +772,10 @@ def _refuse_batch(body: bytes) -> NoReturn:
     refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
 
-def event_rows(events: list[Any], bulk: bool, environment: int, now: int, make_id: IdMaker) -> list[Row]:
-    """The rows of a request's events, all of them good; else ApiError with every fault (SPEC 2, 3)."""
-    faults = Faults()
+def event_rows(
+    events: list[Any], bulk: bool, environment: int, now: int, make_id: IdMaker, *, faults: Faults
+) -> list[Row]:
+    """The rows of a request's events, all of them good; else ApiError with every fault (API: Sending events)."""
     rows = []
     for faults.index, event in enumerate(events):
         if isinstance(event, Raw):
@@ -810,7 +823,7 @@ def parse_query_time(text: str) -> str:
 
 
 def parse_property_filters(text: str) -> PropertyFilters:
-    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (SPEC 4)."""
+    """`key1:v1,v2;key2:v3`: OR within a key, AND between keys (API: Queries)."""
     filters: PropertyFilters = {}
     for part in text.split(";"):
         key, colon, values = part.partition(":")
@@ -845,7 +858,7 @@ class View(NamedTuple):
 
 
 class EventQuery(Struct, frozen=True, kw_only=True):
-    """What to list: checked, complete, the same from GET and POST (SPEC 4, 5)."""
+    """What to list: checked, complete, the same from GET and POST (API: Queries)."""
 
     view: View
     start_us: int  # inclusive, like the end
@@ -881,7 +894,7 @@ _PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
-    """The query string as a dict. One that is not UTF-8, or names a parameter twice, is refused (SPEC 1)."""
+    """The query string as a dict. One that is not UTF-8, or names a parameter twice, is refused (API: Common rules)."""
     try:
         pairs = urllib.parse.parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
@@ -895,7 +908,7 @@ def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
 
 
 def query_of_parameters(parameters: Mapping[str, str], names: Iterable[str], faults: Faults) -> EventQueryIn:
-    """The named parameters of a GET, each as the type it has in a body (SPEC 4)."""
+    """The named parameters of a GET, each as the type it has in a body (API: Queries)."""
     sent = EventQueryIn()
     for name in names:
         if name in parameters:
@@ -904,7 +917,7 @@ def query_of_parameters(parameters: Mapping[str, str], names: Iterable[str], fau
 
 
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
-    """The query with its defaults filled in. ApiError with every fault, those already noted too (SPEC 4)."""
+    """The query with its defaults filled in. ApiError with every fault, those already noted too (API: Queries)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     after = faults.check("iter_last_key", parse_cursor, sent.iter_last_key)
     before = faults.check("iter_first_key", parse_cursor, sent.iter_first_key)
@@ -938,7 +951,7 @@ def column_filters(sent: EventQueryIn) -> dict[str, str]:
 
 
 def time_range(start_time: str | None, end_time: str | None, now: int, faults: Faults) -> tuple[int, int]:
-    """start and end in microseconds; the end defaults to now, the start to seven days before the end (SPEC 4)."""
+    """start and end in microseconds; the end defaults to now, the start to seven days before the end (API: Queries)."""
     end_us = faults.check("end_time", parse_time, end_time)
     end_us = now if end_us is None else end_us
     start_us = faults.check("start_time", parse_time, start_time)
@@ -950,7 +963,7 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
-    """The filters that filter something: a key without values does not, as on the real server (SPEC 4)."""
+    """The filters that filter something: a key without values does not, as on the real server (API: Queries)."""
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
         faults.add(field, "invalid_format", "has an empty key")
@@ -962,7 +975,7 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
 
 
 class UsageQuery(Struct, frozen=True, kw_only=True):
-    """What to aggregate, and into which windows (SPEC 7); also what monitoring counts (SPEC 8)."""
+    """What to aggregate, and into which windows (API: Usage); also what monitoring counts (API: Monitoring)."""
 
     view: View
     start_us: int
@@ -978,7 +991,7 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
 
 
 def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
-    """The checked query. ApiError with every fault (SPEC 7)."""
+    """The checked query. ApiError with every fault (API: Usage)."""
     if not sent.event_name:
         faults.add("event_name", "required", "is required")
     if not sent.aggregation_type:
@@ -1014,7 +1027,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
 
 
 def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> float:
-    """The factor of SUM_WITH_MULTIPLIER, which needs one; it goes with no other aggregation (SPEC 7)."""
+    """The factor of SUM_WITH_MULTIPLIER, which needs one; it goes with no other aggregation (API: Usage)."""
     text = "" if sent is None else str(sent)
     if kind != "SUM_WITH_MULTIPLIER":
         if text:
@@ -1030,7 +1043,7 @@ def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> flo
 
 
 def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
-    """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours; filters as for a page (SPEC 8)."""
+    """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours (API: Monitoring)."""
     faults = Faults()
     parameters = parse_parameters(query_string, faults)
     sent = query_of_parameters(parameters, EVENT_FILTERS, faults)
@@ -1055,7 +1068,7 @@ def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
 
 PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not wait for each other
-    "PRAGMA synchronous = FULL",  # every commit is synced: what 202 promises (SPEC 2)
+    "PRAGMA synchronous = FULL",  # every commit is synced: what 202 promises (API: Sending events)
     "PRAGMA fullfsync = ON",  # macOS: its fsync alone leaves the data in the drive's cache
     "PRAGMA wal_autocheckpoint = 16000",  # 64 MB; with random ids +40-70 % over the default of 1000 pages
     "PRAGMA journal_size_limit = 67108864",  # a WAL that a burst made large shrinks again
@@ -1163,7 +1176,7 @@ _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 
 def property_clause(number: int, key: str, values: Iterable[str], parameters: Parameters) -> str:
-    """Does a property equal one of the texts, be it a string, a number or a boolean (SPEC 4)?"""
+    """Does a property equal one of the texts, be it a string, a number or a boolean (API: Queries)?"""
     texts = [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
     names = [f"filter{number}_{i}" for i in range(len(texts))]
     parameters.update(zip(names, texts, strict=True))
@@ -1210,7 +1223,7 @@ def property_text(properties: str, key: str) -> str | None:
 
 
 def property_number(properties: str, key: str) -> float:
-    """SQL function: a property that is a number or the text of one; 0 if it is not (SPEC 7)."""
+    """SQL function: a property that is a number or the text of one; 0 if it is not (API: Usage)."""
     text = (property_text(properties, key) or "").strip(" \t\n\v\f\r")  # what SQLite strips, too
     number = float(text) if DECIMAL.fullmatch(text) else 0.0
     return number if math.isfinite(number) else 0.0
@@ -1311,7 +1324,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
-    """One page (SPEC 4). ApiError if a cursor of sort=event_name names an unknown event."""
+    """One page (API: Queries). ApiError if a cursor of sort=event_name names an unknown event."""
     parameters: Parameters = {}
     where = " AND ".join(filter_clauses(query, parameters))
     cursor = query.after or query.before
@@ -1379,11 +1392,11 @@ def select_events(
     return events or "", number, total_count
 
 
-def find_event(conn: sqlite3.Connection, query: EventQuery) -> EventLookup:
-    """The one event that a query with an event_id finds. ApiError: not_found (SPEC 6)."""
+def find_event(conn: sqlite3.Connection, query: EventQuery, hint: str = "") -> EventLookup:
+    """The one event that a query with an event_id finds. ApiError: not_found (API: Lookup)."""
     page = list_events(conn, query)
     if page.iter_first_key is None:
-        raise ApiError("not_found", f"no event with the id {echo(query.filters['id'])} in this environment")
+        raise ApiError("not_found", f"no event with the id {echo(query.filters['id'])} in this environment{hint}")
     return EventLookup(Raw(bytes(page.events)[1:-1]))  # the only one of the array
 
 
@@ -1405,7 +1418,7 @@ def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tu
 
 
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
-    """The aggregate of ranges that follow one another; a negative one is answered as 0 (SPEC 7)."""
+    """The aggregate of ranges that follow one another; a negative one is answered as 0 (API: Usage)."""
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
@@ -1508,8 +1521,8 @@ class Store:
         self._writer = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
         with _start_errors(self.path):  # here, not in the threads: nobody would answer those who wait for a dead one
             self._conn = connect(self.path, self.writer_pragmas)
-            names = dict.fromkeys(key.environment for key in settings.api_keys)
-            self.environments = {name: environment_number(self._conn, name) for name in names}
+            self.environments: dict[str, int] = {}  # name -> what rows hold in its place
+            self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop does not wait for a lock
             self._readers = [Reader(self.path) for _ in range(READER_THREADS)]
@@ -1522,8 +1535,13 @@ class Store:
         for thread in (self._writer, *self._reader_threads):
             thread.start()
 
+    def add_environments(self, names: Iterable[str]) -> None:
+        """Make them known. For any thread but an event loop's; sqlite3.Error."""
+        with closing(connect(self.path, self.writer_pragmas)) as conn:
+            self.environments |= {name: environment_number(conn, name) for name in names}
+
     async def insert(self, rows: Sequence[Row]) -> int:
-        """Store all rows or none; returns, once they are synced to disk, how many were new (SPEC 2).
+        """Store all rows or none; returns, once they are synced to disk, how many were new (API: Sending events).
 
         ApiError: service_unavailable if too much waits or the store is closing, database_error if the commit failed.
         """
@@ -1657,7 +1675,7 @@ class Store:
 
         An operation is alone. May block while nothing waits; empty when closed.
         """
-        self._take_waiting()
+        self._take_waiting(block=True)
         if self._operations:
             return [self._operations.popleft()]
         now_s = time.monotonic()
@@ -1670,10 +1688,10 @@ class Store:
             events += len(group[-1].work)
         return group
 
-    def _take_waiting(self) -> None:
-        """Sort what has come by its size; blocks while there is nothing."""
+    def _take_waiting(self, block: bool = False) -> None:
+        """Sort what has come by its size; on request, wait for the first."""
         with suppress(queue.Empty):
-            while task := self._writes.get(block=not (self._operations or self._few or self._many)):
+            while task := self._writes.get(block=block and not (self._operations or self._few or self._many)):
                 if callable(task.work):
                     self._operations.append(task)
                 else:
@@ -1874,11 +1892,15 @@ class JsonResponse(Response):
         return content if isinstance(content, bytes) else ENCODER.encode(content)
 
 
+def raw_path(request: Request) -> str:
+    """The path as it was sent, for the log: percent-encoded, no line breaks are in it."""
+    return str(request.scope.get("raw_path", b"").decode("latin-1"))
+
+
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    """The error body of SPEC 1, and the one line that every refused request leaves in the log."""
+    """The error body of API: Common rules, and the one line that every refused request leaves in the log."""
     status = STATUS_OF_CODE[error.code]
-    path = request.scope.get("raw_path", b"").decode("latin-1")  # still percent-encoded: no line breaks in the log
-    log.warning("%s %s: %d %s: %s", request.method, path, status, error.code, error.message)
+    log.warning("%s %s: %d %s: %s", request.method, raw_path(request), status, error.code, error.message)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return JsonResponse(error_body(error), status, {**(headers or {}), **retry_after})
 
@@ -1889,11 +1911,11 @@ def error_body(error: ApiError) -> ErrorBody:
 
 
 class Authentication:
-    """ASGI middleware: finds the environment of the key in `x-api-key`, or answers 401 (SPEC 1)."""
+    """ASGI middleware: finds the environment of the key in `x-api-key`, or answers 401 (API: Common rules)."""
 
-    def __init__(self, app: ASGIApp, api_keys: tuple[ApiKey, ...]) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._api_keys = api_keys
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
@@ -1911,14 +1933,14 @@ class Authentication:
     def _find(self, key: bytes) -> ApiKey | None:
         digest = hashlib.sha256(key).digest()
         found = None
-        for known in self._api_keys:  # all of them, in constant time: how long it takes tells nothing about a key
+        for known in self._service.api_keys:  # all, in constant time: how long it takes tells nothing about a key
             if hmac.compare_digest(known.digest, digest):
                 found = known
         return found
 
 
 class RateLimits:
-    """ASGI middleware: so many ingest requests a minute for each key, by the clock's minutes (SPEC 9)."""
+    """ASGI middleware: so many ingest requests a minute for each key, by the clock's minutes (API: Rate limits)."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -1956,18 +1978,28 @@ class RateLimits:
         await app(scope, receive, send_with_headers)
 
 
+MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
+
+
 class Service:
     """What the handlers work with."""
 
     def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
         self.settings = settings
+        self.api_keys = settings.api_keys
         self.operations = tuple(operations)
         self.store = Store(settings)
         self.make_id = IdMaker()
+        self._ignored_minute, self._ignored = 0, set[str]()
         self.held_bytes = 0  # of all bodies that are being received or worked on: read_body
         # One commit answers several clients, whose next batches come together: checked in a row they hold up whatever
         # comes behind them. Beside 8 such clients p99 of a page is 19 ms with turns, 31 without.
         self.batch_turn = asyncio.Lock()
+
+    def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
+        """From here on these keys are known, and no others. For any thread but an event loop's."""
+        self.store.add_environments(key.environment for key in api_keys)
+        self.api_keys = tuple(api_keys)
 
     @cached_property
     def description(self) -> bytes:
@@ -1975,7 +2007,21 @@ class Service:
 
     def rows(self, request: Request, events: list[Any], bulk: bool) -> list[Row]:
         environment = self.store.environments[request["environment"]]
-        return event_rows(events, bulk, environment, self.settings.clock(), self.make_id)
+        faults = Faults()
+        rows = event_rows(events, bulk, environment, self.settings.clock(), self.make_id, faults=faults)
+        self.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
+        return rows
+
+    def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
+        """Name in the log what nothing has, so that a slip is found: each once a minute, and at most twenty."""
+        minute = self.settings.clock() // MINUTE_US
+        if minute != self._ignored_minute:
+            self._ignored_minute, self._ignored = minute, set()
+        for name in names:
+            place = f"{request.method} {raw_path(request)}: {echo(name)} is ignored, {problem}"
+            if place not in self._ignored and len(self._ignored) < MAX_IGNORED:
+                self._ignored.add(place)
+                log.warning("%s; there are: %s", place, ", ".join(known) or "none here")
 
     def view(self, request: Request) -> View:
         now = self.settings.clock()
@@ -1984,7 +2030,7 @@ class Service:
 
 
 async def read_body(service: Service, request: Request) -> bytes:
-    """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (SPEC 3)."""
+    """The body. ApiError as soon as it is longer than max_body_bytes, announced or not (API: Sending events)."""
     limit, queue_bytes = service.settings.max_body_bytes, service.settings.queue_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
@@ -2006,15 +2052,23 @@ async def read_body(service: Service, request: Request) -> bytes:
     raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {got}; nothing was stored")
 
 
+async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
+    """The body as the decoder's struct; fields that do not fit it are noted. ApiError if it is not JSON."""
+    sent = decode_fields(decoder, await read_body(service, request), faults)
+    known = [field.name for field in msgspec.structs.fields(decoder.type)]  # type: ignore[arg-type]
+    service.warn_of_ignored(request, faults.ignored, "no field has that name", known)
+    return sent
+
+
 async def ingest_event(service: Service, request: Request) -> Response:
-    """POST /v1/events (SPEC 2)."""
+    """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
     rows = service.rows(request, decode_event(body), bulk=False)
     return await _store(service, request, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
 async def ingest_events_bulk(service: Service, request: Request) -> Response:
-    """POST /v1/events/bulk (SPEC 3)."""
+    """POST /v1/events/bulk (API: Sending events)."""
     body = await read_body(service, request)
     async with service.batch_turn:
         await asyncio.sleep(0)  # who else waits has a turn, too
@@ -2029,7 +2083,7 @@ async def _store(service: Service, request: Request, rows: list[Row], answer: ob
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
-    """GET /v1/events (SPEC 4)."""
+    """GET /v1/events (API: Queries)."""
     faults = Faults()
     parameters = parse_parameters(request["query_string"], faults)
     sent = query_of_parameters(parameters, EventQueryIn.__struct_fields__, faults)
@@ -2038,9 +2092,9 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
 
 
 async def query_events(service: Service, request: Request) -> Response:
-    """POST /v1/events/query (SPEC 5)."""
+    """POST /v1/events/query (API: Queries)."""
     faults = Faults()
-    sent = decode_fields(EVENT_QUERY, await read_body(service, request), faults)
+    sent = await read_fields(service, request, EVENT_QUERY, faults)
     if sent.count_total is None:
         sent.count_total = True
     return await _list(service, request, sent, 1000, faults)
@@ -2052,7 +2106,7 @@ async def _list(service: Service, request: Request, sent: EventQueryIn, max_page
 
 
 async def look_up_event(service: Service, request: Request) -> Response:
-    """GET /v1/events/lookup?id=ID and GET /v1/events/{ID} (SPEC 6)."""
+    """GET /v1/events/lookup?id=ID and GET /v1/events/{ID} (API: Lookup)."""
     faults = Faults()
     sent = parse_parameters(request["query_string"], faults)
     event_id = request.path_params.get("id", sent.get("id"))
@@ -2062,18 +2116,24 @@ async def look_up_event(service: Service, request: Request) -> Response:
     wanted.start_time = parse_query_time(sent.get("start_time") or EARLIEST)
     wanted.end_time = parse_query_time(sent.get("end_time") or LATEST)
     query = event_query(wanted, service.view(request), 1, faults)
-    return JsonResponse(await service.store.read(lambda conn: find_event(conn, query)))
+    others = [operation.method for operation in service.operations if operation.path == request["path"]]
+    hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
+    return JsonResponse(await service.store.read(lambda conn: find_event(conn, query, hint)))
 
 
 async def compute_usage(service: Service, request: Request) -> Response:
-    """POST /v1/events/usage (SPEC 7)."""
+    """POST /v1/events/usage (API: Usage)."""
     faults = Faults()
-    sent = decode_fields(USAGE, await read_body(service, request), faults)
+    sent = await read_fields(service, request, USAGE, faults)
+    if sent.timezone and sent.timezone != "UTC" and parse_zone(sent.timezone) is UTC:
+        service.warn_of_ignored(
+            request, [sent.timezone], "no time zone has that name", ["those of IANA, Europe/Berlin"]
+        )
     return await _aggregate(service, usage_query(sent, service.view(request), faults), usage_answer)
 
 
 async def monitor_events(service: Service, request: Request) -> Response:
-    """GET /v1/events/monitoring (SPEC 8)."""
+    """GET /v1/events/monitoring (API: Monitoring)."""
     query = monitoring_query(request["query_string"], service.view(request))
     hidden = 0
     if query.view.visible_us is not None:
@@ -2150,10 +2210,15 @@ register_url_convertor("anything", AnythingConvertor())
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
-def endpoint(handler: Handler, service: Service) -> Callable[[Request], Awaitable[Response]]:
+def endpoint(
+    handler: Handler, service: Service, parameters: Iterable[str] | None = None
+) -> Callable[[Request], Awaitable[Response]]:
     """The handler as Starlette calls it."""
 
     async def answer(request: Request) -> Response:
+        if parameters is not None and request["query_string"]:
+            sent = dict(urllib.parse.parse_qsl(request["query_string"].decode(errors="replace")))
+            service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
         try:
             return await handler(service, request)
         except asyncio.CancelledError:  # uvicorn would answer 500 in plain text, which says that nothing was stored
@@ -2185,7 +2250,7 @@ class Operation(NamedTuple):
         return compile_path(self.path)[0].match(path) is not None
 
     def route(self, service: Service) -> Route:
-        return Route(self.path, endpoint(self.handler, service), methods=[self.method])
+        return Route(self.path, endpoint(self.handler, service, self.parameters), methods=[self.method])
 
 
 _LOOKUP = ("external_customer_id", "start_time", "end_time")
@@ -2219,17 +2284,22 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
-    if error.status_code == 405:
-        routes: list[Route] = request.app.routes
-        path = next(route.path for route in routes if route.path_regex.match(request["path"]))
-        methods = {method for route in routes if route.path == path for method in route.methods or ()}
+    service: Service = request.app.state.service
+    path = request["path"]
+    routes: list[Route] = request.app.routes
+    matched = next((route.path for route in routes if route.path_regex.match(path)), "")
+    # Whoever posts to /v1/events/xyz does not mean the event with that id.
+    if error.status_code == 405 and not (request.method == "POST" and ":anything}" in matched):
+        methods = {method for route in routes if route.path == matched for method in route.methods or ()}
         allowed = ", ".join(sorted(methods))
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
-    operations = request.app.state.service.operations
+    operations = service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    hint, path = "", request["path"]
-    if any(operation.serves(f"/v1{path}") for operation in operations):
+    hint = ""
+    if path.endswith("/") and any(operation.serves(path.rstrip("/")) for operation in operations):
+        hint = f"without the slash at its end, {echo(path.rstrip('/'))}? "
+    elif any(operation.serves(f"/v1{path}") for operation in operations):
         hint = f"the base URL ends in /v1, so {echo('/v1' + path)}? "
     elif path.startswith("/_mock"):
         hint = "it is there when the server is started with --mock. "
@@ -2275,7 +2345,7 @@ def create_app(
         yield
         await asyncio.to_thread(service.store.close)
 
-    layers = [Middleware(Authentication, api_keys=settings.api_keys)]
+    layers = [Middleware(Authentication, service=service)]
     if settings.rate_limits:
         layers.append(Middleware(RateLimits, settings=settings))
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
@@ -2340,6 +2410,10 @@ class Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
+# Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
+KEEP_ALIVE_S = 75
+
+
 def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise StartError(f"--port must be 0 to 65535, got {port}")
@@ -2355,7 +2429,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def uvicorn_server(app: ASGIApp, shutdown_timeout_s: int, access_log: bool = False) -> uvicorn.Server:
+def uvicorn_server(
+    app: ASGIApp, shutdown_timeout_s: int, keep_alive_s: int = KEEP_ALIVE_S, access_log: bool = False
+) -> uvicorn.Server:
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -2365,6 +2441,7 @@ def uvicorn_server(app: ASGIApp, shutdown_timeout_s: int, access_log: bool = Fal
         access_log=access_log,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=shutdown_timeout_s,
     )
     return uvicorn.Server(config)
@@ -2453,13 +2530,19 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
     for operation in operations:
+        if operation.body:
+            schemas[operation.body.__name__].pop("additionalProperties", None)  # they are ignored
         if operation.required:
             schemas[operation.body.__name__]["required"] = operation.required
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "eventstore: FlexPrice's Events API on SQLite", "version": __version__},
+        "info": {
+            "title": "eventstore: FlexPrice's Events API on SQLite",
+            "version": __version__,
+            "description": '"API: Usage" names the section of that name in the project\'s docs/api.md.',
+        },
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"ApiKey": key}},
@@ -2526,32 +2609,68 @@ def check_key(key: str) -> str:
 
 
 def parse_api_key(text: str) -> ApiKey:
-    """`KEY` or `KEY=ENVIRONMENT`, split at the last `=`. StartError, which never shows the key."""
-    key, separator, environment = text.rpartition("=")
-    if not separator:
-        key, environment = text, "development"
-    if not environment.strip():
+    """`KEY` or `KEY=ENVIRONMENT`. StartError, which never shows the key."""
+    key, separator, environment = (part.strip() for part in text.partition("="))
+    if separator and not environment:
         raise StartError("an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
-    return ApiKey.hashed(check_key(key), environment.strip())
+    for sign in "=;,":
+        if sign in environment or sign in key:
+            several = "are several keys meant? EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
+            raise StartError(f"an API key or its environment has a {sign!r} in it, which neither may: {several}")
+    return ApiKey.hashed(check_key(key), environment or "development")
 
 
-def find_api_keys(flags: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
+def parse_api_keys(texts: Iterable[str], source: str) -> tuple[ApiKey, ...]:
+    """The keys of one source, each once. StartError, which names the source."""
+    try:
+        keys = tuple(map(parse_api_key, texts))
+    except StartError as error:
+        raise StartError(f"{source}: {error}") from None
+    if len({key.digest for key in keys}) < len(keys):
+        raise StartError(f"{source} names the same key twice: a key is bound to one environment")
+    return keys
+
+
+def read_api_keys(path: str) -> list[str]:
+    """What a file of keys holds: `KEY` or `KEY=ENVIRONMENT` a line, comments behind a #. StartError."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"cannot read --api-key-file {path}: {getattr(error, 'strerror', error)}") from error
+    found = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+    if not found:
+        raise StartError(f"--api-key-file {path} has no key in it: write KEY=ENVIRONMENT, each on a line")
+    return found
+
+
+def find_api_keys(
+    flags: Sequence[str], file: str | None, environ: Mapping[str, str]
+) -> tuple[tuple[ApiKey, ...], str, str | None]:
     """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
     several = [part.strip() for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
     single = environ.get("FLEXPRICE_API_KEY", "").strip()
-    if flags or several:
-        source = "--api-key" if flags else "EVENTSTORE_API_KEYS"
-        try:
-            keys = tuple(map(parse_api_key, flags or several))
-        except StartError as error:
-            raise StartError(f"{source}: {error}") from None
-        if len({key.digest for key in keys}) < len(keys):
-            raise StartError(f"{source} names the same key twice: a key is bound to one environment")
-        return keys, source, None
+    if flags or file:
+        source = " and ".join(["--api-key"] * bool(flags) + ["--api-key-file"] * bool(file))
+        return parse_api_keys([*flags, *(read_api_keys(file) if file else [])], source), source, None
+    if several:
+        return parse_api_keys(several, "EVENTSTORE_API_KEYS"), "EVENTSTORE_API_KEYS", None
     if single:
-        return (ApiKey.hashed(check_key(single)),), "FLEXPRICE_API_KEY", None
+        if "=" in single:
+            raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
+        return parse_api_keys([single], "FLEXPRICE_API_KEY"), "FLEXPRICE_API_KEY", None
     made = f"evs_{secrets.token_urlsafe(18)}"
     return (ApiKey.hashed(made),), "made for this run", made
+
+
+def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
+    """What SIGHUP asks for; if the file cannot be used, the keys stay as they were."""
+    try:
+        keys, source, _ = find_api_keys(arguments.api_key, arguments.api_key_file, {})
+        service.replace_api_keys(keys)
+    except (StartError, sqlite3.Error) as error:
+        log.error("the API keys stay as they were: %s", error)
+    else:
+        log.info("%s from %s", counted(len(keys), "API key"), source)
 
 
 def is_loopback(host: str) -> bool:
@@ -2572,7 +2691,7 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None,
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
-  database     {service.store.path} ({service.store.events_at_start:,} events)
+  database     {service.store.path} ({counted(service.store.events_at_start, "event")})
   base URL     {base_url}
   API key      {key_note}{f" ({key_source})" if made_key else ""}
   environment  {environments}
@@ -2613,7 +2732,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish what is under way, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    api_keys, key_source, made_key = find_api_keys(arguments.api_key, os.environ)
+    api_keys, key_source, made_key = find_api_keys(arguments.api_key, arguments.api_key_file, os.environ)
     if made_key and not is_loopback(arguments.host):
         raise StartError(
             f"--host {arguments.host} can be reached from other machines, and no API key was given: "
@@ -2631,14 +2750,20 @@ def serve(arguments: argparse.Namespace) -> int:
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
+        if arguments.api_key_file and hasattr(signal, "SIGHUP"):
+            again = partial(read_api_keys_again, app.state.service, arguments)
+            # In a thread: a new environment waits for the write lock, for which no request shall wait.
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
         print(banner(app, base_url, key_source, made_key, arguments.mock), flush=True)
-        run_server(app, listener, arguments.access_log, stopping)
+        run_server(app, listener, arguments, stopping)
         app.state.service.store.close()
     return 0
 
 
-def run_server(app: Starlette, listener: socket.socket, access_log: bool, stopping: threading.Event) -> None:
-    server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, access_log)
+def run_server(
+    app: Starlette, listener: socket.socket, arguments: argparse.Namespace, stopping: threading.Event
+) -> None:
+    server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
 
     def stop(signal_number: int, frame: object) -> None:
         # uvicorn raises the signal again when it is done; the default handler would make the exit status -15.
@@ -2713,7 +2838,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         elif name in argv[:1]:
             command.set_defaults(run=serve)
             add_serve_flags(command.add_argument)
-    return parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands.choices[arguments.command]
+        similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        hint = f"; is {similar[0]} meant?" if similar else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return arguments
 
 
 def room(name: str, purpose: str) -> ModuleType:
@@ -2741,6 +2872,7 @@ def add_serve_flags(add: AddFlag) -> None:
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
     add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
         "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
+    add("--api-key-file", metavar="FILE", help="KEY=ENVIRONMENT a line, comments behind a #; read again on SIGHUP")
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
@@ -2751,6 +2883,8 @@ def add_serve_flags(add: AddFlag) -> None:
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms, help="show events "
         "to queries so long after they were accepted")  # fmt: skip
+    add("--keep-alive-s", type=positive(int), default=KEEP_ALIVE_S, help="close a connection that idles for so long; "
+        "more than a proxy in front keeps one")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
 

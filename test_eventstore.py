@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -260,7 +261,7 @@ def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
         {"index": 17, "event_id": "evt_9", "field": "event_name", "code": "required",
          "message": "event_name is required"},
         {"index": 40, "event_id": None, "field": "timestamp", "code": "invalid_format",
-         "message": 'timestamp must be RFC 3339 with a zone, got "yesterday"'},
+         "message": 'timestamp must be RFC 3339 with a zone, got "yesterday"; write it like 2026-11-01T00:00:00Z'},
     ]  # fmt: skip
     faults = {"event_id": "invalid_type", "external_customer_id": "required", "properties": "invalid_type"}
     assert {fault["field"]: fault["code"] for fault in details["errors"][2:]} == faults
@@ -1744,18 +1745,25 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
 
 
-BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app=key"}
+BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app-key"}
 SOURCES = [
-    ("--api-key flag --api-key a=b=prod", BOTH, {"flag": "development", "a=b": "prod"}, "--api-key"),
+    ("--api-key flag --api-key a-b=prod", BOTH, {"flag": "development", "a-b": "prod"}, "--api-key"),
+    (
+        "--api-key-file keys --api-key flag",
+        BOTH,
+        {"flag": "development", "one": "production", "two": "development"},
+        "--api-key and --api-key-file",
+    ),
     ("", BOTH, {"one": "production", "two": "staging"}, "EVENTSTORE_API_KEYS"),
-    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app=key": "development"}, "FLEXPRICE_API_KEY"),
+    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app-key": "development"}, "FLEXPRICE_API_KEY"),
 ]
 
 
 @table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
 def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(tmp_path, flags, environ, accepted, source):
+    (tmp_path / "keys").write_text("# comment\none = production\n\ntwo  # the second\n")
     with Live(tmp_path, *flags.split(), **environ) as live:
-        for key in ("flag", "a=b", "one", "two", "app=key", "app"):
+        for key in ("flag", "a-b", "one", "two", "app-key", "app"):
             with live.client(key) as client:
                 response = client.post("/v1/events", json=event())
                 if key in accepted:
@@ -1765,7 +1773,105 @@ def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(tmp_path,
         assert source in live.banner
         assert f"  debugger     {live.url}/\n" in live.banner
         shown = live.banner + live.log
-        assert [key for key in ("flag", "a=b", "one=", "two=", "app=key", "evs_") if key in shown] == []
+        assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
+
+
+@table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
+@table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
+def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(tmp_path, source, text):
+    if "," in text and source == "EVENTSTORE_API_KEYS":
+        text = "k1=production;k2=staging"
+    (tmp_path / "keys").write_text(text)
+    flags = {"--api-key": ["--api-key", text], "--api-key-file": ["--api-key-file", "keys"]}.get(source, [])
+    environ = {"EVENTSTORE_API_KEYS": "", "FLEXPRICE_API_KEY": ""} | ({} if flags else {source: text})
+    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert source in done.stderr
+    assert "EVENTSTORE_API_KEYS" in done.stderr
+    assert "k1" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("old=production")
+
+    def statuses() -> dict[str, int]:
+        with live.client("old") as old, live.client("new") as new:
+            return {"old": old.get("/v1/events").status_code, "new": new.get("/v1/events").status_code}
+
+    with Live(tmp_path, "--api-key-file", "keys") as live:
+        assert statuses() == {"old": 200, "new": 401}
+        keys.write_text("old=production\nnew=an environment that is new")
+        live.process.send_signal(signal.SIGHUP)
+        eventually(lambda: statuses() == {"old": 200, "new": 200})
+        with live.client("new") as client:
+            assert store(client, event("a")).status_code == 202
+            assert page(client)["events"][0]["environment_id"] == "an environment that is new"
+        for bad in ("", "a=b=c"):
+            keys.write_text(bad)
+            live.process.send_signal(signal.SIGHUP)
+            eventually(lambda: "the API keys stay as they were" in live.log)
+        assert statuses() == {"old": 200, "new": 200}
+        keys.write_text("new=an environment that is new")
+        live.process.send_signal(signal.SIGHUP)
+        eventually(lambda: statuses() == {"old": 401, "new": 200})
+
+
+def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(tmp_path):
+    with serving(tmp_path) as client:
+        with write_lock(tmp_path):
+            refused(client.post("/v1/events", json=event("a")), 503, "service_unavailable")
+            failing = client.get("/health")
+            assert (failing.status_code, failing.json()["status"]) == (503, "failing")
+            assert failing.json()["reason"] == "another process has locked the database"
+        eventually(lambda: client.get("/health").status_code == 200)
+        assert client.get("/health").json() == {"status": "ok", "version": eventstore.__version__}
+
+
+def test_what_is_ignored_because_nothing_has_its_name_is_said_once_in_the_log(tmp_path, caplog):
+    with serving(tmp_path) as client:
+        for _ in range(2):
+            store(client, event("a") | {"propertes": {"n": 1}}, event("b"))
+            assert client.post("/v1/events", json=event("c") | {"propertes": 1}).status_code == 202
+            client.get("/v1/events?page_sise=3")
+            client.post("/v1/events/query", json={"page_sise": 3})
+            client.post(
+                "/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT", "timezone": "Mars/X"}
+            )
+    said = [record.message for record in caplog.records if " is ignored, " in record.message]
+    assert [message.partition(" is ignored")[0] for message in said] == [
+        'POST /v1/events/bulk: "propertes"', 'POST /v1/events: "propertes"', 'GET /v1/events: "page_sise"',
+        'POST /v1/events/query: "page_sise"', 'POST /v1/events/usage: "Mars/X"']  # fmt: skip
+
+
+@table(("method", "path", "part"), [
+    ("POST", "/v1/events/xyz", 'no route "/v1/events/xyz"'), ("POST", "/v1/events/", "without the slash at its end"),
+    ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),
+    ("GET", "/v1/events/usage", "use POST"),
+])  # fmt: skip
+def test_who_misses_a_route_is_told_the_one_that_is_meant(tmp_path, method, path, part):
+    with serving(tmp_path) as client:
+        response = client.request(method, path)
+        refused(response, 404, "not_found")
+        assert part in response.json()["message"]
+
+
+def test_a_flag_that_is_nearly_one_is_answered_with_it(tmp_path):
+    done = run(*SCRIPT, "serve", "--prot", "9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
+
+
+@table(
+    ("parameters", "number"), [("", 3), ("external_customer_id=one", 2), ("property_filters=n:1", 1), ("source=x", 0)]
+)
+def test_monitoring_counts_what_the_filters_match(tmp_path, parameters, number):
+    common = {"timestamp": "2025-10-15T11:00:00Z"}
+    with serving(tmp_path) as client:
+        store(client, event("a", external_customer_id="one", properties={"n": 1}, **common),
+              event("b", external_customer_id="one", **common), event("c", **common))  # fmt: skip
+        assert client.get(f"/v1/events/monitoring?{parameters}").json()["total_count"] == number
 
 
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs bash and curl")

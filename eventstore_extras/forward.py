@@ -211,7 +211,7 @@ class Replay:
         except RefusedError as refusal:
             batch_ids = f"the batch of {counted(len(batch.rows), 'event')} from {echo(first.id)} to {echo(last.id)}"
             sure = f"everything before it is accepted ({self.progress.place})"
-            again = "when that is mended, the same command goes on from there"
+            again = f"when that is mended, {again_command(self._arguments)} goes on from there"
             raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
         self._pending.popleft()
         self.progress.accepted += len(batch.rows)
@@ -336,12 +336,16 @@ def replay_events(arguments: argparse.Namespace) -> int:
                 asyncio.run(replay.run(conn, query, key, advance))
         except KeyboardInterrupt:
             sure = f"{counted(progress.accepted, 'event')} are accepted ({progress.place})"
-            raise StopError(f"interrupted; {sure}; the same command goes on from there") from None
+            raise StopError(f"interrupted; {sure}; {again_command(arguments)} goes on from there") from None
         elsewhere = "" if replay.sent else other_environments(conn, arguments.environment)
     known = f" ({replay.known:,} of them it had)" if replay.known else ""
     counts = f"sent {counted(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
     say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
+
+
+def again_command(arguments: argparse.Namespace) -> str:
+    return f"the same command{' without --restart' if arguments.restart else ''}"
 
 
 def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress) -> int | None:

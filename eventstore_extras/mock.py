@@ -422,7 +422,7 @@ class MockServer:
     def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
         """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
 
-        `filters` are those of POST /v1/events/query (SPEC 5): external_customer_id, event_name, event_id, source,
+        `filters` are those of POST /v1/events/query (API: Queries): external_customer_id, event_name, event_id, source,
         property_filters, start_time, end_time; of all times by default. TypeError for another one, ApiError for a bad
         value. `environment` defaults to that of `api_key`.
         """

@@ -275,7 +275,8 @@ class _Array:
                 if depth == 0:
                     break
             elif len(self._buffer) - self._at > self._limit_bytes:
-                raise UnreadableError(self._line, f"events[{index}] is longer than {self._limit_bytes} bytes")
+                limit = self._limit_bytes - LINE_OVERHEAD_BYTES
+                raise UnreadableError(self._line, f"events[{index}] is longer than {limit} bytes")
             elif not self._more():
                 raise UnreadableError(self._line, f"the file ends inside events[{index}]: it is not whole")
         content = self._buffer[self._at : self._at + size]
@@ -383,9 +384,12 @@ def table_properties(row: dict[str, str]) -> bytes:
 class Importer:
     """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction."""
 
-    def __init__(self, arguments: argparse.Namespace, conn: sqlite3.Connection, rejects: BinaryIO | None) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, conn: sqlite3.Connection | None, rejects: BinaryIO | None
+    ) -> None:
+        """Without a connection nothing is stored: a dry run."""
         self._name = "standard input" if arguments.file == "-" else arguments.file
-        self._environment = environment_number(conn, arguments.environment)
+        self._environment = environment_number(conn, arguments.environment) if conn else 0
         self._conn = conn
         self._rejects = rejects
         self._make_id = IdMaker()
@@ -393,6 +397,7 @@ class Importer:
         self._bytes = 0
         self._now = now_us()
         self.stored = self.new = self.rejected = 0
+        self.ignored: set[str] = set()  # fields that nothing has
 
     def add(self, entry: Entry) -> bool:
         """Whether this entry completed a group, which is now stored. StopError if it is bad and nobody takes those."""
@@ -411,7 +416,7 @@ class Importer:
     def commit(self) -> None:
         """Store what was added. The events are made before the lock is taken, which leaves a server its turn."""
         try:
-            new = insert_events(self._conn, self._rows, IMPORT_LOCK_TIMEOUT_S)
+            new = insert_events(self._conn, self._rows, IMPORT_LOCK_TIMEOUT_S) if self._conn else 0
         except sqlite3.Error as error:
             reason = f"the database refused the write: {error}; {self.so_far}"
             raise StopError(f"{reason}; when it can be written again, import the file again") from error
@@ -423,6 +428,8 @@ class Importer:
 
     @property
     def so_far(self) -> str:
+        if self._conn is None:
+            return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
         return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
 
     def stop(self, line: int | None, problem: str) -> NoReturn:
@@ -440,6 +447,8 @@ class Importer:
         else:
             faults.index = entry.number or 0
             event = decode_fields(EVENT, entry.content, faults)
+            if faults.ignored and len(self.ignored) < 100:
+                self.ignored |= faults.ignored
             if not entry.content.startswith(b"{"):
                 faults.refuse()
         event.event_id = event.event_id or content_id(entry)
@@ -493,9 +502,11 @@ def import_events(arguments: argparse.Namespace) -> int:
         size = os.fstat(source.fileno()).st_size if source.seekable() else None
         if arguments.db == ":memory:":
             raise StartError("--db :memory: would be gone after the import: name a file")
-        prepare_file(arguments.db)
+        made = "" if os.path.exists(arguments.db) else ", which was made for them"
+        if not arguments.dry_run or not made:
+            prepare_file(arguments.db)
         rejects = stack.enter_context(open_rejects(arguments)) if arguments.skip_invalid else None
-        conn = stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
+        conn = None if arguments.dry_run else stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
         importer = Importer(arguments, conn, rejects)
         advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
         done = 0
@@ -512,8 +523,14 @@ def import_events(arguments: argparse.Namespace) -> int:
             again = "import the file again to go on, nothing is stored twice"
             raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
     rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
-    known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
-    say(f"imported {counted(importer.stored, 'event')}: {known}; {time.monotonic() - started_s:.1f} s")
+    ignored = f"; ignored, no field has that name: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
+    taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
+    events = counted(importer.stored, "event")
+    if arguments.dry_run:
+        say(f"would import {events} into {arguments.db}{rejected}; nothing was stored; {taken_s}")
+    else:
+        known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
+        say(f"imported {events} into {arguments.db}{made}: {known}; {taken_s}")
     return 0
 
 
@@ -613,7 +630,7 @@ def progress_bar(
 
 
 class ExportedEvent(Struct):
-    """One event as ndjson and replay have it: what POST /v1/events/bulk takes (SPEC 3)."""
+    """One event as ndjson and replay have it: what POST /v1/events/bulk takes (API: Sending events)."""
 
     event_name: str
     event_id: str
@@ -752,6 +769,7 @@ def add_import_flags(add: AddFlag) -> None:
     add("--format", choices=["auto", "ndjson", "json", "csv"], default="auto", help="by the content, or this one")
     add("--skip-invalid", metavar="REJECTS", help="go on after a bad event, and write it to this file with the reasons")
     add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
+    add("--dry-run", action="store_true", help="say what would be imported, and store nothing")
 
 
 def add_filter_flags(add: AddFlag) -> None:

@@ -174,7 +174,10 @@ def test_a_file_is_read_by_its_content(tmp_path, content, way):
     if way == "standard input":
         done = run(*SCRIPT, "import", "-", cwd=tmp_path, input=content.decode(), text=True)
         assert (done.returncode, done.stdout) == (0, "")
-        assert re.fullmatch(r"eventstore: imported 2 events: 2 new, 0 already stored; .+ s\n", done.stderr)
+        assert re.fullmatch(
+            r"eventstore: imported 2 events into events\.db(, which was made for them)?: 2 new, 0 already stored; .+ s\n",
+            done.stderr,
+        )
     elif way == "gzip in two parts":
         imported(tmp_path, gzip.compress(content[:30]) + gzip.compress(content[30:]))
     else:
@@ -239,7 +242,7 @@ def test_an_event_without_an_id_gets_one_of_its_content_and_number(tmp_path, cap
         assert len({*made}) == len(made) > 1
         assert all(re.fullmatch("import_[0-9a-f]{32}", event_id) for event_id in made)
     imported(folder, b"", "--environment", "staging")
-    assert capsys.readouterr().err.endswith("imported 0 events: 0 new, 0 already stored; 0.0 s\n")
+    assert capsys.readouterr().err.endswith("events.db: 0 new, 0 already stored; 0.0 s\n")
     imported(folder, lines_of(event("s")), "--environment", "staging")
     assert (exported(folder), len(exported(folder, "--environment", "staging").splitlines())) == (before, 1)
 
@@ -279,9 +282,7 @@ def test_a_bad_event_stops_an_import_or_goes_to_the_rejects(tmp_path, capsys, co
     rejects = tmp_path / "rejects.ndjson"
     capsys.readouterr()
     imported(tmp_path, content, "--max-body-bytes", 1000, "--skip-invalid", rejects)
-    assert (
-        f"imported 2 events: 1 new, 1 already stored, 1 rejected and written to {rejects}; " in capsys.readouterr().err
-    )
+    assert f": 1 new, 1 already stored, 1 rejected and written to {rejects}; " in capsys.readouterr().err
     assert stored_ids(tmp_path) == ["1", "3"]
     (reject,) = map(json.loads, rejects.read_bytes().splitlines())
     assert reject["line"] == int(problem.partition(":")[0])
@@ -748,3 +749,12 @@ def test_without_httpx_replay_says_what_to_install(tmp_path):
     done = python(code, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", cwd=tmp_path / "source")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: replay needs httpx: .+ -m pip install httpx.*\n", done.stderr)
+
+
+def test_a_dry_run_of_an_import_checks_all_and_stores_nothing(tmp_path):
+    (tmp_path / "events.ndjson").write_text(json.dumps(event("a") | {"propertes": 1}) + "\n" + json.dumps(event("b")))
+    done = run(*SCRIPT, "import", "events.ndjson", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0
+    assert not (tmp_path / "events.db").exists()
+    assert "would import 2 events into events.db; nothing was stored" in done.stderr
+    assert 'ignored, no field has that name: "propertes"' in done.stderr
