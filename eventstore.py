@@ -2014,6 +2014,8 @@ class Service:
 
     def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
         """Name in the log what nothing has, so that a slip is found: each once a minute, and at most twenty."""
+        if not (names := list(names)):
+            return
         minute = self.settings.clock() // MINUTE_US
         if minute != self._ignored_minute:
             self._ignored_minute, self._ignored = minute, set()

@@ -354,7 +354,7 @@ def test_serve_with_the_flag_opens_the_mock_and_keeps_the_number_of_events_right
         assert (total(client), total(staging)) == (0, 1)
         live.stop()
     with Live(tmp_path, *flags) as live:
-        assert "events.db (1 events)" in live.banner
+        assert "events.db (1 event)" in live.banner
 
 
 # ---------------------------------------------------------------------------------------------- the fixture, the SDK
