@@ -2030,7 +2030,10 @@ async def monitor_events(service: Service, request: Request) -> Response:
     if query.view.visible_us is not None:
         parameters = query.view._asdict()
         hidden = await service.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
-    return await _aggregate(service, query, partial(monitoring_answer, hidden))
+    response = await _aggregate(service, query, partial(monitoring_answer, hidden))
+    # Without it the debugger could not name an environment that has no events. A header is Latin-1, a name anything.
+    response.headers["X-Environment-Id"] = urllib.parse.quote(query.view.environment, safe="")
+    return response
 
 
 async def _aggregate(
