@@ -66,7 +66,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
@@ -132,6 +132,7 @@ STATUS_OF_CODE = {
     "unauthorized": 401,
     "not_found": 404,
     "method_not_allowed": 405,
+    "already_exists": 409,
     "too_many_requests": 429,
     "database_error": 500,
     "internal_error": 500,
@@ -185,19 +186,32 @@ class FieldError(ValueError):
 class Faults:
     """Everything that is wrong with one request, so that one answer names all of it."""
 
-    def __init__(self) -> None:
-        self.index: int | None = None  # of the event under check
+    def __init__(self, index: int | None = None) -> None:
+        self.index = index  # of the event under check
+        self.whole = "body"  # whose fields are under check: the body, an event, or an object in it
         self.ignored: set[str] = set()  # fields that nothing has, which is no fault
+        self._path = ""  # what goes before the name of a field of an object in the body
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
 
     def add(self, field: str, code: str, problem: str) -> None:
         """Note a fault; the first one of a field, or of the whole, stays: a later one would only follow from it."""
         if (self.index, self.whole) not in self._found:
-            self._found.setdefault((self.index, field), (code, f"{field} {problem}"))
+            name = field if field == self.whole else self._path + field
+            self._found.setdefault((self.index, name), (code, f"{name} {problem}"))
 
-    @property
-    def whole(self) -> str:
-        return "body" if self.index is None else "event"
+    def ignore(self, fields: Iterable[str]) -> None:
+        """Note fields that nothing has."""
+        self.ignored |= {self._path + field for field in fields}
+
+    @contextmanager
+    def within(self, field: str) -> Iterator[None]:
+        """What is noted meanwhile is of an object in this field: `aggregation.type`."""
+        outer = self.whole, self._path
+        self.whole, self._path = self._path + field, f"{self._path}{field}."
+        try:
+            yield
+        finally:
+            self.whole, self._path = outer
 
     def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
         """convert(value); None for an absent value, and for a bad one, which is noted."""
@@ -488,12 +502,18 @@ def to_datetime(time_us: int) -> datetime:
     return EPOCH + timedelta(microseconds=time_us)
 
 
+def time_text(time_us: int) -> str:
+    """A time as Go writes it: as many digits of a second as there are (API: Times)."""
+    seconds, dot, digits = to_datetime(time_us).isoformat().removesuffix("+00:00").partition(".")
+    return f"{seconds}{dot}{digits.rstrip('0')}Z"
+
+
 def to_us(time: datetime) -> int:
     return (time - EPOCH) // MICROSECOND
 
 
 class IdMaker:
-    """Makes `event_` + ULID: 48 bits of milliseconds, 80 bits of chance, each greater than the one before."""
+    """Makes a prefix + ULID: 48 bits of milliseconds, 80 bits of chance, each greater than the one before."""
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's
 
@@ -501,10 +521,10 @@ class IdMaker:
         self._last = 0
         self._random = random.Random()  # noqa: S311 - need not be secret; secrets asks the kernel each time
 
-    def __call__(self, time_us: int) -> str:
+    def __call__(self, time_us: int, prefix: str = "event_") -> str:
         fresh = (time_us // 1000) << 80 | self._random.getrandbits(79)  # the 80th bit is room to count up
         self._last = value = fresh if fresh >> 80 > self._last >> 80 else self._last + 1
-        return "event_" + "".join([self._pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
+        return prefix + "".join([self._pairs[value >> shift & 1023] for shift in range(120, -1, -10)])
 
 
 class Cursor(NamedTuple):
@@ -542,7 +562,7 @@ class Windows(Struct, frozen=True):
     zone: tzinfo = UTC
     month_day: int = 1
 
-    def bounds(self, start_us: int, end_us: int) -> list[int]:
+    def bounds(self, start_us: int, end_us: int, field: str = "window_size") -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
         step_us = WINDOW_MINUTES.get(self.size, 0) * MINUTE_US  # 0: by the calendar
         too_many = bool(step_us) and (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
@@ -553,9 +573,9 @@ class Windows(Struct, frozen=True):
                 too_many = len(bounds) > MAX_WINDOWS + 1
             if too_many:
                 problem = f"{self.size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
-                refuse("window_size", "out_of_range", problem)
+                refuse(field, "out_of_range", problem)
         except (OverflowError, ValueError):
-            refuse("window_size", "out_of_range", "makes a window outside the years 1 to 9999")
+            refuse(field, "out_of_range", "makes a window outside the years 1 to 9999")
         return bounds
 
     @property
@@ -623,6 +643,7 @@ _TYPE_NAMES = {
     "bool | None": "true or false",
     "PropertyFilters | None": "an object of string arrays",
     "list[str] | None": "an array of strings",
+    "dict[str, str] | None": "an object of strings",
     "str | float | None": "a decimal number",
 }
 
@@ -676,15 +697,31 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
         faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
         return struct()
     values = {}
-    faults.ignored |= members.keys() - {*struct.__struct_fields__}  # type: ignore[attr-defined]
+    faults.ignore(members.keys() - {*struct.__struct_fields__})  # type: ignore[attr-defined]
     for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
         if field.name in members:
-            member = bytes(members[field.name])
-            value = values[field.name] = decode(decoder_of(field.type), member)
-            if value is None and member != b"null":
-                expected = _TYPE_NAMES[struct.__annotations__[field.name]]
-                faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(member)}")
+            values[field.name] = _decode_member(struct, field, bytes(members[field.name]), faults)
     return struct(**values)
+
+
+def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
+    value = decode(decoder_of(field.type), raw)
+    if value is not None or raw == b"null":
+        return value
+    kind = (get_args(field.type) or [field.type])[0]
+    if hasattr(kind, "__struct_fields__"):
+        with faults.within(field.name):
+            return decode_members(kind, raw, faults)
+    item = (get_args(kind) or [object])[0]
+    if hasattr(item, "__struct_fields__") and (items := decode(RAWS, raw)) is not None:
+        values = []
+        for place, item_raw in enumerate(items):
+            with faults.within(f"{field.name}[{place}]"):
+                values.append(decode_members(item, item_raw, faults))
+        return values
+    expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
+    faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
+    return None
 
 
 def excerpt(raw: bytes) -> str:
@@ -777,6 +814,7 @@ def event_rows(
 ) -> list[Row]:
     """The rows of a request's events, all of them good; else ApiError with every fault (API: Sending events)."""
     rows = []
+    faults.whole = "event"
     for faults.index, event in enumerate(events):
         if isinstance(event, Raw):
             events[faults.index] = decode_members(EventIn, event, faults)
@@ -883,36 +921,46 @@ FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": 
                   "source": "source"}  # fmt: skip
 EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
 
-_PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
+PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
     "start_time": parse_query_time,
     "end_time": parse_query_time,
     "property_filters": parse_property_filters,
     "page_size": parse_int,
+    "limit": parse_int,
     "offset": parse_int,
     "count_total": parse_bool,
 }
 
 
-def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
-    """The query string as a dict. One that is not UTF-8, or names a parameter twice, is refused (API: Common rules)."""
+def parse_parameters(query_string: bytes, faults: Faults, repeatable: Iterable[str] = ()) -> dict[str, str]:
+    """The query string as a dict; values of a repeatable parameter are joined by commas.
+
+    One that is not UTF-8, or names another parameter twice, is refused (API: Common rules).
+    """
     try:
         pairs = urllib.parse.parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
         refuse("query string", "invalid_format", "must be UTF-8, percent-encoded")
     parameters: dict[str, str] = {}
     for name, value in pairs:
-        if name in parameters:
+        if name in parameters and name not in repeatable:
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", "is given more than once")
-        parameters[name] = value
+        parameters[name] = f"{parameters[name]},{value}" if name in parameters else value
     return parameters
 
 
-def query_of_parameters(parameters: Mapping[str, str], names: Iterable[str], faults: Faults) -> EventQueryIn:
+def query_of_parameters(
+    struct: type[T],
+    parameters: Mapping[str, str],
+    names: Iterable[str],
+    faults: Faults,
+    parsers: Mapping[str, Callable[[str], Any]] = PARAMETER_PARSERS,
+) -> T:
     """The named parameters of a GET, each as the type it has in a body (API: Queries)."""
-    sent = EventQueryIn()
+    sent = struct()
     for name in names:
         if name in parameters:
-            setattr(sent, name, faults.check(name, _PARAMETER_PARSERS.get(name, str), parameters[name]))
+            setattr(sent, name, faults.check(name, parsers.get(name, str), parameters[name]))
     return sent
 
 
@@ -988,6 +1036,7 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
     windows: Windows | None = None
     bucketed: bool = False  # the windows are buckets: their sum is wanted, too
     group_property: str = ""  # MAX per group of a bucket
+    lifetime: bool = False  # without windows: what is before the range counts, too
 
 
 def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
@@ -1046,7 +1095,7 @@ def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
     """GET /v1/events/monitoring: both ends or neither, by default the last 24 hours (API: Monitoring)."""
     faults = Faults()
     parameters = parse_parameters(query_string, faults)
-    sent = query_of_parameters(parameters, EVENT_FILTERS, faults)
+    sent = query_of_parameters(EventQueryIn, parameters, EVENT_FILTERS, faults)
     if bool(sent.start_time) is not bool(sent.end_time):
         missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
         faults.add(missing, "required", f"is required with {given}")
@@ -1175,13 +1224,18 @@ _MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 
-def property_clause(number: int, key: str, values: Iterable[str], parameters: Parameters) -> str:
+def property_clause(number: int, key: str, values: Sequence[str], parameters: Parameters) -> str:
     """Does a property equal one of the texts, be it a string, a number or a boolean (API: Queries)?"""
-    texts = [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
+    texts = json_texts(values)
     names = [f"filter{number}_{i}" for i in range(len(texts))]
     parameters.update(zip(names, texts, strict=True))
     value = property_expression("property_json", f"filter{number}", key, parameters)
     return f"{value} IN ({', '.join(':' + name for name in names)})"
+
+
+def json_texts(values: Sequence[str]) -> list[str]:
+    """What `property_json` may have of a property that equals one of the values."""
+    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
 
 
 def property_expression(function: str, name: str, key: str, parameters: Parameters) -> str:
@@ -1197,14 +1251,14 @@ def property_expression(function: str, name: str, key: str, parameters: Paramete
     return f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
 
 
-def number_expression(key: str, parameters: Parameters) -> str:
+def number_expression(name: str, key: str, parameters: Parameters) -> str:
     """A property as `property_number` has it. A sum over a million of them takes 1.3 s, with trim() 2.6 s."""
-    parameters |= {"number_key": key, "number_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
-    value = "properties ->> :number_path"
+    parameters |= {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
+    value = f"properties ->> :{name}_path"
     # Compared with a REAL, a text that is a number becomes one; any other is greater than every number.
     is_number = f"{value} BETWEEN {_MIN_REAL} AND {_MAX_REAL}"
-    number = f"CASE WHEN {value} = 1 AND properties -> :number_path = 'true' THEN 0.0 ELSE CAST({value} AS REAL) END"
-    slowly = "WHEN properties LIKE '%\\%' THEN property_number(properties, :number_key)"
+    number = f"CASE WHEN {value} = 1 AND properties -> :{name}_path = 'true' THEN 0.0 ELSE CAST({value} AS REAL) END"
+    slowly = f"WHEN properties LIKE '%\\%' THEN property_number(properties, :{name}_key)"
     return f"CASE WHEN {is_number} THEN {number} {slowly} ELSE 0.0 END"
 
 
@@ -1229,10 +1283,14 @@ def property_number(properties: str, key: str) -> float:
     return number if math.isfinite(number) else 0.0
 
 
+# Of an event's value in WEIGHTED_SUM: how long it was there, of the range.
+WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :start_us), 1.0)"
+
+
 def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
-    number = number_expression(query.property_name, parameters)
+    number = number_expression("number", query.property_name, parameters)
     within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
     where = " AND ".join([*filter_clauses(query, parameters), *within])
     aggregate = {
@@ -1244,7 +1302,7 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
         "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
         "LATEST": number,
         "SUM_WITH_MULTIPLIER": f"total({number})",
-        "WEIGHTED_SUM": f"total({number} * ((:end_us - timestamp_us) * 1.0 / (:end_us - :start_us)))",
+        "WEIGHTED_SUM": f"total({number} * {WEIGHT})",
     }[query.aggregation]
     if query.aggregation == "LATEST":
         cell = f"SELECT {aggregate} FROM events WHERE {where} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
@@ -1402,12 +1460,13 @@ def find_event(conn: sqlite3.Connection, query: EventQuery, hint: str = "") -> E
 
 def usage_bounds(query: UsageQuery, pieces: int) -> tuple[list[int], list[tuple[int, int]]]:
     """What to aggregate, each alone: the windows' starts and their ranges; without windows, pieces of the range."""
-    if query.start_us == query.end_us:
+    if query.start_us == query.end_us and not query.lifetime:
         return [], []
     if query.windows:
         starts = query.windows.bounds(query.start_us, query.end_us)
         return starts[:-1], list(itertools.pairwise([query.start_us, *starts[1:-1], query.end_us]))
     starts = [query.start_us + (query.end_us - query.start_us) * i // pieces for i in range(pieces + 1)]
+    starts = [MIN_TIME_US, *starts] if query.lifetime else starts
     return starts[:-1], list(itertools.pairwise(starts))
 
 
@@ -2025,6 +2084,10 @@ class Service:
                 self._ignored.add(place)
                 log.warning("%s; there are: %s", place, ", ".join(known) or "none here")
 
+    def warn_of_zone(self, request: Request, name: str | None) -> None:
+        if name and name != "UTC" and parse_zone(name) is UTC:
+            self.warn_of_ignored(request, [name], "no time zone has that name", ["those of IANA, Europe/Berlin"])
+
     def view(self, request: Request) -> View:
         now = self.settings.clock()
         lag_us = self.settings.visibility_lag_ms * 1000
@@ -2088,7 +2151,7 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
     """GET /v1/events (API: Queries)."""
     faults = Faults()
     parameters = parse_parameters(request["query_string"], faults)
-    sent = query_of_parameters(parameters, EventQueryIn.__struct_fields__, faults)
+    sent = query_of_parameters(EventQueryIn, parameters, EventQueryIn.__struct_fields__, faults)
     sent.count_total = sent.count_total or None
     return await _list(service, request, sent, 50, faults)
 
@@ -2127,11 +2190,8 @@ async def compute_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage (API: Usage)."""
     faults = Faults()
     sent = await read_fields(service, request, USAGE, faults)
-    if sent.timezone and sent.timezone != "UTC" and parse_zone(sent.timezone) is UTC:
-        service.warn_of_ignored(
-            request, [sent.timezone], "no time zone has that name", ["those of IANA, Europe/Berlin"]
-        )
-    return await _aggregate(service, usage_query(sent, service.view(request), faults), usage_answer)
+    service.warn_of_zone(request, sent.timezone)
+    return JsonResponse(await aggregate(service, usage_query(sent, service.view(request), faults), usage_answer))
 
 
 async def monitor_events(service: Service, request: Request) -> Response:
@@ -2141,23 +2201,28 @@ async def monitor_events(service: Service, request: Request) -> Response:
     if query.view.visible_us is not None:
         parameters = query.view._asdict()
         hidden = await service.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
-    return await _aggregate(service, query, partial(monitoring_answer, hidden))
+    return JsonResponse(await aggregate(service, query, partial(monitoring_answer, hidden)))
 
 
-async def _aggregate(
+async def aggregate(
     service: Service, query: UsageQuery, answer: Callable[[UsageQuery, list[int], list[Any]], object]
-) -> Response:
-    """All reader threads take a part: SQLite reads the JSON of a million events in 1.6 s, on each core.
+) -> bytes:
+    """An aggregation's answer as JSON. All reader threads take a part: SQLite reads the JSON of a million events in
+    1.6 s, on each core.
 
     The windows and the answer are made in such a thread, too: 100,000 of them would hold up the event loop.
     """
     read = partial(service.store.read, quick=False)
     starts, bounds = await read(lambda _: usage_bounds(query, READER_THREADS))
-    size = len(bounds) // READER_THREADS + 1
-    parts = [bounds[at : at + size] for at in range(0, len(bounds), size)]
-    cells = await asyncio.gather(*(read(partial(usage_cells, query=query, bounds=part)) for part in parts))
+    cells = await asyncio.gather(*(read(partial(usage_cells, query=query, bounds=part)) for part in parts_of(bounds)))
     joined = list(itertools.chain.from_iterable(cells))
-    return JsonResponse(await read(lambda _: ENCODER.encode(answer(query, starts, joined))))
+    return await read(lambda _: ENCODER.encode(answer(query, starts, joined)))
+
+
+def parts_of(bounds: list[T]) -> list[list[T]]:
+    """Neighbours together, a part for each reader thread."""
+    size = len(bounds) // READER_THREADS + 1
+    return [bounds[at : at + size] for at in range(0, len(bounds), size)]
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -2239,10 +2304,12 @@ class Operation(NamedTuple):
     handler: Handler
     answer: Any
     body: Any = None
-    parameters: Sequence[str] = ()  # of the query string; names in PARAMETER_SCHEMAS
+    parameters: Iterable[str] = ()  # of the query string; names in PARAMETER_SCHEMAS, or a mapping to schemas
     required: Sequence[str] = ()  # fields of the body
     example: Any = None  # of the body
     schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
+    status: int = 200
+    refusals: Sequence[int] = ()  # statuses beside those that every operation has
 
     @property
     def public_path(self) -> str:
@@ -2260,11 +2327,12 @@ _LOOKUP = ("external_customer_id", "start_time", "end_time")
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 OPERATIONS = (
-    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn,
+    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
               required=["event_name", "external_customer_id"],
               example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
     Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
-    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, example={"events": [_API_CALL]}),
+    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
+              example={"events": [_API_CALL]}),
     Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
               example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
                        "page_size": 100}),
@@ -2272,8 +2340,8 @@ OPERATIONS = (
               example=_API_CALL | {"aggregation_type": "SUM", "property_name": "tokens", "window_size": "DAY",
                                    "timezone": "America/New_York"}),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
-    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP)),
-    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP),
+    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP), refusals=[404]),
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP, refusals=[404]),
     Operation("GET", "/health", health, Health),
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
@@ -2305,7 +2373,7 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
         hint = f"the base URL ends in /v1, so {echo('/v1' + path)}? "
     elif path.startswith("/_mock"):
         hint = "it is there when the server is started with --mock. "
-    message = f"no route {echo(path)}: {hint}this server has the Events API only ({served})"
+    message = f"no route {echo(path)}: {hint}this server has {served}"
     return error_response(request, ApiError("not_found", message))
 
 
@@ -2457,7 +2525,7 @@ _TEXT: dict[str, Any] = {"type": "string"}
 _CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,18}::.+"}, {"enum": ["", None]}]}
 
 
-def _choice(*values: str) -> dict[str, Any]:
+def choice(*values: str) -> dict[str, Any]:
     return {"enum": [*values, "", None]}
 
 
@@ -2478,8 +2546,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": _choice(*SORTS),
-        "order": _choice(*ORDERS),
+        "sort": choice(*SORTS),
+        "order": choice(*ORDERS),
         "iter_first_key": _CURSOR,
         "iter_last_key": _CURSOR,
     },
@@ -2488,8 +2556,8 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "aggregation_type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]},
         "start_time": _TIME,
         "end_time": _TIME,
-        "window_size": _choice(*WINDOW_SIZES),
-        "bucket_size": _choice(*WINDOW_SIZES),
+        "window_size": choice(*WINDOW_SIZES),
+        "bucket_size": choice(*WINDOW_SIZES),
         "billing_anchor": _TIME,
         "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
                                  {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
@@ -2528,7 +2596,7 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     for more in (FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
         for name in more:
             schemas[name]["properties"] |= more[name]
-    items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": _ref(EventIn)}
+    items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
     for operation in operations:
@@ -2551,25 +2619,25 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     }
 
 
-def _ref(kind: Any) -> dict[str, Any]:
+def ref(kind: Any) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{kind.__name__}"} if isinstance(kind, type) else {"type": "object"}
 
 
 def _describe(operation: Operation) -> dict[str, Any]:
     public = operation.path in PUBLIC_PATHS
-    accepted = "202" if operation.answer in (EventAccepted, BulkAccepted) else "200"
-    limited = operation.path in DOCUMENTED_RATE_LIMITS and operation.method == "POST"
-    statuses = () if public else (400, 401, 500, 503, *(404,) * (operation.answer is EventLookup), *(429,) * limited)
-    content = {"application/json": {"schema": _ref(operation.answer)}}
+    accepted = str(operation.status)
+    statuses = () if public else (400, 401, 500, 503, *operation.refusals)
+    content = {"application/json": {"schema": ref(operation.answer)}}
     responses: dict[str, Any] = {accepted: {"description": "Done", "content": content}}
     for status in sorted(statuses):
         codes = ", ".join(code for code, number in STATUS_OF_CODE.items() if number == status)
-        responses[str(status)] = {"description": codes, "content": {"application/json": {"schema": _ref(ErrorBody)}}}
+        responses[str(status)] = {"description": codes, "content": {"application/json": {"schema": ref(ErrorBody)}}}
     if accepted == "202":
         counts = {f"X-Events-{name}": {"schema": {"type": "integer"}} for name in ("Inserted", "Duplicate")}
         responses[accepted]["headers"] = counts
+    known = operation.parameters if isinstance(operation.parameters, Mapping) else PARAMETER_SCHEMAS
     parameters = [
-        {"name": name, "in": "query", "required": name == "id", "schema": PARAMETER_SCHEMAS.get(name, _TEXT)}
+        {"name": name, "in": "query", "required": name == "id", "schema": known.get(name, _TEXT)}
         for name in operation.parameters
     ]
     if "{id" in operation.path:
@@ -2582,7 +2650,7 @@ def _describe(operation: Operation) -> dict[str, Any]:
         "responses": responses,
     }
     if operation.body:
-        body = {"schema": _ref(operation.body)} | ({"example": operation.example} if operation.example else {})
+        body = {"schema": ref(operation.body)} | ({"example": operation.example} if operation.example else {})
         described["requestBody"] = {"required": True, "content": {"application/json": body}}
     return described
 
@@ -2747,8 +2815,8 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stopping.set())
     with listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        mock = room("mock", "--mock").additions() if arguments.mock else {}
-        app = create_app(Settings(api_keys=api_keys, **chosen), **mock)
+        additions = room("mock", "--mock").additions() if arguments.mock else {"operations": more_operations()}
+        app = create_app(Settings(api_keys=api_keys, **chosen), **additions)
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
@@ -2760,6 +2828,14 @@ def serve(arguments: argparse.Namespace) -> int:
         run_server(app, listener, arguments, stopping)
         app.state.service.store.close()
     return 0
+
+
+def more_operations() -> Sequence[Operation]:
+    """What eventstore_extras has for the service; nothing if this file stands alone."""
+    with suppress(StartError):
+        operations: Sequence[Operation] = room("analytics", "serve").OPERATIONS
+        return operations
+    return ()
 
 
 def run_server(

@@ -1,4 +1,4 @@
--- The whole database: one table, four ways into it. Times are integer microseconds since 1970, UTC.
+-- The whole database: events and four ways into them; meters and features. Times are integer microseconds since 1970, UTC.
 -- Run as one script inside a transaction, so a crash half-way leaves an empty file, not half a schema.
 -- Every statement is safe to run again: two processes may open a new file at the same moment.
 
@@ -33,6 +33,48 @@ CREATE INDEX IF NOT EXISTS events_by_customer ON events (environment, external_c
 -- The order of sort=event_name, and the way to a rare event's rows. It costs 75 bytes an event and
 -- ingest 0-15 % (there are few names, so their pages stay hot); without it each page sorts the whole range.
 CREATE INDEX IF NOT EXISTS events_by_name ON events (environment, event_name, timestamp_us, id);
+
+-- A saved aggregation over the events of one name. Nothing is removed: what is archived still counts what came before.
+CREATE TABLE IF NOT EXISTS meters (
+    environment    INTEGER NOT NULL,
+    id             TEXT    NOT NULL,
+    name           TEXT    NOT NULL,
+    event_name     TEXT    NOT NULL,
+    aggregation    TEXT    NOT NULL,  -- JSON, as it is answered, like the next
+    filters        TEXT    NOT NULL,
+    reset_usage    TEXT    NOT NULL,
+    created_at_us  INTEGER NOT NULL,
+    updated_at_us  INTEGER NOT NULL,
+    archived_at_us INTEGER,           -- NULL: published
+    PRIMARY KEY (environment, id)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX IF NOT EXISTS meters_by_event_name ON meters (environment, event_name);
+
+-- What a meter is called, and its units.
+CREATE TABLE IF NOT EXISTS features (
+    environment    INTEGER NOT NULL,
+    id             TEXT    NOT NULL,
+    name           TEXT    NOT NULL,
+    lookup_key     TEXT    NOT NULL,
+    description    TEXT    NOT NULL,
+    meter_id       TEXT    NOT NULL,  -- '' without one
+    metadata       TEXT    NOT NULL,  -- JSON
+    type           TEXT    NOT NULL,
+    unit_singular  TEXT    NOT NULL,
+    unit_plural    TEXT    NOT NULL,
+    reporting_unit TEXT    NOT NULL,  -- JSON, null without one
+    created_at_us  INTEGER NOT NULL,
+    updated_at_us  INTEGER NOT NULL,
+    archived_at_us INTEGER,
+    PRIMARY KEY (environment, id)
+) STRICT, WITHOUT ROWID;
+
+-- Of two features with one key the second is refused: by this index, so that it is so for two at once, too.
+CREATE UNIQUE INDEX IF NOT EXISTS features_by_lookup_key ON features (environment, lookup_key)
+    WHERE archived_at_us IS NULL AND lookup_key <> '';
+
+CREATE INDEX IF NOT EXISTS features_by_meter ON features (environment, meter_id);
 
 -- For people: sqlite3 events.db "SELECT * FROM readable_events ORDER BY seq DESC LIMIT 10". The seconds are counted
 -- from the year 1, so that no division is of a negative.

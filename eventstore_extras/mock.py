@@ -10,7 +10,7 @@ import socket
 import threading
 import urllib.parse
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import eventstore
 from eventstore import (
     EARLIEST,
     EVENT_FILTERS,
@@ -33,7 +34,6 @@ from eventstore import (
     LATEST,
     MAX_ECHO_CHARS,
     MEMBERS,
-    OPERATIONS,
     WRITE_LOCK_TIMEOUT_S,
     ApiError,
     ApiKey,
@@ -50,6 +50,7 @@ from eventstore import (
     T,
     View,
     connect,
+    connect_reader,
     create_app,
     decode,
     decode_fields,
@@ -65,6 +66,8 @@ from eventstore import (
     uvicorn_server,
     whole_within,
 )
+from eventstore_extras import analytics
+from eventstore_extras.meters import select_meters
 
 # What a mock answers on request: each status with one of its codes.
 FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
@@ -102,6 +105,7 @@ FAULT_SCHEMA: dict[str, Any] = {
 }
 
 
+OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # of the API, to which the mock's own are added
 MOCK_API_KEY = "eventstore-test-key"
 MOCK_SHUTDOWN_TIMEOUT_S = 1
 
@@ -279,12 +283,15 @@ def losing_ingest(service: Service) -> ASGIApp:
     return Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS)
 
 
-def delete_events(store: Store, environment: str | None = None) -> int:
-    """Delete the events of one environment, or of all; returns how many. For any thread but an event loop's."""
+def delete_rows(store: Store, tables: Iterable[str], environment: str | None = None) -> int:
+    """Delete what one environment has, or all; returns how many rows. For any thread but an event loop's."""
     of_one = "" if environment is None else f" WHERE {IN_ENVIRONMENT}"
+    deleted = 0
     with closing(connect(store.path, store.writer_pragmas)) as conn:
-        statement = f"DELETE FROM events{of_one}"
-        return execute_writing(conn, WRITE_LOCK_TIMEOUT_S, statement, {"environment": environment}).rowcount
+        for table in tables:
+            statement = f"DELETE FROM {table}{of_one}"
+            deleted += execute_writing(conn, WRITE_LOCK_TIMEOUT_S, statement, {"environment": environment}).rowcount
+    return deleted
 
 
 class Mock:
@@ -295,7 +302,16 @@ class Mock:
 
     async def reset_events(self, service: Service, request: Request) -> Response:
         """DELETE /_mock/events: forgets the events of the key's environment."""
-        return JsonResponse(Deleted(await asyncio.to_thread(delete_events, service.store, request["environment"])))
+        return await self._reset(service, request, ["events"])
+
+    async def reset_meters(self, service: Service, request: Request) -> Response:
+        """DELETE /_mock/meters: forgets the meters and features of the key's environment."""
+        return await self._reset(service, request, ["features", "meters"])
+
+    async def _reset(self, service: Service, request: Request, tables: list[str]) -> Response:
+        return JsonResponse(
+            Deleted(await asyncio.to_thread(delete_rows, service.store, tables, request["environment"]))
+        )
 
     async def inject_fault(self, service: Service, request: Request) -> Response:
         """POST /_mock/faults: what shall go wrong with the next requests of the key's environment."""
@@ -323,12 +339,16 @@ class Mock:
         example = {"method": "POST", "path": "/v1/events/bulk", "times": 2, "status": 429, "retry_after_s": 1}
         operations = (
             Operation("DELETE", "/_mock/events", self.reset_events, Deleted),
+            Operation("DELETE", "/_mock/meters", self.reset_meters, Deleted),
             Operation("POST", "/_mock/faults", self.inject_fault, InjectedFaults, InjectedFault,
                       example=example, schemas={"InjectedFault": FAULT_SCHEMA}),
             Operation("GET", "/_mock/faults", self.list_faults, InjectedFaults),
             Operation("DELETE", "/_mock/faults", self.clear_faults, Deleted),
         )  # fmt: skip
-        return {"operations": operations, "middleware": [Middleware(FaultInjection, queue=self.fault_queue)]}
+        return {
+            "operations": [*analytics.OPERATIONS, *operations],
+            "middleware": [Middleware(FaultInjection, queue=self.fault_queue)],
+        }
 
 
 def additions() -> dict[str, Any]:
@@ -441,11 +461,18 @@ class MockServer:
                     return found
                 query = replace(query, after=parse_cursor(page.iter_last_key or ""))
 
+    def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
+        """All meters, oldest first, those that came with a feature too: dicts as GET /v1/meters has them."""
+        parameters: dict[str, object] = {"environment": environment or self.api_keys[self.api_key]}
+        with closing(connect_reader(self._store.path)) as conn:
+            found = select_meters(conn, f"{IN_ENVIRONMENT} ORDER BY created_at_us, meters.id", parameters)
+        return [msgspec.to_builtins(stored.meter) for stored in found]
+
     def reset(self) -> None:
-        """Forget all events, faults and requests."""
+        """Forget all events, meters, features, faults and requests."""
         self._fault_queue.clear()
         self._recorder.clear()
-        delete_events(self._store)
+        delete_rows(self._store, ["events", "features", "meters"])
 
     def fail(self, **fault: Any) -> None:
         """Let the next requests that match fail, whatever their key: the fields of POST /_mock/faults.
