@@ -244,6 +244,9 @@ class StopError(Exception):
 
 # ---------------------------------------------------------------------------------------------- wire types
 
+MAX_BATCH = 1000
+PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
+
 
 class EventIn(Struct, forbid_unknown_fields=True):
     """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same.
@@ -258,9 +261,6 @@ class EventIn(Struct, forbid_unknown_fields=True):
     source: str | None = None
     timestamp: str | None = None
     properties: Raw = Raw()
-
-
-MAX_BATCH = 1000
 
 
 def _batch_of(item: type) -> Any:
@@ -288,9 +288,6 @@ class _Anything(Struct, gc=False):
 
 class OuterBulkIn(Struct):
     events: Raw = Raw(b"null")
-
-
-PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
 
 
 class EventQueryIn(Struct, forbid_unknown_fields=True):
@@ -447,6 +444,7 @@ MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
 PLACE = msgspec.json.Decoder(Place)
 TEXTS = msgspec.json.Decoder(list[str | None])
+decoder_of = lru_cache(msgspec.json.Decoder)
 
 # ----------------------------------------------------------------------------------------- time, ids, cursors, windows
 
@@ -615,6 +613,10 @@ MAX_COUNTED_BYTES = 1024 * 1024  # of a batch that is no batch of objects; a Raw
 MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
 MAX_OFFSET = 2**53  # what a JSON number carries safely
+DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
+                  "source": "source"}  # fmt: skip
+EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
 
 _TYPE_NAMES = {
     "str | None": "a string",
@@ -664,9 +666,6 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
 def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
     """The body as the decoder's struct; fields that do not fit it are noted. ApiError if it is not JSON."""
     return decode(decoder, body) or decode_members(decoder.type, body, faults)
-
-
-decoder_of = lru_cache(msgspec.json.Decoder)
 
 
 def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
@@ -785,9 +784,6 @@ def event_rows(
     return rows
 
 
-DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-
-
 def parse_int(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
         raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
@@ -847,6 +843,14 @@ _SORT = one_of(*SORTS)
 _ORDER = one_of(*ORDERS)
 _AGGREGATION = one_of(*AGGREGATIONS)
 _WINDOW_SIZE = one_of(*WINDOW_SIZES)
+_PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
+    "start_time": parse_query_time,
+    "end_time": parse_query_time,
+    "property_filters": parse_property_filters,
+    "page_size": parse_int,
+    "offset": parse_int,
+    "count_total": parse_bool,
+}
 
 
 class View(NamedTuple):
@@ -877,20 +881,6 @@ class EventQuery(Struct, frozen=True, kw_only=True):
     def spans_names(self) -> bool:
         """Whether the order by name is another than that by time: of one name, they are the same."""
         return self.by_name and "event_name" not in self.filters
-
-
-FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
-                  "source": "source"}  # fmt: skip
-EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
-
-_PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
-    "start_time": parse_query_time,
-    "end_time": parse_query_time,
-    "property_filters": parse_property_filters,
-    "page_size": parse_int,
-    "offset": parse_int,
-    "count_total": parse_bool,
-}
 
 
 def parse_parameters(query_string: bytes, faults: Faults) -> dict[str, str]:
@@ -1066,6 +1056,8 @@ def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
 
 # ---------------------------------------------------------------------------------------------- SQL
 
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x45565354
 PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not wait for each other
     "PRAGMA synchronous = FULL",  # every commit is synced: what 202 promises (API: Sending events)
@@ -1082,6 +1074,7 @@ WRITER_PRAGMAS = (
 )
 WRITE_LOCK_TIMEOUT_S = 5.0
 READER_PRAGMAS = ("PRAGMA query_only = ON",)
+Parameters = dict[str, object]  # of a statement, by name
 
 INSERT = f"INSERT INTO events ({', '.join(Row._fields)}) VALUES "
 # Unlike INSERT OR IGNORE this forgives a known id and nothing else: a NULL or a wrong type still fails.
@@ -1091,6 +1084,10 @@ START_CLAUSE = "timestamp_us >= :start_us"
 END_CLAUSE = "timestamp_us <= :end_us"
 TIME_ORDER = ("timestamp_us", "id")
 NAME_ORDER = ("event_name", "timestamp_us", "id")
+SEPARATOR = "\x1e"  # which no JSON text can hold
+_JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false")
+_MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign in ("-", ""))
+_ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 # The newest rows, as many as were inserted: those that a statement passes over use up numbers, too.
 SELECT_NEW_IDS = """SELECT json_group_array(json_array(environment, id)) FROM
@@ -1120,9 +1117,6 @@ def time_expression(column: str) -> str:
 EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
     'event_name', event_name, 'source', source, 'timestamp', {time_expression("timestamp_us")},
     'ingested_at', {time_expression("ingested_at_us")}), '}}') || ',"properties":' || properties"""
-
-
-Parameters = dict[str, object]  # of a statement, by name
 
 
 @lru_cache
@@ -1168,11 +1162,6 @@ def keyset_clauses(query: EventQuery, cursor: Cursor | None, descending: bool, p
     if descending:
         return [START_CLAUSE, keyset if cursor.timestamp_us <= query.end_us else END_CLAUSE]
     return [keyset if cursor.timestamp_us >= query.start_us else START_CLAUSE, END_CLAUSE]
-
-
-_JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false")
-_MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign in ("-", ""))
-_ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 
 
 def property_clause(number: int, key: str, values: Iterable[str], parameters: Parameters) -> str:
@@ -1370,9 +1359,6 @@ def key_of(event: str) -> str | None:
     return Cursor(to_us(place.timestamp), place.id).text
 
 
-SEPARATOR = "\x1e"  # which no JSON text can hold
-
-
 def select_events(
     conn: sqlite3.Connection, environment: str, clauses: str, parameters: Parameters, counted: str | None = None
 ) -> tuple[str, int, int | None]:
@@ -1461,6 +1447,7 @@ READER_THREADS = 4
 TRIAL_PAUSE_S = 1.0  # between two trials of a commit, after one that failed
 QUICK_S = 0.001  # what a read may take on the event loop itself, about as long as it parses a batch
 PROGRESS_STEPS = 10_000  # of SQLite's machine between two looks at the clock, more than a page of 50 takes
+_Queue = queue.SimpleQueue["_Task | None"]  # None: close
 
 
 class _Task(NamedTuple):
@@ -1469,9 +1456,6 @@ class _Task(NamedTuple):
     work: Any  # rows, for the writer only, or a function of a connection
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Any]
-
-
-_Queue = queue.SimpleQueue["_Task | None"]  # None: close
 
 
 class Reader:
@@ -1797,10 +1781,6 @@ def data_file(name: str) -> str:
     return (installed if installed.exists() else here / name).read_text("utf-8")
 
 
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x45565354
-
-
 def prepare_file(path: str) -> int:
     """Make the file or check that it is ours; returns its number of events. StartError says what to do if it is not."""
     if sqlite3.sqlite_version_info < (3, 38):
@@ -1881,6 +1861,10 @@ def _write_schema(conn: sqlite3.Connection) -> None:
 # ---------------------------------------------------------------------------------------------- HTTP
 
 PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
+MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
+# Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
+KEEP_ALIVE_S = 75
+Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
 class JsonResponse(Response):
@@ -1976,9 +1960,6 @@ class RateLimits:
             refusal = ApiError("too_many_requests", message, retry_after_s=reset_s - now_s)
             app = error_response(Request(scope), refusal)
         await app(scope, receive, send_with_headers)
-
-
-MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
 
 
 class Service:
@@ -2209,9 +2190,6 @@ class AnythingConvertor(PathConvertor):
 register_url_convertor("anything", AnythingConvertor())
 
 
-Handler = Callable[[Service, Request], Awaitable[Response]]
-
-
 def endpoint(
     handler: Handler, service: Service, parameters: Iterable[str] | None = None
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -2256,7 +2234,6 @@ class Operation(NamedTuple):
 
 
 _LOOKUP = ("external_customer_id", "start_time", "end_time")
-
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 OPERATIONS = (
@@ -2410,10 +2387,6 @@ class Protocol(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
-
-
-# Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
-KEEP_ALIVE_S = 75
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2589,6 +2562,18 @@ def _describe(operation: Operation) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- command line
 
+COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it does
+    "serve": ("", "serve the API"),
+    "import": ("transfer", "store the events of a file"),
+    "export": ("transfer", "write events to a file"),
+    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+}
+# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
+# after it.
+SHUTDOWN_TIMEOUT_S = 5
+MAX_FLAG = "1000000000000"  # more would overflow somewhere: a buffer's size, a time in microseconds
+AddFlag = Callable[..., argparse.Action]
+
 
 def say(message: str) -> None:
     print(f"eventstore: {message}", file=sys.stderr, flush=True)
@@ -2596,11 +2581,6 @@ def say(message: str) -> None:
 
 def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
-# after it.
-SHUTDOWN_TIMEOUT_S = 5
 
 
 def check_key(key: str) -> str:
@@ -2781,9 +2761,6 @@ def run_server(
     server.run(sockets=[listener])
 
 
-MAX_FLAG = "1000000000000"  # more would overflow somewhere: a buffer's size, a time in microseconds
-
-
 def positive(kind: Callable[[str], T], or_zero: bool = False) -> Callable[[str], T]:
     def parse(text: str) -> T:
         try:
@@ -2813,14 +2790,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
-
-
-COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it does
-    "serve": ("", "serve the API"),
-    "import": ("transfer", "store the events of a file"),
-    "export": ("transfer", "write events to a file"),
-    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
-}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -2857,9 +2826,6 @@ def room(name: str, purpose: str) -> ModuleType:
         if error.name != "eventstore_extras":
             raise
         raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}") from None
-
-
-AddFlag = Callable[..., argparse.Action]
 
 
 def add_db_flag(add: AddFlag, text: str) -> None:
