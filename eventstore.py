@@ -174,12 +174,11 @@ class ApiError(Exception):
 
 
 class FieldError(ValueError):
-    """A value that its field cannot take; `problem` reads on from the field's name."""
+    """A value that its field cannot take; its text reads on from the field's name."""
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
         self.code = code
-        self.problem = problem
 
 
 class Faults:
@@ -206,7 +205,7 @@ class Faults:
         try:
             return convert(value)
         except FieldError as error:
-            self.add(field, error.code, error.problem)
+            self.add(field, error.code, str(error))
             return None
 
     def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
@@ -276,20 +275,6 @@ class BulkIn(Struct):
     events: _batch_of(EventIn)  # type: ignore[valid-type]
 
 
-class RawBulkIn(Struct):
-    """The same body when some event in it does not fit EventIn: each is then looked at alone."""
-
-    events: _batch_of(Raw)  # type: ignore[valid-type]
-
-
-class _Anything(Struct, gc=False):
-    """Sixteen bytes for an object of any size: enough to count a batch that is too long."""
-
-
-class OuterBulkIn(Struct):
-    events: Raw = Raw(b"null")
-
-
 class EventQueryIn(Struct, forbid_unknown_fields=True):
     """The body of POST /v1/events/query, and what the parameters of GET /v1/events become (API: Queries)."""
 
@@ -350,13 +335,6 @@ class Event(Struct):
     ingested_at: datetime
     properties: dict[str, Any]
     environment_id: str
-
-
-class Place(Struct):
-    """What a cursor needs to know of an event."""
-
-    id: str
-    timestamp: datetime
 
 
 class EventPage(Struct, kw_only=True):
@@ -430,10 +408,12 @@ class Health(Struct):
 
 
 ENCODER = msgspec.json.Encoder()
+_Anything: Any = msgspec.defstruct("Anything", (), gc=False)  # 16 bytes for an object: enough to count too long a batch
 EVENT = msgspec.json.Decoder(EventIn)
 BULK = msgspec.json.Decoder(BulkIn)
-RAW_BULK = msgspec.json.Decoder(RawBulkIn)
-OUTER_BULK = msgspec.json.Decoder(OuterBulkIn)
+# A batch in which some event does not fit EventIn, so that each is looked at alone, and a body that is no batch.
+RAW_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("RawBulkIn", [("events", _batch_of(Raw))]))
+OUTER_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("OuterBulkIn", [("events", Raw, Raw(b"null"))]))
 COUNTED = msgspec.json.Decoder(list[_Anything])
 RAW = msgspec.json.Decoder(Raw)
 RAWS = msgspec.json.Decoder(list[Raw])
@@ -442,7 +422,7 @@ USAGE = msgspec.json.Decoder(UsageIn)
 OBJECT = msgspec.json.Decoder(dict[str, Any])
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])
 STRING = msgspec.json.Decoder(str)
-PLACE = msgspec.json.Decoder(Place)
+PLACE: Any = msgspec.json.Decoder(msgspec.defstruct("Place", [("id", str), ("timestamp", datetime)]))
 TEXTS = msgspec.json.Decoder(list[str | None])
 decoder_of = lru_cache(msgspec.json.Decoder)
 
@@ -744,10 +724,6 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     )
 
 
-def decode_event(body: bytes) -> list[Any]:
-    return [decode(EVENT, body) or Raw(body)]
-
-
 def decode_batch(body: bytes) -> list[Any]:
     """The events of a bulk body, raw where one does not fit EventIn. ApiError if it is no batch (API: A batch)."""
     batch = decode(BULK, body) or decode(RAW_BULK, body)
@@ -936,7 +912,6 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
 
 
 def column_filters(sent: EventQueryIn) -> dict[str, str]:
-    """What a column must equal."""
     return {column: value for name, column in FILTER_COLUMNS.items() if (value := getattr(sent, name))}
 
 
@@ -1126,10 +1101,7 @@ def insert_statement(rows: int) -> str:
 
 
 def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> list[str]:
-    """The WHERE clauses of everything but the time range and the cursor.
-
-    Values go to `parameters`, never into the text; those of the time range, too.
-    """
+    """The WHERE clauses of all but the range and the cursor; every value, the range's too, goes to `parameters`."""
     clauses = [IN_ENVIRONMENT]
     parameters |= {"environment": query.view.environment, "start_us": query.start_us, "end_us": query.end_us}
     if query.view.visible_us is not None:
@@ -1539,13 +1511,12 @@ class Store:
         finally:
             self._pending_events -= len(rows)
 
-    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+    def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
         """Run a writing operation in a transaction of its own; what it returns comes when that is synced to disk.
 
         An ApiError that it raises undoes all of it. ApiError as of `insert`.
         """
-        result: T = await self._ask(self._writes, operation)
-        return result
+        return self._ask(self._writes, operation)
 
     async def failure(self) -> str | None:
         """Why events cannot be stored, None if they can: as the last commit went, or since it failed a trial of one."""
@@ -1916,11 +1887,9 @@ class Authentication:
 
     def _find(self, key: bytes) -> ApiKey | None:
         digest = hashlib.sha256(key).digest()
-        found = None
-        for known in self._service.api_keys:  # all, in constant time: how long it takes tells nothing about a key
-            if hmac.compare_digest(known.digest, digest):
-                found = known
-        return found
+        # All, in constant time: how long it takes tells nothing about a key.
+        found = [known for known in self._service.api_keys if hmac.compare_digest(known.digest, digest)]
+        return found[-1] if found else None
 
 
 class RateLimits:
@@ -2046,7 +2015,7 @@ async def read_fields(service: Service, request: Request, decoder: msgspec.json.
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
-    rows = service.rows(request, decode_event(body), bulk=False)
+    rows = service.rows(request, [decode(EVENT, body) or Raw(body)], bulk=False)
     return await _store(service, request, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
@@ -2109,9 +2078,8 @@ async def compute_usage(service: Service, request: Request) -> Response:
     faults = Faults()
     sent = await read_fields(service, request, USAGE, faults)
     if sent.timezone and sent.timezone != "UTC" and parse_zone(sent.timezone) is UTC:
-        service.warn_of_ignored(
-            request, [sent.timezone], "no time zone has that name", ["those of IANA, Europe/Berlin"]
-        )
+        known = ["those of IANA, Europe/Berlin"]
+        service.warn_of_ignored(request, [sent.timezone], "no time zone has that name", known)
     return await _aggregate(service, usage_query(sent, service.view(request), faults), usage_answer)
 
 
@@ -2158,12 +2126,13 @@ def debugger_handler() -> Handler:
     It shows what strangers send, so the browser is told to run and load nothing but what the file itself holds.
     """
     page = data_file("debugger.html")  # line ends as a browser counts them for the hashes
-    hashes = {tag: _csp_hash(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)) for tag in ("script", "style")}
+    policy = "default-src 'none'; connect-src 'self'; "
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        policy += f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'; "
+    policy += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {
-        "Content-Security-Policy": (
-            f"default-src 'none'; connect-src 'self'; script-src {hashes['script']}; style-src {hashes['style']}; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        ),
+        "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
         "Referrer-Policy": "no-referrer",
@@ -2174,11 +2143,6 @@ def debugger_handler() -> Handler:
         return Response(page, headers=headers, media_type="text/html")
 
     return show_debugger
-
-
-def _csp_hash(texts: list[str]) -> str:
-    (text,) = texts
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 class AnythingConvertor(PathConvertor):
@@ -2193,8 +2157,6 @@ register_url_convertor("anything", AnythingConvertor())
 def endpoint(
     handler: Handler, service: Service, parameters: Iterable[str] | None = None
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The handler as Starlette calls it."""
-
     async def answer(request: Request) -> Response:
         if parameters is not None and request["query_string"]:
             sent = dict(urllib.parse.parse_qsl(request["query_string"].decode(errors="replace")))
@@ -2263,7 +2225,7 @@ async def on_api_error(request: Request, error: ApiError) -> Response:
 
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
-    service: Service = request.app.state.service
+    operations: Sequence[Operation] = request.app.state.service.operations
     path = request["path"]
     routes: list[Route] = request.app.routes
     matched = next((route.path for route in routes if route.path_regex.match(path)), "")
@@ -2273,7 +2235,6 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
         allowed = ", ".join(sorted(methods))
         refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
         return error_response(request, refusal, {"Allow": allowed})
-    operations = service.operations
     served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
     hint = ""
     if path.endswith("/") and any(operation.serves(path.rstrip("/")) for operation in operations):
@@ -2429,11 +2390,6 @@ _TIME: dict[str, Any] = {"anyOf": [{"type": "string", "format": "date-time", "pa
 _TEXT: dict[str, Any] = {"type": "string"}
 _CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,18}::.+"}, {"enum": ["", None]}]}
 
-
-def _choice(*values: str) -> dict[str, Any]:
-    return {"enum": [*values, "", None]}
-
-
 # What the wire types do not say of their fields.
 FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventIn": {
@@ -2444,26 +2400,21 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "properties": {"type": ["object", "null"]},
     },
     "EventQueryIn": {
-        "start_time": _TIME,
-        "end_time": _TIME,
+        **dict.fromkeys(("start_time", "end_time"), _TIME),
         "property_filters": {"type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS,
                              "propertyNames": {"minLength": 1},
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": _choice(*SORTS),
-        "order": _choice(*ORDERS),
-        "iter_first_key": _CURSOR,
-        "iter_last_key": _CURSOR,
+        "sort": {"enum": [*SORTS, "", None]},
+        "order": {"enum": [*ORDERS, "", None]},
+        **dict.fromkeys(("iter_first_key", "iter_last_key"), _CURSOR),
     },
     "UsageIn": {
         "event_name": {"type": "string", "minLength": 1},
         "aggregation_type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]},
-        "start_time": _TIME,
-        "end_time": _TIME,
-        "window_size": _choice(*WINDOW_SIZES),
-        "bucket_size": _choice(*WINDOW_SIZES),
-        "billing_anchor": _TIME,
+        **dict.fromkeys(("start_time", "end_time", "billing_anchor"), _TIME),
+        **{name: {"enum": [*WINDOW_SIZES, "", None]} for name in ("window_size", "bucket_size")},
         "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
                                  {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
     },
@@ -2472,18 +2423,15 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
 
-_QUERY_TIME: dict[str, Any] = {"anyOf": [_TIME["anyOf"][0], {"enum": [""]}]}
 PARAMETER_SCHEMAS: dict[str, Any] = {
-    "start_time": _QUERY_TIME,
-    "end_time": _QUERY_TIME,
+    **{name: {"anyOf": [_TIME["anyOf"][0], {"enum": [""]}]} for name in ("start_time", "end_time")},
     "property_filters": {"type": "string", "pattern": "^([^:;]+:[^;]*(;[^:;]+:[^;]*)*)?$", "maxLength": 200},
     "page_size": {"type": "integer"},
     "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
     "sort": {"enum": [*SORTS, ""]},
     "order": {"enum": [*ORDERS, ""]},
     "count_total": {"type": "string", "pattern": "^([Tt]([Rr][Uu][Ee])?|[Ff]([Aa][Ll][Ss][Ee])?|[01])?$"},
-    "iter_first_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
-    "iter_last_key": {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"},
+    **{key: {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"} for key in ("iter_first_key", "iter_last_key")},
     "window_size": {"enum": [*WINDOW_SIZES, ""]},
     "id": {"type": "string", "minLength": 1},
 }
@@ -2786,8 +2734,6 @@ def rate_limits(text: str) -> Mapping[str, int]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, where there is one."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
 
