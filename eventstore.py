@@ -122,7 +122,6 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 DOCUMENTED_RATE_LIMITS = {"/v1/events": 1000, "/v1/events/bulk": 100}
-INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 
 
 # ---------------------------------------------------------------------------------------------- errors
@@ -235,10 +234,6 @@ def refuse(field: str, code: str, problem: str) -> NoReturn:
 
 class StartError(Exception):
     """A command cannot start; the message says what is wrong and what to do."""
-
-
-class StopError(Exception):
-    """A command stopped half-way; the message says where, what is done and what to do."""
 
 
 # ---------------------------------------------------------------------------------------------- wire types
@@ -415,7 +410,6 @@ BULK = msgspec.json.Decoder(BulkIn)
 RAW_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("RawBulkIn", [("events", _batch_of(Raw))]))
 OUTER_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("OuterBulkIn", [("events", Raw, Raw(b"null"))]))
 COUNTED = msgspec.json.Decoder(list[_Anything])
-RAW = msgspec.json.Decoder(Raw)
 RAWS = msgspec.json.Decoder(list[Raw])
 EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 USAGE = msgspec.json.Decoder(UsageIn)
@@ -2750,7 +2744,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                                       allow_abbrev=False)  # fmt: skip
         if name in argv[:1] and module:
             its_room = room(module, name)
-            command.set_defaults(run=partial(run_job, its_room.run))
+            command.set_defaults(run=its_room.run)
             its_room.add_flags(name, command.add_argument)
         elif name in argv[:1]:
             command.set_defaults(run=serve)
@@ -2801,22 +2795,6 @@ def add_serve_flags(add: AddFlag) -> None:
         "more than a proxy in front keeps one")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
-
-
-def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """The exit status of import, export or replay: 1 if it stopped half-way, having said why."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are removed, progress is kept
-    try:
-        return job(arguments)
-    except BrokenPipeError:  # whoever read the export has enough; what Python would still flush goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        say("interrupted")
-    except (StopError, OSError) as error:
-        say(str(error))
-    except sqlite3.Error as error:
-        say(f"the database {arguments.db} cannot be read or written: {error}")
-    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
