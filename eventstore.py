@@ -86,6 +86,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("eventstore")
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 # ---------------------------------------------------------------------------------------------- Settings
 
@@ -429,7 +430,6 @@ MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
 A_TIME = "2026-11-01T00:00:00Z"  # for who has to write one
 EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 DAY_US = 86_400 * 1_000_000
-DEFAULT_RANGE_US = 7 * DAY_US
 
 # datetime.fromisoformat alone would also take week dates, a bare date, no zone and (3.13) an hour of 24.
 _RFC_3339 = re.compile(
@@ -760,19 +760,13 @@ def parse_int(text: str) -> int:
     return int(text)
 
 
-def check_whole(value: float) -> int:
-    """An integer; in JSON, 50.0 is one."""
-    if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
-        raise FieldError("invalid_type", f"must be an integer, got {value}")
-    return int(value)
-
-
-def whole_within(low: int, high: int) -> Callable[[float], int]:
+def whole_within(low: float, high: float) -> Callable[[float], int]:
     def check(value: float) -> int:
-        whole = check_whole(value)
-        if not low <= whole <= high:
-            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(whole))[1:-1]}")
-        return whole
+        if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):  # in JSON, 50.0 is one
+            raise FieldError("invalid_type", f"must be an integer, got {value}")
+        if not low <= value <= high:
+            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(int(value)))[1:-1]}")
+        return int(value)
 
     return check
 
@@ -813,6 +807,7 @@ _SORT = one_of(*SORTS)
 _ORDER = one_of(*ORDERS)
 _AGGREGATION = one_of(*AGGREGATIONS)
 _WINDOW_SIZE = one_of(*WINDOW_SIZES)
+_OFFSET, _PAGE_SIZE = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
 _PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
     "start_time": parse_query_time,
     "end_time": parse_query_time,
@@ -885,8 +880,8 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
         faults.add("iter_first_key", "invalid_format", "and iter_last_key exclude each other: send one of them")
     sort = faults.check("sort", _SORT, sent.sort) or "timestamp"
     order = faults.check("order", _ORDER, sent.order) or "desc"
-    offset = faults.check("offset", whole_within(0, MAX_OFFSET), sent.offset) or 0
-    page_size = faults.check("page_size", check_whole, sent.page_size) or 0
+    offset = faults.check("offset", _OFFSET, sent.offset) or 0
+    page_size = faults.check("page_size", _PAGE_SIZE, sent.page_size) or 0
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return EventQuery(
@@ -914,7 +909,7 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
     end_us = faults.check("end_time", parse_time, end_time)
     end_us = now if end_us is None else end_us
     start_us = faults.check("start_time", parse_time, start_time)
-    start_us = end_us - DEFAULT_RANGE_US if start_us is None else start_us
+    start_us = end_us - 7 * DAY_US if start_us is None else start_us
     if end_us < start_us:
         problem = f"is {echo(end_time or '')}, before start_time {echo(start_time or '')}"
         faults.add("end_time", "out_of_range", problem if end_time else "is before start_time")
@@ -1336,11 +1331,9 @@ def select_events(
     parameters["end"] = end = f',"environment_id":{ENCODER.encode(environment).decode()}}}'
     parameters["separator"] = end + SEPARATOR
     counting = f"(SELECT count(*) FROM events WHERE {counted})" if counted else "NULL"
-    events, number, total_count = conn.execute(
-        f"SELECT group_concat(event, :separator) || :end, count(*), {counting}"
-        f" FROM (SELECT {EVENT_JSON} AS event FROM events WHERE {clauses})",
-        parameters,
-    ).fetchone()
+    found = f"SELECT {EVENT_JSON} AS event FROM events WHERE {clauses}"
+    statement = f"SELECT group_concat(event, :separator) || :end, count(*), {counting} FROM ({found})"
+    events, number, total_count = conn.execute(statement, parameters).fetchone()
     return events or "", number, total_count
 
 
@@ -1869,21 +1862,17 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
-            api_key = None if key is None else self._find(key)
-            if api_key is None:
+            digest = hashlib.sha256(key or b"").digest()
+            # All, in constant time: how long it takes tells nothing about a key.
+            found = [known for known in self._service.api_keys if hmac.compare_digest(known.digest, digest)]
+            if key is None or not found:
                 unknown = "holds a key that this server does not know; its banner says where its keys came from"
                 problem = "is missing: send your key in it" if key is None else unknown
                 response = error_response(Request(scope), ApiError("unauthorized", f"the header x-api-key {problem}"))
                 await response(scope, receive, send)
                 return
-            scope["api_key"], scope["environment"] = api_key, api_key.environment
+            scope["api_key"], scope["environment"] = found[-1], found[-1].environment
         await self._app(scope, receive, send)
-
-    def _find(self, key: bytes) -> ApiKey | None:
-        digest = hashlib.sha256(key).digest()
-        # All, in constant time: how long it takes tells nothing about a key.
-        found = [known for known in self._service.api_keys if hmac.compare_digest(known.digest, digest)]
-        return found[-1] if found else None
 
 
 class RateLimits:
@@ -1999,7 +1988,6 @@ async def read_body(service: Service, request: Request) -> bytes:
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
-    """The body as the decoder's struct; fields that do not fit it are noted. ApiError if it is not JSON."""
     sent = decode_fields(decoder, await read_body(service, request), faults)
     known = [field.name for field in msgspec.structs.fields(decoder.type)]  # type: ignore[arg-type]
     service.warn_of_ignored(request, faults.ignored, "no field has that name", known)
@@ -2087,9 +2075,7 @@ async def monitor_events(service: Service, request: Request) -> Response:
     return await _aggregate(service, query, partial(monitoring_answer, hidden))
 
 
-async def _aggregate(
-    service: Service, query: UsageQuery, answer: Callable[[UsageQuery, list[int], list[Any]], object]
-) -> Response:
+async def _aggregate(service: Service, query: UsageQuery, answer: Callable[..., object]) -> Response:
     """All reader threads take a part: SQLite reads the JSON of a million events in 1.6 s, on each core.
 
     The windows and the answer are made in such a thread, too: 100,000 of them would hold up the event loop.
@@ -2213,10 +2199,6 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-async def on_api_error(request: Request, error: ApiError) -> Response:
-    return error_response(request, error)
-
-
 async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Starlette's own refusals: no such route, or not with this method."""
     operations: Sequence[Operation] = request.app.state.service.operations
@@ -2242,8 +2224,9 @@ async def on_http_exception(request: Request, error: HTTPException) -> Response:
 
 
 async def on_exception(request: Request, error: Exception) -> Response:
-    # uvicorn logs the traceback: Starlette raises the error again after this answer.
-    return error_response(request, ApiError("internal_error", "an internal error; the server's log has its cause"))
+    # uvicorn logs the traceback of any but an ApiError: Starlette raises it again after this answer.
+    internal = ApiError("internal_error", "an internal error; the server's log has its cause")
+    return error_response(request, error if isinstance(error, ApiError) else internal)
 
 
 async def on_disconnect(request: Request, error: Exception) -> None:
@@ -2251,7 +2234,7 @@ async def on_disconnect(request: Request, error: Exception) -> None:
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
-    ApiError: on_api_error,
+    ApiError: on_exception,
     HTTPException: on_http_exception,
     ClientDisconnect: on_disconnect,
     Exception: on_exception,
@@ -2513,7 +2496,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
 # What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
 # after it.
 SHUTDOWN_TIMEOUT_S = 5
-MAX_FLAG = "1000000000000"  # more would overflow somewhere: a buffer's size, a time in microseconds
+MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
 AddFlag = Callable[..., argparse.Action]
 
 
@@ -2703,17 +2686,14 @@ def run_server(
     server.run(sockets=[listener])
 
 
-def positive(kind: Callable[[str], T], or_zero: bool = False) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        try:
+def positive(kind: Callable[[str], N], or_zero: bool = False) -> Callable[[str], N]:
+    def parse(text: str) -> N:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = kind("-1")
-        above = value > kind("0") or (or_zero and value == kind("0"))  # type: ignore[operator]
-        if not (above and value <= kind(MAX_FLAG)):  # type: ignore[operator]
-            least = "from 0" if or_zero else "greater than 0,"
-            raise argparse.ArgumentTypeError(f"must be a number {least} to {MAX_FLAG}, got {text!r}")
-        return value
+            if 0 < value <= MAX_FLAG or (or_zero and value == 0):
+                return value
+        least = "from 0" if or_zero else "greater than 0,"
+        raise argparse.ArgumentTypeError(f"must be a number {least} to {MAX_FLAG}, got {text!r}")
 
     return parse
 
