@@ -593,14 +593,10 @@ FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": 
 EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
 
 _TYPE_NAMES = {
-    "str | None": "a string",
-    "int | float | None": "an integer",
-    "int | None": "an integer",
-    "bool | None": "true or false",
+    "str | None": "a string", "bool | None": "true or false", "list[str] | None": "an array of strings",
+    "int | None": "an integer", "int | float | None": "an integer", "str | float | None": "a decimal number",
     "PropertyFilters | None": "an object of string arrays",
-    "list[str] | None": "an array of strings",
-    "str | float | None": "a decimal number",
-}
+}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -1281,13 +1277,11 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     if query.before:
         events = SEPARATOR.join(reversed(events.split(SEPARATOR)))
     return EventPage(
-        events=Raw(f"[{events.replace(SEPARATOR, ',')}]"),
-        has_more=has_more,
-        iter_first_key=key_of(events.partition(SEPARATOR)[0]),
-        iter_last_key=key_of(events.rpartition(SEPARATOR)[2]),
+        events=Raw(f"[{events.replace(SEPARATOR, ',')}]"), has_more=has_more,
+        iter_first_key=key_of(events.partition(SEPARATOR)[0]), iter_last_key=key_of(events.rpartition(SEPARATOR)[2]),
         total_count=UNSET if query.count is None else total_count,
         offset=None if cursor else query.offset + query.page_size,
-    )
+    )  # fmt: skip
 
 
 def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, before: bool) -> str:
@@ -1800,6 +1794,8 @@ PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
 # Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
 KEEP_ALIVE_S = 75
+# In Starlette's own `path` an id would end at a line break.
+register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
@@ -1874,8 +1870,7 @@ class RateLimits:
         place = (scope["api_key"].digest, scope["path"])
         self._used[place] += 1
         reset_s = (self._minute + 1) * 60
-        left = max(limit - self._used[place], 0)
-        numbers = {b"limit": limit, b"remaining": left, b"reset": reset_s}
+        numbers = {b"limit": limit, b"remaining": max(limit - self._used[place], 0), b"reset": reset_s}
         headers = [(b"x-ratelimit-" + name, str(number).encode()) for name, number in numbers.items()]
 
         async def send_with_headers(message: Message) -> None:
@@ -1885,9 +1880,8 @@ class RateLimits:
 
         app = self._app
         if self._used[place] > limit:
-            reason = f"this key may send {limit} requests a minute to {scope['path']}"
-            message = f"{reason}; nothing was stored, try again later"
-            refusal = ApiError("too_many_requests", message, retry_after_s=reset_s - now_s)
+            reason = f"this key may send {limit} requests a minute to {scope['path']}; nothing was stored"
+            refusal = ApiError("too_many_requests", f"{reason}, try again later", retry_after_s=reset_s - now_s)
             app = error_response(Request(scope), refusal)
         await app(scope, receive, send_with_headers)
 
@@ -2077,34 +2071,22 @@ async def describe_api(service: Service, request: Request) -> Response:
 
 
 def debugger_handler() -> Handler:
-    """GET /: the event debugger. It shows what strangers send: the browser may load and run only what the file holds."""
+    """GET /: the event debugger, a page that asks this API like any other client."""
     page = data_file("debugger.html")  # line ends as a browser counts them for the hashes
-    policy = "default-src 'none'; connect-src 'self'; "
+    policy = "default-src 'none'; connect-src 'self'; "  # strangers' text: load and run what the file holds, no more
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         policy += f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'; "
     policy += "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
+        "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+    }  # fmt: skip
 
     async def show_debugger(service: Service, request: Request) -> Response:
         return Response(page, headers=headers, media_type="text/html")
 
     return show_debugger
-
-
-class AnythingConvertor(PathConvertor):
-    """Starlette's path, which stops at a line break, in an id as well."""
-
-    regex = "(?s:.*)"
-
-
-register_url_convertor("anything", AnythingConvertor())
 
 
 def endpoint(
@@ -2343,8 +2325,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
                              "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": {"enum": [*SORTS, "", None]},
-        "order": {"enum": [*ORDERS, "", None]},
+        "sort": {"enum": [*SORTS, "", None]}, "order": {"enum": [*ORDERS, "", None]},
         **dict.fromkeys(("iter_first_key", "iter_last_key"), _CURSOR),
     },
     "UsageIn": {
@@ -2363,15 +2344,12 @@ FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_fi
 PARAMETER_SCHEMAS: dict[str, Any] = {
     **{name: {"anyOf": [_TIME["anyOf"][0], {"enum": [""]}]} for name in ("start_time", "end_time")},
     "property_filters": {"type": "string", "pattern": "^([^:;]+:[^;]*(;[^:;]+:[^;]*)*)?$", "maxLength": 200},
-    "page_size": {"type": "integer"},
-    "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
-    "sort": {"enum": [*SORTS, ""]},
-    "order": {"enum": [*ORDERS, ""]},
+    "page_size": {"type": "integer"}, "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
+    "sort": {"enum": [*SORTS, ""]}, "order": {"enum": [*ORDERS, ""]}, "window_size": {"enum": [*WINDOW_SIZES, ""]},
     "count_total": {"type": "string", "pattern": "^([Tt]([Rr][Uu][Ee])?|[Ff]([Aa][Ll][Ss][Ee])?|[01])?$"},
     **{key: {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"} for key in ("iter_first_key", "iter_last_key")},
-    "window_size": {"enum": [*WINDOW_SIZES, ""]},
     "id": {"type": "string", "minLength": 1},
-}
+}  # fmt: skip
 
 
 def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -2395,14 +2373,11 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
         if operation.required:
             schemas[operation.body.__name__]["required"] = operation.required
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
+    about = '"API: Usage" names the section of that name in the project\'s docs/api.md.'
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "eventstore: FlexPrice's Events API on SQLite",
-            "version": __version__,
-            "description": '"API: Usage" names the section of that name in the project\'s docs/api.md.',
-        },
+        "info": {"title": "eventstore: FlexPrice's Events API on SQLite", "version": __version__, "description": about},
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"ApiKey": key}},
@@ -2453,8 +2428,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
     "export": ("transfer", "write events to a file"),
     "replay": ("forward", "send events to FlexPrice, or another eventstore"),
 }
-# What a request under way may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come
-# after it.
+# What a request may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come after it.
 SHUTDOWN_TIMEOUT_S = 5
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
 AddFlag = Callable[..., argparse.Action]
