@@ -38,7 +38,6 @@ from eventstore import (
     FieldError,
     Parameters,
     StartError,
-    StopError,
     __version__,
     check_key,
     counted,
@@ -50,6 +49,7 @@ from eventstore import (
     positive,
     say,
 )
+from eventstore_extras.job import StopError, run_job
 from eventstore_extras.transfer import (
     StoredRow,
     add_filter_flags,
@@ -386,5 +386,5 @@ def add_flags(command: str, add: AddFlag) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`eventstore replay`: its exit status. StartError, StopError."""
-    return replay_events(arguments)
+    """`eventstore replay`: its exit status. StartError."""
+    return run_job(replay_events, arguments)

@@ -26,11 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eventstore
 from eventstore import (
+    DOCUMENTED_RATE_LIMITS,
     EARLIEST,
     EVENT_FILTERS,
     EXCEPTION_HANDLERS,
     IN_ENVIRONMENT,
-    INGEST_PATHS,
     LATEST,
     MAX_ECHO_CHARS,
     MEMBERS,
@@ -69,6 +69,7 @@ from eventstore import (
 from eventstore_extras import analytics
 from eventstore_extras.meters import select_meters
 
+INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 # What a mock answers on request: each status with one of its codes.
 FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
                504: "gateway_timeout"}  # fmt: skip

@@ -35,7 +35,6 @@ from eventstore import (
     EVENT_FILTERS,
     LATEST,
     MEMBERS,
-    RAW,
     STRING,
     WRITER_PRAGMAS,
     AddFlag,
@@ -52,7 +51,6 @@ from eventstore import (
     Row,
     Settings,
     StartError,
-    StopError,
     View,
     add_db_flag,
     check_properties,
@@ -79,6 +77,7 @@ from eventstore import (
     say,
     to_datetime,
 )
+from eventstore_extras.job import StopError, run_job
 
 # ---------------------------------------------------------------------------------------------- reading files
 
@@ -86,6 +85,7 @@ CHUNK_BYTES = 1024 * 1024
 HEAD_BYTES = 64 * 1024  # enough to see the format
 IMPORT_LOCK_TIMEOUT_S = 60.0
 IMPORT_EVENTS = 4000  # of a commit: a server beside it waits for that long
+RAW = msgspec.json.Decoder(Raw)
 LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it is longer than the body that brought the event
 
 
@@ -802,5 +802,5 @@ def add_flags(command: str, add: AddFlag) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command that was named; its exit status. StartError, StopError."""
-    return COMMANDS[arguments.command][1](arguments)
+    """The command that was named; its exit status. StartError."""
+    return run_job(COMMANDS[arguments.command][1], arguments)

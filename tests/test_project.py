@@ -100,8 +100,8 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
     script = (sys.executable, "-v", ROOT / "eventstore.py")
     with Live(tmp_path, "--mock", command=script) as live:
         assert imported(live.log) == {"eventstore_extras", "eventstore_extras.mock"}
-    for command, needed in (("import -", {"transfer"}), ("export", {"transfer"}),
-                            ("replay --to http://127.0.0.1:1 --dry-run", {"transfer", "forward"})):  # fmt: skip
+    for command, needed in (("import -", {"job", "transfer"}), ("export", {"job", "transfer"}),
+                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "transfer", "forward"})):  # fmt: skip
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
