@@ -524,7 +524,7 @@ def test_health_needs_no_key(shared, method, key):
 @table("path", ["/v1/customers", "/v1/meters/1", "/v1/invoices", "/v1", "/v2/events", "/index.html", "/v1/a%0Ab"])
 def test_an_unknown_route_is_404_and_says_what_this_server_has(shared, path):
     for method in ("GET", "POST", "DELETE"):
-        refused(shared.request(method, path), 404, "not_found", "Events API only")
+        refused(shared.request(method, path), 404, "not_found", "this server has POST /v1/events,")
 
 
 @table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
@@ -1407,7 +1407,7 @@ def test_the_openapi_document_is_valid_public_and_has_every_route(client):
 
 @table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
 def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(client, path):
-    refused(client.post(path, json={}), 404, "not_found", "Events API")
+    refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
     message = client.post(path, json={}).json()["message"]
     assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
 
