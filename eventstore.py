@@ -2102,7 +2102,9 @@ async def monitor_events(service: Service, request: Request) -> Response:
     if query.view.visible_us is not None:
         parameters = query.view._asdict()
         hidden = await service.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
-    return JsonResponse(await aggregate(service, query, partial(monitoring_answer, hidden)))
+    # Without the header the debugger could not name an environment that has no events. It is Latin-1, a name anything.
+    headers = {"X-Environment-Id": urllib.parse.quote(query.view.environment, safe="")}
+    return JsonResponse(await aggregate(service, query, partial(monitoring_answer, hidden)), headers=headers)
 
 
 async def aggregate(service: Service, query: UsageQuery, answer: Callable[..., object]) -> bytes:

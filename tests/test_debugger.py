@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from conftest import DEBUGGER, Live, event, eventually, run, store, table
+from conftest import DEBUGGER, Live, event, eventually, run, serving, store, table
+from eventstore import ApiKey
 
 no_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -24,7 +31,8 @@ no_browser = pytest.mark.skipif(
 
 
 class Debugger:
-    """The page in a real browser, as a person at its screen and keyboard has it."""
+    """The page in a real browser, as a person at its screen and keyboard has it: in Kabul, whose clock differs from UTC
+    by half an hour more than whole hours."""
 
     def __init__(self):
         from selenium import webdriver
@@ -35,6 +43,7 @@ class Debugger:
         for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "no-proxy-server"):
             options.add_argument(f"--{flag}")
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        self.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kabul"})
         self.look()
 
     def look(self, width: int = 1280, height: int = 800, scheme: str = "light") -> None:
@@ -46,6 +55,13 @@ class Debugger:
     def open(self, url: str) -> None:
         self.driver.execute_cdp_cmd("Page.navigate", {"url": "about:blank"})
         self.driver.get(url)
+
+    def visit(self, **parameters: str) -> None:
+        self.open(f"{self.live.url}/?{urllib.parse.urlencode(parameters)}")
+
+    def address(self) -> dict[str, list[str]]:
+        """What the address bar has after the question mark."""
+        return urllib.parse.parse_qs(urllib.parse.urlsplit(self.driver.current_url).query)
 
     def ask(self, script: str, *arguments: object) -> Any:
         return self.driver.execute_script(f"return {script}", *arguments)
@@ -99,11 +115,15 @@ class Debugger:
         return [line["message"] for line in self.driver.get_log("browser") if but not in line["message"]]
 
 
+def environment_of(key: str) -> str:
+    return key.replace("key", "environment")
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """A browser, and a server with a fresh environment for each test, whose key the link of the banner would have."""
-    keys = [f"key-{number}" for number in range(40)]
-    flags = itertools.chain.from_iterable(("--api-key", f"{key}={key}-s") for key in keys)
+    keys = [f"key-{number}" for number in range(99)]
+    flags = itertools.chain.from_iterable(("--api-key", f"{key}={environment_of(key)}") for key in keys)
     with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
         debugger = Debugger()
         debugger.live, debugger.keys = live, keys
@@ -122,11 +142,25 @@ def debugger(browser):
         browser.open(f"{browser.live.url}/#key={browser.key}")
         browser.opens("#pulse", "Live")
         yield browser
+        browser.ask("localStorage.clear()")
         assert browser.complaints() == []
 
 
 def ago(seconds: float = 0) -> str:
     return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def counted_by_bars(debugger) -> int:
+    """How many events the histogram shows."""
+    return debugger.ask(
+        "[...document.querySelectorAll('#bars rect')].reduce((sum, bar) => sum + Number(bar.dataset.count), 0)"
+    )
+
+
+def places(debugger, *selectors: str) -> list[list[float]]:
+    """Where things are on the screen, and how wide they are."""
+    box = "(({ x, y, width }) => [x, y, width])(document.querySelector(arguments[0]).getBoundingClientRect())"
+    return [[round(number) for number in debugger.ask(box, selector)] for selector in selectors]
 
 
 def some(count: int, **fields) -> list[dict]:
@@ -135,7 +169,7 @@ def some(count: int, **fields) -> list[dict]:
 
 
 def test_the_page_is_small_whole_and_sets_nothing_as_markup():
-    assert len(DEBUGGER.encode()) < 50_000
+    assert len(DEBUGGER.encode()) < 60_000
     foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
     assert re.findall(foreign, DEBUGGER) == []
     markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
@@ -215,7 +249,7 @@ def test_filters_are_in_the_address_and_a_link_reproduces_the_view(debugger):
         debugger.fill(f"#{field}", text)
         debugger.shows(*found)
         address = debugger.driver.current_url
-        assert urllib.parse.parse_qs(urllib.parse.urlsplit(address).query) == {field: [text]}
+        assert debugger.address() == {field: [text]}
         debugger.click("#clear")
     debugger.open(address + "&external_customer_id=cust%202&range=1h")
     debugger.shows("c")
@@ -228,31 +262,37 @@ def test_filters_are_in_the_address_and_a_link_reproduces_the_view(debugger):
 
 
 @no_browser
-def test_a_click_on_a_value_filters_by_it(debugger):
+def test_the_mark_beside_a_value_filters_by_it_and_the_row_opens_the_event(debugger):
     events = [event("a", source="app", properties={"city": "Paris, France", "n": 1}), event("b", properties={"n": 2})]
     store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
     for selector, parameter, value in (
-        (".source .value", "source", "app"), (".row:last-child .id .value", "event_id", "a"),
-        (".row:last-child .brief .value", "property_filters", '{"city":["Paris, France"]}'),
-        (".row:last-child .brief .value:last-child", "property_filters", "n:1"),
+        (".source .only", "source", "app"), (".row:last-child .id .only", "event_id", "a"),
+        (".row:last-child .brief .only", "property_filters", '{"city":["Paris, France"]}'),
+        (".row:last-child .brief .only:last-of-type", "property_filters", "n:1"),
     ):  # fmt: skip
         debugger.shows("b", "a")
         debugger.click(selector)
         debugger.shows("a")
-        assert urllib.parse.parse_qs(urllib.parse.urlsplit(debugger.driver.current_url).query) == {parameter: [value]}
+        assert debugger.address() == {parameter: [value]}
         debugger.click("#clear")
+    debugger.shows("b", "a")
+    debugger.click(".row:last-child .brief .value")
+    assert "Paris, France" in debugger.text("#tree")
+    assert len(debugger.ids()) == 2
 
 
 @no_browser
 def test_what_the_api_refuses_is_said_beside_its_field_once(debugger):
     for field, text in (("property_filters", "abc"), ("property_filters", "{"), ("start_time", "yesterday")):
         parameters = {field: text} | ({"range": "own"} if field == "start_time" else {})
-        debugger.open(f"{debugger.live.url}/?{urllib.parse.urlencode(parameters)}")
-        debugger.opens(f"#{field}-fault", f"{field} must ")
+        debugger.visit(**parameters)
+        debugger.opens(f"#{field}-fault", "must ")
+        assert field not in debugger.text(f"#{field}-fault")  # it stands beside it
         assert debugger.ask("document.getElementById(arguments[0]).ariaInvalid", field) == "true"
     refusals = debugger.live.log.count("/v1/events/usage: 400")
-    debugger.open(f"{debugger.live.url}/?view=usage")
-    debugger.opens("#event_name-fault", "event_name is required")
+    total = {"event_name": "call", "property_name": "n", "aggregation_type": "SUM_WITH_MULTIPLIER"}
+    debugger.visit(view="usage", **total, multiplier="many")
+    debugger.opens("#multiplier-fault", "must be a decimal number")
     eventually(lambda: debugger.ask("performance.now() > 3 * POLL_MS"))  # time enough to ask again
     assert debugger.live.log.count("/v1/events/usage: 400") == refusals + 1
 
@@ -346,7 +386,7 @@ def test_a_test_event_is_stored_or_known_or_refused_field_by_field(debugger):
         debugger.click("#send-form .main")
         debugger.opens("#answer", outcome)
     debugger.shows(event_id)
-    for body, parts in (('{"timestamp": "yesterday"}', ["event_name: event_name is required", "timestamp: timestamp must be RFC 3339"]),
+    for body, parts in (('{"timestamp": "yesterday"}', ["event_name is required", "timestamp must be RFC 3339"]),
                         ("{", ["400", "not valid JSON"])):  # fmt: skip
         debugger.fill("#send-input", body)
         debugger.click("#send-form .main")
@@ -369,7 +409,7 @@ def test_markup_in_an_event_is_text_everywhere(debugger):
     debugger.click(".row .time")
     assert debugger.text("#detail h2") == MARKUP
     assert debugger.text("#tree").count(MARKUP) == 4
-    debugger.click(".row .name .value")
+    debugger.click(".row .name .only")
     debugger.opens("#in-use", "(1)")
     debugger.ask("changed(state.view = 'usage')")
     debugger.opens("#usage-says", "COUNT")
@@ -404,7 +444,7 @@ def test_the_histogram_counts_narrows_and_widens(debugger):
 
     for hours in (1, 12, 23):
         store(debugger.client, *(event(f"{hours}_{number}", timestamp=ago(3600 * hours)) for number in range(hours)))
-    debugger.opens("#bars-say", "36 events")
+    debugger.opens("#matches", "36 events")
     bars = debugger.ask("[...document.querySelectorAll('#bars rect')].map((bar) => Number(bar.dataset.count))")
     assert (96 <= len(bars) <= 97, sum(bars), [count for count in bars if count]) == (True, 36, [23, 12, 1])
     middle = next(index for index, count in enumerate(bars) if count == 12) - len(bars) / 2
@@ -413,7 +453,7 @@ def test_the_histogram_counts_narrows_and_widens(debugger):
     drag = ActionChains(debugger.driver).move_to_element_with_offset(area, int((middle - 2) * step), 0)
     drag.click_and_hold().move_by_offset(int(5 * step), 0).release().perform()
     debugger.opens("#foot", "These are all: 12 events.")
-    debugger.opens("#bars-say", "12 events")
+    debugger.opens("#matches", "12 events")
     assert "range=own&start_time=" in debugger.driver.current_url
     assert debugger.text("#pulse") == "Fixed range"
     for widened in ("Last 24 hours", "Last 7 days"):
@@ -425,7 +465,7 @@ def test_the_histogram_counts_narrows_and_widens(debugger):
 
 @no_browser
 def test_usage_is_shown_per_window_with_its_numbers(debugger):
-    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    hour = datetime.now(UTC).replace(minute=30, second=0, microsecond=0)  # when one begins in Kabul
     for event_id, before, tokens in (("a", 3, 1000), ("b", 3, "0.5"), ("c", 2, 250)):
         timestamp = (hour - timedelta(hours=before)).isoformat()
         store(debugger.client, event(event_id, timestamp=timestamp, properties={"tokens": tokens}))
@@ -438,7 +478,7 @@ def test_usage_is_shown_per_window_with_its_numbers(debugger):
     debugger.ask("document.activeElement.blur()")
     debugger.opens("#usage-says", "SUM of tokens")
     assert debugger.text("#sum") == "1,250.5"
-    starts = [(hour - timedelta(hours=before)).strftime("%Y-%m-%d %H:00") for before in (3, 2)]
+    starts = [(hour + timedelta(hours=4.5 - before)).strftime("%Y-%m-%d %H:00") for before in (3, 2)]
     assert debugger.texts("#windows td") == [starts[0], "1,000.5", "", starts[1], "250", ""]
     widths = "[...document.querySelectorAll('#windows rect')].map((bar) => parseFloat(bar.getAttribute('width')))"
     assert debugger.ask(widths) == [100, pytest.approx(100 * 250 / 1000.5)]
@@ -505,7 +545,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(debugger, scheme):
     debugger.press("j", "j", Keys.ENTER)
     measured = debugger.ask(CONTRASTS)
     debugger.click("#show-usage")
-    debugger.opens("#event_name-fault", "required")
+    debugger.opens("#ask", "Which events")
     measured += debugger.ask(CONTRASTS)
     debugger.click("#send")
     debugger.click("#send-form .main")
@@ -538,3 +578,407 @@ def test_nothing_is_wider_than_the_screen(debugger, width):
         assert debugger.ask("document.getElementById('scroll').clientHeight") > 100
     debugger.click("#show-usage")
     assert debugger.ask(too_wide) == 0
+
+
+# ---------------------------------------------------------------------------------------------- count and histogram
+
+
+@no_browser
+@table(
+    ("filters", "found"),
+    [
+        ({}, "6 events"),
+        ({"external_customer_id": "acme"}, "3 events match"),
+        ({"event_name": "call", "external_customer_id": "acme"}, "2 events match"),
+        ({"source": "app"}, "1 event matches"),
+        ({"event_id": "e3"}, "1 event matches"),
+        ({"property_filters": "region:eu,us"}, "2 events match"),
+        ({"property_filters": '{"region":["eu"]}'}, "1 event matches"),
+        ({"event_name": "nothing"}, "0 events match"),
+    ],
+    ids=str,
+)
+def test_the_count_and_the_histogram_follow_the_filters(debugger, filters, found):
+    fields = [{"external_customer_id": "acme"}] * 2 + [{"external_customer_id": "acme", "event_name": "other"}]
+    fields += [{"source": "app"}, {"properties": {"region": "eu"}}, {"properties": {"region": "us"}}]
+    store(debugger.client, *(event(f"e{number}", timestamp=ago(9), **one) for number, one in enumerate(fields)))
+    debugger.visit(**filters)
+    eventually(lambda: debugger.text("#matches") == found)
+    assert counted_by_bars(debugger) == int(found.split()[0])
+    assert debugger.text("#bars-say") == "A bar is 15 minutes"
+
+
+@no_browser
+def test_a_filter_that_no_url_can_hold_is_counted_and_the_bars_say_that_they_leave_it_out(debugger):
+    cities = ("Paris, France", "Paris, France", "Rome")
+    store(
+        debugger.client, *(event(f"e{n}", timestamp=ago(9), properties={"city": city}) for n, city in enumerate(cities))
+    )
+    debugger.visit(property_filters='{"city":["Paris, France"]}')
+    eventually(lambda: debugger.text("#matches") == "2 events match")
+    assert (len(debugger.ids()), counted_by_bars(debugger)) == (2, 3)
+    assert "the bars leave out the property filter" in debugger.text("#bars-say")
+
+
+@no_browser
+def test_an_event_at_the_end_of_the_range_is_listed_and_counted(debugger):
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    start, end = ((hour - timedelta(hours=hours)).isoformat() for hours in (3, 2))
+    store(debugger.client, event("first", timestamp=start), event("last", timestamp=end))
+    debugger.visit(range="own", start_time=start, end_time=end)
+    debugger.shows("last", "first")
+    eventually(lambda: debugger.text("#matches") == "2 events")
+    assert counted_by_bars(debugger) == 2
+
+
+@no_browser
+def test_the_count_is_live(debugger):
+    store(debugger.client, event("a", timestamp=ago(9)))
+    debugger.opens("#matches", "1 event")
+    store(debugger.client, event("b", timestamp=ago(8)))
+    debugger.opens("#matches", "2 events")
+
+
+# ---------------------------------------------------------------------------------------------- usage
+
+
+def usage_of_models(debugger, **parameters: str) -> None:
+    for number in range(3):
+        properties = {"model": "large", "tokens": ["1", 2, "many"][number], "job": {"cost": 5}}
+        store(debugger.client, event(f"e{number}", timestamp=ago(9), properties=properties))
+    debugger.visit(view="usage", **parameters)
+
+
+@no_browser
+def test_usage_opens_with_a_question_and_what_there_is_to_choose(debugger):
+    usage_of_models(debugger)
+    debugger.opens("#ask h2", "Which events")
+    assert debugger.texts("#ask button") == ["call", "cust", "model", "tokens", "job"]
+    assert debugger.texts(".fault") == [""] * len(debugger.texts(".fault"))
+    debugger.click("#ask button")
+    debugger.opens("#usage-says", "COUNT of events")
+    assert (debugger.text("#sum"), debugger.address()["event_name"]) == ("3", ["call"])
+    assert debugger.ask("document.getElementById('ask').hidden")
+    assert debugger.ask("[...document.getElementById('event_name').list.options].map((option) => option.value)") == [
+        "call"
+    ]
+
+
+@no_browser
+def test_a_sum_asks_of_which_property(debugger):
+    usage_of_models(debugger, event_name="call", aggregation_type="SUM")
+    debugger.opens("#ask h2", "SUM of which property?")
+    debugger.click("#ask p:last-child button:nth-of-type(2)")
+    debugger.opens("#usage-says", "2 of 3 events have a number in tokens")
+    assert debugger.text("#sum") == "3"
+
+
+@no_browser
+@table(
+    ("name", "says"),
+    [
+        ("model", "0 of 3 events have a number in model."),
+        ("missing", "0 of 3 events have a number in missing."),
+        (
+            "job.cost",
+            "0 of 3 events have a number in job.cost: properties are looked up at the top level, and job is an object.",
+        ),
+        ("no.such", "0 of 3 events have a number in no.such."),
+    ],
+)
+def test_a_sum_of_nothing_says_so(debugger, name, says):
+    usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name=name)
+    debugger.opens("#usage-says", says)
+    assert debugger.ask("document.querySelector('#usage table').hidden")
+
+
+@no_browser
+def test_windows_are_named_in_words(debugger):
+    sizes = debugger.texts("#window_size option")
+    assert sizes[:5] == ["the whole range", "1 minute", "15 minutes", "30 minutes", "1 hour"]
+    assert sizes[-3:] == ["1 day", "1 week", "1 month"]
+
+
+# ---------------------------------------------------------------------------------------------- time zone
+
+
+@no_browser
+def test_one_time_zone_is_named_and_holds_everywhere(debugger):
+    time, in_kabul = datetime(2026, 3, 9, 20, 10, 5, 123456, UTC), "2026-03-10 00:40:05.123456"
+    store(debugger.client, event("a", timestamp=time.isoformat()))
+    where = {"range": "own", "start_time": "2026-03-09T00:00:00Z", "end_time": "2026-03-10T00:00:00Z", "open": "a"}
+    for zone, at, start in (("Asia/Kabul (local)", in_kabul, "04:30"), ("UTC", "2026-03-09 20:10:05.123456", "00:00")):
+        debugger.visit(**where)
+        debugger.opens("#detail dl", at)
+        assert debugger.ask("document.getElementById('zone').selectedOptions[0].text") == zone
+        assert at[5:23] in debugger.text(".row .time")
+        assert debugger.ask("document.getElementById('start_time').value").startswith(f"2026-03-09T{start}")
+        eventually(lambda start=start: debugger.text("#from") == f"2026-03-09 {start}")
+        debugger.visit(**where, view="usage", event_name="call", window_size="DAY")
+        debugger.opens("#windows td", at[:10] + " 00:00")
+        debugger.find("#zone").send_keys("UTC")
+        eventually(
+            lambda: debugger.ask("document.readyState === 'complete' && document.getElementById('zone').value") == "utc"
+        )
+    debugger.visit(range="own", start_time=where["start_time"])
+    eventually(lambda: debugger.text("#zone option:checked") == "UTC")  # it is remembered
+    debugger.ask("(document.getElementById('start_time').value = '2026-03-09T12:00:00', readFields())")
+    assert debugger.address()["start_time"] == ["2026-03-09T12:00:00.000Z"]
+
+
+# ---------------------------------------------------------------------------------------------- the list and its event
+
+
+@no_browser
+def test_the_open_event_is_in_the_address_and_a_link_opens_it(debugger):
+    from selenium.webdriver.common.keys import Keys
+
+    store(debugger.client, event("odd / id?", timestamp=ago(9)), event("b", timestamp=ago(8)))
+    debugger.shows("b", "odd / id?")
+    debugger.click(".row:last-child .time")
+    assert debugger.address() == {"open": ["odd / id?"]}
+    debugger.press("k")
+    assert debugger.address() == {"open": ["b"]}
+    debugger.driver.back()
+    eventually(lambda: debugger.ask("document.getElementById('detail').hidden"))
+    debugger.visit(open="odd / id?")
+    debugger.opens("#detail dl", "odd / id?")
+    assert debugger.text(".row[aria-selected=true] .id") == "odd / id?"
+    debugger.visit(open="odd / id?", event_id="b")  # it is not in the list
+    debugger.opens("#detail dl", "odd / id?")
+    debugger.press(Keys.ESCAPE)
+    assert debugger.address() == {"event_id": ["b"]}
+    debugger.visit(open="nobody")
+    debugger.opens("#notice", "This environment has no event nobody.")
+
+
+@no_browser
+def test_an_empty_source_and_customer_id_look_alike(debugger):
+    store(debugger.client, event("a"))
+    debugger.shows("a")
+    debugger.click(".row .time")
+    names, values = debugger.texts("#detail dt"), debugger.texts("#detail dd")
+    shown = dict(zip(names, values, strict=True))
+    assert (shown["source"], shown["customer_id"]) == ("\u2013", "\u2013")
+
+
+@no_browser
+def test_the_marks_have_names_and_are_seen_on_the_row_under_the_pointer(debugger):
+    from selenium.webdriver import ActionChains
+
+    store(debugger.client, event("a", properties={"region": "eu"}))
+    debugger.shows("a")
+    opacity = "getComputedStyle(document.querySelector('.row .brief .only')).opacity"
+    assert debugger.ask(opacity) == "0"
+    ActionChains(debugger.driver).move_to_element(debugger.find(".row .time")).perform()
+    eventually(lambda: debugger.ask(opacity) == "1")
+    assert debugger.find(".row .brief .only").accessible_name == "Only events with region: eu"
+    ActionChains(debugger.driver).move_to_element(debugger.find("h1")).perform()
+
+
+@no_browser
+@table(("span", "shown"), [("24h", False), ("7d", True)])
+def test_a_phone_shows_the_date_where_the_range_is_longer_than_a_day(debugger, span, shown):
+    debugger.look(390, 800)
+    store(debugger.client, event("a"))
+    debugger.visit(range=span)
+    debugger.shows("a")
+    eventually(lambda: not debugger.ask("document.querySelector('.row.new')"))  # which says "new" in its place
+    assert (f"{datetime.now(UTC) + timedelta(hours=4.5):%m-%d }" in debugger.find(".row .time").text + " ") is shown
+
+
+# ---------------------------------------------------------------------------------------------- nothing there
+
+
+@no_browser
+def test_an_empty_environment_shows_how_to_send_the_first_event(debugger, tmp_path):
+    debugger.opens("#first", "No events yet")
+    name = environment_of(debugger.key)
+    assert (debugger.text("#environment"), debugger.find("#scroll").is_displayed()) == (name, False)
+    url, curl, python = debugger.texts("#first pre")
+    assert url == f"{debugger.live.url}/v1"
+    for line in (curl, python):
+        assert url in line
+        assert "••••••••" in line
+    assert debugger.key not in debugger.driver.page_source
+    debugger.driver.set_permissions("clipboard-write", "granted")
+    copied = []
+    for number in range(3):
+        debugger.find(f"#first .actions:nth-of-type({number + 1}) button").click()
+        debugger.opens(f"#first .actions:nth-of-type({number + 1}) button", "Copied")
+        copied.append(debugger.pasted())
+    assert copied[0] == url
+    assert copied[1].replace(debugger.key, "••••••••") == curl
+    script = tmp_path / "first.py"
+    script.write_text(copied[2])
+    environ = os.environ | {"no_proxy": "127.0.0.1"}
+    subprocess.run([sys.executable, script], check=True, timeout=60, env=environ)
+    eventually(lambda: len(debugger.ids()) == 1)
+    assert not debugger.find("#first").is_displayed()
+    if shutil.which("bash") and shutil.which("curl"):
+        subprocess.run(["bash", "-c", copied[1]], check=True, timeout=60, capture_output=True)
+        eventually(lambda: len(debugger.ids()) == 2)
+
+
+@no_browser
+def test_no_events_match_is_said_of_filters_only_and_the_environment_keeps_its_name(debugger):
+    name = environment_of(debugger.key)
+    debugger.visit(source="nobody")
+    debugger.opens("#foot", "No events match.")
+    assert debugger.text("#environment") == name
+    store(debugger.client, event("old", timestamp="2026-01-02T03:04:05Z"))
+    debugger.click("#clear")
+    debugger.opens("#foot", "No events in this range. The newest is of 2026-01-02 07:34.")
+    assert "match" not in debugger.text("#foot")
+    debugger.visit(property_filters="abc")
+    debugger.opens("#property_filters-fault", "must ")
+    assert debugger.text("#environment") == name
+    debugger.visit(range="own", start_time="2026-01-01T00:00:00Z")
+    debugger.shows("old")
+
+
+def test_monitoring_names_the_environment_in_a_header(tmp_path):
+    with serving(tmp_path, api_keys=(ApiKey.hashed("key", "Zürich 1"),)) as client:
+        response = client.get("/v1/events/monitoring", headers={"x-api-key": "key"})
+        assert response.headers["X-Environment-Id"] == "Z%C3%BCrich%201"
+
+
+# ---------------------------------------------------------------------------------------------- looks
+
+
+@no_browser
+def test_at_1400_pixels_a_date_field_shows_its_whole_date_and_all_filters_are_in_one_row(debugger):
+    debugger.look(1400, 900)
+    start, end = "2026-11-20T22:10:20Z", "2026-11-21T22:10:20Z"
+    debugger.visit(range="own", start_time=start, end_time=end)
+    debugger.opens("#pulse", "Fixed range")
+    tops = debugger.ask(
+        "[...document.querySelectorAll('#query > div')].map((field) => field.getBoundingClientRect().top)"
+    )
+    assert len(set(tops)) == 1
+    for name in ("start_time", "end_time"):
+        width = debugger.ask("document.getElementById(arguments[0]).getBoundingClientRect().width", name)
+        needed = """(() => {
+          const field = document.getElementById(arguments[0]), copy = field.cloneNode();
+          copy.style.cssText = "position: absolute; width: auto";
+          document.body.append(copy);
+          const { width } = copy.getBoundingClientRect();
+          copy.remove();
+          return width;
+        })()"""
+        assert width >= debugger.ask(needed, name)
+
+
+@no_browser
+def test_no_error_stands_under_a_focus_ring(debugger):
+    debugger.visit(property_filters="abc")
+    debugger.opens("#property_filters-fault", "must ")
+    debugger.click("#property_filters")
+    bottom, top = debugger.ask(
+        "[document.getElementById('property_filters').getBoundingClientRect().bottom + 3, "  # the ring: 1 away, 2 wide
+        "document.getElementById('property_filters-fault').getBoundingClientRect().top]"
+    )
+    assert top >= bottom
+
+
+@no_browser
+def test_nothing_moves_when_clear_filters_or_copied_appears(debugger):
+    store(debugger.client, event("a", source="app"))
+    debugger.shows("a")
+    fixed = ("#query", "#range", "#timeline", "#events", "#bars")
+    before = places(debugger, *fixed)
+    assert not debugger.find("#clear").is_displayed()
+    debugger.fill("#source", "app")
+    debugger.opens("#matches", "1 event matches")
+    assert debugger.find("#clear").is_displayed()
+    assert places(debugger, *fixed) == before
+    debugger.click(".row .time")
+    debugger.driver.set_permissions("clipboard-write", "granted")
+    buttons = [f"#detail .actions + .actions button:nth-child({number})" for number in range(1, 5)]
+    before = places(debugger, *buttons)
+    debugger.click(buttons[0])
+    debugger.opens(buttons[0], "Copied")
+    assert places(debugger, *buttons) == before
+
+
+@no_browser
+def test_a_fault_names_its_field_once(debugger):
+    debugger.click("#send")
+    debugger.fill("#send-input", "{}")
+    debugger.click("#send-form .main")
+    debugger.opens("#answer", "event_name is required")
+    assert debugger.texts("#answer li") == ["event_name is required", "external_customer_id is required"]
+    debugger.click("#send-dialog .close")
+
+
+# ---------------------------------------------------------------------------------------------- below a path
+
+
+@contextmanager
+def proxy(port: str, prefix: str) -> Iterator[str]:
+    """A reverse proxy that has the server below a path, and nothing else."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.path.partition("?")[0] != prefix and not self.path.startswith(prefix + "/"):
+                self.send_error(404)
+                return
+            upstream = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
+            path = "/" + self.path[len(prefix) :].removeprefix("/")
+            upstream.request(self.command, path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            content = answer.read()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            upstream.close()
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@no_browser
+@table("slash", ["/", ""])
+def test_it_works_below_a_path_behind_a_proxy(debugger, slash):
+    with proxy(debugger.live.port, "/flexprice") as url:
+        debugger.open(f"{url}{slash}#key={debugger.key}")
+        debugger.opens("#first pre", f"{url}/v1")
+        store(debugger.client, event("a", source="app", timestamp=ago(5)), event("b", timestamp=ago(4)))
+        debugger.shows("b", "a")
+        debugger.fill("#source", "app")
+        debugger.shows("a")
+        debugger.opens("#matches", "1 event matches")
+        debugger.click(".row .time")
+        assert debugger.driver.current_url == f"{url}{slash}?source=app&open=a"
+        assert debugger.ask("curl('v1/events')").startswith(f"curl '{url}/v1/events'")
+        debugger.click("#show-usage")
+        debugger.opens("#ask", "Which events")
+        debugger.driver.refresh()  # the key is kept below this path
+        debugger.opens("#ask", "Which events")
+        debugger.click("#send")
+        debugger.click("#send-form .main")
+        debugger.opens("#answer", "202 stored")
+        debugger.open(f"{debugger.live.url}/health")  # not to miss the proxy
+
+
+@no_browser
+def test_the_page_names_no_address_from_the_root(debugger):
+    source = debugger.ask("document.querySelector('script').textContent")
+    assert re.findall(r"[\"'`]/(?:v1|health)", source) == []
