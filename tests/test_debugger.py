@@ -130,6 +130,7 @@ def browser(tmp_path_factory):
         yield debugger
         debugger.driver.quit()
         assert "Traceback" not in live.log
+        assert "ignored" not in live.log  # the page sends nothing that the API does not know
 
 
 @pytest.fixture
@@ -665,10 +666,29 @@ def test_usage_opens_with_a_question_and_what_there_is_to_choose(debugger):
 
 
 @no_browser
+def test_a_sum_follows_what_arrives_unless_paused(debugger):
+    def arrives(tokens: int, matches: str) -> None:
+        store(debugger.client, event(timestamp=ago(9), properties={"tokens": tokens}))
+        debugger.opens("#matches", matches)
+
+    usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name="tokens")
+    debugger.opens("#sum", "3")
+    arrives(10, "4 events match")
+    eventually(lambda: debugger.text("#sum") == "13")
+    debugger.click("#pause")
+    assert debugger.text("#pulse") == "Paused"
+    arrives(100, "5 events match")
+    arrives(1000, "6 events match")
+    assert debugger.text("#sum") == "13"
+    debugger.click("#pause")
+    eventually(lambda: debugger.text("#sum") == "1,113")
+
+
+@no_browser
 def test_a_sum_asks_of_which_property(debugger):
     usage_of_models(debugger, event_name="call", aggregation_type="SUM")
     debugger.opens("#ask h2", "SUM of which property?")
-    debugger.click("#ask p:last-child button:nth-of-type(2)")
+    debugger.click("#ask div:last-child button:nth-of-type(2)")
     debugger.opens("#usage-says", "2 of 3 events have a number in tokens")
     assert debugger.text("#sum") == "3"
 

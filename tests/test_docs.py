@@ -464,19 +464,25 @@ def test_the_systemd_unit_is_one(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")
-def test_caddy_takes_its_configuration(tmp_path):
-    (tmp_path / "Caddyfile").write_text(blocks(OPERATING, "caddyfile")[0])
+@pytest.mark.parametrize("number", [0, 1], ids=["a name of its own", "below a path"])
+def test_caddy_takes_its_configuration(tmp_path, number):
+    (tmp_path / "Caddyfile").write_text(blocks(OPERATING, "caddyfile")[number])
     command = ("caddy", "validate", "--adapter", "caddyfile", "--config", "Caddyfile")
     done = run(tmp_path, *command, HOME=str(tmp_path))
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl")
-def test_nginx_takes_its_configuration(tmp_path):
+@pytest.mark.parametrize("is_below", [False, True], ids=["a name of its own", "below a path"])
+def test_nginx_takes_its_configuration(tmp_path, is_below):
     certificate, key = tmp_path / "events.pem", tmp_path / "events.key"
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     run(tmp_path, "openssl", "req", "-x509", *curve, "-subj", "/CN=e", "-keyout", key, "-out", certificate)
-    server = blocks(OPERATING, "nginx")[0].replace("/etc/ssl/events.example.com.pem", str(certificate))
+    server, below = blocks(OPERATING, "nginx")
+    if is_below:
+        server = re.sub(r"    location / \{.*?\n    \}\n", lambda _: below, server, flags=re.DOTALL)
+        assert "/flexprice/" in server
+    server = server.replace("/etc/ssl/events.example.com.pem", str(certificate))
     server = server.replace("/etc/ssl/events.example.com.key", str(key))
     (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid; events {{}}\nhttp {{\n{server}\n}}\n")
     done = run(tmp_path, "nginx", "-t", "-c", tmp_path / "nginx.conf", "-e", "stderr")
