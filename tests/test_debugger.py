@@ -675,6 +675,7 @@ def test_a_sum_follows_what_arrives_unless_paused(debugger):
     debugger.opens("#sum", "3")
     arrives(10, "4 events match")
     eventually(lambda: debugger.text("#sum") == "13")
+    eventually(lambda: debugger.ask("state.summed === state.total"))  # nothing is under way that would see the next one
     debugger.click("#pause")
     assert debugger.text("#pulse") == "Paused"
     arrives(100, "5 events match")
