@@ -259,7 +259,7 @@ class Server:
             answer = http.client.HTTPResponse(sock)
             answer.begin()
             body = answer.read()
-        if answer.status not in (200, 202):
+        if answer.status not in (200, 201, 202):
             raise RuntimeError(f"answered {answer.status} {body[:500]!r} to {request[:200]!r}")
         return body
 
@@ -557,13 +557,47 @@ def send_usage(asked: dict[str, str], bench: Bench) -> Figures:
     return (1000 / bench.send(bench.ours, [request], 1).result().per_second,)
 
 
-def aggregate_raw(aggregate: str, group: str, bench: Bench) -> Figures:
+MODELS = ('"model-1"', '"model-2"', '"model-3"')
+METERS = [  # of each other one the events of three models
+    (kind, field, bool(number % 2))
+    for number in range(4)
+    for kind, field in (("COUNT", ""), ("SUM", "tokens"), ("MAX", "tokens"), ("AVG", "duration_ms"),
+                        ("COUNT_UNIQUE", "endpoint"))
+]  # fmt: skip
+
+
+def send_analytics(bench: Bench) -> Figures:
+    """The usage of all meters by region and day."""
+    if not json.loads(bench.ours.ask(http_request("GET", "/v1/meters")))["items"]:
+        for kind, field, is_filtered in METERS:
+            filters = [{"key": "model", "values": [json.loads(model) for model in MODELS]}] * is_filtered
+            meter = {"name": kind, "event_name": "api_request", "aggregation": {"type": kind, "field": field},
+                     "filters": filters, "reset_usage": "BILLING_PERIOD"}  # fmt: skip
+            bench.ours.ask(http_request("POST", "/v1/meters", meter))
+    start_time, end_time = to_datetime(bench.start_us), to_datetime(bench.end_us)
+    asked = {"group_by": ["properties.region"], "window_size": "DAY", "start_time": start_time, "end_time": end_time}
+    request = http_request("POST", "/v1/events/analytics", asked)
+    return (1000 / bench.send(bench.ours, [request], 1).result().per_second,)
+
+
+def meter_raw(kind: str, field: str, is_filtered: bool) -> tuple[str, str]:
+    """What analytics asks of one meter, as SQL."""
+    function = {"SUM": "total", "COUNT_UNIQUE": "count"}.get(kind, kind)
+    distinct = "DISTINCT " if kind == "COUNT_UNIQUE" else ""
+    aggregate = f"{function}({distinct}properties ->> '$.{field}')" if field else "count(*)"
+    columns = f"properties ->> '$.region' AS region, timestamp_us / {DAY_US} AS day, count(*), {aggregate}"
+    where = f"AND properties -> '$.model' IN ({', '.join(map(repr, MODELS))}) " if is_filtered else ""
+    return columns, f"{where}GROUP BY region, day"
+
+
+def aggregate_raw(wanted: Sequence[tuple[str, str]], bench: Bench) -> Figures:
     where = "environment = ? AND event_name = 'api_request' AND timestamp_us >= ? AND timestamp_us < ?"
     conn = eventstore.connect(str(bench.db), READER_PRAGMAS)
     parameters = (ENVIRONMENT_NUMBER, bench.start_us, bench.end_us)
     start = time.perf_counter()
     for count in itertools.count(1):
-        conn.execute(f"SELECT {aggregate} FROM events WHERE {where} {group}", parameters).fetchall()
+        for columns, more in wanted:
+            conn.execute(f"SELECT {columns} FROM events WHERE {where} {more}", parameters).fetchall()
         if (seconds := time.perf_counter() - start) > bench.effort.seconds:
             conn.close()
             return (1000 * seconds / count,)
@@ -604,8 +638,14 @@ MEASUREMENTS = (
         answer_pages_under_ingest,
     ),
     *(
-        Measurement({name: "ms"}, SQLITE, partial(send_usage, asked), partial(aggregate_raw, aggregate, group))
+        Measurement({name: "ms"}, SQLITE, partial(send_usage, asked), partial(aggregate_raw, [(aggregate, group)]))
         for name, (asked, aggregate, group) in USAGES.items()
+    ),
+    Measurement(
+        {f"analytics: {len(METERS)} meters by property and DAY": "ms"},
+        SQLITE,
+        send_analytics,
+        partial(aggregate_raw, [meter_raw(*meter) for meter in METERS]),
     ),
     Measurement(
         {"start to the first answer": "ms", "memory, idle": "MB"},

@@ -126,7 +126,7 @@ class ExpandedMeter(Meter, kw_only=True):
 class ExpandedFeature(Feature, kw_only=True):
     """A feature without its meter, which has a place of its own."""
 
-    meter: Meter | None | msgspec.UnsetType = msgspec.UNSET  # type: ignore[assignment]
+    meter: Meter | msgspec.UnsetType | None = msgspec.UNSET  # type: ignore[assignment]
 
 
 class AnalyticsItem(Struct, kw_only=True):
