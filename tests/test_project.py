@@ -10,6 +10,8 @@ import subprocess
 import sys
 import sysconfig
 
+import pytest
+
 import benchmark
 import eventstore
 from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
@@ -106,6 +108,21 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
+
+
+# ---------------------------------------------------------------------------------------------- the tests themselves
+
+SENDING_SIGINT = (
+    "tests/test_project.py::test_a_benchmark_that_is_interrupted_leaves_nothing_behind",
+    "tests/test_transfer.py::test_a_replay_that_is_killed_goes_on_where_it_was_sure",
+)
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
+def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_still_interrupt():
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SENDING_SIGINT)
+    done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
+    assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- the wheel
