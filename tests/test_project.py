@@ -129,12 +129,16 @@ def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_sti
 
 USES_THE_FIXTURE = """
 import os, urllib.request
+import pytest
+from eventstore_extras.mock import MockServer
 
-def test_the_fixture(flexprice):
+def test_the_fixture(flexprice: MockServer) -> None:
     body = b'{"event_name": "call", "external_customer_id": "cust", "event_id": "a"}'
     headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
     urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
     assert [event["id"] for event in flexprice.events()] == ["a"]
+    with pytest.raises(TypeError):
+        flexprice.fail(500)  # type: ignore[call-arg]  # where MockServer is Any, strict mypy calls this unused
 """
 
 
@@ -168,3 +172,13 @@ def test_the_wheel_serves_from_a_clean_environment(tmp_path):
         assert ids(client) == ["from the wheel"]
     (elsewhere / "test_it.py").write_text(USES_THE_FIXTURE)
     works(programs / "python", "-m", "pytest", cwd=elsewhere)
+    works(
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--python-executable",
+        programs / "python",
+        "test_it.py",
+        cwd=elsewhere,
+    )
