@@ -22,7 +22,7 @@ CLIENT = """
 import { Flexprice } from "@flexprice/sdk";
 const flexprice = new Flexprice({ serverURL: process.env.FLEXPRICE_API_HOST, apiKeyAuth: process.env.FLEXPRICE_API_KEY });
 async function refusal(call) {
-    try { await call; } catch (e) { return { name: e.name, message: e.message, statusCode: e.statusCode }; }
+    try { await call; } catch (e) { return { name: e.name, message: e.message, statusCode: e.statusCode, body: e.body }; }
 }
 """
 
@@ -94,7 +94,9 @@ def test_the_javascript_sdk_throws_the_servers_message(javascript):
     """
     bad_event, unknown = json.loads(javascript(CLIENT + code))
     assert (bad_event["name"], bad_event["statusCode"]) == ("ErrorsErrorsErrorResponse", 400)
-    assert "events[1].event_name" in bad_event["message"]
+    assert bad_event["message"] == "1 of 2 events is invalid; nothing was stored"
+    (fault,) = json.loads(bad_event["body"])["details"]["errors"]
+    assert (fault["index"], fault["field"]) == (1, "event_name")
     assert unknown["statusCode"] == 404
     assert "nope" in unknown["message"]
 
@@ -111,7 +113,15 @@ def other_server() -> Iterator[tuple[str, list[str]]]:
             self.send_response(400)
             self.send_header("content-type", "application/json")
             self.end_headers()
-            self.wfile.write(b'{"message": "from the other server"}')
+            error = {"message": "from the other server", "internal_error": None}
+            body = {
+                "code": "validation_error",
+                "http_status_code": 400,
+                "details": {},
+                "success": False,
+                "error": error,
+            }
+            self.wfile.write(json.dumps(body | {"message": error["message"]}).encode())
 
         def log_message(self, *_: object) -> None:
             pass
