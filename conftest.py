@@ -37,6 +37,12 @@ EVER = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
 table = pytest.mark.parametrize
 
 
+def pytest_configure() -> None:
+    """A script starts `pytest &` with SIGINT ignored, and what the tests start and interrupt would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def serving(folder: Path, **settings):
     """A client of the application in this process, on folder/events.db. To be entered and left."""
     settings = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings

@@ -11,12 +11,13 @@ import itertools
 import os
 import random
 import re
+import signal
 import sqlite3
 import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -149,6 +150,16 @@ def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch
         size += len(event) + 1
     if rows:
         yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+
+
+async def until_sigterm(work: Coroutine[None, None, None]) -> None:
+    """SIGTERM cancels it, as asyncio lets SIGINT: an exception amid its loop would leave tasks that nothing wakes."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        await task
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Replay:
@@ -333,8 +344,8 @@ def replay_events(arguments: argparse.Namespace) -> int:
         key = replay_key(arguments.api_key, os.environ)
         try:
             with progress_bar(lambda: events_left(conn, query, progress), "event") as advance:
-                asyncio.run(replay.run(conn, query, key, advance))
-        except KeyboardInterrupt:
+                asyncio.run(until_sigterm(replay.run(conn, query, key, advance)))
+        except (KeyboardInterrupt, asyncio.CancelledError):
             sure = f"{counted(progress.accepted, 'event')} are accepted ({progress.place})"
             raise StopError(f"interrupted; {sure}; {again_command(arguments)} goes on from there") from None
         elsewhere = "" if replay.sent else other_environments(conn, arguments.environment)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import sysconfig
 
+import pytest
+
 import benchmark
 import eventstore
 from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
@@ -108,16 +110,35 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
 
 
+# ---------------------------------------------------------------------------------------------- the tests themselves
+
+SENDING_SIGINT = (
+    "tests/test_project.py::test_a_benchmark_that_is_interrupted_leaves_nothing_behind",
+    "tests/test_transfer.py::test_a_replay_that_is_killed_goes_on_where_it_was_sure",
+)
+
+
+@pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
+def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_still_interrupt():
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SENDING_SIGINT)
+    done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
+    assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
+
+
 # ---------------------------------------------------------------------------------------------- the wheel
 
 USES_THE_FIXTURE = """
 import os, urllib.request
+import pytest
+from eventstore_extras.mock import MockServer
 
-def test_the_fixture(flexprice):
+def test_the_fixture(flexprice: MockServer) -> None:
     body = b'{"event_name": "call", "external_customer_id": "cust", "event_id": "a"}'
     headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
     urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
     assert [event["id"] for event in flexprice.events()] == ["a"]
+    with pytest.raises(TypeError):
+        flexprice.fail(500)  # type: ignore[call-arg]  # where MockServer is Any, strict mypy calls this unused
 """
 
 
@@ -151,3 +172,13 @@ def test_the_wheel_serves_from_a_clean_environment(tmp_path):
         assert ids(client) == ["from the wheel"]
     (elsewhere / "test_it.py").write_text(USES_THE_FIXTURE)
     works(programs / "python", "-m", "pytest", cwd=elsewhere)
+    works(
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--python-executable",
+        programs / "python",
+        "test_it.py",
+        cwd=elsewhere,
+    )

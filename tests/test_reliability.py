@@ -40,6 +40,7 @@ from starlette.testclient import TestClient
 import eventstore
 from conftest import (
     AGGREGATIONS,
+    BODY,
     DAY_US,
     EVER,
     KEY,
@@ -924,6 +925,16 @@ def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_
         reading.result()
     assert max(sizes) < 8 * 2**20, sizes  # it would have had 30 times a batch's
     assert len(rows_of(tmp_path)) == 30_000
+
+
+def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_than_proxies_keep_one(tmp_path):
+    with Live(tmp_path, "--api-key", KEY, "--keep-alive-s", "1") as live, live.connect() as sock:
+        sock.sendall(posting(BODY))
+        assert answer_on(sock).status_code == 202
+        assert sock.recv(1) == b""  # the default would keep it longer than this socket waits
+        assert sock.gettimeout() < eventstore.parse_arguments(["serve"]).keep_alive_s
+    by_default = eventstore.uvicorn_server(Mock(), shutdown_timeout_s=1)
+    assert by_default.config.timeout_keep_alive == eventstore.parse_arguments(["serve"]).keep_alive_s == 75
 
 
 # ---------------------------------------------------------------------------------------------- signals

@@ -743,6 +743,24 @@ def test_a_replay_that_is_killed_goes_on_where_it_was_sure(tmp_path):
         assert len(exports[0].splitlines()) == 3001
 
 
+@table("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_a_replay_with_one_line_even_where_python_swallows_an_exception(tmp_path, number):
+    a_source(tmp_path)
+    code = f"""if True:
+        import asyncio, os, signal, sys, weakref, eventstore, httpx
+        async def post(*_, **__):
+            freed = {{"this one"}}
+            watch = weakref.ref(freed, lambda _: os.kill(os.getpid(), signal.{number}))
+            del freed
+            await asyncio.sleep(30)  # which the signal cuts short
+        httpx.AsyncClient.post = post
+        sys.exit(eventstore.main())
+    """
+    done = python(code, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", cwd=tmp_path / "source")
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"eventstore: interrupted; 0 events are accepted \(.+\n", done.stderr)
+
+
 def test_without_httpx_replay_says_what_to_install(tmp_path):
     a_source(tmp_path)
     code = "import sys; sys.modules['httpx'] = None; import eventstore; sys.exit(eventstore.main())"
