@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 import httpx
@@ -43,10 +44,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def serving(folder: Path, **settings):
+def serving(folder: Path, operations=(), **settings):
     """A client of the application in this process, on folder/events.db. To be entered and left."""
     settings = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
-    return TestClient(create_app(Settings(**settings)), raise_server_exceptions=False, headers={"x-api-key": KEY})
+    app = create_app(Settings(**settings), operations=operations)
+    return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
 
 
 @pytest.fixture
@@ -139,10 +141,10 @@ def write_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_to_write(folder: Path, condition: str) -> None:
+def refuse_to_write(folder: Path, condition: str, into: str = "events") -> None:
     with database(folder) as conn:
         action = "BEGIN SELECT RAISE(ABORT, 'full'); END"
-        conn.execute(f"CREATE TRIGGER full BEFORE INSERT ON events WHEN {condition} {action}")
+        conn.execute(f"CREATE TRIGGER full BEFORE INSERT ON {into} WHEN {condition} {action}")
 
 
 def rows_of(folder: Path) -> list[tuple]:
@@ -329,39 +331,294 @@ def window_start(time: datetime, size: str, zone: str) -> datetime:
     return day.astimezone(UTC)
 
 
-def brute_force(events: list[dict], kind: str, query: dict) -> tuple[float, list[tuple[datetime, float]]]:
+class Taken(NamedTuple):
+    """An event that counts, with the number and the text of the property that is aggregated."""
+
+    time: datetime
+    event_id: str
+    properties: dict
+    number: float
+    text: str | None
+
+
+def scalars_of(properties: dict) -> dict[str, str | None]:
+    """What property filters compare with."""
+    return {key: None if isinstance(value, (dict, list)) else text_of(value) for key, value in properties.items()}
+
+
+def aggregate(
+    kind: str, rows: list[Taken], start: datetime, end: datetime, multiplier: float = 1, group: str = ""
+) -> float:
+    """Of one window, which has an event at least; `group`: the property whose groups have each a maximum of their own."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        groups.setdefault(text_of(row.properties.get(group)) or "", []).append(row.number)
+    numbers = [row.number for row in rows]
+    return {"COUNT": lambda: len(rows), "SUM": lambda: math.fsum(numbers), "AVG": lambda: math.fsum(numbers) / len(rows),
+            "MAX": lambda: math.fsum(map(max, groups.values())), "COUNT_UNIQUE": lambda: len({row.text for row in rows} - {None}),
+            "LATEST": lambda: max(rows, key=lambda row: row[:2]).number,
+            "SUM_WITH_MULTIPLIER": lambda: math.fsum(numbers) * multiplier,
+            "WEIGHTED_SUM": lambda: math.fsum(row.number * ((end - max(row.time, start)) / (end - start)) for row in rows)}[kind]()  # fmt: skip
+
+
+def in_windows(rows: list[Taken], size: str, zone: str = "UTC") -> dict[datetime, list[Taken]]:
+    """The windows that have events, in time order."""
+    windows: dict[datetime, list[Taken]] = {}
+    for row in sorted(rows, key=lambda row: row.time):
+        windows.setdefault(window_start(row.time, size, zone), []).append(row)
+    return windows
+
+
+def brute_force(
+    events: list[dict], kind: str, query: dict, never_reset: bool = False
+) -> tuple[float, list[tuple[datetime, float]]]:
     """The value over all events and that of each window, by the words of SPEC 7."""
     start, end = (datetime.fromisoformat(query[name]) for name in ("start_time", "end_time"))
-    taken = []
+    taken, chosen = [], [name for name in ("external_customer_id", "customer_id") if query.get(name)]
     for sent in events:
         time, properties = datetime.fromisoformat(sent["timestamp"]), sent["properties"]
-        chosen = [name for name in ("external_customer_id", "customer_id") if query.get(name)]
-        scalars = {
-            key: None if isinstance(value, (dict, list)) else text_of(value) for key, value in properties.items()
-        }
-        if (start <= time < end and sent["event_name"] == "call" and all(sent[name] == query[name] for name in chosen)
+        value, scalars = properties.get(query["property_name"]), scalars_of(properties)
+        if (time < end and (start <= time or never_reset) and sent["event_name"] == query.get("event_name", "call")
+                and all(sent[name] == query[name] for name in chosen)
                 and all(scalars.get(key) in values for key, values in query.get("filters", {}).items())):  # fmt: skip
-            taken.append((time, sent["event_id"], properties))
+            taken.append(Taken(time, sent["event_id"], properties, number_of(value), text_of(value)))
 
-    def aggregate(rows: list) -> float:
-        values = [number_of(properties.get(query["property_name"])) for _, _, properties in rows]
-        texts = {text_of(properties.get(query["property_name"])) for _, _, properties in rows} - {None}
-        group_property = query.get("group_by", ["properties."])[0].removeprefix("properties.")
-        groups: dict[str, list[float]] = {}
-        for value, (_, _, properties) in zip(values, rows, strict=True):
-            groups.setdefault(text_of(properties.get(group_property)) or "", []).append(value)
-        return {"COUNT": lambda: len(rows), "SUM": lambda: math.fsum(values), "AVG": lambda: math.fsum(values) / len(rows),
-                "MAX": lambda: math.fsum(map(max, groups.values())), "COUNT_UNIQUE": lambda: len(texts),
-                "LATEST": lambda: number_of(max(rows, key=lambda row: row[:2])[2].get(query["property_name"])),
-                "SUM_WITH_MULTIPLIER": lambda: math.fsum(values) * 2.5,
-                "WEIGHTED_SUM": lambda: math.fsum(value * ((end - row[0]) / (end - start))
-                                                  for value, row in zip(values, rows, strict=True))}[kind]()  # fmt: skip
+    def aggregated(rows: list[Taken]) -> float:
+        group = query.get("group_by", ["properties."])[0].removeprefix("properties.")
+        return aggregate(kind, rows, start, end, float(query.get("multiplier", 1)), group)
 
-    size, cells = query.get("bucket_size") or query.get("window_size"), {}
-    for row in taken:
-        cells.setdefault(window_start(row[0], size or "MONTH", query.get("timezone", "UTC")), []).append(row)
-    per_cell = [(time, aggregate(cells[time])) for time in sorted(cells)]
-    whole = (
-        math.fsum(value for _, value in per_cell) if query.get("bucket_size") else aggregate(taken) if taken else 0.0
+    size, zone = query.get("bucket_size") or query.get("window_size"), query.get("timezone", "UTC")
+    in_range = [row for row in taken if start <= row.time]
+    results = (
+        [(time, max(aggregated(rows), 0.0)) for time, rows in in_windows(in_range, size, zone).items()] if size else []
     )
-    return max(whole, 0.0), [(time, max(value, 0.0)) for time, value in per_cell] if size else []
+    if query.get("bucket_size"):
+        whole = math.fsum(map(aggregated, in_windows(taken, size, zone).values()))
+    else:
+        whole = aggregated(taken) if taken else 0.0
+    return max(whole, 0.0), results
+
+
+# ---------------------------------------------------------------------------------------------- meters
+
+
+def metering(folder: Path, **settings):
+    """A client of the application with meters and features."""
+    from eventstore_extras.meters import OPERATIONS
+
+    return serving(folder, OPERATIONS, **settings)
+
+
+def meter_of(
+    kind: str = "COUNT", *, name="calls", event_name="call", reset_usage="BILLING_PERIOD", filters=None, **how
+) -> dict:
+    """The body that makes a meter; the rest is its aggregation's, whose field is n."""
+    how = {"type": kind, **({} if kind == "COUNT" else {"field": "n"}), **how}
+    conditions = [{"key": key, "values": values} for key, values in (filters or {}).items()]
+    return {
+        "name": name,
+        "event_name": event_name,
+        "aggregation": how,
+        "filters": conditions,
+        "reset_usage": reset_usage,
+    }
+
+
+def feature_of(name: str = "Calls", **fields) -> dict:
+    """The body that makes a feature: by default a metered one with a meter of its own."""
+    meter = {} if "type" in fields or "meter_id" in fields else {"meter": meter_of()}
+    return {"name": name, "type": "metered", **meter, **fields}
+
+
+def make(client, path: str, body: dict) -> dict:
+    response = client.post(f"/v1/{path}", json=body)
+    assert (response.status_code, response.headers["content-type"]) == (201, "application/json"), response.text
+    return response.json()
+
+
+def make_meter(client, kind: str = "COUNT", **fields) -> dict:
+    return make(client, "meters", meter_of(kind, **fields))
+
+
+def make_feature(client, name: str = "Calls", **fields) -> dict:
+    return make(client, "features", feature_of(name, **fields))
+
+
+def listed(client, path: str = "meters", **query) -> list[dict]:
+    """All meters or features that a list finds, the newest first."""
+    response = client.get(f"/v1/{path}", params={"limit": 1000} | query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["pagination"]["total"] == len(answer["items"])
+    return answer["items"]
+
+
+def faulty_fields(response: httpx.Response) -> list[str]:
+    """The fields that a refused body has wrong, sorted."""
+    errors = refused(response)["errors"]
+    assert all(each["code"] in ("required", "invalid_type", "invalid_format", "out_of_range") for each in errors)
+    assert all((each["index"], each["event_id"]) in ((0, None), (None, None)) and each["message"] for each in errors)
+    return sorted(each["field"] for each in errors)
+
+
+def metered_usage(client, meter_id: str, **query) -> dict:
+    response = client.post("/v1/events/usage/meter", json={"meter_id": meter_id} | query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert list(answer) == ["event_name", "type", "value", "results"]
+    assert [list(result) for result in answer["results"]] == [["window_size", "value"]] * len(answer["results"])
+    return answer
+
+
+def usage_by_hand(meter: dict, events: list[dict], query: dict) -> tuple[float, list[tuple[datetime, float]]]:
+    """The value and the windows of a meter, by the words of SPEC 13."""
+    how, filters = meter["aggregation"], {key: [*values] for key, values in query.get("filters", {}).items() if values}
+    for condition in meter["filters"]:
+        both = filters.get(condition["key"], condition["values"])
+        filters[condition["key"]] = [value for value in condition["values"] if value in both]
+    asked = query | {"event_name": meter["event_name"], "property_name": how["field"], "filters": filters}
+    asked |= {"multiplier": how["multiplier"] or 1} | (
+        {"bucket_size": how["bucket_size"]} if how["bucket_size"] else {}
+    )
+    asked |= {"group_by": [f"properties.{how['group_by']}"]} if how["group_by"] else {}
+    return brute_force(events, how["type"], asked, meter["reset_usage"] == "NEVER")
+
+
+class Item(NamedTuple):
+    """What is compared of an item of analytics, or of a point, whose width is none."""
+
+    usage: float
+    event_count: int
+    points: dict[datetime, Item]
+    width: str | None = None
+    sources: list[str] | None = None
+
+
+Group = tuple[tuple[str, str | None], ...]  # the dimensions, sorted, and what they are
+
+
+def analytics_by_hand(meter: dict, events: list[dict], query: dict) -> dict[Group, Item]:
+    """The items of one meter, by the words of SPEC 14. `events` are those that it may count."""
+    how = meter["aggregation"]
+    start, end = (datetime.fromisoformat(query[name]) for name in ("start_time", "end_time"))
+    dimensions = sorted({*query.get("group_by", [])} - {"feature_id", "meter_id"})
+    is_split = any(dimension.startswith(("source", "properties.")) for dimension in dimensions)
+    conditions = [(each["key"], each["values"]) for each in meter["filters"]]
+    conditions += [(key, values) for key, values in query.get("property_filters", {}).items() if values]
+
+    def is_taken(one: dict) -> bool:
+        scalars, customer = scalars_of(one["properties"]), query.get("external_customer_id")
+        return (one["event_name"] == meter["event_name"] and start <= datetime.fromisoformat(one["timestamp"]) < end
+                and customer in (None, "", one["external_customer_id"])
+                and ("sources" not in query or one["source"] in query["sources"])
+                and all(scalars.get(key) in values for key, values in conditions))  # fmt: skip
+
+    def group_of(one: dict) -> Group:
+        named = {name: one[name] or None for name in ("source", "external_customer_id")}
+        named |= {f"properties.{key}": text_of(value) for key, value in one["properties"].items()}
+        return tuple((dimension, named.get(dimension)) for dimension in dimensions)
+
+    def taken(one: dict) -> Taken:
+        value = one["properties"].get(how["field"])
+        time = datetime.fromisoformat(one["timestamp"])
+        return Taken(time, one["event_id"], one["properties"], max(number_of(value), 0.0), text_of(value))
+
+    def aggregated(rows: list[Taken]) -> float:
+        group = "" if is_split else how["group_by"] or ""
+        return aggregate(how["type"], rows, start, end, float(how["multiplier"] or 1), group)
+
+    def buckets(rows: list[Taken]) -> list[float]:
+        return [*map(aggregated, in_windows(rows, how["bucket_size"]).values())]
+
+    def point(rows: list[Taken]) -> Item:
+        largest_of = how["bucket_size"] and how["type"] == "MAX"
+        return Item(max(buckets(rows)) if largest_of else aggregated(rows), len(rows), {})
+
+    groups: dict[Group, list[dict]] = {}
+    for one in filter(is_taken, events):
+        groups.setdefault(group_of(one), []).append(one)
+    items, sizes = {}, [size for size in (query.get("window_size"), how["bucket_size"]) if size]
+    width = max(sizes, key=SIZES.index) if sizes else None
+    for group, members in groups.items():
+        rows = [taken(one) for one in members]
+        usage_of = math.fsum(buckets(rows)) if how["bucket_size"] else aggregated(rows)
+        windows = in_windows(rows, width) if query.get("window_size") else {}
+        sources = sorted({one["source"] for one in members} - {""})
+        expanded = "source" in query.get("expand", []) and "source" not in dimensions
+        points = {time: point(within) for time, within in windows.items()}
+        items[group] = Item(usage_of, len(rows), points, width, sources if expanded else None)
+    return items
+
+
+def analytics(client, **query) -> list[dict]:
+    """The items. What belongs to prices is as ever, and has been looked at."""
+    response = client.post("/v1/events/analytics", json=query)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    items = answer.pop("items")
+    assert answer == {
+        "subtotal": "0",
+        "total_discount": "0",
+        "total_cost": "0",
+        "currency": "",
+        "custom_analytics": None,
+    }
+    for item in items:
+        assert item.keys() == ITEM_KEYS
+        assert {item[key] for key in ("subtotal", "total_discount", "total_cost")} == {"0"}
+        assert {item[key] for key in NULL_KEYS} == {None}
+        for point in item["points"]:
+            assert point.keys() == POINT_KEYS
+            assert {point[key] for key in POINT_KEYS - {"timestamp", "usage", "event_count", "buckets"}} == {"0"}
+            assert point["buckets"] is None
+        for decimal in (item["total_usage"], *(point["usage"] for point in item["points"])):
+            assert re.fullmatch(r"(0|[1-9]\d*)(\.\d*[1-9])?", decimal), decimal
+    return items
+
+
+NULL_KEYS = {"currency", "price_id", "price", "sub_line_item_id", "subscription_id", "subscription_line_item", "plan_id",
+             "plan", "add_on_id", "addon", "commitment_info", "group", "bucket_summaries"}  # fmt: skip
+ITEM_KEYS = NULL_KEYS | {
+    "feature_id", "name", "meter_id", "event_name", "aggregation_type", "total_usage", "total_usage_display",
+    "reporting_unit", "unit", "unit_plural", "event_count", "external_customer_id", "source", "sources", "properties",
+    "window_size", "points", "subtotal", "total_discount", "total_cost", "meter", "feature"}  # fmt: skip
+POINT_KEYS = {"timestamp", "usage", "event_count", "subtotal", "discount", "cost", "computed_commitment_utilized_amount",
+              "computed_overage_amount", "computed_true_up_amount", "buckets"}  # fmt: skip
+
+
+def grouped(items: list[dict], query: dict) -> dict[tuple[str, Group], Item]:
+    """Answered items as `analytics_by_hand` has them, by meter and group."""
+    dimensions = sorted({*query.get("group_by", [])} - {"feature_id", "meter_id"})
+    by_group = {}
+    for item in items:
+        named = {name: item[name] for name in ("source", "external_customer_id")}
+        named |= {f"properties.{key}": value for key, value in (item["properties"] or {}).items()}
+        assert {name for name, value in named.items() if value is not None} <= {*dimensions}
+        assert (item["properties"] is None) is not any(name.startswith("properties.") for name in dimensions)
+        points = {
+            datetime.fromisoformat(point["timestamp"]): Item(float(point["usage"]), point["event_count"], {})
+            for point in item["points"]
+        }
+        assert [*points] == sorted(points)
+        key = item["meter_id"], tuple((dimension, named.get(dimension)) for dimension in dimensions)
+        assert key not in by_group
+        by_group[key] = Item(
+            float(item["total_usage"]), item["event_count"], points, item["window_size"], item["sources"]
+        )
+    assert len(by_group) == len(items)
+    return by_group
+
+
+def check_items(items: list[dict], query: dict, expected: dict[tuple[str, Group], Item]) -> None:
+    """The answered items are the expected ones, but for what floats lose."""
+    answered = grouped(items, query)
+    assert answered.keys() == expected.keys(), query
+    for key, wanted in expected.items():
+        got = answered[key]
+        assert got.usage == pytest.approx(wanted.usage, rel=1e-9, abs=1e-9), (key, query)
+        assert got._replace(usage=0, points={}) == wanted._replace(usage=0, points={}), (key, query)
+        assert got.points.keys() == wanted.points.keys(), (key, query)
+        usages = [[one.points[time].usage for time in wanted.points] for one in (got, wanted)]
+        assert usages[0] == pytest.approx(usages[1], rel=1e-9, abs=1e-9), (key, query)
+        counted = [[one.points[time].event_count for time in wanted.points] for one in (got, wanted)]
+        assert counted[0] == counted[1], (key, query)
