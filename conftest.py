@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -305,6 +306,18 @@ SIZES = ("MINUTE", "15MIN", "30MIN", "HOUR", "3HOUR", "6HOUR", "12HOUR", "DAY", 
 MINUTES = dict(zip(SIZES, (1, 15, 30, 60, 180, 360, 720), strict=False))
 ZONES = ("UTC", "America/New_York", "Asia/Kolkata", "Europe/Berlin", "Pacific/Apia")
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
+
+
+NAMES = ["tokens", "a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " "]
+
+
+def random_value(choose: random.Random) -> object:
+    return choose.choice([
+        choose.randint(-20, 100), choose.randint(0, 10**20), round(choose.uniform(-5, 50), 3), choose.random() * 1e-9,
+        f"{choose.uniform(0, 50):.2f}", str(choose.randint(-9, 9)), "1e3", "+7", ".5", "5.", "-0.0", "007",
+        "", "text", "12 apples", "0x10", "1_0", "NaN", "inf", "1e400", "true", "null", "1,5", "½", "٣", "--1",
+        True, False, None, {"a": 1}, [7], [], "tab\there", 'say "5"', "back\\slash", '"5"', "é世😀", "line\u2028", "'; --",
+    ])  # fmt: skip
 
 
 def number_of(value: object) -> float:

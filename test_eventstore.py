@@ -42,6 +42,7 @@ from conftest import (
     KEY,
     KEYS,
     LEDGER_START,
+    NAMES,
     NOW,
     POST,
     SCRIPT,
@@ -65,6 +66,7 @@ from conftest import (
     page,
     place_by,
     python,
+    random_value,
     refused,
     rows_of,
     rows_to_insert,
@@ -1009,17 +1011,6 @@ def test_a_bad_lookup_is_refused(shared, query):
 
 
 # ---------------------------------------------------------------------------------------------- 7: usage
-
-NAMES = ["tokens", "a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " "]
-
-
-def random_value(choose: random.Random) -> object:
-    return choose.choice([
-        choose.randint(-20, 100), choose.randint(0, 10**20), round(choose.uniform(-5, 50), 3), choose.random() * 1e-9,
-        f"{choose.uniform(0, 50):.2f}", str(choose.randint(-9, 9)), "1e3", "+7", ".5", "5.", "-0.0", "007",
-        "", "text", "12 apples", "0x10", "1_0", "NaN", "inf", "1e400", "true", "null", "1,5", "½", "٣", "--1",
-        True, False, None, {"a": 1}, [7], [], "tab\there", 'say "5"', "back\\slash", '"5"', "é世😀", "line\u2028", "'; --",
-    ])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
