@@ -174,6 +174,13 @@ def test_buckets_before_the_range_are_no_windows_that_are_asked_for(client):
     assert (answer["value"], [one["value"] for one in answer["results"]]) == (12, [5])
 
 
+@table("zone", ["UTC", "America/New_York"])
+def test_an_event_of_the_first_day_of_all_time_counts_in_a_bucket_that_would_start_before(client, zone):
+    store(client, event("first", timestamp="0001-01-01T00:00:01Z", properties={"n": 7}))
+    meter = make_meter(client, "MAX", bucket_size="WEEK", reset_usage="NEVER")
+    assert metered_usage(client, meter["id"], timezone=zone)["value"] == 7
+
+
 def test_a_bucket_size_of_the_request_is_ignored_by_a_meter_without_buckets(few):
     meter = make_meter(few, "SUM")
     assert metered_usage(few, meter["id"], **RANGE, bucket_size="MINUTE") == metered_usage(few, meter["id"], **RANGE)

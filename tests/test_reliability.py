@@ -60,8 +60,11 @@ from conftest import (
     database,
     event,
     eventually,
+    feature_of,
     ids,
     is_root,
+    meter_of,
+    metering,
     monitored,
     page,
     place_by,
@@ -263,11 +266,18 @@ def known_row(event_id: str) -> tuple:
 class Sender:
     """A client with a ledger: sends events and batches of known ids until told to stop, whatever happens."""
 
-    def __init__(self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7):
+    def __init__(
+        self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7, features: float = 0
+    ):
         self.choose, self.sizes, self.patience = random.Random(start), sizes, patience
+        self.features = features  # how often it makes a feature, with its meter, and not a batch
         self.port, self.stop = 0, threading.Event()
         self.acknowledged: list[str] = []
         self.given_up: list[list[str]] = []  # got no answer and was not sent again: stored whole or not at all
+        self.made: list[str] = []  # the features that were acknowledged, by name
+        self.deleted: list[str] = []  # those whose deletion was acknowledged
+        self.maybe_deleted: list[str] = []  # those whose deletion got no answer
+        self.not_made: list[str] = []  # given up
         self.outcomes: Counter[int | None] = Counter()  # None: no answer
 
     def run(self) -> None:
@@ -275,21 +285,49 @@ class Sender:
             self.turn()
 
     def turn(self) -> None:
+        if self.choose.random() < self.features:
+            self.make_a_feature(f"{self.choose.getrandbits(128):032x}")
+            return
         batch = [f"{self.choose.getrandbits(128):032x}" for _ in range(self.choose.choice(self.sizes))]
-        is_patient, deadline = self.choose.random() < self.patience, time.monotonic() + 60
-        while not (accepted := self.send(batch)) and is_patient:
-            assert time.monotonic() < deadline, f"never accepted: {self.outcomes}"
-            time.sleep(0.01)
-        if accepted:
+        if self.in_the_end(lambda: self.send(batch)):
             self.acknowledged += batch
             self.look_up(self.choose.choice(self.acknowledged))
         else:
             self.given_up.append(batch)
 
+    def in_the_end(self, accepted: Callable[[], bool]) -> bool:
+        """Tries once, or until it is accepted."""
+        is_patient, deadline = self.choose.random() < self.patience, time.monotonic() + 60
+        while not (done := accepted()) and is_patient:
+            assert time.monotonic() < deadline, f"never accepted: {self.outcomes}"
+            time.sleep(0.01)
+        return done
+
+    def make_a_feature(self, name: str) -> None:
+        """With a meter of its own; some are deleted again, which archives both."""
+        answers: list[tuple[int | None, bytes]] = []
+
+        def accepted() -> bool:
+            status, _, content = self.request(
+                "POST", "/v1/features", feature_of(name, meter=meter_of("SUM", name=name))
+            )
+            assert status != 409 or answers, "its name was never sent before"
+            answers.append((status, content))
+            return status in (201, 409)  # 409: it was made, and the answer was lost
+
+        if not self.in_the_end(accepted):
+            self.not_made.append(name)
+            return
+        self.made.append(name)
+        status, content = answers[-1]
+        if status == 201 and self.choose.random() < 0.3:
+            path = f"/v1/features/{json.loads(content)['id']}"
+            self.deleted.append(name) if self.request("DELETE", path)[0] == 200 else self.maybe_deleted.append(name)
+
     def send(self, batch: list[str]) -> bool:
         events = [known_event(event_id) for event_id in batch]
         path, body = ("/v1/events", events[0]) if len(events) == 1 else ("/v1/events/bulk", {"events": events})
-        status, headers = self.request("POST", path, body)
+        status, headers, _ = self.request("POST", path, body)
         if status != 202:
             return False
         assert int(headers["X-Events-Inserted"]) in (0, len(batch)), "only a part of the batch was there"
@@ -298,16 +336,16 @@ class Sender:
     def look_up(self, event_id: str) -> None:
         assert self.request("GET", f"/v1/events/{event_id}")[0] != 404, "what was acknowledged is gone"
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str]]:
+    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str], bytes]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             try:
                 connection.request(method, path, json.dumps(body), {"x-api-key": KEY})
                 answer = connection.getresponse()
-                status, headers = answer.status, answer.headers
+                status, headers, content = answer.status, answer.headers, answer.read()
             except (OSError, http.client.HTTPException):  # the server is gone, or not there yet
-                status, headers = None, {}
+                status, headers, content = None, {}, b""
         self.outcomes[status] += 1
-        return status, headers
+        return status, headers, content
 
 
 @contextmanager
@@ -342,8 +380,39 @@ def check_ledgers(folder: Path, senders: list[Sender]) -> None:
     assert rows == [known_row(event_id) for event_id in stored]
 
 
-def test_every_event_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
-    senders = [Sender(choose.getrandbits(64)) for _ in range(6)]
+def check_features(folder: Path, senders: list[Sender]) -> None:
+    """What was made is there once with its meter, what was given up whole or not at all, and what was deleted is."""
+    with metering(folder) as client:
+        features, meters = (every(client, path) for path in ("features", "meters"))
+    names = [feature["name"] for feature in features]
+    made, not_made, deleted, maybe_deleted = (
+        {name for sender in senders for name in getattr(sender, part)}
+        for part in ("made", "not_made", "deleted", "maybe_deleted")
+    )
+    assert len(names) == len(set(names)), "a feature is there twice"
+    assert made <= set(names), f"{len(made - set(names))} of {len(made)} acknowledged features are lost"
+    assert set(names) <= made | not_made, "what nobody sent"
+    assert sorted(feature["meter"]["name"] for feature in features) == sorted(names)
+    assert sorted(meter["id"] for meter in meters) == sorted(feature["meter_id"] for feature in features), (
+        "half a feature"
+    )
+    archived = {feature["name"] for feature in features if feature["status"] == "archived"}
+    assert deleted <= archived <= deleted | maybe_deleted
+    assert archived == {meter["name"] for meter in meters if meter["status"] == "archived"}
+
+
+def every(client, path: str) -> list[dict]:
+    """All meters or features of an environment, the oldest first."""
+    found: list[dict] = []
+    while some := client.get(f"/v1/{path}", params={"limit": 1000, "offset": len(found), "order": "asc"}).json()[
+        "items"
+    ]:
+        found += some
+    return found
+
+
+def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
+    senders = [Sender(choose.getrandbits(64), features=0.2) for _ in range(6)]
     with sending(senders) as stop:
         for kill in range(STORM_KILLS + 1):
             with Live(tmp_path, "--api-key", KEY) as live:
@@ -360,9 +429,11 @@ def test_every_event_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, c
                 starting.kill()
                 starting.wait()
     outcomes = sum((sender.outcomes for sender in senders), Counter())
-    assert set(outcomes) <= {None, 200, 202}
+    assert set(outcomes) <= {None, 200, 201, 202, 409}
     assert outcomes[None] > STORM_KILLS  # requests were cut off
+    assert outcomes[201] > STORM_KILLS  # features were made
     check_ledgers(tmp_path, senders)
+    check_features(tmp_path, senders)
 
 
 # ---------------------------------------------------------------------------------------------- a model in plain Python
