@@ -51,10 +51,13 @@ from conftest import (
     STAGING_KEY,
     ZONES,
     Live,
+    analytics,
+    analytics_by_hand,
     answer_on,
     ask,
     at,
     brute_force,
+    check_items,
     counts,
     cursor,
     database,
@@ -63,7 +66,10 @@ from conftest import (
     feature_of,
     ids,
     is_root,
+    listed,
+    make,
     meter_of,
+    metered_usage,
     metering,
     monitored,
     page,
@@ -82,6 +88,7 @@ from conftest import (
     time_us,
     total,
     usage,
+    usage_by_hand,
     windows_of,
     write_lock,
 )
@@ -475,6 +482,26 @@ ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_nam
                                 "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
 ENVIRONMENTS = st.sampled_from(["development", "staging"])
 METHODS = st.sampled_from(["GET", "POST"])
+METER_FIELDS = {"name": st.sampled_from(["m", "é", '"']), "event_name": st.sampled_from(["call", "call", "Call", " é "]), "field": PROPERTY_NAMES,
+                "filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}  # fmt: skip
+RESETS = st.sampled_from(["BILLING_PERIOD", "NEVER"])
+BUCKETS = {"bucket_size": st.sampled_from(["HOUR", "6HOUR", "DAY", "MONTH"]), "reset_usage": st.just("BILLING_PERIOD")}
+METERS = st.one_of(
+    st.builds(meter_of, st.sampled_from([kind for kind in AGGREGATIONS if kind != "SUM_WITH_MULTIPLIER"]), reset_usage=RESETS, **METER_FIELDS),
+    st.builds(meter_of, st.just("SUM_WITH_MULTIPLIER"), multiplier=st.sampled_from(["2.5", 3, "1e-3"]), reset_usage=RESETS, **METER_FIELDS),
+    st.builds(meter_of, st.sampled_from(["SUM", "MAX"]), **BUCKETS, **METER_FIELDS),
+    st.builds(meter_of, st.just("MAX"), group_by=PROPERTY_NAMES, **BUCKETS, **METER_FIELDS),
+)  # fmt: skip
+FEATURE_NAMES = {
+    "Tokens": "tokens",
+    "tokens!": "tokens",
+    "API calls": "api_calls",
+    "日本": "",
+    "é": "",
+}  # and their keys
+DIMENSIONS = st.lists(
+    st.sampled_from(["source", "properties.n", "properties.a.b", "external_customer_id", "feature_id"]), max_size=3
+)
 
 
 def as_sent(answered: dict) -> dict:
@@ -514,14 +541,17 @@ class Model(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
+        self.meters: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}  # by id, in the order of their ids
+        self.features: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
         self.walks: list[dict] = []
-        self.client = serving(Path(self.folder.name)).__enter__()
+        self.client = metering(Path(self.folder.name)).__enter__()
 
     def teardown(self) -> None:
         for environment, stored in self.stored.items():
             found = page(self.enter(environment), "POST", **EVER, page_size=1000, order="asc")
             in_order = sorted(stored.values(), key=place_by("timestamp"))
             assert literally(map(as_sent, found["events"])) == literally(in_order)
+            self.list_meters_and_features(environment, "")
         self.client.__exit__(None, None, None)
         self.folder.cleanup()
 
@@ -674,10 +704,120 @@ class Model(RuleBasedStateMachine):
         else:
             refused(response, 404, "not_found")
 
+    @rule(environment=ENVIRONMENTS, sent=METERS)
+    def make_a_meter(self, environment, sent):
+        self.note_meter(environment, sent, make(self.enter(environment), "meters", sent))
+
+    def note_meter(self, environment: str, sent: dict, made: dict) -> None:
+        how = {"field": None, "expression": None, "multiplier": None, "bucket_size": None, "group_by": None} | sent[
+            "aggregation"
+        ]
+        if how["multiplier"] is not None:
+            how["multiplier"] = {"2.5": "2.5", 3: "3", "1e-3": "0.001"}[how["multiplier"]]
+        expected = sent | {"aggregation": how, "event_name": sent["event_name"].strip(), "status": "published"}
+        assert made.items() >= expected.items()
+        assert made["id"] > max(self.meters[environment], default="")
+        self.meters[environment][made["id"]] = made
+
+    @rule(
+        environment=ENVIRONMENTS,
+        name=st.sampled_from([*FEATURE_NAMES]),
+        sent=METERS,
+        has_one=st.booleans(),
+        data=st.data(),
+    )
+    def make_a_feature(self, environment, name, sent, has_one, data):
+        meters, features = self.meters[environment], self.features[environment]
+        fields: dict = {"meter": sent}
+        if has_one and meters:
+            fields = {"meter_id": data.draw(st.sampled_from([*meters]))}
+        response = self.enter(environment).post("/v1/features", json=feature_of(name, **fields))
+        if "meter_id" in fields and meters[fields["meter_id"]]["status"] == "archived":
+            refused(response, part="meter_id")
+        elif (key := FEATURE_NAMES[name]) and any(
+            self.is_published(one) and one["lookup_key"] == key for one in features.values()
+        ):
+            refused(response, 409, "already_exists", key)
+        else:
+            assert response.status_code == 201, response.text
+            made = response.json()
+            assert (made["name"], made["lookup_key"], made["meter_id"]) == (name, key, made["meter"]["id"])
+            if "meter_id" in fields:
+                assert made["meter"] == meters[fields["meter_id"]]
+            else:
+                self.note_meter(environment, sent, made["meter"])
+            assert made["id"] > max(features, default="")
+            features[made.pop("id")] = {key: value for key, value in made.items() if key != "meter"}
+
+    @staticmethod
+    def is_published(one: dict) -> bool:
+        return one["status"] == "published"
+
+    @rule(environment=ENVIRONMENTS, is_deleted=st.booleans(), data=st.data())
+    def archive_a_meter(self, environment, is_deleted, data):
+        if known := self.meters[environment]:
+            meter_id = data.draw(st.sampled_from([*known]))
+            method, path = ("DELETE", "") if is_deleted else ("POST", "/disable")
+            assert self.enter(environment).request(method, f"/v1/meters/{meter_id}{path}").status_code == 200
+            known[meter_id]["status"] = "archived"
+
+    @rule(environment=ENVIRONMENTS, data=st.data())
+    def delete_a_feature(self, environment, data):
+        if published := {key: one for key, one in self.features[environment].items() if self.is_published(one)}:
+            feature_id = data.draw(st.sampled_from([*published]))
+            assert self.enter(environment).delete(f"/v1/features/{feature_id}").status_code == 200
+            deleted = published.pop(feature_id)
+            deleted["status"] = "archived"
+            if all(one["meter_id"] != deleted["meter_id"] for one in published.values()):
+                self.meters[environment][deleted["meter_id"]]["status"] = "archived"
+
+    @rule(environment=ENVIRONMENTS, status=st.sampled_from(["", "published", "archived"]))
+    def list_meters_and_features(self, environment, status):
+        client, meters = self.enter(environment), self.meters[environment]
+        features = [
+            {"id": key, **one, "meter": meters[one["meter_id"]]} for key, one in self.features[environment].items()
+        ]
+        for path, known in (("meters", [*meters.values()]), ("features", features)):
+            expected = [one for one in reversed(known) if status in ("", one["status"])]
+            assert listed(client, path, status=status) == expected
+        for meter_id in {*self.meters["development"], *self.meters["staging"]} - meters.keys():
+            refused(client.get(f"/v1/meters/{meter_id}"), 404, "not_found")
+
+    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), zone=st.sampled_from(ZONES), data=st.data(),
+          narrow=st.fixed_dictionaries({}, optional={"external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"),
+                                                     "filters": PROPERTY_FILTERS, "window_size": st.sampled_from(["HOUR", "DAY", "WEEK"])}))  # fmt: skip
+    def compute_usage_of_a_meter(self, environment, times, zone, data, narrow):
+        if not self.meters[environment]:
+            return
+        meter = data.draw(st.sampled_from([*self.meters[environment].values()]))
+        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
+        if min(times) == max(times) and meter["aggregation"]["type"] == "WEIGHTED_SUM":
+            return  # a share of nothing
+        value, per_window = usage_by_hand(meter, [*self.stored[environment].values()], query)
+        answer = metered_usage(self.enter(environment), meter["id"], **query)
+        has_value = "window_size" not in query or meter["aggregation"]["bucket_size"]
+        assert answer["value"] == (pytest.approx(value, rel=1e-9, abs=1e-9) if has_value else None)
+        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
+        expected = [each for _, each in per_window]
+        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), group_by=DIMENSIONS,
+          narrow=st.fixed_dictionaries({}, optional={
+              "external_customer_id": st.sampled_from(["a", "é"]), "property_filters": PROPERTY_FILTERS, "expand": st.just(["source"]),
+              "sources": st.just(["a", "::"]), "window_size": st.sampled_from(["HOUR", "3HOUR", "DAY", "WEEK", "MONTH"])}))  # fmt: skip
+    def analyse_usage(self, environment, times, group_by, narrow):
+        """Without archived meters: the clock stands still, so nothing came before or after they were archived."""
+        query = {"start_time": min(times), "end_time": max(times), "group_by": group_by, **narrow}
+        events, meters = [*self.stored[environment].values()], self.meters[environment]
+        items = analytics(self.enter(environment), **query)
+        expected = {(meter["id"], group): item for meter in meters.values() if self.is_published(meter)
+                    for group, item in analytics_by_hand(meter, events, query).items()}  # fmt: skip
+        check_items([item for item in items if self.is_published(meters[item["meter_id"]])], query, expected)
+
     @rule()
     def restart(self):
         self.client.__exit__(None, None, None)
-        self.client = serving(Path(self.folder.name)).__enter__()
+        self.client = metering(Path(self.folder.name)).__enter__()
 
 
 def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
