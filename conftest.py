@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 import eventstore
 from eventstore import ApiKey, Settings, create_app
+from eventstore_extras import analytics as analytics_room
 
 ROOT = Path(__file__).resolve().parent
 DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
@@ -417,9 +418,7 @@ def brute_force(
 
 def metering(folder: Path, **settings):
     """A client of the application with meters and features."""
-    from eventstore_extras.meters import OPERATIONS
-
-    return serving(folder, OPERATIONS, **settings)
+    return serving(folder, analytics_room.OPERATIONS, **settings)
 
 
 def meter_of(

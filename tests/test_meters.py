@@ -41,6 +41,7 @@ from conftest import (
     table,
 )
 from eventstore import ApiKey
+from eventstore_extras.analytics import OPERATIONS
 from eventstore_extras.mock import running_server
 
 NOW_TEXT = "2025-10-15T11:38:47.962Z"
@@ -961,14 +962,8 @@ def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice):
 # ---------------------------------------------------------------------------------------------- what is served, and how it is described
 
 
-def operations() -> list[eventstore.Operation]:
-    from eventstore_extras.meters import OPERATIONS
-
-    return [*OPERATIONS]
-
-
 def test_the_routes_are_those_of_the_specification():
-    served = {(operation.method, operation.public_path) for operation in operations()}
+    served = {(operation.method, operation.public_path) for operation in OPERATIONS}
     assert served == {("POST", "/v1/meters"), ("GET", "/v1/meters"), ("GET", "/v1/meters/{id}"), ("POST", "/v1/meters/{id}/disable"),
                       ("DELETE", "/v1/meters/{id}"), ("POST", "/v1/features"), ("GET", "/v1/features"), ("POST", "/v1/features/search"),
                       ("GET", "/v1/features/{id}"), ("DELETE", "/v1/features/{id}"), ("POST", "/v1/events/usage/meter"),
@@ -980,7 +975,7 @@ def test_the_openapi_document_is_valid_and_describes_every_route(client):
 
     document = client.get("/openapi.json").json()
     validate(document)
-    for operation in operations():
+    for operation in OPERATIONS:
         described = document["paths"][operation.public_path][operation.method.lower()]
         responses = described["responses"]
         made = operation.method == "POST" and operation.path in ("/v1/meters", "/v1/features")
@@ -995,7 +990,7 @@ def test_the_openapi_document_is_valid_and_describes_every_route(client):
         )
         assert "429" not in responses
         assert described["security"] == [{"ApiKey": []}]
-    examples = {operation.path: operation.example for operation in operations() if operation.example}
+    examples = {operation.path: operation.example for operation in OPERATIONS if operation.example}
     assert {"/v1/meters", "/v1/features"} <= examples.keys()
     for path, example in examples.items():
         response = client.post(path, json=example)
@@ -1010,7 +1005,7 @@ def test_an_unknown_route_is_a_404_that_lists_what_is_served(client, path):
     refused(response, 404, "not_found")
     message = response.json()["message"]
     assert "Events API only" not in message
-    served = [*eventstore.OPERATIONS, *operations()]
+    served = [*eventstore.OPERATIONS, *OPERATIONS]
     assert [one.public_path for one in served if one.public_path not in message] == []
 
 
@@ -1102,7 +1097,6 @@ def test_the_official_async_sdk_makes_finds_and_deletes_a_feature(live):
 SDK_REFUSALS = {
     "a bad meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered", meter=meter_of(event_name=" ")), 400, "meter.event_name"),
     "no meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered"), 400, "meter"),
-    "an unknown meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered", meter_id="meter_x"), 404, "meter_x"),
     "an unknown feature": (lambda sdk: sdk.features.delete_feature(id="feat_x"), 404, "feat_x"),
     "an unknown meter's usage": (lambda sdk: sdk.events.get_usage_by_meter(meter_id="meter_x"), 404, "meter_x"),
     "a bad group": (lambda sdk: sdk.events.get_usage_analytics(group_by=["colour"]), 400, "group_by"),
@@ -1123,7 +1117,7 @@ def test_the_official_sdk_raises_the_servers_message(live, call, status, message
     assert refusal.value.data.code == {400: "validation_error", 404: "not_found"}[status]
 
 
-def test_the_official_sdk_raises_the_conflict_of_a_lookup_key(live):
+def test_the_official_sdk_raises_what_its_document_does_not_foresee(live):
     from flexprice import Flexprice
     from flexprice.models.errors import FlexpriceError
 
@@ -1131,4 +1125,7 @@ def test_the_official_sdk_raises_the_conflict_of_a_lookup_key(live):
         sdk.features.create_feature(name="Taken", type_="boolean")
         with pytest.raises(FlexpriceError) as refusal:
             sdk.features.create_feature(name="Taken", type_="boolean")
-        assert refusal.value.status_code == 409
+        assert (refusal.value.status_code, "already_exists" in refusal.value.body) == (409, True)
+        with pytest.raises(FlexpriceError) as refusal:
+            sdk.features.create_feature(name="Other", type_="metered", meter_id="meter_x")
+        assert (refusal.value.status_code, "not_found" in refusal.value.body) == (404, True)
