@@ -2182,7 +2182,6 @@ class Operation(NamedTuple):
     answer: Any
     body: Any = None
     parameters: Iterable[str] = ()  # of the query string; names in PARAMETER_SCHEMAS, or a mapping to schemas
-    required: Sequence[str] = ()  # fields of the body
     example: Any = None  # of the body
     schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
     status: int = 200
@@ -2204,7 +2203,6 @@ _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 OPERATIONS = (
     Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
-              required=["event_name", "external_customer_id"],
               example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
     Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
     Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
@@ -2212,7 +2210,7 @@ OPERATIONS = (
     Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
               example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
                        "page_size": 100}),
-    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, required=["event_name", "aggregation_type"],
+    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn,
               example=_API_CALL | {"aggregation_type": "SUM", "property_name": "tokens", "window_size": "DAY",
                                    "timezone": "America/New_York"}),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
@@ -2439,14 +2437,14 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     for more in (FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
         for name in more:
             schemas[name]["properties"] |= more[name]
+            needed = [field for field, schema in more[name].items() if not _takes_null(schema)]
+            schemas[name]["required"] = [*dict.fromkeys([*schemas[name].get("required", ()), *needed])]
+    for schema in schemas.values():
+        schema.pop("additionalProperties", None)  # they are ignored
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
     for operation in operations:
-        if operation.body:
-            schemas[operation.body.__name__].pop("additionalProperties", None)  # they are ignored
-        if operation.required:
-            schemas[operation.body.__name__]["required"] = operation.required
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
     about = '"API: Usage" names the section of that name in the project\'s docs/api.md.'
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
@@ -2457,6 +2455,11 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"ApiKey": key}},
     }
+
+
+def _takes_null(schema: dict[str, Any]) -> bool:
+    choices = schema.get("anyOf", ())
+    return None in schema.get("enum", ()) or "null" in schema.get("type", "") or any(map(_takes_null, choices))
 
 
 def ref(kind: Any) -> dict[str, Any]:

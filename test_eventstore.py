@@ -1439,7 +1439,7 @@ class Stamp:
 def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path):
     from openapi_spec_validator import validate
 
-    hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, required=["name"], example={"name": "you"},
+    hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, example={"name": "you"},
                                  schemas={"Name": {"name": {"type": "string", "maxLength": 9}}})  # fmt: skip
     settings = Settings(db=str(tmp_path / "events.db"), api_keys=KEYS)
     app = create_app(settings, operations=[hello], middleware=[Middleware(Stamp, name="x-stamp")])

@@ -64,7 +64,7 @@ from eventstore import (
     usage_value,
 )
 from eventstore_extras import meters
-from eventstore_extras.meters import Aggregation, Feature, Meter, ReportingUnit, plain_decimal
+from eventstore_extras.meters import Aggregation, Feature, Meter, ReportingUnit, decimal_text, plain_decimal
 
 MAX_ANSWERED = 100_000  # items of an answer, or points
 MAX_DIMENSIONS = 50
@@ -289,10 +289,9 @@ def analytics_query(sent: AnalyticsIn, view: View, faults: Faults) -> AnalyticsQ
     """The checked query. ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
-    named = [
-        faults.check(f"group_by[{place}]", check_dimension, name) for place, name in enumerate(sent.group_by or [])
-    ]
-    dimensions = tuple(dict.fromkeys(name for name in named if name and name not in IMPLIED_DIMENSIONS))
+    for place, name in enumerate(sent.group_by or []):
+        faults.check(f"group_by[{place}]", check_dimension, name or " ")  # an empty one is none either
+    dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in IMPLIED_DIMENSIONS))
     for field, given, most in ("group_by", dimensions, MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if given and len(given) > most:
             faults.add(field, "out_of_range", f"may hold {most} names, got {len(given)}")
@@ -411,21 +410,24 @@ def clipped(query: AnalyticsQuery, bounds: Sequence[int], windows: Sequence[int]
 
 
 def buckets_of(query: AnalyticsQuery, one: Metered, size: str) -> list[Bound]:
-    """The buckets of a meter, each in the window that it begins in."""
-    start_us, end_us = query.events.start_us, query.events.end_us
+    """The buckets of a meter, each in the window that it begins in; ranges that cut none in two, where SQL makes them
+    of the time itself."""
     bucket_size = str(one.meter.aggregation.bucket_size)
-    buckets = Windows(bucket_size).bounds(start_us, end_us, f"bucket_size of the meter {one.meter.id}")
-    windows = Windows(size).bounds(buckets[0], end_us) if size else buckets[:1]
+    if bucket_size in WINDOW_MINUTES:
+        return pieces(bounds_of(query, size), DAY_US)
+    buckets = Windows(bucket_size).bounds(query.events.start_us, query.events.end_us)
+    windows = Windows(size).bounds(buckets[0], query.events.end_us) if size else buckets[:1]
     return clipped(query, buckets, windows)
 
 
-def pieces(bounds: list[Bound]) -> list[Bound]:
-    """Where there are fewer windows than threads, each is cut for all of them."""
+def pieces(bounds: list[Bound], step_us: int = 1) -> list[Bound]:
+    """Where there are fewer windows than threads, each is cut for all of them, at multiples of a step."""
     if len(bounds) >= READER_THREADS:
         return bounds
     cut = []
     for start, end, window in bounds:
-        cuts = [start + (end - start) * i // READER_THREADS for i in range(READER_THREADS + 1)]
+        inner = [start + (end - start) * i // READER_THREADS for i in range(1, READER_THREADS)]
+        cuts = [start, *(max(start, at - at % step_us) for at in inner), end]
         cut += [(*pair, window) for pair in itertools.pairwise(cuts)]
     return cut
 
@@ -518,6 +520,8 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
         f"{dimension_expression(place, name, parameters)} AS d{place}" for place, name in enumerate(look.dimensions)
     ]
     columns += [column for needs, column in EVENT_COLUMNS.items() if any(map(needs, look.metered))]
+    if look.is_bucketed:
+        columns.append(f"{bucket_expression(look)} AS bucket")
     within = events_statement(query, names, columns, parameters)
     # LIMIT keeps the planner from merging the SELECTs, and so from reading a property again wherever it is named:
     # 20 meters over a million events take 1.6 times as long then.
@@ -537,6 +541,12 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
     grouped = f"SELECT {by_window}, {cells} FROM ({flagged}) WHERE {any_meter} GROUP BY {by_window} LIMIT :most"
     answered = [f"n{place}, {latest_value(place, one, parameters)}" for place, one in enumerate(look.metered)]
     return f"SELECT {', '.join([*groups, 'window', *answered])} FROM ({grouped})"
+
+
+def bucket_expression(look: Pass) -> str:
+    (one,) = look.metered
+    minutes = WINDOW_MINUTES.get(str(one.meter.aggregation.bucket_size))
+    return f"(timestamp_us - ({MIN_TIME_US})) / {minutes * MINUTE_US}" if minutes else "bound.key"
 
 
 def own_group_of(look: Pass, extracted: Extracted) -> str:
@@ -561,7 +571,7 @@ def events_statement(
         parameters["sources"] = ENCODER.encode(query.sources).decode()
         clauses.append("source IN (SELECT value FROM json_each(:sources))")
     clauses += ["timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1"]
-    always = ["bound.value ->> 2 AS window", "bound.key AS bucket", "event_name"]
+    always = ["bound.value ->> 2 AS window", "event_name"]
     return (
         f"SELECT {', '.join([*always, *columns])} FROM json_each(:bounds) AS bound CROSS JOIN events"
         f" WHERE {' AND '.join(clauses)}"
@@ -640,13 +650,6 @@ class Tallies:
         field = "group_by" if self._query.dimensions else "window_size"
         problem = f"makes more than {MAX_ANSWERED} items or points: take less of it, or a shorter range"
         refuse(field, "out_of_range", problem)
-
-
-def decimal_text(value: float) -> str:
-    """A whole number below 2^53 in full, any other to 15 significant digits; plain digits (API: Analytics)."""
-    if value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    return plain_decimal(Decimal(f"{value:.15g}"))
 
 
 def usage_text(one: Metered, count: int, value: float) -> str:
@@ -760,7 +763,7 @@ ANALYTICS_SCHEMAS = {"AnalyticsIn": _TIMES | {
 # Everything that this room and that of meters add to the service: what create_app takes as `operations`.
 OPERATIONS = (
     *meters.OPERATIONS,
-    Operation("POST", "/v1/events/usage/meter", compute_meter_usage, Usage, MeterUsageIn, required=["meter_id"],
+    Operation("POST", "/v1/events/usage/meter", compute_meter_usage, Usage, MeterUsageIn,
               refusals=[404], schemas=USAGE_SCHEMAS,
               example={"meter_id": "meter_01K7M", "external_customer_id": "cust_42", "window_size": "DAY"}),
     Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=ANALYTICS_SCHEMAS,

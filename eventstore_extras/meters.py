@@ -33,7 +33,6 @@ from eventstore import (
     JsonResponse,
     Operation,
     Parameters,
-    PropertyFilters,
     Service,
     T,
     choice,
@@ -140,21 +139,6 @@ class FeatureSearchIn(Struct, forbid_unknown_fields=True):
     filters: list[Any] | None = None
 
 
-class MeterUsageIn(Struct, forbid_unknown_fields=True):
-    """The body of POST /v1/events/usage/meter (API: Usage of a meter)."""
-
-    meter_id: str | None = None
-    external_customer_id: str | None = None
-    customer_id: str | None = None
-    start_time: str | None = None
-    end_time: str | None = None
-    window_size: str | None = None
-    bucket_size: str | None = None
-    filters: PropertyFilters | None = None
-    billing_anchor: str | None = None
-    timezone: str | None = None
-
-
 class Aggregation(Struct):
     type: str
     field: str | None = None
@@ -243,7 +227,6 @@ class Done(Struct):
 METER = msgspec.json.Decoder(MeterIn)
 FEATURE = msgspec.json.Decoder(FeatureIn)
 FEATURE_SEARCH = msgspec.json.Decoder(FeatureSearchIn)
-METER_USAGE = msgspec.json.Decoder(MeterUsageIn)
 AGGREGATION = msgspec.json.Decoder(Aggregation)
 METER_FILTERS = msgspec.json.Decoder(list[MeterFilter])
 REPORTING_UNIT = msgspec.json.Decoder(ReportingUnit | None)
@@ -274,17 +257,24 @@ def plain_decimal(number: Decimal) -> str:
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
 
 
-def check_decimal(value: str | float) -> Decimal:
+def decimal_text(value: float) -> str:
+    """A whole number below 2^53 in full, any other to 15 significant digits; plain digits (API: Analytics)."""
+    if value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return plain_decimal(Decimal(f"{value:.15g}"))
+
+
+def check_decimal(value: str | float) -> float:
     """A number, or the text of one, that a 64-bit float can hold; of any sign."""
     text = str(value)
     if not DECIMAL.fullmatch(text) or abs(float(text)) == float("inf"):
         raise FieldError("invalid_format", f"must be a decimal number, got {echo(text)}")
-    return Decimal(text)
+    return float(text)
 
 
-def check_positive(value: str | float) -> Decimal:
+def check_positive(value: str | float) -> float:
     number = check_decimal(value)
-    if float(number) <= 0:
+    if number <= 0:
         raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {echo(str(value))}")
     return number
 
@@ -348,7 +338,7 @@ def check_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
     return Aggregation(
         type=kind,
         field=sent.field or None,
-        multiplier=None if multiplier is None else plain_decimal(multiplier),
+        multiplier=None if multiplier is None else decimal_text(multiplier),
         bucket_size=bucket_size,
         group_by=sent.group_by or None,
     )
@@ -411,7 +401,7 @@ def check_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> Report
             if getattr(sent, field) in (None, ""):
                 faults.add(field, "required", "is required in a reporting unit")
         rate = faults.check("conversion_rate", check_positive, sent.conversion_rate) or 1
-    return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", float(rate))
+    return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
 
 
 class Listing(Protocol):
@@ -583,8 +573,10 @@ def add_feature(
         add_meter(conn, place, meter_id, meter)
         columns = columns | {"meter_id": meter_id}
     elif columns["meter_id"] and known_meter(conn, place.environment, str(columns["meter_id"])).archived_at_us:
-        message = f"meter_id names the meter {echo(str(columns['meter_id']))}, which is archived: make a new one"
-        raise ApiError("validation_error", message)
+        faults = Faults(index=0)
+        problem = f"names a meter that is archived, got {echo(str(columns['meter_id']))}: make a new one"
+        faults.add("meter_id", "invalid_format", problem)
+        faults.refuse()
     try:
         insert_row(conn, "features", place.row(identity, columns))
     except sqlite3.IntegrityError as error:
@@ -709,14 +701,20 @@ async def _archive(
 def parameters_of(struct: type[T], request: Request, lists: Iterable[str], faults: Faults) -> T:
     parsers = PARAMETER_PARSERS | {name: lambda text: text.split(",") for name in lists}
     parameters = parse_parameters(request["query_string"], faults, lists)
-    return query_of_parameters(struct, parameters, struct.__struct_fields__, faults, parsers)  # type: ignore[attr-defined]
+    names = [name for name in struct.__struct_fields__ if name != "filters"]  # type: ignore[attr-defined]
+    return query_of_parameters(struct, parameters, names, faults, parsers)  # type: ignore[attr-defined]
+
+
+def sorts_of(names: Iterable[Any], faults: Faults) -> list[SortIn]:
+    """What a query string sorts by."""
+    return [SortIn(faults.check("sort", _SORT, name)) for name in names]
 
 
 async def find_meters(service: Service, request: Request) -> Response:
     """GET /v1/meters (API: Meters)."""
     faults = Faults()
     sent = parameters_of(MeterListIn, request, ["meter_ids"], faults)
-    sorts = [SortIn(sent.sort)] if sent.sort else []
+    sorts = sorts_of([sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, place_of(service, request).environment, faults)
     faults.refuse()
     add_list_filters(query, {"event_name": (sent.event_name or "").strip(), "id": sent.meter_ids})
@@ -727,7 +725,7 @@ async def find_features(service: Service, request: Request) -> Response:
     """GET /v1/features (API: Features)."""
     faults = Faults()
     sent = parameters_of(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
-    sent.sort = [SortIn(str(field)) for field in sent.sort or []]
+    sent.sort = sorts_of(sent.sort or [], faults)
     return await _find_features(service, request, sent, faults)
 
 
@@ -770,7 +768,7 @@ METER_EXAMPLE = {
     "reset_usage": "BILLING_PERIOD",
 }
 _NAME = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
-_DECIMAL = FIELD_SCHEMAS["UsageIn"]["multiplier"]
+_DECIMAL: dict[str, Any] = FIELD_SCHEMAS["UsageIn"]["multiplier"]
 _TIMES = {name: FIELD_SCHEMAS["EventQueryIn"][name] for name in ("start_time", "end_time")}
 _LIST: dict[str, Any] = _TIMES | {
     "limit": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_LIMIT},
@@ -791,7 +789,8 @@ METER_SCHEMAS = {
 FEATURE_SCHEMAS = METER_SCHEMAS | {
     "FeatureIn": {"name": _NAME, "type": {"enum": FEATURE_TYPES},
                   "lookup_key": {"type": ["string", "null"], "maxLength": MAX_NAME_CHARS}},
-    "ReportingUnitIn": {"unit_singular": _NAME, "unit_plural": _NAME, "conversion_rate": _DECIMAL},
+    "ReportingUnitIn": {"unit_singular": _NAME, "unit_plural": _NAME,
+                        "conversion_rate": {"anyOf": _DECIMAL["anyOf"][:2]}},
 }  # fmt: skip
 SEARCH_SCHEMAS = {
     "FeatureSearchIn": _LIST | {"filters": {"type": ["array", "null"], "maxItems": 0}},
@@ -809,14 +808,13 @@ _FEATURE_PARAMETERS = dict.fromkeys(("feature_ids", "lookup_key", "lookup_keys",
 
 OPERATIONS = (
     Operation("POST", "/v1/meters", create_meter, Meter, MeterIn, status=201, example=METER_EXAMPLE,
-              schemas=METER_SCHEMAS, required=["name", "event_name", "aggregation", "reset_usage"]),
+              schemas=METER_SCHEMAS),
     Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS | {"event_name": _IDS}),
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),
     Operation("POST", "/v1/features", create_feature, Feature, FeatureIn, status=201, refusals=[404, 409],
-              example={"name": "Tokens", "type": "metered", "meter": METER_EXAMPLE}, schemas=FEATURE_SCHEMAS,
-              required=["name", "type"]),
+              example={"name": "Tokens", "type": "metered", "meter": METER_EXAMPLE}, schemas=FEATURE_SCHEMAS),
     Operation("GET", "/v1/features", find_features, FeaturePage, None, _LIST_PARAMETERS | _FEATURE_PARAMETERS),
     Operation("POST", "/v1/features/search", search_features, FeaturePage, FeatureSearchIn, schemas=SEARCH_SCHEMAS,
               example={"lookup_keys": ["tokens"]}),

@@ -769,7 +769,7 @@ def test_every_fault_of_analytics_is_named_at_once(shared):
     bad = {"group_by": ["colour"], "window_size": "x", "start_time": "y", "expand": 5}
     assert faulty_fields(shared.post("/v1/events/analytics", json=bad)) == [
         "expand",
-        "group_by",
+        "group_by[0]",
         "start_time",
         "window_size",
     ]
