@@ -1,14 +1,14 @@
 """eventstore: FlexPrice's usage-events API in one Python file on SQLite.
 
 It takes usage events over the same wire as FlexPrice (singly or in batches of up to 1000), keeps them in one
-SQLite file and reads them back with filters and cursors. It is not a billing system: no customers, meters,
+SQLite file and reads them back with filters and cursors. It is not a billing system: no customers, prices,
 plans or invoices, and one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
-What grew around it is in eventstore_extras: import, export, replay, and a mock for tests. Nothing of it is imported
-before a command or a flag asks for it, and this file works without it.
+What grew around it is in eventstore_extras: meters and analytics, import, export, replay, and a mock for tests. Nothing
+of it is imported before a command or a flag asks for it, and this file works without it.
 
 What is promised to callers stands in docs/api.md: "API: Usage" in a docstring is its section of that name.
 

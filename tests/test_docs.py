@@ -1,8 +1,9 @@
 """README.md and docs/ say what is true: what they show is run, what they point to is there.
 
 A ```console block is pasted: lines after `$ ` are commands (`> ` goes on with one), the others are what they print, but
-for ids, clocks and the like, which vary. A page has one server, in a folder of its own. The ```python blocks of a page
-are one program. Blocks of other languages are not run.
+for ids, clocks and the like, which vary; an id that was shown stands for that of the run in the commands after it. A
+page has one server, in a folder of its own. The ```python blocks of a page are one program, which is run last, and what
+its ```text blocks show is printed by it. Blocks of other languages are not run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import httpx
+import msgspec
 import pytest
 
 import eventstore
+from eventstore_extras import analytics, meters
+from eventstore_extras.mock import MockServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -128,7 +132,7 @@ def commands(block: str) -> Iterator[Command]:
 
 
 VARYING = {
-    "id": r"event_[0-9A-HJKMNP-TV-Z]{26}",
+    "id": r"(?:event|meter|feat)_[0-9A-HJKMNP-TV-Z]{26}",
     "clock": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z",
     "cursor": r"\b\d{19}(?=::)",
     "duration": r"\b\d+\.\d s\b",
@@ -145,8 +149,8 @@ def varies(found: re.Match[str], now: datetime) -> bool:
     return abs(moment - now.timestamp()) < 3600
 
 
-def compare(command: str, expected: str, printed: str) -> None:
-    """What was printed is what the page has, but for what varies."""
+def compare(command: str, expected: str, printed: str) -> dict[str, str]:
+    """What was printed is what the page has, but for what varies. The page's ids, and those of the run."""
     now = datetime.now(UTC)
     twins = list(VARIES.finditer(printed))
     masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
@@ -158,6 +162,8 @@ def compare(command: str, expected: str, printed: str) -> None:
 
     wanted = VARIES.sub(mask_like_its_twin, expected)
     assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
+    pairs = zip(VARIES.finditer(expected), twins, strict=True)
+    return {shown[0]: twin[0] for shown, twin in pairs if twin.lastgroup == "id"}
 
 
 def with_ports(text: str, ports: dict[str, int]) -> str:
@@ -183,11 +189,11 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path)
     if not (pasted or python):
         pytest.skip("nothing to paste")
     ports = {"8080": free_port()}
-    started, missing = [], set()
+    started, missing, ids = [], set(), {}
     with serving(tmp_path, ports["8080"]):
         try:
             for command, expected in pasted:
-                text = here(with_ports(command, ports))
+                text = here(with_ports(VARIES.sub(lambda found: ids.get(found[0], found[0]), command), ports))
                 program = text.split()[0]
                 if shutil.which(program) is None:
                     missing.add(program)
@@ -197,8 +203,10 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path)
                     started.append(process)
                     wait_for(int(re.findall(r"--port (\d+)", text)[0]), process)
                 else:
-                    compare(command, with_ports(expected, ports), run(tmp_path, "bash", "-c", text).stdout)
-            run_program(name, with_ports("\n\n".join(python), ports), tmp_path)
+                    printed = run(tmp_path, "bash", "-c", text).stdout
+                    ids |= compare(command, with_ports(expected, ports), printed)
+            printed = run_program(name, with_ports("\n\n".join(python), ports), tmp_path)
+            assert [text for text in blocks(PAGES[name], "text") if text not in printed] == []
         finally:
             for process in started:
                 with ended(process):
@@ -214,21 +222,23 @@ def test_the_other_fixture_is_a_server_too(slow_flexprice):
 """
 
 
-def run_program(name: str, program: str, folder: Path) -> None:
-    """The Python of a page; where it is about tests, as a test file."""
+def run_program(name: str, program: str, folder: Path) -> str:
+    """What the Python of a page prints; where it is about tests, it is a test file."""
     is_test_file = name == "docs/testing.md"
     path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
     path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
     pytest_if_so = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] * is_test_file
     done = run(folder, sys.executable, *pytest_if_so, path)
     assert done.returncode == 0, done.stdout
-    assert not is_test_file or "3 passed" in done.stdout
+    assert not is_test_file or "5 passed" in done.stdout
+    return done.stdout
 
 
 def test_the_masks_leave_what_does_not_vary():
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     compare("", "at 2026-11-01T03:30:00Z, now 2026-11-25T10:49:52.268441Z", f"at 2026-11-01T03:30:00Z, now {now}")
-    compare("", "event_01M80W6JV7116EN36KDG44YBRY; 0.0 s", "event_01M80W6JV7116EN36KDG44YBRZ; 1.7 s")
+    old, new = "meter_01M80W6JV7116EN36KDG44YBRY", "meter_01M80W6JV7116EN36KDG44YBRZ"
+    assert compare("", f"{old}; 0.0 s", f"{new}; 1.7 s") == {old: new}
     for expected in ("2026-11-01T03:30:00Z", now, "yesterday"):
         with pytest.raises(AssertionError):
             compare("", expected, "2025-11-01T03:30:00Z")
@@ -335,13 +345,46 @@ def test_every_flag_is_documented_with_its_default(tmp_path):
     assert defaults == shown
 
 
-def test_every_route_field_and_code_is_documented():
-    table = section(API, "Endpoints")
-    for operation in eventstore.OPERATIONS:
-        assert f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}" in table
-    fields = [name for struct in (eventstore.EventIn, eventstore.EventQueryIn, eventstore.UsageIn, eventstore.EventPage,
-                                  eventstore.Monitoring, eventstore.EventLookup, eventstore.Fault, eventstore.ErrorDetails)
-              for name in struct.__struct_fields__]  # fmt: skip
+SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", SERVED, ids=lambda operation: f"{operation.method} {operation.public_path}")
+def test_every_route_is_documented(operation):
+    row = f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}"
+    assert re.search(rf"{re.escape(row)}[`?]", section(API, "Endpoints"))
+
+
+def wire_types(kind: Any) -> Iterator[type]:
+    """A type of the wire, and those of its fields."""
+    if hasattr(kind, "__struct_fields__"):
+        yield kind
+        for field in msgspec.structs.fields(kind):
+            yield from wire_types(field.type)
+    for part in get_args(kind):
+        yield from wire_types(part)
+
+
+# What is documented under which heading, and not by chance elsewhere.
+SECTIONS = {
+    "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
+    "Features": [meters.FeatureIn, meters.FeatureSearchIn, meters.FeaturePage, meters.SortIn],
+    "Usage of a meter": [analytics.MeterUsageIn],
+    "Analytics": [analytics.AnalyticsIn, analytics.AnalyticsItem, analytics.AnalyticsPoint],
+}
+ELSEWHERE = {"Features": ("Meters",), "Analytics": ("Meters", "Features")}  # which it links to
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_what_meters_and_analytics_have_for_fields_stands_under_their_heading(heading):
+    fields = {name for kind in SECTIONS[heading] for struct in wire_types(kind) for name in struct.__struct_fields__}
+    texts = [section(API, name) for name in (heading, *ELSEWHERE.get(heading, ()))]
+    assert fields - set(re.findall(r"\w+", " ".join(texts))) == set()
+
+
+def test_every_field_and_code_is_documented():
+    kinds = [kind for operation in SERVED for kind in (operation.body, operation.answer)]
+    fields = {name for kind in (*kinds, eventstore.EventIn, eventstore.ErrorBody) for struct in wire_types(kind)
+              for name in struct.__struct_fields__ if not name.startswith("event_") or not name[6:].isdigit()}  # fmt: skip
     words = set(re.findall(r"\w+", API))
     assert {*fields, *eventstore.STATUS_OF_CODE, *eventstore.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
 
@@ -351,8 +394,6 @@ FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
-    from eventstore_extras.mock import running_server
-
     fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
     with running_server() as server:
         server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
@@ -452,6 +493,48 @@ def test_a_key_is_changed_without_losing_a_request(tmp_path):
         assert {status for _, status in sent} == {202}
         assert ids_on(port, "new-key") == [event_id for event_id, _ in sent]
         assert send(port, "late", "old-key").status_code == 401
+
+
+def moved(server: MockServer) -> list[tuple[Any, ...]]:
+    """The published meters and features of a server, but for what another one makes anew."""
+    headers = {"x-api-key": server.api_key}
+    pages = [httpx.get(f"{server.url}/{path}?status=published&order=asc&limit=1000", headers=headers).json()["items"]
+             for path in ("meters", "features")]  # fmt: skip
+    places = {meter["id"]: place for place, meter in enumerate(pages[0])} | {"": None}
+    new = dict.fromkeys(("id", "created_at", "updated_at", "meter"))
+    return [(row | new, places[row["meter_id"]]) if "meter_id" in row else (row | new,) for row in sum(pages, [])]
+
+
+def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path):
+    (program,) = blocks(section(OPERATING, "Moving to FlexPrice"), "python")
+    buckets = {"type": "MAX", "field": "n", "bucket_size": "DAY", "group_by": "model"}
+    aggregations = [{"type": "COUNT"}, {"type": "COUNT"}, buckets, {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "0.1"}]
+    with running_server(api_keys={KEY: "development"}) as old, running_server(api_keys={"key-there": "development"}) as new:
+
+        def make(path: str, **body: object) -> str:
+            answer = httpx.post(f"{old.url}/{path}", json=body, headers={"x-api-key": KEY})
+            return answer.raise_for_status().json().get("id")
+
+        conditions = [{"key": "model", "values": ["large", "small"]}]
+        ids = [make("meters", name="M", event_name="call", aggregation=aggregation, filters=filters, reset_usage=reset)
+               for aggregation in aggregations for filters, reset in (([], "NEVER"), (conditions, "BILLING_PERIOD"))]  # fmt: skip
+        for number in (2, 2, 5, 7):
+            unit = {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 0.5}
+            make("features", name=f"F{len(ids)}", type="metered", meter_id=ids[number], reporting_unit=unit,
+                 unit_singular="1", unit_plural="2", lookup_key=f"key {len(ids)}", description="d", metadata={"a": "b"})  # fmt: skip
+            ids.append("")
+        make("features", name="Boolean", type="boolean")
+        make(f"meters/{ids[7]}/disable")
+        before = moved(old)
+        assert len(before) == 7 + 4
+        ports = {"8080": httpx.URL(old.url).port, "8081": httpx.URL(new.url).port}
+        (tmp_path / "carry.py").write_text(with_ports(program, ports))
+        for printed in ("left out, its meter is archived: F11\n", "there already: "):
+            done = run(tmp_path, sys.executable, "carry.py")
+            assert done.returncode == 0, done.stdout
+            assert printed in done.stdout
+            assert moved(new) == [row for row in before if row[0]["name"] != "F11"]
+            assert moved(old) == before
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
