@@ -175,6 +175,11 @@ def with_ports(text: str, ports: dict[str, int]) -> str:
     return re.sub(r"(127\.0\.0\.1:|--port )(\d+)", free, text)
 
 
+def with_ids(text: str, ids: dict[str, str]) -> str:
+    """The same with ids of the run in place of those that the page has shown."""
+    return VARIES.sub(lambda found: ids.get(found[0], found[0]), text)
+
+
 def here(command: str) -> str:
     """The command for this copy and this Python."""
     command = command.replace(".venv/bin/eventstore", shlex.join(EVENTSTORE))
@@ -193,7 +198,7 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path)
     with serving(tmp_path, ports["8080"]):
         try:
             for command, expected in pasted:
-                text = here(with_ports(VARIES.sub(lambda found: ids.get(found[0], found[0]), command), ports))
+                text = here(with_ports(with_ids(command, ids), ports))
                 program = text.split()[0]
                 if shutil.which(program) is None:
                     missing.add(program)
@@ -495,46 +500,63 @@ def test_a_key_is_changed_without_losing_a_request(tmp_path):
         assert send(port, "late", "old-key").status_code == 401
 
 
-def moved(server: MockServer) -> list[tuple[Any, ...]]:
-    """The published meters and features of a server, but for what another one makes anew."""
-    headers = {"x-api-key": server.api_key}
-    pages = [httpx.get(f"{server.url}/{path}?status=published&order=asc&limit=1000", headers=headers).json()["items"]
-             for path in ("meters", "features")]  # fmt: skip
-    places = {meter["id"]: place for place, meter in enumerate(pages[0])} | {"": None}
-    new = dict.fromkeys(("id", "created_at", "updated_at", "meter"))
-    return [(row | new, places[row["meter_id"]]) if "meter_id" in row else (row | new,) for row in sum(pages, [])]
+def published(server: MockServer, path: str) -> list[dict[str, Any]]:
+    query = f"{server.url}/{path}?status=published&order=asc&limit=1000"
+    return httpx.get(query, headers={"x-api-key": server.api_key}).raise_for_status().json()["items"]
+
+
+def what_moves(server: MockServer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The published meters and features; in place of their ids, which meter a feature has."""
+    anew = dict.fromkeys(("id", "created_at", "updated_at", "meter_id", "meter"))
+    meters = published(server, "meters")
+    places = {meter["id"]: place for place, meter in enumerate(meters)}
+    features = [
+        feature | anew | {"place": places.get(feature["meter_id"])} for feature in published(server, "features")
+    ]
+    return [meter | anew for meter in meters], features
+
+
+METERS_TO_MOVE = [
+    {"type": "COUNT"}, {"type": "COUNT"},  # two that are equal stay two
+    {"type": "MAX", "field": "n", "bucket_size": "DAY", "group_by": "model"},
+    {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "0.1"},
+]  # fmt: skip
+
+
+def fill_with_meters(server: MockServer) -> None:
+    """Meters without a feature, with one and with two; features without a meter, with one, and with an archived one."""
+
+    def make(path: str, **body: object) -> str:
+        answer = httpx.post(f"{server.url}/{path}", json=body, headers={"x-api-key": server.api_key})
+        return str(answer.raise_for_status().json().get("id"))
+
+    filtered = {"filters": [{"key": "model", "values": ["large", "small"]}], "reset_usage": "NEVER"}
+    ids = [make("meters", name="Meter", event_name="call", aggregation=aggregation, **more)
+           for aggregation in METERS_TO_MOVE for more in (filtered, {"reset_usage": "BILLING_PERIOD"})]  # fmt: skip
+    unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 0.5}
+    more = {"type": "metered", "unit_singular": "call", "unit_plural": "calls", "reporting_unit": unit,
+            "description": "all of them", "metadata": {"team": "a"}}  # fmt: skip
+    for name, meter_id in (("first", ids[2]), ("second", ids[2]), ("third", ids[5]), ("lost", ids[7])):
+        make("features", name=name, lookup_key=f"key of the {name}", meter_id=meter_id, **more)
+    make("features", name="none", type="boolean")
+    make(f"meters/{ids[7]}/disable")
 
 
 def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path):
     (program,) = blocks(section(OPERATING, "Moving to FlexPrice"), "python")
-    buckets = {"type": "MAX", "field": "n", "bucket_size": "DAY", "group_by": "model"}
-    aggregations = [{"type": "COUNT"}, {"type": "COUNT"}, buckets, {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "0.1"}]
-    with running_server(api_keys={KEY: "development"}) as old, running_server(api_keys={"key-there": "development"}) as new:
-
-        def make(path: str, **body: object) -> str:
-            answer = httpx.post(f"{old.url}/{path}", json=body, headers={"x-api-key": KEY})
-            return answer.raise_for_status().json().get("id")
-
-        conditions = [{"key": "model", "values": ["large", "small"]}]
-        ids = [make("meters", name="M", event_name="call", aggregation=aggregation, filters=filters, reset_usage=reset)
-               for aggregation in aggregations for filters, reset in (([], "NEVER"), (conditions, "BILLING_PERIOD"))]  # fmt: skip
-        for number in (2, 2, 5, 7):
-            unit = {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 0.5}
-            make("features", name=f"F{len(ids)}", type="metered", meter_id=ids[number], reporting_unit=unit,
-                 unit_singular="1", unit_plural="2", lookup_key=f"key {len(ids)}", description="d", metadata={"a": "b"})  # fmt: skip
-            ids.append("")
-        make("features", name="Boolean", type="boolean")
-        make(f"meters/{ids[7]}/disable")
-        before = moved(old)
-        assert len(before) == 7 + 4
-        ports = {"8080": httpx.URL(old.url).port, "8081": httpx.URL(new.url).port}
+    with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
+        fill_with_meters(old)
+        meters, features = what_moves(old)
+        assert (len(meters), len(features)) == (7, 5)
+        ports = {"8080": str(httpx.URL(old.url).port), "8081": str(httpx.URL(new.url).port)}
         (tmp_path / "carry.py").write_text(with_ports(program, ports))
-        for printed in ("left out, its meter is archived: F11\n", "there already: "):
+        lost = "left out, its meter is archived: lost"
+        there = [f"there already: {name}" for name in ("first", "second", "third")]
+        for printed in [lost], [*there, lost, "there already: none"]:
             done = run(tmp_path, sys.executable, "carry.py")
-            assert done.returncode == 0, done.stdout
-            assert printed in done.stdout
-            assert moved(new) == [row for row in before if row[0]["name"] != "F11"]
-            assert moved(old) == before
+            assert done.stdout.splitlines() == printed
+            assert what_moves(new) == (meters, [feature for feature in features if feature["name"] != "lost"])
+        assert what_moves(old) == (meters, features)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
