@@ -2603,7 +2603,7 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None,
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
-    mock = "  mock         /_mock/events and /_mock/faults are open\n" if is_mock else ""
+    mock = "  mock         /_mock/events, /_mock/meters and /_mock/faults are open\n" if is_mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
