@@ -508,19 +508,19 @@ def published(server: MockServer, path: str) -> list[dict[str, Any]]:
 def what_moves(server: MockServer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The published meters and features; in place of their ids, which meter a feature has."""
     anew = dict.fromkeys(("id", "created_at", "updated_at", "meter_id", "meter"))
-    meters = published(server, "meters")
-    places = {meter["id"]: place for place, meter in enumerate(meters)}
+    rows = published(server, "meters")
+    places = {meter["id"]: place for place, meter in enumerate(rows)}
     features = [
         feature | anew | {"place": places.get(feature["meter_id"])} for feature in published(server, "features")
     ]
-    return [meter | anew for meter in meters], features
+    return [meter | anew for meter in rows], features
 
 
 METERS_TO_MOVE = [
     {"type": "COUNT"},
     {"type": "MAX", "field": "n", "bucket_size": "DAY", "group_by": "model"},
     {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "0.1"},
-]  # fmt: skip
+]
 
 
 def fill_with_meters(server: MockServer) -> None:
@@ -546,8 +546,8 @@ def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_ch
     (program,) = blocks(section(OPERATING, "Moving to FlexPrice"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
         fill_with_meters(old)
-        meters, features = what_moves(old)
-        assert (len(meters), len(features)) == (5, 5)
+        expected, features = what_moves(old)
+        assert (len(expected), len(features)) == (5, 5)
         ports = {"8080": str(httpx.URL(old.url).port), "8081": str(httpx.URL(new.url).port)}
         (tmp_path / "carry.py").write_text(with_ports(program, ports))
         lost = "left out, its meter is archived: lost"
@@ -555,8 +555,8 @@ def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_ch
         for printed in [lost], [*there, lost, "there already: none"]:
             done = run(tmp_path, sys.executable, "carry.py")
             assert done.stdout.splitlines() == printed
-            assert what_moves(new) == (meters, [feature for feature in features if feature["name"] != "lost"])
-        assert what_moves(old) == (meters, features)
+            assert what_moves(new) == (expected, [feature for feature in features if feature["name"] != "lost"])
+        assert what_moves(old) == (expected, features)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
