@@ -1,14 +1,14 @@
 """eventstore: FlexPrice's usage-events API in one Python file on SQLite.
 
 It takes usage events over the same wire as FlexPrice (singly or in batches of up to 1000), keeps them in one
-SQLite file and reads them back with filters and cursors. It is not a billing system: no customers, meters,
+SQLite file and reads them back with filters and cursors. It is not a billing system: no customers, prices,
 plans or invoices, and one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
     app = eventstore.create_app(settings)    # the same as an ASGI application
 
-What grew around it is in eventstore_extras: import, export, replay, and a mock for tests. Nothing of it is imported
-before a command or a flag asks for it, and this file works without it.
+What grew around it is in eventstore_extras: meters and analytics, import, export, replay, and a mock for tests. Nothing
+of it is imported before a command or a flag asks for it, and this file works without it.
 
 What is promised to callers stands in docs/api.md: "API: Usage" in a docstring is its section of that name.
 
@@ -2606,7 +2606,7 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None,
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
-    mock = "  mock         /_mock/events and /_mock/faults are open\n" if is_mock else ""
+    mock = "  mock         /_mock/events, /_mock/meters and /_mock/faults are open\n" if is_mock else ""
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite

@@ -1,8 +1,9 @@
 """README.md and docs/ say what is true: what they show is run, what they point to is there.
 
 A ```console block is pasted: lines after `$ ` are commands (`> ` goes on with one), the others are what they print, but
-for ids, clocks and the like, which vary. A page has one server, in a folder of its own. The ```python blocks of a page
-are one program. Blocks of other languages are not run.
+for ids, clocks and the like, which vary; an id that was shown stands for that of the run in the commands after it. A
+page has one server, in a folder of its own. The ```python blocks of a page are one program, which is run last, and what
+its ```text blocks show is printed by it. Blocks of other languages are not run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import httpx
+import msgspec
 import pytest
 
 import eventstore
+from eventstore_extras import analytics, meters
+from eventstore_extras.mock import MockServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -128,7 +132,7 @@ def commands(block: str) -> Iterator[Command]:
 
 
 VARYING = {
-    "id": r"event_[0-9A-HJKMNP-TV-Z]{26}",
+    "id": r"(?:event|meter|feat)_[0-9A-HJKMNP-TV-Z]{26}",
     "clock": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z",
     "cursor": r"\b\d{19}(?=::)",
     "duration": r"\b\d+\.\d s\b",
@@ -145,8 +149,8 @@ def varies(found: re.Match[str], now: datetime) -> bool:
     return abs(moment - now.timestamp()) < 3600
 
 
-def compare(command: str, expected: str, printed: str) -> None:
-    """What was printed is what the page has, but for what varies."""
+def compare(command: str, expected: str, printed: str) -> dict[str, str]:
+    """What was printed is what the page has, but for what varies. The page's ids, and those of the run."""
     now = datetime.now(UTC)
     twins = list(VARIES.finditer(printed))
     masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
@@ -158,6 +162,8 @@ def compare(command: str, expected: str, printed: str) -> None:
 
     wanted = VARIES.sub(mask_like_its_twin, expected)
     assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
+    pairs = zip(VARIES.finditer(expected), twins, strict=True)
+    return {shown[0]: twin[0] for shown, twin in pairs if twin.lastgroup == "id"}
 
 
 def with_ports(text: str, ports: dict[str, int]) -> str:
@@ -167,6 +173,11 @@ def with_ports(text: str, ports: dict[str, int]) -> str:
         return found[1] + str(ports.setdefault(found[2], free_port()))
 
     return re.sub(r"(127\.0\.0\.1:|--port )(\d+)", free, text)
+
+
+def with_ids(text: str, ids: dict[str, str]) -> str:
+    """The same with ids of the run in place of those that the page has shown."""
+    return VARIES.sub(lambda found: ids.get(found[0], found[0]), text)
 
 
 def here(command: str) -> str:
@@ -183,11 +194,11 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path)
     if not (pasted or python):
         pytest.skip("nothing to paste")
     ports = {"8080": free_port()}
-    started, missing = [], set()
+    started, missing, ids = [], set(), {}
     with serving(tmp_path, ports["8080"]):
         try:
             for command, expected in pasted:
-                text = here(with_ports(command, ports))
+                text = here(with_ports(with_ids(command, ids), ports))
                 program = text.split()[0]
                 if shutil.which(program) is None:
                     missing.add(program)
@@ -197,8 +208,10 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path)
                     started.append(process)
                     wait_for(int(re.findall(r"--port (\d+)", text)[0]), process)
                 else:
-                    compare(command, with_ports(expected, ports), run(tmp_path, "bash", "-c", text).stdout)
-            run_program(name, with_ports("\n\n".join(python), ports), tmp_path)
+                    printed = run(tmp_path, "bash", "-c", text).stdout
+                    ids |= compare(command, with_ports(expected, ports), printed)
+            printed = run_program(name, with_ports("\n\n".join(python), ports), tmp_path)
+            assert [text for text in blocks(PAGES[name], "text") if text not in printed] == []
         finally:
             for process in started:
                 with ended(process):
@@ -214,21 +227,23 @@ def test_the_other_fixture_is_a_server_too(slow_flexprice):
 """
 
 
-def run_program(name: str, program: str, folder: Path) -> None:
-    """The Python of a page; where it is about tests, as a test file."""
+def run_program(name: str, program: str, folder: Path) -> str:
+    """What the Python of a page prints; where it is about tests, it is a test file."""
     is_test_file = name == "docs/testing.md"
     path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
     path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
     pytest_if_so = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] * is_test_file
     done = run(folder, sys.executable, *pytest_if_so, path)
     assert done.returncode == 0, done.stdout
-    assert not is_test_file or "3 passed" in done.stdout
+    assert not is_test_file or "5 passed" in done.stdout
+    return done.stdout
 
 
 def test_the_masks_leave_what_does_not_vary():
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     compare("", "at 2026-11-01T03:30:00Z, now 2026-11-25T10:49:52.268441Z", f"at 2026-11-01T03:30:00Z, now {now}")
-    compare("", "event_01M80W6JV7116EN36KDG44YBRY; 0.0 s", "event_01M80W6JV7116EN36KDG44YBRZ; 1.7 s")
+    old, new = "meter_01M80W6JV7116EN36KDG44YBRY", "meter_01M80W6JV7116EN36KDG44YBRZ"
+    assert compare("", f"{old}; 0.0 s", f"{new}; 1.7 s") == {old: new}
     for expected in ("2026-11-01T03:30:00Z", now, "yesterday"):
         with pytest.raises(AssertionError):
             compare("", expected, "2025-11-01T03:30:00Z")
@@ -335,13 +350,46 @@ def test_every_flag_is_documented_with_its_default(tmp_path):
     assert defaults == shown
 
 
-def test_every_route_field_and_code_is_documented():
-    table = section(API, "Endpoints")
-    for operation in eventstore.OPERATIONS:
-        assert f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}" in table
-    fields = [name for struct in (eventstore.EventIn, eventstore.EventQueryIn, eventstore.UsageIn, eventstore.EventPage,
-                                  eventstore.Monitoring, eventstore.EventLookup, eventstore.Fault, eventstore.ErrorDetails)
-              for name in struct.__struct_fields__]  # fmt: skip
+SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", SERVED, ids=lambda operation: f"{operation.method} {operation.public_path}")
+def test_every_route_is_documented(operation):
+    row = f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}"
+    assert re.search(rf"{re.escape(row)}[`?]", section(API, "Endpoints"))
+
+
+def wire_types(kind: Any) -> Iterator[type]:
+    """A type of the wire, and those of its fields."""
+    if hasattr(kind, "__struct_fields__"):
+        yield kind
+        for field in msgspec.structs.fields(kind):
+            yield from wire_types(field.type)
+    for part in get_args(kind):
+        yield from wire_types(part)
+
+
+# What is documented under which heading, and not by chance elsewhere.
+SECTIONS = {
+    "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
+    "Features": [meters.FeatureIn, meters.FeatureSearchIn, meters.FeaturePage, meters.SortIn],
+    "Usage of a meter": [analytics.MeterUsageIn],
+    "Analytics": [analytics.AnalyticsIn, analytics.AnalyticsItem, analytics.AnalyticsPoint],
+}
+ELSEWHERE = {"Features": ("Meters",), "Analytics": ("Meters", "Features")}  # which it links to
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_what_meters_and_analytics_have_for_fields_stands_under_their_heading(heading):
+    fields = {name for kind in SECTIONS[heading] for struct in wire_types(kind) for name in struct.__struct_fields__}
+    texts = [section(API, name) for name in (heading, *ELSEWHERE.get(heading, ()))]
+    assert fields - set(re.findall(r"\w+", " ".join(texts))) == set()
+
+
+def test_every_field_and_code_is_documented():
+    kinds = [kind for operation in SERVED for kind in (operation.body, operation.answer)]
+    fields = {name for kind in (*kinds, eventstore.EventIn, eventstore.ErrorBody) for struct in wire_types(kind)
+              for name in struct.__struct_fields__ if not name.startswith("event_") or not name[6:].isdigit()}  # fmt: skip
     words = set(re.findall(r"\w+", API))
     assert {*fields, *eventstore.STATUS_OF_CODE, *eventstore.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
 
@@ -351,8 +399,6 @@ FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
-    from eventstore_extras.mock import running_server
-
     fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
     with running_server() as server:
         server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
@@ -452,6 +498,65 @@ def test_a_key_is_changed_without_losing_a_request(tmp_path):
         assert {status for _, status in sent} == {202}
         assert ids_on(port, "new-key") == [event_id for event_id, _ in sent]
         assert send(port, "late", "old-key").status_code == 401
+
+
+def published(server: MockServer, path: str) -> list[dict[str, Any]]:
+    query = f"{server.url}/{path}?status=published&order=asc&limit=1000"
+    return httpx.get(query, headers={"x-api-key": server.api_key}).raise_for_status().json()["items"]
+
+
+def what_moves(server: MockServer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The published meters and features; in place of their ids, which meter a feature has."""
+    anew = dict.fromkeys(("id", "created_at", "updated_at", "meter_id", "meter"))
+    rows = published(server, "meters")
+    places = {meter["id"]: place for place, meter in enumerate(rows)}
+    features = [
+        feature | anew | {"place": places.get(feature["meter_id"])} for feature in published(server, "features")
+    ]
+    return [meter | anew for meter in rows], features
+
+
+METERS_TO_MOVE = [
+    {"type": "COUNT"},
+    {"type": "MAX", "field": "n", "bucket_size": "DAY", "group_by": "model"},
+    {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "0.1"},
+]
+
+
+def fill_with_meters(server: MockServer) -> None:
+    """Meters without a feature, with one and with two; features without a meter, with one, and with an archived one."""
+
+    def make(path: str, **body: object) -> str:
+        answer = httpx.post(f"{server.url}/{path}", json=body, headers={"x-api-key": server.api_key})
+        return str(answer.raise_for_status().json().get("id"))
+
+    filtered = {"filters": [{"key": "model", "values": ["large", "small"]}], "reset_usage": "NEVER"}
+    ids = [make("meters", name="Meter", event_name="call", aggregation=aggregation, **more)
+           for aggregation in METERS_TO_MOVE for more in (filtered, {"reset_usage": "BILLING_PERIOD"})]  # fmt: skip
+    unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 0.5}
+    more = {"type": "metered", "unit_singular": "call", "unit_plural": "calls", "reporting_unit": unit,
+            "description": "all of them", "metadata": {"team": "a"}}  # fmt: skip
+    for name, meter_id in (("first", ids[1]), ("second", ids[1]), ("third", ids[2]), ("lost", ids[5])):
+        make("features", name=name, lookup_key=f"key of the {name}", meter_id=meter_id, **more)
+    make("features", name="none", type="boolean")
+    make(f"meters/{ids[5]}/disable")
+
+
+def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path):
+    (program,) = blocks(section(OPERATING, "Moving to FlexPrice"), "python")
+    with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
+        fill_with_meters(old)
+        expected, features = what_moves(old)
+        assert (len(expected), len(features)) == (5, 5)
+        ports = {"8080": str(httpx.URL(old.url).port), "8081": str(httpx.URL(new.url).port)}
+        (tmp_path / "carry.py").write_text(with_ports(program, ports))
+        lost = "left out, its meter is archived: lost"
+        there = [f"there already: {name}" for name in ("first", "second", "third")]
+        for printed in [lost], [*there, lost, "there already: none"]:
+            done = run(tmp_path, sys.executable, "carry.py")
+            assert done.stdout.splitlines() == printed
+            assert what_moves(new) == (expected, [feature for feature in features if feature["name"] != "lost"])
+        assert what_moves(old) == (expected, features)
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
