@@ -10,8 +10,10 @@ import io
 import os
 import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -22,7 +24,7 @@ import msgspec
 from arro3.core import Array, DataType, Field, RecordBatch, RecordBatchReader, Schema, struct_array
 from arro3.io import read_parquet, write_ndjson, write_parquet
 
-from eventstore import MEMBERS, Row, StartError, decoder_of, echo
+from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, echo
 from eventstore_extras.transfer import (
     EXPORTED_COLUMNS,
     PROPERTY_COLUMN,
@@ -38,7 +40,9 @@ from eventstore_extras.transfer import (
 BATCH_ROWS = 256  # held at a time, and as JSON, too
 MAX_COLUMNS = 1000  # each takes memory as long as the file is read
 MAX_REASON_CHARS = 200
+STACK_BYTES = 256 * 1024 * 1024  # of addresses; 8 MiB are overrun by 1,500 levels
 ROWS = msgspec.json.Decoder(TypedRow)
+BAD_TIME = b'"ERROR: Cast error: Failed to convert '  # the library writes this for a time that it cannot write
 UUID_TYPE = DataType.binary(16)
 TIMES = ("timestamp", "ingested_at")
 IGNORED = {*EXPORTED_COLUMNS} - {"id", "ingested_at"}
@@ -47,8 +51,7 @@ IGNORED = {*EXPORTED_COLUMNS} - {"id", "ingested_at"}
 def rows(source: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
     """The rows of a file, numbered from 1. UnreadableError, after those before the place."""
     check_ends(source)
-    with reasons("cannot be read as Parquet"):
-        reader = read_parquet(source, batch_size=BATCH_ROWS)
+    reader = open_file(source)
     check_schema(reader.schema, assume_utc)
     number = 0
     while True:
@@ -75,6 +78,22 @@ def check_ends(source: BinaryIO) -> None:
         raise UnreadableError(None, "is not Parquet: it does not start with PAR1")
     if end != b"PAR1" or int.from_bytes(footer_bytes, "little") > size - 12:
         raise UnreadableError(None, "is cut off: a Parquet file has its table of contents at its end")
+
+
+def open_file(source: BinaryIO) -> RecordBatchReader:
+    """The file's reader. It is opened in a thread with a large stack, as the library recurses into nested types."""
+
+    def open_unless_deep() -> RecordBatchReader | str:
+        reader = read_parquet(source, batch_size=BATCH_ROWS)
+        return size_problem(reader.schema) or reader  # what is too deep must go in this thread, too
+
+    threading.stack_size(STACK_BYTES)
+    with reasons("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
+        opened = executor.submit(open_unless_deep).result()
+    threading.stack_size(0)
+    if isinstance(opened, str):
+        raise UnreadableError(None, opened)
+    return opened
 
 
 @contextmanager
@@ -108,10 +127,6 @@ def reason(error: BaseException) -> str:
 
 def check_schema(schema: Schema, assume_utc: bool) -> None:
     """The columns of a file and their types. UnreadableError names the first bad one."""
-    number = sum(leaves(field.type) for field in fields_of(schema))
-    if number > MAX_COLUMNS:
-        advice = "write properties as JSON text or as a map"
-        raise UnreadableError(None, f"the schema has {number} columns, at most {MAX_COLUMNS} are read: {advice}")
     check_columns(schema.names, None, "the schema")
     for field in fields_of(schema):
         if problem := type_problem(field, assume_utc):
@@ -123,8 +138,19 @@ def fields_of(schema: Schema) -> list[Field]:
     return [schema.field(at) for at in range(len(schema.names))]
 
 
-def leaves(kind: DataType) -> int:
-    return sum(leaves(field.type) for field in kind.fields) if DataType.is_struct(kind) else 1
+def size_problem(schema: Schema) -> str:
+    """What is wrong if a file has too many columns, those of structs counted, too, or too deep ones."""
+    number, found = 0, [(field, 1) for field in fields_of(schema)]
+    while found:
+        field, level = found.pop()
+        if level > MAX_PROPERTY_DEPTH:
+            return f"the schema is nested deeper than {MAX_PROPERTY_DEPTH} levels: write properties as JSON text"
+        if DataType.is_struct(field.type):
+            found += [(member, level + 1) for member in field.type.fields]
+        else:
+            number += 1
+    advice = "write properties as JSON text or as a map"
+    return f"the schema has {number} columns, at most {MAX_COLUMNS} are read: {advice}" if number > MAX_COLUMNS else ""
 
 
 def is_text(kind: DataType) -> bool:
@@ -154,13 +180,26 @@ def batch_rows(batch: RecordBatch) -> Iterator[tuple[TypedRow, str]]:
     try:
         yield from ((row, "") for row in decoded(batch))
         return
-    except (UnreadableError, RecursionError, msgspec.DecodeError):
+    except UNWRITABLE:
         pass  # one of them cannot be written as JSON
     for at in range(batch.num_rows):
+        row = batch.slice(at, 1)
         try:
-            yield decoded(batch.slice(at, 1))[0], ""
-        except (UnreadableError, RecursionError, msgspec.DecodeError) as error:
-            yield TypedRow(), str(error)
+            yield decoded(row)[0], ""
+        except UNWRITABLE as error:
+            names = [name for name in row.schema.names if is_unwritable(row.select([name]))]
+            yield TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(echo, names))} ({reason(error)})"
+
+
+UNWRITABLE = (UnreadableError, RecursionError, msgspec.DecodeError)
+
+
+def is_unwritable(batch: RecordBatch) -> bool:
+    try:
+        decoded(batch)
+    except UNWRITABLE:
+        return True
+    return False
 
 
 def decoded(batch: RecordBatch) -> list[TypedRow]:
@@ -172,9 +211,12 @@ def decoded(batch: RecordBatch) -> list[TypedRow]:
         columns.append(struct_array([batch.column(field.name) for field in named], fields=fields))
     json_names = ["event_id" if name == "id" else name for name in names] + ["named"] * bool(named)
     lines = io.BytesIO()
-    with reasons("cannot be written as JSON"):
+    with reasons("the library refuses"):
         write_ndjson(RecordBatch.from_arrays(columns, names=json_names), lines)
-    found = ROWS.decode_lines(lines.getvalue())
+    text = lines.getvalue()
+    if BAD_TIME in text:
+        raise UnreadableError(None, "a time out of range")
+    found = ROWS.decode_lines(text)
     for name, column in zip(json_names, columns, strict=True):
         if column.type == UUID_TYPE:
             for row in found:
@@ -228,50 +270,49 @@ def write(pages: Pages, output: BinaryIO, environment: str, columns: Sequence[Pr
     event_bytes = EVENT_BYTES + sum(len(row.properties) for row in first) // max(len(first), 1)
     batches = (RecordBatch.from_arrays(arrays(page, environment, columns), schema=schema)
                for page in chain([first], pages))  # fmt: skip
-    caught = Caught(batches, output)
-    try:
-        write_parquet(
-            RecordBatchReader.from_batches(schema, iter(caught)),
-            cast(Any, caught),
-            compression="zstd(3)",
-            column_dictionary_enabled=dict.fromkeys(("event_id", *TIMES), False),
-            column_encoding=dict.fromkeys(TIMES, "delta_binary_packed"),
-            max_row_group_size=max(1, min(GROUP_ROWS, GROUP_BYTES // event_bytes)),
-        )
-    except BaseException:
-        raise (caught.error or sys.exception()) from None  # type: ignore[misc]
+    guarded = Guarded(batches, output)
+    write_parquet(
+        RecordBatchReader.from_batches(schema, iter(guarded)),
+        cast(Any, guarded),
+        compression="zstd(3)",
+        column_dictionary_enabled=dict.fromkeys(("event_id", *TIMES), False),
+        column_encoding=dict.fromkeys(TIMES, "delta_binary_packed"),
+        max_row_group_size=max(1, min(GROUP_ROWS, GROUP_BYTES // event_bytes)),
+    )
+    if guarded.error:
+        raise guarded.error
 
 
-class Caught:
-    """Pages and a file for the library, which makes a text of any exception: keeps the exception."""
+class Guarded:
+    """Batches and a file for the library, which panics at an exception: that is kept, and the library finishes."""
 
     def __init__(self, batches: Iterable[RecordBatch], output: BinaryIO) -> None:
         self._batches = batches
         self._output = output
-        self.error: BaseException | None = None
+        self.error: Exception | KeyboardInterrupt | None = None
 
     def __iter__(self) -> Iterator[RecordBatch]:
-        with self._kept():
-            yield from self._batches
+        try:
+            for batch in self._batches:
+                if self.error:
+                    return
+                yield batch
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
 
     def write(self, content: bytes) -> int:
-        with self._kept():
-            return self._output.write(content)
+        try:
+            if not self.error:
+                self._output.write(content)
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+        return len(content)
 
-    def flush(self) -> None:
-        with self._kept():
-            self._output.flush()
+    def flush(self) -> None:  # whoever opened the file does
+        pass
 
     def seek(self, *_: object) -> int:  # the library wants there to be one, and does not call it
         raise io.UnsupportedOperation("seek")
-
-    @contextmanager
-    def _kept(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self.error = error
-            raise
 
 
 def arrays(page: list[Row], environment: str, columns: Sequence[PropertyColumn]) -> list[Array]:

@@ -309,7 +309,7 @@ def parquet_room() -> ModuleType:
         return importlib.import_module("eventstore_extras.parquet")
     except ModuleNotFoundError as error:
         install = f"{sys.executable} -m pip install arro3-core arro3-io (or '.[parquet]' in the clone)"
-        raise StartError(f"Parquet needs {error.name}: {install}") from None
+        raise StartError(f"Parquet needs {(error.name or '').partition('.')[0]}: {install}") from None
 
 
 READERS: dict[str, Callable[[io.BufferedReader, argparse.Namespace], Iterator[Entry]]] = {
