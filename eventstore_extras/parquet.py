@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, BinaryIO, cast
 from uuid import UUID
 
@@ -44,6 +44,7 @@ STACK_BYTES = 256 * 1024 * 1024  # of addresses; 8 MiB are overrun by 1,500 leve
 ROWS = msgspec.json.Decoder(TypedRow)
 BAD_TIME = b'"ERROR: Cast error: Failed to convert '  # the library writes this for a time that it cannot write
 UUID_TYPE = DataType.binary(16)
+UTC_TIME = DataType.timestamp("us", tz="UTC")
 TIMES = ("timestamp", "ingested_at")
 IGNORED = {*EXPORTED_COLUMNS} - {"id", "ingested_at"}
 
@@ -61,8 +62,8 @@ def rows(source: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry
             return
         for row, problem in batch_rows(batch):
             number += 1
-            too_long = len(row.properties) + len(row.named) > limit_bytes
-            yield Entry(number, None, row, f"is longer than {limit_bytes} bytes" if too_long else problem, "row")
+            is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
+            yield Entry(number, None, row, f"is longer than {limit_bytes} bytes" if is_long else problem, "row")
 
 
 def check_ends(source: BinaryIO) -> None:
@@ -175,20 +176,20 @@ def type_problem(field: Field, assume_utc: bool) -> str:
     return "" if is_text(kind) or kind == UUID_TYPE else "must be text"
 
 
-def batch_rows(batch: RecordBatch) -> Iterator[tuple[TypedRow, str]]:
+def batch_rows(batch: RecordBatch) -> Iterable[tuple[TypedRow, str]]:
     """The rows, and what is wrong with each."""
     try:
-        yield from ((row, "") for row in decoded(batch))
-        return
-    except UNWRITABLE:
-        pass  # one of them cannot be written as JSON
-    for at in range(batch.num_rows):
-        row = batch.slice(at, 1)
-        try:
-            yield decoded(row)[0], ""
-        except UNWRITABLE as error:
-            names = [name for name in row.schema.names if is_unwritable(row.select([name]))]
-            yield TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(echo, names))} ({reason(error)})"
+        return zip(decoded(batch), repeat(""))
+    except UNWRITABLE:  # for one of its rows
+        return map(row_of, (batch.slice(at, 1) for at in range(batch.num_rows)))
+
+
+def row_of(batch: RecordBatch) -> tuple[TypedRow, str]:
+    try:
+        return decoded(batch)[0], ""
+    except UNWRITABLE as error:
+        names = [name for name in batch.schema.names if is_unwritable(batch.select([name]))]
+        return TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(echo, names))} ({reason(error)})"
 
 
 UNWRITABLE = (UnreadableError, RecursionError, msgspec.DecodeError)
@@ -205,11 +206,13 @@ def is_unwritable(batch: RecordBatch) -> bool:
 def decoded(batch: RecordBatch) -> list[TypedRow]:
     """The rows of a batch, by way of their JSON, where null is absent."""
     names = [name for name in batch.schema.names if name not in IGNORED and not name.startswith(PROPERTY_COLUMN)]
-    columns: list[Any] = [in_utc(batch.column(name)) for name in names]
+    columns: list[Any] = [in_us(batch.column(name)) for name in names]
     if named := [field for field in fields_of(batch.schema) if field.name.startswith(PROPERTY_COLUMN)]:
         fields = [field.with_name(field.name.removeprefix(PROPERTY_COLUMN)).with_nullable(True) for field in named]
         columns.append(struct_array([batch.column(field.name) for field in named], fields=fields))
     json_names = ["event_id" if name == "id" else name for name in names] + ["named"] * bool(named)
+    if "properties" in names and not is_text(batch.column("properties").type):
+        json_names[names.index("properties")] = "members"
     lines = io.BytesIO()
     with reasons("the library refuses"):
         write_ndjson(RecordBatch.from_arrays(columns, names=json_names), lines)
@@ -225,9 +228,14 @@ def decoded(batch: RecordBatch) -> list[TypedRow]:
     return found
 
 
-def in_utc(column: Array) -> Array:
-    kind = column.type
-    return column.cast(DataType.timestamp(kind.time_unit or "us", tz="UTC")) if DataType.is_timestamp(kind) else column
+def in_us(column: Array) -> Array:
+    """Times as microseconds since 1970; as text, for others to refuse, where those are no 64-bit integers."""
+    if not DataType.is_timestamp(column.type):
+        return column
+    times = column.cast(UTC_TIME)
+    if times.null_count == column.null_count:
+        return times.cast(DataType.int64())
+    return column.cast(DataType.timestamp(column.type.time_unit or "us", tz="UTC"))
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -235,7 +243,6 @@ def in_utc(column: Array) -> Array:
 GROUP_BYTES = 64 * 1024 * 1024  # of events before they are packed, which a row group may hold in memory
 GROUP_ROWS = 100_000
 EVENT_BYTES = 250  # without its properties
-UTC_TIME = DataType.timestamp("us", tz="UTC")
 TEXT = DataType.string()
 SCHEMA = [Field(name, TEXT, nullable=False) for name in (
     "event_name", "event_id", "external_customer_id", "customer_id", "source")] + [

@@ -36,7 +36,9 @@ from eventstore import (
     EVENT,
     EVENT_FILTERS,
     LATEST,
+    MAX_TIME_US,
     MEMBERS,
+    MIN_TIME_US,
     STRING,
     WRITER_PRAGMAS,
     AddFlag,
@@ -97,9 +99,18 @@ class TableEvent(EventIn):
     ingested_at: str | None = None
 
 
-class TypedRow(TableEvent, omit_defaults=True):
-    """A row of a table whose columns have types; `properties` may be a JSON text in JSON."""
+class TypedRow(Struct, omit_defaults=True):
+    """A row of a table whose columns have types: times in microseconds since 1970, or as text."""
 
+    event_name: str | None = None
+    external_customer_id: str | None = None
+    event_id: str | None = None
+    customer_id: str | None = None
+    source: str | None = None
+    timestamp: int | str | None = None
+    ingested_at: int | str | None = None
+    properties: str | None = None  # JSON text
+    members: Raw = Raw()  # the object that it is where it is none
     named: Raw = Raw()  # the columns `properties.NAME`, as one object
 
 
@@ -417,6 +428,8 @@ def with_named(raw: bytes, named: dict[str, Raw]) -> bytes:
     for name in sorted(named.keys() & members.keys()):
         if not is_same(named[name], members[name]):
             refuse(PROPERTY_COLUMN + name, "invalid_format", "is in the column properties, too, with another value")
+    if named.keys() <= members.keys():
+        return raw  # as it is, spaces and all
     return ENCODER.encode(members | named | members)
 
 
@@ -427,16 +440,23 @@ def is_same(one: Raw, other: Raw) -> bool:
     return values[0] == values[1] if kinds != {int, float} else float(values[0]) == float(values[1])
 
 
-def typed_event(row: TypedRow) -> TableEvent:
-    """The event of a row whose columns have types. ApiError."""
-    properties = bytes(row.properties)
-    if properties.startswith(b'"'):
-        properties = STRING.decode(properties).encode()
-    if named := bytes(row.named):
-        members = MEMBERS.decode(named)
-        properties = with_named(properties, {name: value for name, value in members.items() if value != NULL})
-    return TableEvent(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source,
-                      row.timestamp, Raw(properties), row.ingested_at)  # fmt: skip
+def typed_event(row: TypedRow) -> EventIn:
+    """The event of a row whose columns have types, without its times. ApiError."""
+    properties = row.properties.encode() if row.properties else bytes(row.members)
+    if row.named:
+        named = MEMBERS.decode(row.named)
+        properties = with_named(properties, {name: value for name, value in named.items() if value != NULL})
+    return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
+                   Raw(properties))  # fmt: skip
+
+
+def time_us(value: int | str) -> int:
+    """A time of a TypedRow in microseconds since 1970. FieldError."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if not MIN_TIME_US <= value <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- import
@@ -505,7 +525,7 @@ class Importer:
         if isinstance(entry.content, dict):
             event: EventIn = table_event(entry.content)
         elif isinstance(entry.content, TypedRow):
-            event = typed_event(entry.content)
+            return self._typed_row(entry, entry.content, faults)
         else:
             faults.index = entry.number or 0
             event = decode_fields(EVENT, entry.content, faults)
@@ -519,6 +539,17 @@ class Importer:
         ingested_at_us = faults.check("ingested_at", parse_time, ingested_at)
         faults.refuse()
         return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
+
+    def _typed_row(self, entry: Entry, found: TypedRow, faults: Faults) -> Row:
+        event = typed_event(found)
+        event.event_id = event.event_id or content_id(entry)
+        row = event_row(event, self._environment, self._now, self._make_id, faults)
+        timestamp_us = faults.check("timestamp", time_us, found.timestamp)
+        ingested_at_us = faults.check("ingested_at", time_us, found.ingested_at)
+        faults.refuse()
+        at_us = self._now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
+        stored_us = self._now if ingested_at_us is None else ingested_at_us
+        return Row(*row[:-3], at_us, stored_us, row.properties)  # in half of _replace's time
 
     def _reject(self, entry: Entry, error: ApiError) -> None:
         message = f"event {error.message.removeprefix('the body ')}"
@@ -549,8 +580,10 @@ def shown_content(found: Any) -> Any:
     """What was found in a file, as JSON; as a text if it is none."""
     if isinstance(found, dict):
         return {str(key): readable(cell) for key, cell in found.items()}
-    if isinstance(found, Struct):
-        return found
+    if isinstance(found, TypedRow):
+        times = {name: to_datetime(time) for name in ("timestamp", "ingested_at")
+                 if isinstance(time := getattr(found, name), int) and MIN_TIME_US <= time <= MAX_TIME_US}  # fmt: skip
+        return replace(found, **times)
     try:
         decode(RAW, found)
         return Raw(msgspec.json.format(found, indent=-1))
