@@ -702,7 +702,7 @@ def parameters_of(struct: type[T], request: Request, lists: Iterable[str], fault
     parsers = PARAMETER_PARSERS | {name: lambda text: text.split(",") for name in lists}
     parameters = parse_parameters(request["query_string"], faults, lists)
     names = [name for name in struct.__struct_fields__ if name != "filters"]  # type: ignore[attr-defined]
-    return query_of_parameters(struct, parameters, names, faults, parsers)  # type: ignore[attr-defined]
+    return query_of_parameters(struct, parameters, names, faults, parsers)
 
 
 def sorts_of(names: Iterable[Any], faults: Faults) -> list[SortIn]:

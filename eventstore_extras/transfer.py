@@ -7,6 +7,7 @@ import codecs
 import csv
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import io
 import itertools
@@ -22,6 +23,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 import msgspec
@@ -34,7 +36,9 @@ from eventstore import (
     EVENT,
     EVENT_FILTERS,
     LATEST,
+    MAX_TIME_US,
     MEMBERS,
+    MIN_TIME_US,
     STRING,
     WRITER_PRAGMAS,
     AddFlag,
@@ -90,9 +94,24 @@ LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it is longer t
 
 
 class TableEvent(EventIn):
-    """A row of a CSV file: FlexPrice's own table export says when an event was ingested, too."""
+    """A row of a table, which may say when the event was ingested, too, as FlexPrice's own table export does."""
 
     ingested_at: str | None = None
+
+
+class TypedRow(Struct, omit_defaults=True):
+    """A row of a table whose columns have types: times in microseconds since 1970, or as text."""
+
+    event_name: str | None = None
+    external_customer_id: str | None = None
+    event_id: str | None = None
+    customer_id: str | None = None
+    source: str | None = None
+    timestamp: int | str | None = None
+    ingested_at: int | str | None = None
+    properties: str | None = None  # JSON text
+    members: Raw = Raw()  # the object that it is where it is none
+    named: Raw = Raw()  # the columns `properties.NAME`, as one object
 
 
 class Entry(NamedTuple):
@@ -100,8 +119,13 @@ class Entry(NamedTuple):
 
     line: int
     number: int | None  # in its JSON array, from 0
-    content: Any  # the bytes of its JSON, or a table's cells
+    content: Any  # the bytes of its JSON, a table's cells, or its TypedRow
     problem: str = ""  # that makes the rest not worth a look
+    unit: str = "line"  # or "row": what `line` counts, from 1
+
+    @property
+    def place(self) -> str:
+        return f":{self.line}" if self.unit == "line" else f": row {self.line}"
 
 
 class UnreadableError(Exception):
@@ -109,7 +133,7 @@ class UnreadableError(Exception):
 
     def __init__(self, line: int | None, problem: str) -> None:
         super().__init__(problem)
-        self.line = line
+        self.place = "" if line is None else f":{line}"
 
 
 class _Rejoined(io.RawIOBase):
@@ -148,22 +172,28 @@ _ARRAY_START = re.compile(rb'\s*(\{\s*"events"\s*:\s*)?\[')
 
 
 def input_format(head: bytes) -> str:
+    if head.startswith((b"PAR1", b"PARE")):  # the second one is encrypted
+        return "parquet"
     start = head.lstrip()[:1]
     if start == b"[" or _EVENTS_MEMBER.match(head):
         return "json"
     return "ndjson" if start in (b"{", b"") else "csv"
 
 
-def read_entries(raw: io.BufferedReader, form: str, limit_bytes: int) -> Iterator[Entry]:
+def read_entries(raw: io.BufferedReader, arguments: argparse.Namespace) -> Iterator[Entry]:
     """What a file holds, whatever its format, gzipped or not. UnreadableError, after the entries before the place."""
     try:
         head, stream = look_into(raw)
-        if head.startswith(b"\x1f\x8b"):
+        if packed := head.startswith(b"\x1f\x8b"):
             head, stream = look_into(gzip.GzipFile(fileobj=stream))
         if head.startswith(codecs.BOM_UTF8):
             head = head[len(stream.read(len(codecs.BOM_UTF8))) :]
-        form = input_format(head) if form == "auto" else form
-        yield from {"ndjson": json_lines, "json": json_array, "csv": table_rows}[form](stream, limit_bytes)
+        form = input_format(head) if arguments.format == "auto" else arguments.format
+        if form == "parquet" and (packed or not raw.seekable()):
+            raise UnreadableError(None, "Parquet is read from its end: give it as a file, not packed and not by a pipe")
+        if arguments.assume_utc and form != "parquet":
+            raise UnreadableError(None, f"--assume-utc is for Parquet, this is {form}: write its times with a zone")
+        yield from READERS[form](raw if form == "parquet" else stream, arguments)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UnreadableError(None, f"the gzip data is damaged or cut off: {error}") from error
     except OSError as error:
@@ -284,8 +314,25 @@ class _Array:
         return content
 
 
+def parquet_room() -> ModuleType:
+    """The module that knows Parquet, and needs a library. StartError."""
+    try:
+        return importlib.import_module("eventstore_extras.parquet")
+    except ModuleNotFoundError as error:
+        install = f"{sys.executable} -m pip install arro3-core arro3-io (or '.[parquet]' in the clone)"
+        raise StartError(f"Parquet needs {(error.name or '').partition('.')[0]}: {install}") from None
+
+
+READERS: dict[str, Callable[[io.BufferedReader, argparse.Namespace], Iterator[Entry]]] = {
+    "ndjson": lambda stream, arguments: json_lines(stream, arguments.max_body_bytes),
+    "json": lambda stream, arguments: json_array(stream, arguments.max_body_bytes),
+    "csv": lambda stream, arguments: table_rows(stream, arguments.max_body_bytes),
+    "parquet": lambda file, arguments: parquet_room().rows(file, arguments.max_body_bytes, arguments.assume_utc),
+}
+
+NULL = Raw(b"null")
 PROPERTY_COLUMN = "properties."
-EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id")  # what only FlexPrice's table export has
+EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id", "environment")  # what only an export has
 
 
 def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
@@ -320,13 +367,13 @@ def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
             yield Entry(line, None, row)
 
 
-def check_columns(columns: list[str], line: int) -> list[str]:
-    """The header of a CSV file. UnreadableError."""
+def check_columns(columns: list[str], line: int | None, head: str = "the header") -> list[str]:
+    """The names of a table's columns. UnreadableError."""
     known = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
     unknown = [name for name in columns if name not in known and not re.match(r"properties\..", name, re.DOTALL)]
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
-    if len(unknown) == len(columns):
+    if len(unknown) == len(columns) and line:
         start = echo(readable(",".join(columns))[:40])
         raise UnreadableError(
             line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
@@ -335,11 +382,11 @@ def check_columns(columns: list[str], line: int) -> list[str]:
         problem = (
             f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
         )
-        raise UnreadableError(line, f"the header has {problem}")
+        raise UnreadableError(line, f"{head} has {problem}")
     if missing:
-        raise UnreadableError(line, f"the header has no column {missing[0]}")
+        raise UnreadableError(line, f"{head} has no column {missing[0]}")
     if twice or {"id", "event_id"} <= set(columns):
-        raise UnreadableError(line, f"the header has the column {(twice or ['id and event_id'])[0]} twice")
+        raise UnreadableError(line, f"{head} has the column {(twice or ['id and event_id'])[0]} twice")
     return columns
 
 
@@ -365,17 +412,51 @@ def table_event(row: dict[str, str]) -> TableEvent:
 
 def table_properties(row: dict[str, str]) -> bytes:
     """The JSON of the column `properties` together with the columns `properties.NAME`, which hold texts."""
-    raw = row.get("properties", "").encode()
     named = {name.removeprefix(PROPERTY_COLUMN): row[name] for name in row if name.startswith(PROPERTY_COLUMN)}
+    texts = {name: Raw(ENCODER.encode(cell)) for name, cell in named.items()}
+    return with_named(row.get("properties", "").encode(), texts)
+
+
+def with_named(raw: bytes, named: dict[str, Raw]) -> bytes:
+    """The JSON of properties together with those that have columns of their own. ApiError if the two differ."""
     if not named:
         return raw
     try:
         members = MEMBERS.decode(check_properties(raw))
     except FieldError:
         return raw  # whoever stores it says what is wrong
-    if both := named.keys() & members.keys():
-        refuse(PROPERTY_COLUMN + min(both), "invalid_format", "is in the column properties, too")
-    return ENCODER.encode({**members, **named})
+    for name in sorted(named.keys() & members.keys()):
+        if not is_same(named[name], members[name]):
+            refuse(PROPERTY_COLUMN + name, "invalid_format", "is in the column properties, too, with another value")
+    if named.keys() <= members.keys():
+        return raw  # as it is, spaces and all
+    return ENCODER.encode(members | named | members)
+
+
+def is_same(one: Raw, other: Raw) -> bool:
+    """Whether two JSON texts mean the same; of a number as a double has it, if one of them comes from a double."""
+    values = msgspec.json.decode(one), msgspec.json.decode(other)
+    kinds = {*map(type, values)}
+    return values[0] == values[1] if kinds != {int, float} else float(values[0]) == float(values[1])
+
+
+def typed_event(row: TypedRow) -> EventIn:
+    """The event of a row whose columns have types, without its times. ApiError."""
+    properties = row.properties.encode() if row.properties else bytes(row.members)
+    if row.named:
+        named = MEMBERS.decode(row.named)
+        properties = with_named(properties, {name: value for name, value in named.items() if value != NULL})
+    return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
+                   Raw(properties))  # fmt: skip
+
+
+def time_us(value: int | str) -> int:
+    """A time of a TypedRow in microseconds since 1970. FieldError."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if not MIN_TIME_US <= value <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- import
@@ -432,18 +513,19 @@ class Importer:
             return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
         return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
 
-    def stop(self, line: int | None, problem: str) -> NoReturn:
+    def stop(self, place: str, problem: str) -> NoReturn:
         """Store what came before the place, and say so."""
         self.commit()
-        place = self._name if line is None else f"{self._name}:{line}"
-        raise StopError(f"{place}: {problem}; {self.so_far}; correct it and import the file again")
+        raise StopError(f"{self._name}{place}: {problem}; {self.so_far}; correct it and import the file again")
 
     def _row(self, entry: Entry) -> Row:
         if entry.problem:
-            refuse("line", "invalid_format", entry.problem)
+            refuse(entry.unit, "invalid_format", entry.problem)
         faults = Faults()
         if isinstance(entry.content, dict):
             event: EventIn = table_event(entry.content)
+        elif isinstance(entry.content, TypedRow):
+            return self._typed_row(entry, entry.content, faults)
         else:
             faults.index = entry.number or 0
             event = decode_fields(EVENT, entry.content, faults)
@@ -458,14 +540,25 @@ class Importer:
         faults.refuse()
         return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
 
+    def _typed_row(self, entry: Entry, found: TypedRow, faults: Faults) -> Row:
+        event = typed_event(found)
+        event.event_id = event.event_id or content_id(entry)
+        row = event_row(event, self._environment, self._now, self._make_id, faults)
+        timestamp_us = faults.check("timestamp", time_us, found.timestamp)
+        ingested_at_us = faults.check("ingested_at", time_us, found.ingested_at)
+        faults.refuse()
+        at_us = self._now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
+        stored_us = self._now if ingested_at_us is None else ingested_at_us
+        return Row(*row[:-3], at_us, stored_us, row.properties)  # in half of _replace's time
+
     def _reject(self, entry: Entry, error: ApiError) -> None:
         message = f"event {error.message.removeprefix('the body ')}"
         faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
         if self._rejects is None:
             prefix = "" if entry.number is None else f"events[{entry.number}]."
             problems = [f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults]
-            self.stop(entry.line, "; ".join(problems))
-        place = {"line": entry.line} if entry.number is None else {"line": entry.line, "index": entry.number}
+            self.stop(entry.place, "; ".join(problems))
+        place = {entry.unit: entry.line} if entry.number is None else {"line": entry.line, "index": entry.number}
         errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
         self._rejects.write(ENCODER.encode({**place, "errors": errors, "event": shown_content(entry.content)}) + b"\n")
         self.rejected += 1
@@ -487,6 +580,10 @@ def shown_content(found: Any) -> Any:
     """What was found in a file, as JSON; as a text if it is none."""
     if isinstance(found, dict):
         return {str(key): readable(cell) for key, cell in found.items()}
+    if isinstance(found, TypedRow):
+        times = {name: to_datetime(time) for name in ("timestamp", "ingested_at")
+                 if isinstance(time := getattr(found, name), int) and MIN_TIME_US <= time <= MAX_TIME_US}  # fmt: skip
+        return replace(found, **times)
     try:
         decode(RAW, found)
         return Raw(msgspec.json.format(found, indent=-1))
@@ -511,14 +608,14 @@ def import_events(arguments: argparse.Namespace) -> int:
         advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
         done = 0
         try:
-            for entry in read_entries(source, arguments.format, arguments.max_body_bytes):
-                if importer.add(entry):
-                    done, before = importer.stored if size is None else source.tell(), done
+            for entry in read_entries(source, arguments):
+                if importer.add(entry):  # Parquet is not read from start to end
+                    done, before = importer.stored if size is None else max(done, source.tell()), done
                     advance(done - before)
             importer.commit()
             advance(importer.stored - done if size is None else size - done)
         except UnreadableError as error:
-            importer.stop(error.line, str(error))
+            importer.stop(error.place, str(error))
         except KeyboardInterrupt:
             again = "import the file again to go on, nothing is stored twice"
             raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
@@ -663,6 +760,9 @@ def csv_lines(rows: Iterable[Row]) -> bytes:
     return text.getvalue().encode()
 
 
+CSV_HEADER = ",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n"
+
+
 def clickhouse_lines(rows: Iterable[Row], tenant_id: str, environment: str) -> bytes:
     """JSONEachRow for FlexPrice's ClickHouse table `events`."""
 
@@ -686,27 +786,50 @@ def clickhouse_lines(rows: Iterable[Row], tenant_id: str, environment: str) -> b
     )
 
 
+Pages = Iterator[list[Row]]
+
+
+def write_pages(encode: Callable[[list[Row]], bytes], pages: Pages, output: BinaryIO, header: bytes = b"") -> None:
+    output.write(header)
+    output.writelines(encode(page) for page in pages)
+
+
+def writer(arguments: argparse.Namespace) -> Callable[[Pages, BinaryIO], None]:
+    """What writes the format that was asked for. StartError if the flags do not fit it."""
+    if arguments.format is None:
+        arguments.format = "parquet" if (arguments.output or "").endswith(".parquet") else "ndjson"
+    if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
+        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    if arguments.property_columns and arguments.format != "parquet":
+        raise StartError("--properties-column goes with --format parquet: the other formats have no typed columns")
+    environment = arguments.environment
+    clickhouse = partial(clickhouse_lines, tenant_id=arguments.tenant_id, environment=environment)
+    writers: dict[str, Callable[[], Callable[[Pages, BinaryIO], None]]] = {
+        "ndjson": lambda: partial(write_pages, ndjson),
+        "csv": lambda: partial(write_pages, csv_lines, header=CSV_HEADER),
+        "clickhouse": lambda: partial(write_pages, clickhouse),
+        "parquet": lambda: parquet_room().writer(environment, arguments.property_columns, arguments.output),
+    }
+    return writers[arguments.format]()
+
+
 def export_events(arguments: argparse.Namespace) -> int:
     """`eventstore export`: 0, or StopError."""
     started_s = time.monotonic()
-    if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
-        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
-    query = flag_query(arguments)
-    encoders: dict[str, Callable[[list[Row]], bytes]] = {
-        "ndjson": ndjson,
-        "csv": csv_lines,
-        "clickhouse": partial(clickhouse_lines, tenant_id=arguments.tenant_id, environment=arguments.environment),
-    }
+    query, write = flag_query(arguments), writer(arguments)
     done = 0
+
+    def pages() -> Pages:
+        nonlocal done
+        for page in stored_events(conn, query):
+            yield [row for _, row in page]
+            done += len(page)
+            advance(len(page))
+
     with closing(open_stored(arguments.db)) as conn, open_output(arguments.output, arguments.db) as output:
-        if arguments.format == "csv":
-            output.write(",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
         among_data = arguments.output is None
         with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
-            for page in stored_events(conn, query):
-                output.write(encoders[arguments.format]([row for _, row in page]))
-                done += len(page)
-                advance(len(page))
+            write(pages(), output)
         elsewhere = "" if done else other_environments(conn, arguments.environment)
     say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
@@ -764,11 +887,13 @@ def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
 
 def add_import_flags(add: AddFlag) -> None:
     add_db_flag(add, "database file, made if absent")
-    add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each also gzipped; - is standard input")
+    add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each also gzipped, or as Parquet; - is standard "
+        "input")  # fmt: skip
     add("--environment", default="development", help="where to store them")
-    add("--format", choices=["auto", "ndjson", "json", "csv"], default="auto", help="by the content, or this one")
+    add("--format", choices=["auto", *READERS], default="auto", help="by the content, or this one")
     add("--skip-invalid", metavar="REJECTS", help="go on after a bad event, and write it to this file with the reasons")
     add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
+    add("--assume-utc", action="store_true", help="take Parquet's times that have no zone as UTC")
     add("--dry-run", action="store_true", help="say what would be imported, and store nothing")
 
 
@@ -782,11 +907,25 @@ def add_filter_flags(add: AddFlag) -> None:
         add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
 
 
+COLUMN_TYPES = ("string", "float64", "int64", "bool")
+
+
+def property_column(text: str) -> tuple[str, str]:
+    name, _, kind = text.rpartition(":")
+    if not name or kind not in COLUMN_TYPES:
+        types = ", ".join(COLUMN_TYPES)
+        raise argparse.ArgumentTypeError(f"must look like tokens:float64, TYPE one of {types}; got {text!r}")
+    return name, kind
+
+
 def add_export_flags(add: AddFlag) -> None:
     add_filter_flags(add)
-    add("--format", choices=["ndjson", "csv", "clickhouse"], default="ndjson", help="what to write; clickhouse is "
-        "JSONEachRow for FlexPrice's own table")  # fmt: skip
+    add("--format", choices=["ndjson", "csv", "clickhouse", "parquet"], help="what to write; clickhouse is "
+        "JSONEachRow for FlexPrice's own table; ndjson by default, or parquet if FILE ends so")  # fmt: skip
     add("--tenant-id", help="for --format clickhouse")
+    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=property_column, action="append",
+        default=[], help=f"a property as a column of Parquet, too; may be given several times; TYPE is one of "
+        f"{', '.join(COLUMN_TYPES)}")  # fmt: skip
     add("-o", "--output", metavar="FILE", help="else standard output; a name that ends in .gz compresses")
 
 

@@ -23,20 +23,26 @@ from unittest.mock import Mock
 
 import pytest
 
-import eventstore
 from conftest import (
     EVER,
     KEY,
+    NASTY_PROPERTIES,
+    NASTY_TEXTS,
     NOW,
     SCRIPT,
     TEXT_FILE,
     Live,
     at,
+    command_line,
     counts,
     database,
     event,
     eventually,
+    exported,
     ids,
+    imported,
+    lines_of,
+    nasty_folder,
     page,
     python,
     refuse_to_write,
@@ -44,85 +50,13 @@ from conftest import (
     serving,
     sizes_in,
     store,
+    stored_ids,
     table,
     total,
 )
 from eventstore_extras import forward, transfer
 
 # ---------------------------------------------------------------------------------------------- import and export
-
-
-def command_line(*arguments: object) -> int:
-    """The exit status of the command, run in this process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        return eventstore.main([*map(str, arguments)])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-def exported(folder: Path, *flags: object, form: str = "ndjson") -> bytes:
-    """What `eventstore export` writes of folder/events.db."""
-    output = folder / f"exported.{form}"
-    assert command_line("export", "--db", folder / "events.db", "--format", form, "-o", output, *flags) == 0
-    return output.read_bytes()
-
-
-def imported(folder: Path, content: bytes, *flags: object, status: int = 0) -> Path:
-    """Imports the content into folder/events.db; returns the folder."""
-    folder.mkdir(exist_ok=True)
-    (folder / "in").write_bytes(content)
-    assert command_line("import", "--db", folder / "events.db", folder / "in", *flags) == status
-    return folder
-
-
-def lines_of(*events: dict) -> bytes:
-    return b"".join(json.dumps(each).encode() + b"\n" for each in events)
-
-
-def stored_ids(folder: Path) -> list[str]:
-    return [json.loads(line)["event_id"] for line in exported(folder).splitlines()]
-
-
-NASTY_PROPERTIES = [
-    '{"a": "\\u0000 \\u2028 \u2028 \U0001f600 \\ud83d\\ude00 \\" \\\\ \\n"}',
-    '{"big": 123456789012345678901234567890, "kept": 0.10, "e": 1E5, "minus": -0.0}',
-    '{\r\n  "pretty" : [ 1,\n 2 ]\r,\t"text": "two  spaces, [brackets] {and} \\"quotes\\""\n}',
-    json.dumps({"megabyte": 'x"\\,\n' * 200_000}),
-    '{"a": 1, "a": 2, "": {}, "\\ud83d\\ude00": null}',
-    "{}",
-]
-NASTY_TEXTS = [
-    'a,b;"c"',
-    "line\nbreak\r\nand\rmore",
-    "\rlone",
-    " spaces ",
-    "'; --",
-    "\u00e9\U0001f600\u2028\ufeff",
-    "nul\x00",
-    "=1+1",
-    "\\N",
-    "#",
-]
-
-
-def nasty_folder(folder: Path) -> Path:
-    fields = [(text, json.dumps(text)) for text in NASTY_TEXTS]
-    with serving(folder) as client:
-        events = [
-            f'{{"event_id": "p{number}", "event_name": "call", "external_customer_id": "cust", "properties": {properties}}}'
-            for number, properties in enumerate(NASTY_PROPERTIES)
-        ]
-        events += [
-            f'{{"event_id": {quoted}, "event_name": {json.dumps("n" + text)}, "external_customer_id": {quoted}, '
-            f'"customer_id": {quoted}, "source": {quoted}, "timestamp": "{at(-number)}"}}'
-            for number, (text, quoted) in enumerate(fields)
-        ]
-        for text in ("0001-01-02T00:00:00Z", "9999-12-31T23:59:59.999999Z"):
-            events.append(json.dumps(event(text, timestamp=text)))
-        answer = client.post("/v1/events/bulk", content=f'{{"events": [{",".join(events)}]}}'.encode())
-        assert answer.status_code == 202, answer.text
-    return folder
 
 
 @table("form", ["ndjson", "csv"])
