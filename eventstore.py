@@ -185,9 +185,9 @@ class FieldError(ValueError):
 class Faults:
     """Everything that is wrong with one request, so that one answer names all of it."""
 
-    def __init__(self, index: int | None = None) -> None:
+    def __init__(self, index: int | None = None, whole: str = "body") -> None:
         self.index = index  # of the event under check
-        self.whole = "body"  # whose fields are under check: the body, an event, or an object in it
+        self.whole = whole  # whose fields are under check: the body, an event, or an object in it
         self.ignored: set[str] = set()  # fields that nothing has, which is no fault
         self._path = ""  # what goes before the name of a field of an object in the body
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
@@ -779,7 +779,6 @@ def event_rows(
 ) -> list[Row]:
     """The rows of a request's events, all of them good; else ApiError with every fault (API: Sending events)."""
     rows = []
-    faults.whole = "event"
     for faults.index, event in enumerate(events):
         if isinstance(event, Raw):
             events[faults.index] = decode_members(EventIn, event, faults)
@@ -1968,7 +1967,7 @@ class Service:  # what the handlers work with
 
     def rows(self, request: Request, events: list[Any], bulk: bool) -> list[Row]:
         environment = self.store.environments[request["environment"]]
-        faults = Faults()
+        faults = Faults(whole="event")
         rows = event_rows(events, bulk, environment, self.settings.clock(), self.make_id, faults=faults)
         self.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
         return rows

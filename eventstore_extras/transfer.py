@@ -521,7 +521,7 @@ class Importer:
     def _row(self, entry: Entry) -> Row:
         if entry.problem:
             refuse(entry.unit, "invalid_format", entry.problem)
-        faults = Faults()
+        faults = Faults(whole="event")
         if isinstance(entry.content, dict):
             event: EventIn = table_event(entry.content)
         elif isinstance(entry.content, TypedRow):
