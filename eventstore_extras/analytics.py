@@ -344,6 +344,8 @@ def find_metered(conn: sqlite3.Connection, query: AnalyticsQuery, environment: i
 
 # ---------------------------------------------------------------------------------------------- analytics: SQL
 
+# Buckets that days divide into: SQL makes them of the time itself.
+BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.items() if minutes <= 24 * 60}
 METERS_OF_A_PASS = 50  # SQLite has limits on columns and on the depth of an expression
 
 Cells = tuple[Any, ...]  # of one window and group: see cells_statement
@@ -413,7 +415,7 @@ def buckets_of(query: AnalyticsQuery, one: Metered, size: str) -> list[Bound]:
     """The buckets of a meter, each in the window that it begins in; ranges that cut none in two, where SQL makes them
     of the time itself."""
     bucket_size = str(one.meter.aggregation.bucket_size)
-    if bucket_size in WINDOW_MINUTES:
+    if bucket_size in BUCKETS_US:
         return pieces(bounds_of(query, size), DAY_US)
     buckets = Windows(bucket_size).bounds(query.events.start_us, query.events.end_us)
     windows = Windows(size).bounds(buckets[0], query.events.end_us) if size else buckets[:1]
@@ -545,8 +547,8 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
 
 def bucket_expression(look: Pass) -> str:
     (one,) = look.metered
-    minutes = WINDOW_MINUTES.get(str(one.meter.aggregation.bucket_size))
-    return f"(timestamp_us - ({MIN_TIME_US})) / {minutes * MINUTE_US}" if minutes else "bound.key"
+    bucket_us = BUCKETS_US.get(str(one.meter.aggregation.bucket_size))
+    return f"(timestamp_us - ({MIN_TIME_US})) / {bucket_us}" if bucket_us else "bound.key"
 
 
 def own_group_of(look: Pass, extracted: Extracted) -> str:
