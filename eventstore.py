@@ -59,6 +59,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -520,15 +521,20 @@ def parse_cursor(text: str) -> Cursor:
     return Cursor(timestamp_us, event_id)
 
 
-WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 180, "6HOUR": 360, "12HOUR": 720}
-WINDOW_SIZES = (*WINDOW_MINUTES, "DAY", "WEEK", "MONTH")
+WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 180, "6HOUR": 360, "12HOUR": 720,
+                  "DAY": 1440, "WEEK": 7 * 1440}  # fmt: skip
+WINDOW_SIZES = (*WINDOW_MINUTES, "MONTH")
 MAX_WINDOWS = 100_000
 MINUTE_US = 60 * 1_000_000
-QUARTER_US = 15 * MINUTE_US
+A_SUNDAY = datetime(1, 1, 7)  # as clocks show it: weeks start so, and days, and what divides them
 
 
 class Windows(Struct, frozen=True):
-    """Windows of one size in one time zone; months may start on another day than the first (API: Usage)."""
+    """Windows of one size in one time zone; months may start on another day than the first (API: Usage).
+
+    A window starts when the zone's clocks show its time, or jump over it. Up to an hour long, it starts again when they
+    show that time again: the second 1:30 of a night on which clocks go back. Three hours hold both.
+    """
 
     size: str
     zone: tzinfo = UTC
@@ -536,57 +542,44 @@ class Windows(Struct, frozen=True):
 
     def bounds(self, start_us: int, end_us: int, field: str = "window_size") -> list[int]:
         """Where each window that touches [start, end) starts, and where the last one ends. ApiError if too many."""
-        step_us = WINDOW_MINUTES.get(self.size, 0) * MINUTE_US  # 0: by the calendar
-        too_many = bool(step_us) and (end_us - start_us) // step_us > 2 * MAX_WINDOWS  # seen without making them all
+        step_us = WINDOW_MINUTES.get(self.size, 0) * MINUTE_US
+        bounds: Sequence[int]
         try:
-            bounds = [max(self._floor(start_us), MIN_TIME_US)]
-            while bounds[-1] < end_us and not too_many:
-                bounds.append(bounds[-1] + step_us if self._is_regular else self._next(bounds[-1]))
-                too_many = len(bounds) > MAX_WINDOWS + 1
-            if too_many:
-                problem = f"{self.size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
-                refuse(field, "out_of_range", problem)
+            if self.zone is UTC and 0 < step_us < DAY_US:  # 100,000 of them take 3 ms, not 0.4 s
+                bounds = range(start_us - start_us % step_us, end_us + step_us, step_us)
+            else:
+                bounds = self._bounds(start_us, end_us)
         except (OverflowError, ValueError):
             refuse(field, "out_of_range", "makes a window outside the years 1 to 9999")
-        return bounds
+        if len(bounds) > MAX_WINDOWS + 1:
+            problem = f"{self.size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
+            refuse(field, "out_of_range", problem)
+        return [max(bounds[0], MIN_TIME_US), *bounds[1:]]
 
-    @property
-    def _is_regular(self) -> bool:
-        """All windows are equally long: 100,000 of them take 10 ms, not 2 s."""
-        return self.zone is UTC and self.size in WINDOW_MINUTES
+    def _bounds(self, start_us: int, end_us: int) -> list[int]:
+        minutes = WINDOW_MINUTES.get(self.size, 32 * 1440)  # 32 days after it starts, a month is the next one
+        repeats = minutes <= 60  # and clocks go back by three hours at most
+        wall = self._floor(self._wall(start_us - repeats * 180 * MINUTE_US))
+        first, bounds = MIN_TIME_US, set[int]()
+        while first < end_us and len(bounds) < MAX_WINDOWS + 360:  # those before the start do not count
+            first, second = (to_us(wall.replace(tzinfo=self.zone, fold=fold)) for fold in (0, 1))
+            if first > second:  # clocks jump over it, at this moment
+                first = second = second + bisect_left(range(second, first), wall, key=self._wall)
+            bounds |= {first, second if repeats else first}
+            wall = self._floor(wall + timedelta(minutes=minutes))
+        ordered = sorted(bounds)
+        return ordered[bisect_right(ordered, start_us) - 1 : bisect_left(ordered, end_us) + 1]
 
-    def _floor(self, time_us: int) -> int:
-        """The start of the window that a time is in. Wall-clock arithmetic, so days and hours are those of the zone."""
-        local = to_datetime(time_us).astimezone(self.zone)
-        day = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
+    def _wall(self, time_us: int) -> datetime:
+        """What the zone's clocks show."""
+        return to_datetime(time_us).astimezone(self.zone).replace(tzinfo=None)
+
+    def _floor(self, wall: datetime) -> datetime:
+        """What they show at the start of the window."""
         if minutes := WINDOW_MINUTES.get(self.size):
-            past = (local.hour * 60 + local.minute) % minutes
-            # The fold tells the second 1:30 of a night on which clocks go back from the first; three hours hold both.
-            fold = local.fold if minutes <= 60 else 0
-            return to_us((local - timedelta(minutes=past)).replace(second=0, microsecond=0, fold=fold))
-        if self.size == "WEEK":
-            day -= timedelta(days=(day.weekday() + 1) % 7)
-        elif self.size == "MONTH":
-            shift = timedelta(days=self.month_day - 1)
-            day = (day - shift).replace(day=1) + shift
-        return to_us(day)
-
-    def _next(self, start_us: int) -> int:
-        """The start of the window after the one that starts there."""
-        if minutes := WINDOW_MINUTES.get(self.size):
-            step_us = minutes * MINUTE_US
-            time_us = start_us + step_us
-            while (following := self._floor(time_us)) <= start_us:  # clocks went back: the window is longer
-                time_us += min(step_us, QUARTER_US)
-            return following
-        local = to_datetime(start_us).astimezone(self.zone).replace(tzinfo=None)
-        if self.size == "MONTH":
-            shift = timedelta(days=self.month_day - 1)
-            following_day = ((local - shift).replace(day=1) + timedelta(days=32)).replace(day=1) + shift
-        else:
-            following_day = local + timedelta(days=7 if self.size == "WEEK" else 1)
-        midnight = following_day.replace(hour=0, minute=0, second=0, microsecond=0)  # a day may start at 1:00
-        return to_us(midnight.replace(tzinfo=self.zone))
+            return wall - (wall - A_SUNDAY) % timedelta(minutes=minutes)
+        shift = timedelta(days=self.month_day - 1)
+        return (wall - shift).replace(day=1, hour=0, minute=0, second=0, microsecond=0) + shift
 
 
 def parse_zone(name: str) -> tzinfo:
