@@ -1176,14 +1176,17 @@ def property_expression(function: str, name: str, key: str, parameters: Paramete
 
 
 def number_expression(name: str, key: str, parameters: Parameters) -> str:
-    """A property as `property_number` has it. A sum over a million of them takes 1.3 s, with trim() 2.6 s."""
+    """A property as `property_number` has it. Read once, as v: a sum takes 0.8 to 0.97 times as long."""
     parameters |= {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
-    value = f"properties ->> :{name}_path"
-    # Compared with a REAL, a text that is a number becomes one; any other is greater than every number.
-    is_number = f"{value} BETWEEN {_MIN_REAL} AND {_MAX_REAL}"
-    number = f"CASE WHEN {value} = 1 AND properties -> :{name}_path = 'true' THEN 0.0 ELSE CAST({value} AS REAL) END"
-    slowly = f"WHEN properties LIKE '%\\%' THEN property_number(properties, :{name}_key)"
-    return f"CASE WHEN {is_number} THEN {number} {slowly} ELSE 0.0 END"
+    # Compared with a REAL, a text that is a number becomes one; any other is greater than every number. White space
+    # around it is forgiven: so it may not begin with any, and no exponent can follow it if it ends in some.
+    is_number = f"BETWEEN {_MIN_REAL} AND {_MAX_REAL}"
+    is_true = f"v = 1 AND properties -> :{name}_path = 'true'"
+    return f"""(SELECT CASE
+        WHEN v BETWEEN '!' AND ':' AND (v || 'e0') {is_number} THEN CAST(v AS REAL)
+        WHEN v < '' AND v {is_number} THEN CASE WHEN {is_true} THEN 0.0 ELSE CAST(v AS REAL) END
+        WHEN v {is_number} OR properties LIKE '%\\%' THEN property_number(properties, :{name}_key)
+        ELSE 0.0 END FROM (SELECT properties ->> :{name}_path AS v))"""
 
 
 def property_json(properties: str, key: str) -> str | None:
@@ -1202,7 +1205,7 @@ def property_text(properties: str, key: str) -> str | None:
 
 def property_number(properties: str, key: str) -> float:
     """SQL function: a property that is a number or the text of one; 0 if it is not (API: Usage)."""
-    text = (property_text(properties, key) or "").strip(" \t\n\v\f\r")  # what SQLite strips, too
+    text = property_text(properties, key) or ""
     number = float(text) if DECIMAL.fullmatch(text) else 0.0
     return number if math.isfinite(number) else 0.0
 
