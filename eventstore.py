@@ -1072,6 +1072,7 @@ END_CLAUSE = "timestamp_us <= :end_us"
 TIME_ORDER = ("timestamp_us", "id")
 NAME_ORDER = ("event_name", "timestamp_us", "id")
 SEPARATOR = "\x1e"  # which no JSON text can hold
+MAX_PAGE_BYTES = 128 * 1024 * 1024  # it is held some five times while it is made; SQLite takes 1 GB
 _JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false")
 _MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign in ("-", ""))
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
@@ -1322,7 +1323,12 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     parameters |= {"limit": query.page_size + 1, "offset": 0 if cursor else query.offset}
     clauses = f"{where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
     counted = f"{where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
-    events, number, total_count = select_events(conn, query.view.environment, clauses, parameters, counted)
+    try:
+        events, number, total_count = select_events(conn, query.view.environment, clauses, parameters, counted)
+    except sqlite3.DataError:  # longer than a page may be: a shorter one, and the rest on the next
+        if query.page_size == 1:
+            raise
+        return list_events(conn, msgspec.structs.replace(query, page_size=query.page_size // 2))
     has_more = number > query.page_size
     if has_more:
         events = events.rpartition(SEPARATOR)[0]
@@ -1366,7 +1372,12 @@ def select_events(
     counting = f"(SELECT count(*) FROM events WHERE {counted})" if counted else "NULL"
     found = f"SELECT {EVENT_JSON} AS event FROM events WHERE {clauses}"
     statement = f"SELECT group_concat(event, :separator) || :end, count(*), {counting} FROM ({found})"
-    events, number, total_count = conn.execute(statement, parameters).fetchone()
+    # A page of one, for which two are read, may be as long as SQLite takes: -1 leaves the limit as it is.
+    usual_bytes = conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, -1 if parameters["limit"] == 2 else MAX_PAGE_BYTES)
+    try:
+        events, number, total_count = conn.execute(statement, parameters).fetchone()
+    finally:
+        conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
     return events or "", number, total_count
 
 
