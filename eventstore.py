@@ -1858,6 +1858,7 @@ PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
 # Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
 KEEP_ALIVE_S = 75
+HEADERS_TIMEOUT_S = 30.0  # from the connection, or a later request's first byte; uvicorn waits for ever
 # In Starlette's own `path` an id would end at a line break.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 Handler = Callable[["Service", Request], Awaitable[Response]]
@@ -2329,13 +2330,20 @@ class _WholeResponses:
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP, with the two things it does differently here."""
+    """uvicorn's HTTP, with the three things it does differently here."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._responses = _WholeResponses(transport)
+        self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._headers_timeout.cancelled():  # by the headers of the request before
+            self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
     def on_headers_complete(self) -> None:
+        self._headers_timeout.cancel()
         super().on_headers_complete()
         self.cycle.transport = self._responses  # type: ignore[assignment]
 
