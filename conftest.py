@@ -38,6 +38,17 @@ NOW = 1_760_528_327_962_000  # 2025-10-15T11:38:47.962Z
 DAY_US = 86_400_000_000
 EVER = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
 table = pytest.mark.parametrize
+SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
+
+
+@pytest.fixture
+def choose(request, capsys) -> random.Random:
+    """What chance decides in a test; its seed is shown, passed or failed."""
+    line = f"EVENTSTORE_TEST_SEED={SEED}"
+    with capsys.disabled():
+        print(f" {line} ", end="", flush=True)
+    print(line)  # this one is captured, and shown with the failure
+    return random.Random(f"{SEED} {request.node.name}")
 
 
 def pytest_configure() -> None:

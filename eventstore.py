@@ -1815,6 +1815,7 @@ def _start_errors(path: str) -> Iterator[None]:
             sqlite3.SQLITE_READONLY: "it is read-only: make it and its folder writable",
             sqlite3.SQLITE_CANTOPEN: "it cannot be opened for writing: check it and its folder",
             sqlite3.SQLITE_BUSY: "another process holds its write lock: end that process",
+            sqlite3.SQLITE_IOERR: "the disk answered with an error: look at the system's log",
         }
         reason = reasons.get(error.sqlite_errorcode & 0xFF, str(error))
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
@@ -1834,6 +1835,9 @@ def _migrate(conn: sqlite3.Connection, path: str) -> int:
         conn.execute(pragma)
     if not tables:
         _write_schema(conn)
+    # A process that died after a failed sync may have left a WAL that can be read here, though the disk does not have
+    # it: an event in it would be known already when it is sent again. In the file it is written anew, and synced.
+    conn.execute("PRAGMA wal_checkpoint")
     conn.execute("BEGIN IMMEDIATE")  # a file that cannot be written is found now, not by the first event
     conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone goes through if it has a WAL
     conn.execute("ROLLBACK")
