@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 from collections import Counter
@@ -74,7 +75,8 @@ class Run:
                     for port, requests in zip(pool.map(send, [live] * 5, of_clients), of_clients, strict=True):
                         self.requests.setdefault(port, []).extend(requests)
                 assert live.stop() == 0, live.log
-            eventually(lambda trace=trace: f"\n{live.process.pid} +++ exited" in trace.read_text()[-1000:])
+            ended = re.compile(rf"^{live.process.pid} +\+\+\+ exited", re.MULTILINE)
+            eventually(lambda trace=trace, ended=ended: ended.search(trace.read_text()))
             self.recording.add(trace)
 
     def cut(self, disk: Disk, folder: Path, choose: random.Random) -> Cut:
