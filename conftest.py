@@ -38,6 +38,17 @@ NOW = 1_760_528_327_962_000  # 2025-10-15T11:38:47.962Z
 DAY_US = 86_400_000_000
 EVER = {"start_time": eventstore.EARLIEST, "end_time": eventstore.LATEST}
 table = pytest.mark.parametrize
+SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
+
+
+@pytest.fixture
+def choose(request, capsys) -> random.Random:
+    """What chance decides in a test; its seed is shown, passed or failed."""
+    line = f"EVENTSTORE_TEST_SEED={SEED}"
+    with capsys.disabled():
+        print(f" {line} ", end="", flush=True)
+    print(line)  # this one is captured, and shown with the failure
+    return random.Random(f"{SEED} {request.node.name}")
 
 
 def pytest_configure() -> None:
@@ -390,6 +401,7 @@ def random_value(choose: random.Random) -> object:
         choose.randint(-20, 100), choose.randint(0, 10**20), round(choose.uniform(-5, 50), 3), choose.random() * 1e-9,
         f"{choose.uniform(0, 50):.2f}", str(choose.randint(-9, 9)), "1e3", "+7", ".5", "5.", "-0.0", "007",
         "", "text", "12 apples", "0x10", "1_0", "NaN", "inf", "1e400", "true", "null", "1,5", "½", "٣", "--1",
+        " 12", "12 ", "\t7", "7\n", " ", "1 2",
         True, False, None, {"a": 1}, [7], [], "tab\there", 'say "5"', "back\\slash", '"5"', "é世😀", "line\u2028", "'; --",
     ])  # fmt: skip
 

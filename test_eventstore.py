@@ -1238,6 +1238,22 @@ def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client)
     assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
 
 
+NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a012", "1 2", "inf", "-inf", "Infinity", "nan",
+              "1e400", "-1e400", "9" * 400, int("9" * 400), True, False, None, [12], {"n": 12}, ""]  # fmt: skip
+
+
+@table("others", [{}, {"backslash": "\\"}], ids=["fast", "slowly"])
+@table("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_to_the_letter_counts_as_0(client, value, others):
+    store(
+        client,
+        event(timestamp=at(-1), properties={"n": value} | others),
+        event(timestamp=at(-1), properties={"n": "3"}),
+    )
+    for kind, result in (("SUM", 3), ("AVG", 1.5), ("MAX", 3)):
+        assert usage(client, kind, property_name="n")["value"] == result
+
+
 @table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
 def test_only_the_number_of_windows_is_limited_and_not_the_range(client, size, windows):
     query = {"event_name": "call", "aggregation_type": "COUNT", "window_size": size}

@@ -47,6 +47,7 @@ from conftest import (
     LEDGER_START,
     NOW,
     POST,
+    ROOT,
     SCRIPT,
     STAGING_KEY,
     ZONES,
@@ -75,6 +76,7 @@ from conftest import (
     page,
     place_by,
     posting,
+    python,
     refuse_to_write,
     refused,
     rows_of,
@@ -245,17 +247,6 @@ def test_the_wal_is_synced_between_its_last_write_and_the_answer(tmp_path, path,
 
 STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
 EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
-SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
-
-
-@pytest.fixture
-def choose(request, capsys) -> random.Random:
-    """What chance decides in a test; its seed is shown, passed or failed."""
-    line = f"EVENTSTORE_TEST_SEED={SEED}"
-    with capsys.disabled():
-        print(f" {line} ", end="", flush=True)
-    print(line)  # this one is captured, and shown with the failure
-    return random.Random(f"{SEED} {request.node.name}")
 
 
 def known_event(event_id: str) -> dict:
@@ -908,6 +899,118 @@ def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path, 
     check_ledgers(disk.folder, [sender])
 
 
+# ---------------------------------------------------------------------------------------------- a disk that fails
+
+SYNCS, WRITES = "fsync,fdatasync", "pwrite64"
+
+
+def failing(calls: str, when: str = "1+", path: Path | None = None) -> list[str]:
+    """A strace that answers such calls of a process, of each thread those that `when` counts, with EIO."""
+    if not shutil.which("strace") or run("strace", "true").returncode != 0:
+        pytest.skip("needs strace, and the right to trace another process")
+    of_path = ["-P", str(path)] if path else []
+    return [
+        "strace",
+        "-f",
+        "-y",
+        *of_path,
+        "-e",
+        f"trace={SYNCS},{WRITES}",
+        "-e",
+        f"inject={calls}:error=EIO:when={when}",
+    ]
+
+
+@contextmanager
+def failing_disk(live: Live, calls: str, when: str = "1+") -> Iterator[None]:
+    command = [*failing(calls, when), "-o", os.devnull, "-p", str(live.process.pid)]
+    tracing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert "attached" in tracing.stderr.readline()
+    yield
+    tracing.send_signal(signal.SIGINT)  # it lets go
+    tracing.communicate(timeout=30)
+
+
+@table("calls", [WRITES, SYNCS])
+def test_a_disk_that_answers_with_an_error_is_a_500_that_claims_nothing_until_it_works_again(tmp_path, calls):
+    batch = [event(f"{number}", source="x" * 100) for number in range(300)]
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, event("before"))
+        with failing_disk(live, calls):
+            for path, body in (("/v1/events", event("single")), ("/v1/events/bulk", {"events": batch})) * 2:
+                refused(client.post(path, json=body), 500, "database_error")
+                assert ids(client) == ["before"]
+            assert client.get("/health").json()["reason"] == "the disk answered with an error"
+        assert counts(store(client, *batch, event("single"))) == (301, 0)  # by itself
+        assert client.get("/health").status_code == 200
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert len(rows_of(tmp_path)) == 302
+
+
+def test_what_is_stored_after_a_failed_sync_is_whole_and_what_failed_is_gone(tmp_path):
+    """The frames of the failed commit are in the WAL; shorter ones overwrite their beginning, and so all of them."""
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, event("before"))
+        with failing_disk(live, SYNCS, "1"):
+            refused(client.post("/v1/events/bulk", json={"events": [event()] * 1000}), 500, "database_error")
+            store(client, event("after"))
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert [row[1] for row in rows_of(tmp_path)] == ["after", "before"]
+
+
+def test_a_start_writes_and_syncs_what_a_failed_sync_may_have_left_before_it_answers(tmp_path):
+    """The WAL of a server that died right after a failed sync: this system can read it, but the disk may not have it."""
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        store(client, event("before"))
+        with failing_disk(live, SYNCS):
+            refused(client.post("/v1/events", json=event("unsynced")), 500, "database_error")
+        assert live.stop(signal.SIGKILL) == -signal.SIGKILL
+    copies = [shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-{calls}") for calls in (WRITES, SYNCS)]
+    for folder, calls in zip(copies, (WRITES, SYNCS), strict=True):
+        assert "the disk answered with an error" in refused_to_start(folder, *failing(calls), "-o", os.devnull)
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        assert not (tmp_path / "events.db-wal").stat().st_size  # all of it is in the file
+        assert counts(store(client, event("unsynced"))) in ((0, 1), (1, 0))
+        assert live.stop() == 0
+    assert [row[1] for row in rows_of(tmp_path)] == ["before", "unsynced"]
+
+
+FAILS_AND_TRIES_AGAIN = """
+import sqlite3, sys
+conn = sqlite3.connect("events.db", isolation_level=None)
+for pragma in ("journal_mode = WAL", "synchronous = FULL", "wal_autocheckpoint = 0"):
+    conn.execute(f"PRAGMA {pragma}")
+for statement in sys.argv[1:]:
+    for _ in range(2):
+        try:
+            conn.execute(statement)
+        except sqlite3.OperationalError as error:
+            assert str(error) == "disk I/O error", error
+"""
+
+
+@table(("statement", "name"), [("INSERT INTO numbers SELECT randomblob(3000) FROM numbers", "events.db-wal"),
+                               ("PRAGMA wal_checkpoint", "events.db")])  # fmt: skip
+def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(tmp_path, statement, name):
+    """After a failed sync the system may take what was written for clean. So a sync that only comes again says nothing;
+    that SQLite never relies on one is what this server relies on."""
+    made = python("import os, sqlite3; conn = sqlite3.connect('events.db', isolation_level=None);"
+                  "conn.execute('PRAGMA journal_mode = WAL'); conn.execute('CREATE TABLE numbers (n)');"
+                  "conn.execute('INSERT INTO numbers VALUES (randomblob(3000)), (2), (3), (4)'); os._exit(0)",
+                  cwd=tmp_path)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    command = [*failing(SYNCS, "1", tmp_path / name), "-o", tmp_path / "trace.txt"]
+    done = run(*command, sys.executable, "-c", FAILS_AND_TRIES_AGAIN, statement, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    trace = (tmp_path / "trace.txt").read_text()
+    failed, again = re.split(r".*sync\(.*EIO.*", trace)
+    written, rewritten = (
+        re.findall(r"pwrite64\(.*, (\d+), (\d+)\) = \d+", part.partition("sync(")[0]) for part in (failed, again)
+    )
+    assert written
+    assert set(written) <= set(rewritten)
+
+
 def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
     with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
         store(client, event("before"))
@@ -1109,6 +1212,92 @@ def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_p
             assert "Traceback" not in live.log
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def limited_to(seconds: float) -> list[str]:
+    """A server that waits so long for the headers of a request."""
+    code = f"import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = {seconds}; sys.exit(eventstore.main())"
+    return [sys.executable, "-c", code]
+
+
+def threads_and_files(live: Live) -> tuple[int, int]:
+    counted = [Path(f"/proc/{live.process.pid}/{name}") for name in ("task", "fd")]
+    if not counted[0].exists():
+        pytest.skip("only Linux says how many threads and files another process has")
+    return len(list(counted[0].iterdir())), len(list(counted[1].iterdir()))
+
+
+def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2500:
+        pytest.skip("this process may not open 2000 connections")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        with ExitStack() as stack:
+            live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(3), PYTHONPATH=str(ROOT)))
+            client = stack.enter_context(live.client())
+            store(client, event("before"))
+            threads, files = threads_and_files(live)
+            silent = [stack.enter_context(live.connect()) for _ in range(2000)]
+            for number in range(20):
+                assert counts(store(client, event(f"{number}"))) == (1, 0)
+            assert threads_and_files(live)[0] == threads
+            assert [sock.recv(1) for sock in silent] == [b""] * 2000
+            eventually(lambda: threads_and_files(live) == (threads, files))
+            assert (live.stop(), live.log) == (0, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
+    one = posting(BODY)
+    with (
+        Live(tmp_path, "--api-key", KEY, command=limited_to(1), PYTHONPATH=str(ROOT)) as live,
+        live.connect() as idle,
+        live.connect() as slow,
+        live.connect() as half,
+        live.connect() as later_half,
+        live.connect() as silent,
+    ):
+        for sock in (idle, later_half):
+            sock.sendall(one)
+            assert answer_on(sock).status_code == 202
+        slow.sendall(one[:-10])  # its headers are there
+        for sock in (half, later_half):
+            sock.sendall(one[:30])
+        assert [sock.recv(1) for sock in (half, later_half, silent)] == [b""] * 3
+        slow.sendall(one[-10:])
+        assert answer_on(slow).status_code == 202
+        for _ in range(2):
+            idle.sendall(one)
+            assert answer_on(idle).status_code == 202
+        assert live.stop() == 0
+
+
+def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(client, monkeypatch):
+    monkeypatch.setattr(eventstore, "MAX_PAGE_BYTES", 100_000)
+    sizes = [20_000] * 10 + [150_000] + [10] * 40 + [60_000, 60_000]
+    sent = [
+        event(f"{number:02}", timestamp=at(number), properties={"p": "x" * size}) for number, size in enumerate(sizes)
+    ]
+    for one in sent:
+        store(client, one)
+    expected = [one["event_id"] for one in sent]
+    for order, by_cursor in itertools.product(("asc", "desc"), (True, False)):
+        query, found, pages = {"order": order, "page_size": 50, **EVER}, [], []
+        while not pages or pages[-1]["has_more"]:
+            pages.append(page(client, "POST", **query))
+            found += [one["id"] for one in pages[-1]["events"]]
+            query |= {"iter_last_key": pages[-1]["iter_last_key"]} if by_cursor else {"offset": pages[-1]["offset"]}
+        assert found == (expected if order == "asc" else expected[::-1])
+        assert {one["total_count"] for one in pages} == {len(sent)}
+        assert all(len(one["events"]) == 1 or len(json.dumps(one)) < 110_000 for one in pages)
+        assert len(pages) < 20
+    after = page(client, "POST", order="asc", page_size=50, iter_first_key=cursor(sent[30]), **EVER)
+    assert ([one["id"] for one in after["events"]][-1], after["has_more"]) == ("29", True)  # the nearest ones
+    assert client.get("/v1/events/lookup", params={"id": "10"}).json()["event"]["properties"]["p"] == "x" * 150_000
+    assert usage(client, "COUNT_UNIQUE", property_name="p", **EVER)["value"] == 4
 
 
 def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path):
