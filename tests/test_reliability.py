@@ -1498,6 +1498,8 @@ def is_meter(sent):
 
 def is_feature(sent):
     meter, is_metered = sent.get("meter"), sent.get("type") == "metered"
+    if str(sent.get("meter_id")).startswith("meter_"):
+        return False  # one that an earlier call made, and a later one may have archived
     has_meter = bool(sent.get("meter_id")) or (isinstance(meter, dict) and is_meter(meter))
     return (has_meter or not is_metered) and bool(sent.get("unit_singular")) == bool(sent.get("unit_plural"))
 '''
