@@ -8,7 +8,7 @@ import glob
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from eventstore import (
     Parameters,
     Service,
     StartError,
-    StopError,
     T,
     add_db_flag,
     connect,
@@ -38,6 +37,7 @@ from eventstore import (
     to_datetime,
 )
 from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, read_forward_progress
+from eventstore_extras.job import StopError, run_job
 
 HOUR_US = 3600 * 1_000_000
 LOOK_INTERVAL_S = 1.0  # between two looks at the clock
@@ -56,7 +56,7 @@ class Database(Protocol):
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T: ...
 
-    async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T: ...
+    def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]: ...
 
 
 class Doomed(NamedTuple):
@@ -215,7 +215,7 @@ def prune_time(text: str) -> int:
     try:
         before_us = parse_time(text)
     except FieldError as error:
-        raise StartError(f"--before {error.problem}") from None
+        raise StartError(f"--before {error}") from None
     if before_us > now_us():
         raise StartError(f"--before {text} is in the future: what is still to come would be deleted, too")
     return before_us
@@ -242,5 +242,5 @@ def add_flags(_: str, add: AddFlag) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`eventstore prune`: its exit status. StartError, StopError."""
-    return prune_events(arguments)
+    """`eventstore prune`: its exit status. StartError."""
+    return run_job(prune_events, arguments)
