@@ -67,7 +67,6 @@ from eventstore import (
 )
 from eventstore_extras.job import StopError, run_job
 from eventstore_extras.transfer import (
-    PAGE_EVENTS,
     ExportedEvent,
     StoredRow,
     add_filter_flags,
@@ -486,7 +485,7 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
 
 BLOCKED_PAUSE_S = 30.0
 GRACE_S = 2.0  # for the request under way when the server stops; less than TASK_TIMEOUT_S
-WATCH_INTERVAL_S = 1.0
+WATCH_INTERVAL_S = 5.0
 BEHIND_EVENTS = 10_000
 SPAN = 100_000  # rows that one query looks at: those of another environment are passed over
 
@@ -519,7 +518,7 @@ class Page(NamedTuple):
 
     batch: Batch | None
     through: int  # the seq up to which nothing else has to be sent
-    has_more: bool
+    has_more: bool  # than is in it: no need to wait until it is full
 
 
 BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
@@ -533,9 +532,10 @@ def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
     where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last ORDER BY seq"
     rows = select_rows(conn, where, parameters)
     batch = next(batches([rows], MAX_BATCH), None)
-    if batch and (len(batch.rows) < len(rows) or len(rows) == PAGE_EVENTS):
-        return Page(batch, batch.rows[-1][0], True)
-    return Page(batch, max(last, after), last < newest)
+    if batch is None:
+        return Page(None, max(last, after), last < newest)
+    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.body) >= BATCH_BYTES
+    return Page(batch, batch.rows[-1][0], is_full or last < newest)
 
 
 def backlog(conn: sqlite3.Connection, environment: str, after: int) -> tuple[int, int]:

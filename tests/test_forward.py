@@ -211,14 +211,17 @@ def test_events_of_another_environment_are_passed_over_a_span_at_a_time(tmp_path
     assert progress_of(tmp_path)["last_id"] == "first"
 
 
-def test_a_request_holds_at_most_10_mb(tmp_path):
+def test_a_request_holds_at_most_10_mb_unless_one_event_is_longer(tmp_path):
     with serving(tmp_path) as client:
         for one in numbered(20, properties={"x": "y" * 1_500_000}):
             store(client, one)
+        store(client, event("huge", properties={"x": "y" * 17_000_000}))
+        store(client, event("after"))
     with Target() as target, an_edge(target, db=str(tmp_path / "events.db")) as (edge, _):
         edge.wait_until_forwarded()
-    assert [len(batch) for batch in target.batches] == [6, 6, 6, 2]
-    assert max(target.sizes) < 10_000_000
+    assert [len(batch) for batch in target.batches] == [6, 6, 6, 2, 1, 1]
+    assert sum(size > 10_000_000 for size in target.sizes) == 1
+    assert target.ids[-2:] == ["huge", "after"]
 
 
 # ---------------------------------------------------------------------------------------------- what a target answers
