@@ -13,14 +13,13 @@ import logging
 import os
 import random
 import re
-import signal
 import socket
 import sqlite3
 import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import datetime
 from enum import Enum
@@ -65,7 +64,7 @@ from eventstore import (
     say,
     to_datetime,
 )
-from eventstore_extras.job import StopError, run_job
+from eventstore_extras.job import StopError, run_job, until_sigterm
 from eventstore_extras.transfer import (
     ExportedEvent,
     StoredRow,
@@ -300,16 +299,6 @@ PROGRESS = msgspec.json.Decoder(ReplayProgress)
 
 class RefusedError(Exception):
     """A batch that there is no sense in sending again."""
-
-
-async def until_sigterm(work: Coroutine[None, None, None]) -> None:
-    """SIGTERM cancels it, as asyncio lets SIGINT: an exception amid its loop would leave tasks that nothing wakes."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
-    try:
-        await task
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Replay:

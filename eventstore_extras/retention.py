@@ -37,7 +37,7 @@ from eventstore import (
     to_datetime,
 )
 from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, read_forward_progress
-from eventstore_extras.job import StopError, run_job
+from eventstore_extras.job import StopError, run_job, until_sigterm
 
 HOUR_US = 3600 * 1_000_000
 LOOK_INTERVAL_S = 1.0  # between two looks at the clock
@@ -200,8 +200,8 @@ def prune_events(arguments: argparse.Namespace) -> int:
         else:
             sweep = Sweep(File(conn), doomed)
             try:
-                asyncio.run(sweep.run(thorough=True))
-            except KeyboardInterrupt:
+                asyncio.run(until_sigterm(sweep.run(thorough=True)))
+            except (KeyboardInterrupt, asyncio.CancelledError):
                 done = f"{counted(sweep.deleted, 'event')} deleted"
                 raise StopError(f"interrupted; {done}; the same command goes on from there") from None
             deleted = sweep.deleted

@@ -309,7 +309,8 @@ def test_a_prune_beside_a_server_under_load_disturbs_nobody(tmp_path):
     assert kept_ids(tmp_path) == sorted(sent)
 
 
-def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path):
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path, number):
     stored(tmp_path, [(1, NOW)] * 30_000)
     command = [*map(str, SCRIPT), "prune", "--before", "2025-10-16T00:00:00Z"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -319,14 +320,15 @@ def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path):
             return conn.execute("SELECT count(*) FROM events").fetchone()[0]
 
     eventually(lambda: left() < 30_000)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     message = process.communicate(timeout=30)[1]
-    number = left()
+    remaining = left()
     assert process.returncode == 1, message
     assert (
-        message == f"eventstore: interrupted; {30_000 - number:,} events deleted; the same command goes on from there\n"
+        message
+        == f"eventstore: interrupted; {30_000 - remaining:,} events deleted; the same command goes on from there\n"
     )
-    assert 0 < number < 30_000
+    assert 0 < remaining < 30_000
     done = run(*command, cwd=tmp_path)
-    assert f"deleted {number:,} events" in done.stderr
+    assert f"deleted {remaining:,} events" in done.stderr
     assert json.dumps(kept_ids(tmp_path)) == "[]"
