@@ -8,6 +8,7 @@ import glob
 import os
 import sqlite3
 import time
+import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -46,6 +47,7 @@ GOAL_S = 0.01  # for the rows of one transaction; whoever stores events waits fo
 FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 50, 10, 1000
 PAUSE_TIMES = 2  # as long as the transaction took, before the next
 PRUNE_LOCK_TIMEOUT_S = 60.0
+GONE = "if nothing is forwarded there any more, remove its .forward-*.json beside the database"
 SELECT_DOOMED = (
     "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {where} ORDER BY seq LIMIT :rows)"
 )
@@ -161,7 +163,11 @@ class Retention:
 
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
     """`serve --retain-days N`. StartError."""
-    forwarded_from(service.store.path)
+    for progress in forwarded_from(service.store.path):
+        outbox = service.outboxes.get(progress.environment)
+        if outbox is None or outbox.host != urllib.parse.urlsplit(progress.target).netloc:
+            log.warning("retention: this server does not forward to %s, and what is not accepted there is kept; %s",
+                        progress.target, GONE)  # fmt: skip
     service.tasks.append(Retention(service, arguments.retain_days).run)
     service.notices.append(f"keeps        events for {arguments.retain_days:g} days after they were stored")
 
@@ -230,8 +236,7 @@ def not_yet(events: int, forwarded: Sequence[ForwardProgress]) -> str:
     if events <= 0:
         return ""
     targets = ", ".join(sorted({progress.target for progress in forwarded}))
-    gone = "if nothing is forwarded there any more, remove its .forward-*.json beside the database"
-    return f"; {counted(events, 'event')} of that time stay until accepted by {targets} ({gone})"
+    return f"; {counted(events, 'event')} of that time stay until accepted by {targets} ({GONE})"
 
 
 def add_flags(_: str, add: AddFlag) -> None:

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -271,6 +273,23 @@ def test_a_target_that_never_answers_is_asked_again(caplog, monkeypatch):
         silence.set()
     assert "cannot be reached: ReadTimeout" in caplog.text
     assert target.ids == ["00000", "00001", "00002"]
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_a_bad_certificate_is_named_and_gets_no_key(tmp_path, caplog):
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=127.0.0.1")
+    run("openssl", "req", "-x509", *curve, "-keyout", tmp_path / "key.pem", "-out", tmp_path / "own.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "own.pem", tmp_path / "key.pem")
+    target = Target()
+    target.server.socket = context.wrap_socket(target.server.socket, server_side=True)
+    target.server.handle_error = lambda *_: None  # it would print that the handshake failed
+    target.url = target.url.replace("http:", "https:")
+    with target, an_edge(target) as (_, client):
+        store(client, event("a"))
+        eventually(lambda: "cannot be reached: [SSL: CERTIFICATE_VERIFY_FAILED]" in caplog.text)
+        assert behind(client)[0] == 1
+    assert target.batches == []
 
 
 @table("trick", [answering(202), cut_after_the_status], ids=["empty", "cut off"])

@@ -245,6 +245,22 @@ def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp
         assert "retention" not in live.log
 
 
+def test_a_target_that_is_forwarded_to_no_more_is_named_because_it_keeps_events(tmp_path, caplog):
+    path = stored(tmp_path, [(1, NOW - 2 * DAY_US)] * 3)
+    file = progress(path, "https://old/v1", "development", 1)
+    with retaining(tmp_path, 1, SimpleNamespace(us=NOW)):
+        eventually(lambda: len(kept_ids(tmp_path)) == 2)
+    (line,) = [record.message for record in caplog.records if "does not forward to" in record.message]
+    assert (
+        "https://old/v1, and what is not accepted there is kept; if nothing is forwarded there any more, remove" in line
+    )
+    file.unlink()
+    caplog.clear()
+    with retaining(tmp_path, 1, SimpleNamespace(us=NOW)):
+        eventually(lambda: kept_ids(tmp_path) == [])
+    assert "does not forward to" not in caplog.text
+
+
 @table(
     ("flags", "part"),
     [
