@@ -43,7 +43,7 @@ from eventstore_extras.job import StopError, run_job, until_sigterm
 HOUR_US = 3600 * 1_000_000
 LOOK_INTERVAL_S = 1.0  # between two looks at the clock
 SPAN = 100_000  # rows that one query looks at
-GOAL_S = 0.01  # for the rows of one transaction; whoever stores events waits for it, and for its commit
+GOAL_S = 0.005  # for the rows of one transaction; whoever stores events waits for it, and for its commit
 FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 50, 10, 1000
 PAUSE_TIMES = 2  # as long as the transaction took, before the next
 PRUNE_LOCK_TIMEOUT_S = 60.0
@@ -96,7 +96,8 @@ class Doomed(NamedTuple):
 class Sweep:
     """Deletes events, oldest first, in transactions so short that nobody who stores events notices."""
 
-    def __init__(self, database: Database, doomed: Doomed) -> None:
+    def __init__(self, path: str, database: Database, doomed: Doomed) -> None:
+        self._path = path
         self._database = database
         self._doomed = doomed
         self.deleted = 0
@@ -116,11 +117,20 @@ class Sweep:
                 self.deleted += count
                 rows = round(max(LEAST_ROWS, min(MOST_ROWS, 2 * rows, rows * GOAL_S / taken_s)))
                 after = last
+                await asyncio.to_thread(checkpoint, self._path)
                 await asyncio.sleep(PAUSE_TIMES * taken_s)
             elif thorough:
                 after = span.through
             else:
                 return
+
+
+def checkpoint(path: str) -> None:
+    """Write the WAL into the file and begin it anew, unless somebody is in the way. Left to the writer, who does it for
+    64 MB at a time, it holds up for 0.14 s whoever stores events; so it is 0.03 s."""
+    with closing(connect(path, ["PRAGMA busy_timeout = 0"])) as conn:
+        conn.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of it without the lock that writers need
+        conn.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
 def forwarded_from(db: str) -> list[ForwardProgress]:
@@ -149,7 +159,7 @@ class Retention:
     async def sweep(self, now: int, thorough: bool) -> None:
         before_us = max(now - self._kept_us, MIN_TIME_US)
         try:
-            sweep = Sweep(self._store, Doomed(before_us, forwarded_from(self._store.path)))
+            sweep = Sweep(self._store.path, self._store, Doomed(before_us, forwarded_from(self._store.path)))
             await sweep.run(thorough)
         except (ApiError, StartError) as error:
             log.error("retention: %s; the next try is in an hour", error)
@@ -204,7 +214,7 @@ def prune_events(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             deleted = count_rows(conn, doomed)
         else:
-            sweep = Sweep(File(conn), doomed)
+            sweep = Sweep(arguments.db, File(conn), doomed)
             try:
                 asyncio.run(until_sigterm(sweep.run(thorough=True)))
             except (KeyboardInterrupt, asyncio.CancelledError):

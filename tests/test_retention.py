@@ -108,7 +108,7 @@ def test_a_sweep_deletes_what_is_old_and_sent_on_and_nothing_else(tmp_path, monk
     progress(path, "http://one", "an environment without events", 0)
     doomed = retention.Doomed(before_us, retention.forwarded_from(path))
     with closing(eventstore.connect(path)) as conn:
-        sweep = retention.Sweep(retention.File(conn), doomed)
+        sweep = retention.Sweep(path, retention.File(conn), doomed)
         asyncio.run(sweep.run(thorough=True))
     kept = [
         f"{number:05}"
@@ -126,7 +126,7 @@ def test_a_pass_of_every_hour_ends_where_nothing_is_old_and_the_first_one_looks_
     doomed = retention.Doomed(NOW - DAY_US, ())
     with closing(eventstore.connect(path)) as conn:
         for thorough, first, number in ((False, 25, 35), (True, 25, 30)):
-            asyncio.run(retention.Sweep(retention.File(conn), doomed).run(thorough))
+            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough))
             left = [name for (name,) in conn.execute("SELECT id FROM events ORDER BY seq")]
             assert (left[0], len(left)) == (f"{first:05}", number)
 
@@ -156,7 +156,9 @@ def test_a_page_under_way_goes_on_after_its_events_were_deleted(tmp_path, order)
         if order == "desc":
             first = page(client, "POST", **query, iter_last_key=first["iter_last_key"])  # 00040 to 00069
         with closing(eventstore.connect(path)) as conn:
-            asyncio.run(retention.Sweep(retention.File(conn), retention.Doomed(NOW - DAY_US, ())).run(thorough=True))
+            asyncio.run(
+                retention.Sweep(path, retention.File(conn), retention.Doomed(NOW - DAY_US, ())).run(thorough=True)
+            )
         following = page(client, "POST", **query, iter_last_key=first["iter_last_key"])
         assert following["total_count"] == 40
         expected = [f"{number:05}" for number in range(60, 90)] if order == "asc" else []
@@ -217,7 +219,7 @@ def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
                     for number in range(2000)]  # fmt: skip
             eventstore.insert_events(conn, rows, 5)
             doomed = retention.Doomed(NOW + (day - 5) * DAY_US, ())
-            asyncio.run(retention.Sweep(retention.File(conn), doomed).run(thorough=False))
+            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough=False))
             conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             sizes.append(os.path.getsize(path))
         assert conn.execute("SELECT count(*) FROM events").fetchone()[0] == 6 * 2000
