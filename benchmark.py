@@ -299,7 +299,7 @@ def our_server(db: Path, *flags: object) -> Server:
 
 def aging_server(db: Path, *flags: object) -> Server:
     """One whose clock is fast: a day takes a minute."""
-    return Server(__file__, "aging", json.dumps(serve_flags(db, *flags)))
+    return Server(__file__, "aging", json.dumps(serve_flags(db, "--log-level", "error", *flags)))
 
 
 def serve_aging(flags: Sequence[str]) -> int:

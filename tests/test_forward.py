@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from test_reliability import Sender, check_ledgers, choose, known_row, sending  # noqa: F401 - one is a fixture
+from test_reliability import Sender, check_ledgers, known_row, sending
 
 import eventstore
 from conftest import KEY, NOW, SCRIPT, Live, database, event, eventually, python, rows_of, run, serving, store, table
@@ -671,7 +671,7 @@ class BadLine:
     __enter__, __exit__ = Target.__enter__, Target.__exit__
 
 
-def test_what_was_acknowledged_reaches_the_target_once_through_a_storm(tmp_path, choose):  # noqa: F811
+def test_what_was_acknowledged_reaches_the_target_once_through_a_storm(tmp_path, choose):
     senders = [Sender(choose.getrandbits(64), sizes=(1, 1, 5, 40, 400)) for _ in range(3)]
     folders = {"source": tmp_path / "source", "target": tmp_path / "target"}
     servers: dict[str, Live] = {}
