@@ -1,7 +1,7 @@
 """How fast eventstore is, beside the least that the same machine would need for it.
 
     python benchmark.py          # one table, in six to ten minutes (--quick: in seconds; --full: to 10,000,000 events)
-    python benchmark.py soak     # ten minutes of mixed load: do memory, WAL, file handles and latencies stay flat?
+    python benchmark.py soak     # ten minutes of mixed load: do memory, file, WAL, handles and latencies stay flat?
 
 Each figure stands beside a floor, which is measured on the same file, in the same run and in turns with it (floor,
 ours, floor, ours, ...): raw `sqlite3` with the server's pragmas and schema, or a Starlette route that does nothing
@@ -289,8 +289,24 @@ class Server:
             self.process.stdout.close()  # type: ignore[union-attr]
 
 
-def our_server(db: Path) -> Server:
-    return Server(eventstore.__file__, "serve", "--port", 0, "--db", db, "--api-key", f"{KEY}={ENVIRONMENT}")
+def serve_flags(db: Path, *more: object) -> list[str]:
+    return list(map(str, ("serve", "--port", 0, "--db", db, "--api-key", f"{KEY}={ENVIRONMENT}", *more)))
+
+
+def our_server(db: Path, *flags: object) -> Server:
+    return Server(eventstore.__file__, *serve_flags(db, *flags))
+
+
+def aging_server(db: Path, *flags: object) -> Server:
+    """One whose clock is fast: a day takes a minute."""
+    return Server(__file__, "aging", json.dumps(serve_flags(db, "--log-level", "error", *flags)))
+
+
+def serve_aging(flags: Sequence[str]) -> int:
+    start_us = now_us()
+    arguments = eventstore.parse_arguments(flags)
+    arguments.clock = lambda: start_us + 24 * 60 * (now_us() - start_us)
+    return eventstore.serve(arguments)
 
 
 def floor_server(db: Path) -> Server:
@@ -387,7 +403,7 @@ def fill(db: Path, size: int, customers: int, start_us: int, end_us: int) -> Non
     api_key = eventstore.ApiKey.hashed(KEY, ENVIRONMENT)
     eventstore.Store(eventstore.Settings(db=str(db), api_keys=(api_key,))).close()  # makes the tables
     conn = eventstore.connect(str(db), ("PRAGMA synchronous = OFF", "PRAGMA cache_size = -1048576"))
-    step_us = (end_us - start_us) / size
+    step_us = (end_us - start_us) / max(size, 1)
     for at in range(0, size, MAX_BATCH * 10):
         numbers = range(at, min(at + MAX_BATCH * 10, size))
         rows = [make_row(number, str(uuid.uuid4()), customers, start_us + int(number * step_us)) for number in numbers]
@@ -604,6 +620,35 @@ def aggregate_raw(wanted: Sequence[tuple[str, str]], bench: Bench) -> Figures:
     raise AssertionError
 
 
+def forward_events(bench: Bench) -> Figures:
+    """What there is goes to an empty server, from the start of the one that sends it."""
+    with tempfile.TemporaryDirectory(dir=bench.db.parent) as folder, our_server(Path(folder) / "there.db") as target:
+        there = eventstore.connect(f"{folder}/there.db", READER_PRAGMAS)
+        with closing(there), our_server(bench.db, "--forward-to", f"http://127.0.0.1:{target.port}"):
+            start, sent = time.perf_counter(), 0
+            while sent < bench.size and time.perf_counter() < start + bench.effort.seconds:
+                time.sleep(0.001)
+                sent = there.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+            seconds = time.perf_counter() - start
+    for progress in bench.db.parent.glob(f"{bench.db.name}.forward-*.json"):
+        progress.unlink()
+    return (sent / seconds,)
+
+
+def insert_into_empty(bench: Bench) -> Figures:
+    """The floor of it: the same events stored there."""
+    with tempfile.TemporaryDirectory(dir=bench.db.parent) as folder:
+        fill(Path(folder) / "there.db", 0, bench.customers, 0, 0)
+        rows = [
+            make_row(number, str(uuid.uuid4())) for number in range(min(bench.size, bench.effort.batches * MAX_BATCH))
+        ]
+        with closing(eventstore.connect(f"{folder}/there.db", WRITER_PRAGMAS)) as conn:
+            start = time.perf_counter()
+            for at in range(0, len(rows), MAX_BATCH):
+                insert_raw(conn, rows[at : at + MAX_BATCH])
+            return (len(rows) / (time.perf_counter() - start),)
+
+
 def start_up(server: Callable[[Path], Server], bench: Bench) -> Figures:
     with server(bench.db) as started:
         return 1000 * started.start_up_s, started.rss_mb
@@ -641,6 +686,7 @@ MEASUREMENTS = (
         Measurement({name: "ms"}, SQLITE, partial(send_usage, asked), partial(aggregate_raw, [(aggregate, group)]))
         for name, (asked, aggregate, group) in USAGES.items()
     ),
+    Measurement({"forwarding to an empty server": "events/s"}, SQLITE, forward_events, insert_into_empty),
     Measurement(
         {f"analytics: {len(METERS)} meters by property and DAY": "ms"},
         SQLITE,
@@ -769,23 +815,38 @@ def recent_usage(_: int) -> list[bytes]:
     return [http_request("POST", "/v1/events/usage", {"event_name": "api_request", **asked})]
 
 
+EVER = "start_time=2000-01-01T00:00:00Z&end_time=3000-01-01T00:00:00Z"  # the server's clock runs ahead
 KNOWN_IDS = [str(uuid.uuid4()) for _ in range(MAX_BATCH)]
 MIX = {
     "bulk": Mixed(2, 2, lambda count: bulk_requests(count, uuid.uuid4)),
     "single": Mixed(100, 8, single_requests),
-    "page": Mixed(50, 4, lambda _: [http_request("GET", "/v1/events?page_size=50")]),
-    "customer": Mixed(50, 4, lambda _: [http_request("GET", "/v1/events?external_customer_id=cust_42")]),
+    "page": Mixed(50, 4, lambda _: [http_request("GET", f"/v1/events?{EVER}")]),
+    "customer": Mixed(50, 4, lambda _: [http_request("GET", f"/v1/events?{EVER}&external_customer_id=cust_42")]),
     "usage": Mixed(1, 1, recent_usage),
     "duplicate": Mixed(1, 1, lambda _: bulk_requests(1, iter(KNOWN_IDS).__next__)),
 }
 MOST_INTERVAL_S = 10
 # What the last third may be of the second third: this many times, and this much more.
 P99S = [f"{name} p99 ms" for name in MIX]
-FLAT = {"RSS MB": (1.1, 4), "WAL MB": (1.1, 8), "handles": (1, 2)} | dict.fromkeys(P99S, (1.5, 5))
+FLAT = {
+    "RSS MB": (1.1, 4),
+    "WAL MB": (1.1, 8),
+    "file MB": (1.1, 8),
+    "behind": (1.1, 3000),
+    "handles": (1, 2),
+} | dict.fromkeys(P99S, (1.5, 5))
 LEAST_EVENTS = 0.95
 
 
-def interval(server: Server, wal: Path, pool: ProcessPoolExecutor, seconds: float) -> dict[str, float]:
+def behind(server: Server) -> int:
+    """How many events it has not forwarded yet."""
+    monitoring = server.ask(
+        http_request("GET", "/v1/events/monitoring?start_time=2000-01-01T00:00:00Z&end_time=2000-01-02T00:00:00Z")
+    )
+    return int(json.loads(monitoring)["post_processing_lag"])
+
+
+def interval(server: Server, db: Path, pool: ProcessPoolExecutor, seconds: float) -> dict[str, float]:
     """Send the mix for so long; what the server looks like in the middle of it, and how it answered."""
     loads = {
         name: Load(server.port, kind.requests(math.ceil(kind.per_second * seconds)), kind.connections, seconds,
@@ -794,7 +855,8 @@ def interval(server: Server, wal: Path, pool: ProcessPoolExecutor, seconds: floa
     }  # fmt: skip
     futures = {name: pool.submit(run_load, load) for name, load in loads.items()}
     time.sleep(seconds / 2)
-    seen = {"RSS MB": server.rss_mb, "WAL MB": wal.stat().st_size / 2**20, "handles": server.handles}
+    sizes = {"WAL MB": Path(f"{db}-wal").stat().st_size / 2**20, "file MB": db.stat().st_size / 2**20}
+    seen = {"RSS MB": server.rss_mb, **sizes, "behind": behind(server), "handles": server.handles}
     outcomes = {name: future.result() for name, future in futures.items()}
     events = outcomes["bulk"].answered * MAX_BATCH + outcomes["single"].answered
     latencies = [outcome.percentile_ms(99) for outcome in outcomes.values()]
@@ -814,18 +876,27 @@ def rises(samples: Sequence[dict[str, float]]) -> list[str]:
 
 
 def soak(minutes: float, folder: Path) -> int:
-    """Mixed load for so long; exit status 1 if something did not stay flat."""
+    """Mixed load for so long, a day of the server's clock a minute; exit status 1 if something did not stay flat. It
+    forwards everything, and keeps what is not older than a day."""
     db, interval_s = folder / "soak.db", min(MOST_INTERVAL_S, minutes * 60 / 12)
     print(machine(folder), flush=True)
     samples: list[dict[str, float]] = []
-    with generators(len(MIX)) as pool, our_server(db) as server:  # Ctrl-C: the server ends, so the loads do
+    with ExitStack() as stack:  # Ctrl-C: the servers end, so the loads do
+        pool = stack.enter_context(generators(len(MIX)))
+        target = stack.enter_context(aging_server(folder / "target.db", "--retain-days", 1))
+        forwarding = ("--forward-to", f"http://127.0.0.1:{target.port}")
+        server = stack.enter_context(aging_server(db, "--retain-days", 1, *forwarding))
         start = time.monotonic()
         while (elapsed_s := time.monotonic() - start) < minutes * 60 or len(samples) < 3:
-            samples.append(interval(server, Path(f"{db}-wal"), pool, interval_s))
+            samples.append(interval(server, db, pool, interval_s))
             figures = ", ".join(f"{name} {number(value)}" for name, value in samples[-1].items())
             print(f"{elapsed_s:5.0f} s: {figures}", flush=True)
     found = rises(samples)
-    print("not flat: " + "; ".join(found) if found else "flat: memory, WAL, handles and latencies stayed as they were")
+    print(
+        "not flat: " + "; ".join(found)
+        if found
+        else "flat: memory, file, WAL, handles and latencies stayed as they were"
+    )
     return 1 if found else 0
 
 
@@ -833,6 +904,7 @@ def soak(minutes: float, folder: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ["EVENTSTORE_FORWARD_API_KEY"] = KEY
     parser = argparse.ArgumentParser("benchmark", description="How fast eventstore is, beside the least possible.")
     parser.add_argument("--dir", help="where to make the temporary folder: this disk is measured")
     effort = parser.add_mutually_exclusive_group()
@@ -843,10 +915,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("soak").add_argument("--minutes", type=float, default=10)
     commands.add_parser("floor").add_argument("db")
+    commands.add_parser("aging").add_argument("flags", type=json.loads)
     arguments = parser.parse_args(argv)
     if arguments.command == "floor":
         serve_floor(arguments.db)
         return 0
+    if arguments.command == "aging":
+        return serve_aging(arguments.flags)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
     with tempfile.TemporaryDirectory(prefix="eventstore-benchmark-", dir=arguments.dir) as folder:
         if arguments.command == "soak":

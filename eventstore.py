@@ -61,7 +61,7 @@ import time
 import urllib.parse
 from bisect import bisect_left, bisect_right
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import cached_property, lru_cache, partial
@@ -1087,7 +1087,7 @@ IN_ENVIRONMENT = f"environment = ({SELECT_ENVIRONMENT})"
 SELECT_NAME = f"SELECT event_name FROM events WHERE {IN_ENVIRONMENT} AND id = :id"
 # count(*) of a large file would read a whole index at every start; there the last number tells, too high where events
 # were deleted or sent twice.
-COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(seq) FROM events))
+COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1)
     FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
 COUNT_HIDDEN = f"SELECT count(*) FROM events WHERE {IN_ENVIRONMENT} AND ingested_at_us > :visible_us"
 
@@ -1434,10 +1434,10 @@ def usage_answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Usag
     return Usage(query.filters["event_name"], query.aggregation, value, results)
 
 
-def monitoring_answer(hidden: int, query: UsageQuery, starts: list[int], cells: list[Any]) -> Monitoring:
+def monitoring_answer(hidden: int, behind: int, query: UsageQuery, starts: list[int], cells: list[Any]) -> Monitoring:
     counted = [(start, cell) for start, cell in zip(starts, cells, strict=True) if cell]
     points = [MonitoringPoint(to_datetime(start), count) for start, count in counted] if query.windows else []
-    return Monitoring(sum(count for _, count in counted), hidden, 0, points)
+    return Monitoring(sum(count for _, count in counted), hidden, behind, points)
 
 
 # ---------------------------------------------------------------------------------------------- Store
@@ -1955,6 +1955,11 @@ class RateLimits:
         await app(scope, receive, send_with_headers)
 
 
+class Outbox(NamedTuple):  # what sends an environment's events on
+    host: str
+    behind: Callable[[], Awaitable[int]]  # how many events the host has not accepted (API: Monitoring)
+
+
 class Service:  # what the handlers work with
     def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
         self.settings = settings
@@ -1962,6 +1967,11 @@ class Service:  # what the handlers work with
         self.operations = tuple(operations)
         self.store = Store(settings)
         self.make_id = IdMaker()
+        # What a room of eventstore_extras adds before the start: environment -> its outbox, what runs as long as the
+        # server does and has a moment to end when it is cancelled, and lines of the banner.
+        self.outboxes: dict[str, Outbox] = {}
+        self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.notices: list[str] = []
         self._ignored_minute, self._ignored = 0, set[str]()
         self.held_bytes = 0  # of all bodies that are being received or worked on: read_body
         # One commit answers several clients, whose next batches come together: checked in a row they hold up whatever
@@ -2113,9 +2123,14 @@ async def monitor_events(service: Service, request: Request) -> Response:
     if query.view.visible_us is not None:
         parameters = query.view._asdict()
         hidden = await service.store.read(lambda conn: conn.execute(COUNT_HIDDEN, parameters).fetchone()[0])
+    outbox = service.outboxes.get(request["environment"])
+    behind = await outbox.behind() if outbox else 0
     # Without the header the debugger could not name an environment that has no events. It is Latin-1, a name anything.
     headers = {"X-Environment-Id": urllib.parse.quote(query.view.environment, safe="")}
-    return JsonResponse(await aggregate(service, query, partial(monitoring_answer, hidden)), headers=headers)
+    if outbox:
+        headers["X-Forward-To"] = outbox.host
+    body = await aggregate(service, query, partial(monitoring_answer, hidden, behind))
+    return JsonResponse(body, headers=headers)
 
 
 async def aggregate(service: Service, query: UsageQuery, answer: Callable[..., object]) -> bytes:
@@ -2290,7 +2305,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(task()) for task in service.tasks]
         yield
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=TASK_TIMEOUT_S)
         await asyncio.to_thread(service.store.close)
 
     layers = [Middleware(Authentication, service=service)]
@@ -2523,9 +2543,12 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
     "import": ("transfer", "store the events of a file"),
     "export": ("transfer", "write events to a file"),
     "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+    "prune": ("retention", "delete the events stored before a time"),
 }
 # What a request may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come after it.
 SHUTDOWN_TIMEOUT_S = 5
+TASK_TIMEOUT_S = 3  # what a task of the service may still take then
+SERVE_ROOMS = {"forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does what it says
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
 AddFlag = Callable[..., argparse.Action]
 
@@ -2617,14 +2640,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None, is_mock: bool) -> str:
+def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
     service: Service = app.state.service
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = made_key or "$FLEXPRICE_API_KEY"
     key_note = made_key or f"from {key_source}"
     if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
         key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
-    mock = "  mock         /_mock/events, /_mock/meters and /_mock/faults are open\n" if is_mock else ""
+    notices = "".join(f"  {notice}\n" for notice in service.notices)
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
@@ -2633,7 +2656,7 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None,
   API key      {key_note}{f" ({key_source})" if made_key else ""}
   environment  {environments}
   debugger     {debugger}
-{mock}
+{notices}
 Send an event, and read it back:
   curl {base_url}/events -H "x-api-key: {key}" -d '{event}'
   curl {base_url}/events -H "x-api-key: {key}"
@@ -2684,17 +2707,25 @@ def serve(arguments: argparse.Namespace) -> int:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
         additions = room("mock", "--mock").additions() if arguments.mock else {"operations": more_operations()}
         app = create_app(Settings(api_keys=api_keys, **chosen), **additions)
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(arguments.host, arguments.host)  # noqa: S104
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        base_url = f"http://{host}:{listener.getsockname()[1]}/v1"
-        if arguments.api_key_file and hasattr(signal, "SIGHUP"):
-            again = partial(read_api_keys_again, app.state.service, arguments)
-            # In a thread: a new environment waits for the write lock, for which no request shall wait.
-            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
-        print(banner(app, base_url, key_source, made_key, arguments.mock), flush=True)
-        run_server(app, listener, arguments, stopping)
-        app.state.service.store.close()
+        service: Service = app.state.service
+        service.notices += ["mock         /_mock/events, /_mock/meters and /_mock/faults are open"] * arguments.mock
+        with closing(service.store):
+            for flag, its_room in SERVE_ROOMS.items():
+                if getattr(arguments, flag):
+                    room(its_room, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
+            if arguments.api_key_file and hasattr(signal, "SIGHUP"):
+                again = partial(read_api_keys_again, service, arguments)
+                # In a thread: a new environment waits for the write lock, for which no request shall wait.
+                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
+            base_url = base_url_of(arguments.host, listener.getsockname()[1])
+            print(banner(app, base_url, key_source, made_key), flush=True)
+            run_server(app, listener, arguments, stopping)
     return 0
+
+
+def base_url_of(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}/v1"
 
 
 def more_operations() -> Sequence[Operation]:
@@ -2811,6 +2842,11 @@ def add_serve_flags(add: AddFlag) -> None:
         "to queries so long after they were accepted")  # fmt: skip
     add("--keep-alive-s", type=positive(int), default=KEEP_ALIVE_S, help="close a connection that idles for so long; "
         "more than a proxy in front keeps one")  # fmt: skip
+    add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
+        "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
+    add("--forward-environment", default="development", help="whose events")
+    add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
+    add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
 

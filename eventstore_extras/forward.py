@@ -1,4 +1,4 @@
-"""Events sent on to FlexPrice or another eventstore: `eventstore replay`."""
+"""Events sent on to FlexPrice or another eventstore: `eventstore replay`, and `serve --forward-to`."""
 
 from __future__ import annotations
 
@@ -8,50 +8,65 @@ import email.utils
 import hashlib
 import importlib.util
 import itertools
+import json
+import logging
 import os
 import random
 import re
-import signal
+import socket
 import sqlite3
 import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
+from datetime import datetime
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 from msgspec.structs import replace
 
 from eventstore import (
     ENCODER,
     END_CLAUSE,
     EVENT_FILTERS,
+    IN_ENVIRONMENT,
     MAX_BATCH,
+    MINUTE_US,
     SELECT_NAME,
     START_CLAUSE,
     AddFlag,
+    ApiError,
     Cursor,
     EventQuery,
     FieldError,
+    Outbox,
     Parameters,
+    Row,
+    Service,
     StartError,
     __version__,
     check_key,
+    connect_reader,
     counted,
     echo,
     excerpt,
     filter_clauses,
     list_events,
+    log,
     parse_cursor,
     positive,
     say,
+    to_datetime,
 )
-from eventstore_extras.job import StopError, run_job
+from eventstore_extras.job import StopError, run_job, until_sigterm
 from eventstore_extras.transfer import (
+    ExportedEvent,
     StoredRow,
     add_filter_flags,
     exported_event,
@@ -61,12 +76,193 @@ from eventstore_extras.transfer import (
     progress_bar,
     select_rows,
     stored_events,
+    sync_folder,
     whole_file,
 )
 
-if TYPE_CHECKING:
-    import httpx
+# ---------------------------------------------------------------------------------------------- sending
 
+BATCH_BYTES = 10_000_000  # what FlexPrice recommends at most
+STALL_TIMEOUT_S = 60.0  # without a byte from the target
+REQUEST_TIMEOUT_S = 300.0  # a slow line takes 80 s for 10 MB
+ANSWER_BYTES = 64 * 1024  # what is read of an answer
+MAX_MESSAGE_CHARS = 300
+BACKOFF_BASE_S = 0.5
+BACKOFF_CAP_S = 30.0
+RETRY_AFTER_CAP_S = 3600.0  # some ask for years
+SAVE_INTERVAL_S = 0.5
+
+
+class Batch(NamedTuple):
+    body: bytes
+    rows: list[StoredRow]
+
+
+def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
+    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
+    rows: list[StoredRow] = []
+    events: list[bytes] = []
+    size = 0
+    for row in itertools.chain.from_iterable(pages):
+        event = ENCODER.encode(exported_event(row[1]))
+        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
+            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+            rows, events, size = [], [], 0
+        rows.append(row)
+        events.append(event)
+        size += len(event) + 1
+    if rows:
+        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+
+
+class Outcome(Enum):
+    """What became of a batch that was sent."""
+
+    ACCEPTED = "it is the target's"
+    AGAIN = "it may be accepted if it is sent again"
+    BLOCKED = "nothing is accepted until somebody mends something"
+    REFUSED = "some event in it is refused"
+
+
+class Answer(NamedTuple):
+    outcome: Outcome
+    problem: str = ""  # on one line, without the key
+    retry_after_s: float = 0.0
+    duplicates: int = 0  # of those accepted the target had so many
+
+    def pause_s(self, attempt: int) -> float:
+        """How long to wait before the batch is sent again: growing, by chance, and as long as the target asks for."""
+        most_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempt, 16))
+        return max(random.uniform(0, most_s), min(self.retry_after_s, RETRY_AFTER_CAP_S))  # noqa: S311
+
+
+class Target:
+    """The API that batches are sent to; `flag` and `key_source` say who named it and its key. To be entered and left.
+
+    Nothing that it answers makes `post` fail, and no answer is longer than a line of a log.
+    """
+
+    def __init__(self, url: str, key: str, key_source: str, flag: str, connections: int = 1) -> None:
+        import httpx  # noqa: PLC0415 - only the extra `cli` has it
+
+        self.url = url
+        self._key = key
+        self._key_source = key_source
+        self._flag = flag
+        # Not compressed: of an answer in a few bytes that unpack to gigabytes only the start is read.
+        headers = {"x-api-key": key, "content-type": "application/json", "accept-encoding": "identity",
+                   "user-agent": f"eventstore/{__version__}"}  # fmt: skip
+        limits = httpx.Limits(max_connections=connections)
+        self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, limits=limits)
+
+    async def __aenter__(self) -> Target:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def post(self, body: bytes) -> Answer:
+        import httpx  # noqa: PLC0415 - only the extra `cli` has it
+
+        url = f"{self.url}/events/bulk"
+        response: httpx.Response | None = None
+        start, problem = b"", ""
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S), self._client.stream("POST", url, content=body) as response:
+                async for chunk in response.aiter_raw():
+                    start += chunk
+                    if len(start) > ANSWER_BYTES:
+                        break
+        except httpx.InvalidURL as error:
+            return Answer(Outcome.BLOCKED, f"{url} is no URL: {error}")
+        except (httpx.RequestError, TimeoutError) as error:
+            problem = str(error) or type(error).__name__
+        if response is None:  # else the status is known, and that is all that counts
+            return Answer(Outcome.AGAIN, self._line(f"cannot be reached: {problem}"))
+        status, headers = response.status_code, response.headers
+        if status == 202:
+            duplicates = headers.get("x-events-duplicate", "")
+            return Answer(Outcome.ACCEPTED, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
+        problem = f"answered {status}: {answer_message(start)}"
+        if status == 401:
+            problem += f" (the key came from {self._key_source})"
+        if status < 400:
+            location = headers.get("location", "")
+            where = f" It redirects to {echo(location)}, where the key is not sent." if location else ""
+            problem += f" - 202 was expected.{where} Is {self._flag} the URL of the API?"
+        return Answer(outcome_of(status), self._line(problem), retry_after_s(headers.get("retry-after", "")))
+
+    def _line(self, text: str) -> str:
+        """One line of a log, whatever the target says; some echo the key."""
+        printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***"))
+        return f"{self.url}/events/bulk {' '.join(printable.split())}"
+
+
+def outcome_of(status: int) -> Outcome:
+    if status in (400, 413, 422):
+        return Outcome.REFUSED
+    return Outcome.AGAIN if status in (408, 429) or status >= 500 else Outcome.BLOCKED
+
+
+def retry_after_s(text: str) -> float:
+    """What a Retry-After header asks for: a number of seconds or a date; 0 if it is neither."""
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    with suppress(ValueError, TypeError):
+        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    return 0.0
+
+
+def answer_message(content: bytes) -> str:
+    """What an error answer says: of this server or FlexPrice the message, else the start of the body."""
+    text = excerpt(content)
+    with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        body = json.loads(content)
+        error = body.get("error")
+        text = body.get("message") or (error["message"] if isinstance(error, dict) else error) or text
+        text = f"{text} ({body['details']['errors'][0]['message']})"
+    return str(text)[:MAX_MESSAGE_CHARS]
+
+
+def target_url(text: str, flag: str) -> str:
+    """The base URL of an API, ending in /v1. StartError."""
+    try:
+        parts = urllib.parse.urlsplit(text.strip())
+        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
+        valid = valid and (parts.port is None or parts.port > 0) and not re.search(r"\s", text.strip())
+    except ValueError:
+        valid = False
+    if not valid:
+        example = "https://us.api.flexprice.io/v1 or http://host:8080"
+        raise StartError(f"{flag} must be a URL like {example}, got {echo(text)}")
+    if "@" in parts.netloc:
+        raise StartError(f"{flag} must not hold a user or a password before {echo(parts.hostname or '')}: logs show it")
+    url = text.strip().rstrip("/")
+    if re.search(r"/v\d+/|/events", url):
+        raise StartError(f"{flag} must be the base URL, with or without /v1 at its end, got {echo(text)}")
+    return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def need_httpx(purpose: str) -> None:
+    if importlib.util.find_spec("httpx") is None:
+        raise StartError(
+            f"{purpose} needs httpx: {sys.executable} -m pip install httpx tqdm (or '.[cli]' in the clone)"
+        )
+
+
+def progress_file(db: str, kind: str, identity: Any) -> Path:
+    """Where the progress of a replay or of forwarding is kept: for each identity a file of its own."""
+    return Path(f"{db}.{kind}-{hashlib.sha256(ENCODER.encode(identity)).hexdigest()[:16]}.json")
+
+
+def save_progress(path: Path, progress: Struct) -> None:
+    with whole_file(path, f"cannot keep the progress in {path}", "make room for it") as file:
+        file.write(ENCODER.encode(progress) + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------- replay
+
+SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
 NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
 
 
@@ -80,14 +276,6 @@ def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last
             return
         yield page
         after = page[-1][0]
-
-
-BATCH_BYTES = 10_000_000  # what FlexPrice recommends at most
-REQUEST_TIMEOUT_S = 60.0
-BACKOFF_BASE_S = 0.5
-BACKOFF_CAP_S = 30.0
-SAVE_INTERVAL_S = 0.5
-SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
 
 
 class ReplayProgress(Struct):
@@ -109,64 +297,14 @@ class ReplayProgress(Struct):
 PROGRESS = msgspec.json.Decoder(ReplayProgress)
 
 
-class Batch(NamedTuple):
-    body: bytes
-    rows: list[StoredRow]
-
-
 class RefusedError(Exception):
     """A batch that there is no sense in sending again."""
-
-
-def target_url(text: str) -> str:
-    """The base URL of an API, ending in /v1. StartError."""
-    try:
-        parts = urllib.parse.urlsplit(text.strip())
-        valid = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-        valid = valid and (parts.port is None or parts.port > 0) and not re.search(r"\s", text.strip())
-    except ValueError:
-        valid = False
-    if not valid:
-        example = "https://us.api.flexprice.io/v1 or http://host:8080"
-        raise StartError(f"--to must be a URL like {example}, got {echo(text)}")
-    url = text.strip().rstrip("/")
-    if re.search(r"/v\d+/|/events", url):
-        raise StartError(f"--to must be the base URL, with or without /v1 at its end, got {echo(text)}")
-    return url if url.endswith("/v1") else f"{url}/v1"
-
-
-def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
-    rows: list[StoredRow] = []
-    events: list[bytes] = []
-    size = 0
-    for row in itertools.chain.from_iterable(pages):
-        event = ENCODER.encode(exported_event(row[1]))
-        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-            rows, events, size = [], [], 0
-        rows.append(row)
-        events.append(event)
-        size += len(event) + 1
-    if rows:
-        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-
-
-async def until_sigterm(work: Coroutine[None, None, None]) -> None:
-    """SIGTERM cancels it, as asyncio lets SIGINT: an exception amid its loop would leave tasks that nothing wakes."""
-    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
-    try:
-        await task
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class Replay:
     """Sends batches, several at a time, and notes up to where all of them were accepted."""
 
     def __init__(self, arguments: argparse.Namespace, progress: ReplayProgress, path: Path) -> None:
-        self._url = f"{progress.target}/events/bulk"
         self._arguments = arguments
         self._path = path
         self._saved_s = 0.0
@@ -180,18 +318,15 @@ class Replay:
         self, conn: sqlite3.Connection, query: EventQuery, key: str, advance: Callable[[int], object]
     ) -> None:
         """StopError if a batch is refused, or none is accepted for too long."""
-        import httpx  # noqa: PLC0415 - only the extra `cli` has it
-
         concurrency = self._arguments.concurrency
-        limits = httpx.Limits(max_connections=concurrency)
-        headers = {"x-api-key": key, "content-type": "application/json", "user-agent": f"eventstore/{__version__}"}
-        async with httpx.AsyncClient(headers=headers, timeout=REQUEST_TIMEOUT_S, limits=limits) as client:
+        source = "--api-key" if self._arguments.api_key else "FLEXPRICE_API_KEY"
+        async with Target(self.progress.target, key, source, "--to", concurrency) as target:
             try:
                 for pages in self.passes(conn, query):
                     for batch in batches(pages, self._arguments.batch_size):
                         if len(self._pending) == concurrency:
                             advance(await self._settle_oldest())
-                        self._pending.append((batch, asyncio.create_task(self._send(client, batch))))
+                        self._pending.append((batch, asyncio.create_task(self._send(target, batch))))
                     while self._pending:
                         advance(await self._settle_oldest())
             finally:
@@ -235,67 +370,30 @@ class Replay:
         return len(batch.rows)
 
     def save(self) -> None:
-        with whole_file(self._path, f"cannot keep the progress in {self._path}", "make room for it") as file:
-            file.write(ENCODER.encode(self.progress) + b"\n")
+        save_progress(self._path, self.progress)
         self._saved_s = time.monotonic()
 
-    async def _send(self, client: httpx.AsyncClient, batch: Batch) -> None:
+    async def _send(self, target: Target, batch: Batch) -> None:
         """Until it is accepted. RefusedError."""
-        import httpx  # noqa: PLC0415 - only the extra `cli` has it
-
         self.sent += len(batch.rows)
         for attempt in itertools.count():
-            wait_s = random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(attempt, 16)))  # noqa: S311
-            try:
-                response = await client.post(self._url, content=batch.body)
-            except httpx.InvalidURL as error:
-                raise RefusedError(f"{self._url} is no URL: {error}") from None
-            except httpx.RequestError as error:
-                problem = f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
-            else:
-                if response.status_code == 202:
-                    self._success_s = time.monotonic()
-                    self.accepted += len(batch.rows)
-                    self.known += int(response.headers.get("x-events-duplicate", 0))
-                    return
-                problem = f"{self._url} answered {response.status_code}: {answer_message(response)}"
-                if response.status_code == 401:
-                    problem += f" (the key came from {'--api-key' if self._arguments.api_key else 'FLEXPRICE_API_KEY'})"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise RefusedError(problem)
-                wait_s = max(wait_s, retry_after_s(response.headers.get("retry-after", "")))
-            limit_s = self._arguments.give_up_after_s
+            answer = await target.post(batch.body)
+            if answer.outcome is Outcome.ACCEPTED:
+                self._success_s = time.monotonic()
+                self.accepted += len(batch.rows)
+                self.known += answer.duplicates
+                return
+            if answer.outcome is not Outcome.AGAIN:
+                raise RefusedError(answer.problem)
+            wait_s, limit_s = answer.pause_s(attempt), self._arguments.give_up_after_s
             if time.monotonic() + wait_s - self._success_s > limit_s:
-                raise RefusedError(f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s): {problem}")
+                given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
+                raise RefusedError(f"{given_up}: {answer.problem}")
             self.retried += 1
             if time.monotonic() > self._said_s + SAY_INTERVAL_S:
                 self._said_s = time.monotonic()
-                say(f"{problem}; trying again, for at most {limit_s:g} s without success")
+                say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
             await asyncio.sleep(wait_s)
-
-
-def retry_after_s(text: str) -> float:
-    """What a Retry-After header asks for: a number of seconds or a date; 0 if it is neither."""
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    with suppress(ValueError, TypeError):
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    return 0.0
-
-
-def answer_message(response: httpx.Response) -> str:
-    """What an error answer says, on one line: of this server or FlexPrice the message, else the start of the body."""
-    text = excerpt(response.content)
-    with suppress(ValueError, TypeError, KeyError, IndexError, AttributeError):
-        body = response.json()
-        error = body.get("error")
-        text = body.get("message") or (error["message"] if isinstance(error, dict) else error) or text
-        text = f"{text} ({body['details']['errors'][0]['message']})"
-    if 200 <= response.status_code < 400:
-        location = response.headers.get("location", "")
-        where = f" It redirects to {echo(location)}, where the key is not sent." if location else ""
-        text = f"{text} - 202 was expected.{where} Is --to the URL of the API?"
-    return str(" ".join(text.split()))
 
 
 def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
@@ -303,8 +401,7 @@ def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, targe
     filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
     newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
     fresh = ReplayProgress(target, arguments.environment, filters, newest)
-    name = hashlib.sha256(ENCODER.encode([target, arguments.environment, filters])).hexdigest()[:16]
-    path = Path(f"{arguments.db}.replay-{name}.json")
+    path = progress_file(arguments.db, "replay", [target, arguments.environment, filters])
     if arguments.restart or not path.exists():
         return fresh, path
     try:
@@ -324,10 +421,9 @@ def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, targe
 def replay_events(arguments: argparse.Namespace) -> int:
     """`eventstore replay`: 0, or StopError."""
     started_s = time.monotonic()
-    target = target_url(arguments.to)
+    target = target_url(arguments.to, "--to")
     query = flag_query(arguments)
-    if importlib.util.find_spec("httpx") is None:
-        raise StartError(f"replay needs httpx: {sys.executable} -m pip install httpx tqdm (or '.[cli]' in the clone)")
+    need_httpx("replay")
     with closing(open_stored(arguments.db)) as conn:
         progress, path = load_progress(arguments, conn, target)
         replay = Replay(arguments, progress, path)
@@ -372,6 +468,347 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
     if not key:
         raise StartError("no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
     return check_key(key)
+
+
+# ---------------------------------------------------------------------------------------------- forwarding
+
+BLOCKED_PAUSE_S = 30.0
+GRACE_S = 2.0  # for the request under way when the server stops; less than TASK_TIMEOUT_S
+WATCH_INTERVAL_S = 5.0
+BEHIND_EVENTS = 10_000
+SPAN = 100_000  # rows that one query looks at: those of another environment are passed over
+
+
+class ForwardProgress(Struct):
+    """How far forwarding is sure, as the file beside the database holds it."""
+
+    target: str
+    environment: str
+    seq: int = 0  # all events up to it are accepted or put aside, or of another environment
+    last_seq: int = 0  # the last of them, by which the database is known again
+    last_id: str = ""
+    accepted: int = 0
+    refused: int = 0
+
+
+FORWARD_PROGRESS = msgspec.json.Decoder(ForwardProgress)
+
+
+class RefusedEvent(ExportedEvent):
+    """A line of the file of refused events: an event, and what else is ignored by whoever takes one."""
+
+    refused_at: datetime
+    refused_by: str
+    refusal: str
+
+
+class Page(NamedTuple):
+    """The next events of an environment."""
+
+    batch: Batch | None
+    through: int  # the seq up to which nothing else has to be sent
+    has_more: bool  # than is in it: no need to wait until it is full
+
+
+BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
+    FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last"""
+
+
+def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
+    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])  # first: what is committed meanwhile comes with the next page
+    last = min(newest, after + SPAN)
+    parameters: Parameters = {"environment": environment, "after": after, "last": last}
+    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last ORDER BY seq"
+    rows = select_rows(conn, where, parameters)
+    batch = next(batches([rows], MAX_BATCH), None)
+    if batch is None:
+        return Page(None, max(last, after), last < newest)
+    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.body) >= BATCH_BYTES
+    return Page(batch, batch.rows[-1][0], is_full or last < newest)
+
+
+def backlog(conn: sqlite3.Connection, environment: str, after: int) -> tuple[int, int]:
+    """How many events wait, and when the first was stored. Among more than 100,000 newer ones it counts those of other
+    environments and the numbers that are not used, too: an exact count of ten million takes too long."""
+    parameters = {"environment": environment, "after": after, "last": after + SPAN}
+    count, oldest_us, newest = conn.execute(BACKLOG, parameters).fetchone()
+    return count + max(newest - after - SPAN, 0), oldest_us or 0
+
+
+class StoppingError(Exception):
+    """The server stops: nothing more is sent."""
+
+
+class Forwarder:
+    """Sends an environment's events on, in the order in which they were stored, one batch at a time, for ever."""
+
+    def __init__(
+        self, service: Service, target: Target, progress: ForwardProgress, path: Path, interval_s: float
+    ) -> None:
+        self._store = service.store
+        self._clock = service.settings.clock
+        self._target = target
+        self._path = path
+        self._interval_s = interval_s
+        self._is_saved = True
+        self._saved_s = 0.0
+        self._said_us = -MINUTE_US
+        self._stopping = asyncio.Event()
+        self.progress = progress
+        self.is_behind = False
+        self.host = urllib.parse.urlsplit(target.url).netloc
+
+    async def run(self) -> None:
+        """Until it is cancelled: what is under way then has two seconds, and progress is saved."""
+        work = asyncio.create_task(self._work())
+        watch = asyncio.create_task(self._watch())
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self._stopping.set()
+            await asyncio.wait([work], timeout=GRACE_S)
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def behind(self) -> int:
+        """How many events are stored and not accepted; of more than 100,000 see `backlog`."""
+        return (await self._backlog())[0]
+
+    def behind_now(self) -> int:
+        """The same for any thread, also while the server is not running."""
+        with closing(connect_reader(self._store.path)) as conn:
+            return backlog(conn, self.progress.environment, self.progress.seq)[0]
+
+    async def _backlog(self) -> tuple[int, int]:
+        read = partial(backlog, environment=self.progress.environment, after=self.progress.seq)
+        return await self._store.read(read, quick=False)
+
+    async def _work(self) -> None:
+        try:
+            async with self._target:
+                while True:
+                    try:
+                        await self._turn()
+                    except StoppingError:
+                        return
+                    except Exception:  # a bug, or a database that cannot be read: the rest of the server goes on
+                        log.exception("forwarding failed; trying again")
+                        await asyncio.sleep(BLOCKED_PAUSE_S)
+        finally:
+            await self._save()
+
+    async def _turn(self) -> None:
+        """Send the next batch, once it is full or has waited for more."""
+        page = await self._read()
+        if not page.has_more:
+            await self._save_now_and_then()
+            await self._pause(self._interval_s)
+            page = await self._read()
+        if page.batch:
+            await self._deliver(page.batch)
+        self.progress.seq = page.through
+
+    async def _read(self) -> Page:
+        read = partial(next_page, environment=self.progress.environment, after=self.progress.seq)
+        return await self._store.read(read, quick=False)
+
+    async def _deliver(self, batch: Batch) -> None:
+        """Until the target has accepted it; what it refuses is put aside, event by event."""
+        answer = await self._send(batch)
+        if answer.outcome is Outcome.REFUSED and len(batch.rows) > 1:
+            middle = len(batch.rows) // 2
+            for half in batches([batch.rows[:middle]], MAX_BATCH), batches([batch.rows[middle:]], MAX_BATCH):
+                await self._deliver(next(half))
+            return
+        if answer.outcome is Outcome.REFUSED:
+            await self._put_aside(batch.rows[0][1], answer.problem)
+        else:
+            self.progress.accepted += len(batch.rows)
+        self.progress.seq, last = batch.rows[-1]
+        self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
+        self._is_saved = False
+        await self._save_now_and_then()
+
+    async def _send(self, batch: Batch) -> Answer:
+        """Until it is accepted or refused."""
+        for attempt in itertools.count():
+            if self._stopping.is_set():
+                raise StoppingError
+            answer = await self._target.post(batch.body)
+            if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED):
+                return answer
+            if answer.outcome is Outcome.AGAIN:
+                self._say(logging.WARNING, f"{answer.problem}; trying again")
+                await self._pause(answer.pause_s(attempt))
+            else:
+                every = f"trying again every {BLOCKED_PAUSE_S:g} s"
+                self._say(logging.ERROR, f"{answer.problem}; nothing is forwarded until that is mended, {every}")
+                await self._pause(BLOCKED_PAUSE_S)
+        raise AssertionError("unreachable")
+
+    async def _pause(self, seconds: float) -> None:
+        """StoppingError as soon as the server stops."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        if self._stopping.is_set():
+            raise StoppingError
+
+    def _say(self, level: int, message: str) -> None:
+        """Once a minute at most: a target may be away for a week."""
+        now = self._clock()
+        if abs(now - self._said_us) >= MINUTE_US:  # or the clock was put back
+            self._said_us = now
+            log.log(level, "forwarding: %s", message)
+
+    async def _put_aside(self, row: Row, problem: str) -> None:
+        """Write a refused event into its file, which is on the disk before the event is passed over."""
+        path = refused_file(self._store.path)
+        refused = RefusedEvent(**structs.asdict(exported_event(row)), refused_at=to_datetime(self._clock()),
+                               refused_by=self._target.url, refusal=problem)  # fmt: skip
+        while True:
+            try:
+                await asyncio.to_thread(append_line, path, ENCODER.encode(refused) + b"\n")
+                break
+            except OSError as error:
+                reason = f"the refused event {echo(row.id)} cannot be written to {path}: {error.strerror or error}"
+                self._say(logging.ERROR, f"{reason}; make room for it, nothing is forwarded until then")
+                await self._pause(BLOCKED_PAUSE_S)
+        self.progress.refused += 1
+        log.error("forwarding: event %s is refused and was written to %s: %s", echo(row.id), path, problem)
+
+    async def _save_now_and_then(self) -> None:
+        # A crash sends half a second's batches again.
+        if not self._is_saved and time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
+            await self._save()
+
+    async def _save(self) -> None:
+        progress = replace(self.progress)
+        try:
+            await asyncio.to_thread(save_progress, self._path, progress)
+            self._is_saved = True
+        except StopError as error:  # what is not noted is sent again, which does no harm
+            self._say(logging.ERROR, str(error))
+        self._saved_s = time.monotonic()
+
+    async def _watch(self) -> None:
+        """Say when it falls behind, and when it has caught up."""
+        while True:
+            with suppress(ApiError):
+                self._judge(*await self._backlog())
+            await asyncio.sleep(WATCH_INTERVAL_S)
+
+    def _judge(self, events: int, oldest_us: int) -> None:
+        waited_s = (self._clock() - oldest_us) / 1e6 - self._interval_s if events else 0.0
+        if not self.is_behind and (events > BEHIND_EVENTS or waited_s > 60):
+            self.is_behind = True
+            waiting = f"{counted(events, 'event')} wait, the first for {waited_s:.0f} s"
+            log.warning("forwarding to %s has fallen behind: %s", self.host, waiting)
+        elif self.is_behind and events <= MAX_BATCH and waited_s <= 60:
+            self.is_behind = False
+            log.info("forwarding to %s has caught up", self.host)
+
+
+def refused_file(db: str) -> Path:
+    return Path(f"{db}.refused.ndjson")
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file, which is on the disk then."""
+    is_new = not path.exists()
+    with open(path, "ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync_folder(path)
+
+
+def read_forward_progress(path: Path) -> ForwardProgress:
+    """StartError says what to do with a damaged file."""
+    try:
+        return FORWARD_PROGRESS.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        again = "remove it, and all events are sent again, which does no harm"
+        raise StartError(f"cannot read how far forwarding is in {path}: {error}; {again}") from error
+
+
+def load_forward_progress(
+    conn: sqlite3.Connection, db: str, target: str, environment: str
+) -> tuple[ForwardProgress, Path]:
+    """How far forwarding came before, and the file that says so. StartError."""
+    path = progress_file(db, "forward", [target, environment])
+    if not path.exists():
+        return ForwardProgress(target, environment), path
+    progress = read_forward_progress(path)
+    ever = conn.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'").fetchone()[0]
+    found = conn.execute("SELECT id FROM events WHERE seq = ?", [progress.last_seq]).fetchone()
+    if progress.seq > ever or (found and found[0] != progress.last_id):  # not found: it was deleted
+        again = "remove it, and all events are sent, those that were sent before, too, which does no harm"
+        raise StartError(f"{path} is of another database of that name, or of a newer state of this one: {again}")
+    return progress, path
+
+
+def is_own_address(url: str, listening: tuple[Any, ...]) -> bool:
+    """Whether a URL leads to this very server."""
+    parts = urllib.parse.urlsplit(url)
+    if (parts.port or {"http": 80, "https": 443}[parts.scheme]) != listening[1]:
+        return False
+    addresses = set()
+    with suppress(OSError):
+        addresses = {found[4][0] for found in socket.getaddrinfo(parts.hostname, None)}
+    if listening[0] not in ("0.0.0.0", "::"):  # noqa: S104
+        return listening[0] in addresses
+    return any(is_of_this_machine(str(address)) for address in addresses)
+
+
+def is_of_this_machine(address: str) -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+        sock.bind((address, 0))
+        return True
+    return False
+
+
+def forward(service: Service, target: Target, environment: str = "development", interval_s: float = 1.0) -> Forwarder:
+    """From its start to its end a server sends an environment's events on. Before the start; StartError."""
+    db = service.store.path
+    with closing(connect_reader(db)) as conn:
+        known = [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
+        if environment not in known:
+            there = f"no key and no event has that environment, there are {', '.join(known)}"
+            raise StartError(f"--forward-environment is {echo(environment)}: {there}")
+        progress, path = load_forward_progress(conn, db, target.url, environment)
+        events, _ = backlog(conn, environment, progress.seq)
+    try:
+        save_progress(path, progress)  # before anything is deleted: it says that nothing was sent
+    except StopError as error:
+        raise StartError(str(error)) from error
+    forwarder = Forwarder(service, target, progress, path, interval_s)
+    service.outboxes[environment] = Outbox(forwarder.host, forwarder.behind)
+    service.tasks.append(forwarder.run)
+    service.notices.append(f"forwards to  {target.url}, environment {environment} ({counted(events, 'event')} behind)")
+    return forwarder
+
+
+def attach(service: Service, arguments: argparse.Namespace, listening: tuple[Any, ...]) -> None:
+    """`serve --forward-to URL`. StartError."""
+    url = target_url(arguments.forward_to, "--forward-to")
+    need_httpx("--forward-to")
+    if is_own_address(url, listening):
+        raise StartError(f"--forward-to {url} is this server itself: name the one that its events shall go to")
+    names = ("EVENTSTORE_FORWARD_API_KEY", "FLEXPRICE_API_KEY")
+    source = next((name for name in names if os.environ.get(name, "").strip()), None)
+    if source is None:
+        raise StartError(f"no API key for --forward-to: set {' or '.join(names)} to the key there")
+    for name in ("httpx", "httpcore"):  # they have a line for each request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    target = Target(url, check_key(os.environ[source].strip()), source, "--forward-to")
+    forward(service, target, arguments.forward_environment, arguments.forward_interval_ms / 1000)
+
+
+# ---------------------------------------------------------------------------------------------- flags
 
 
 def add_replay_flags(add: AddFlag) -> None:

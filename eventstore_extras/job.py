@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from eventstore import say
 
 
 class StopError(Exception):
     """A command stopped half-way; the message says where, what is done and what to do."""
+
+
+async def until_sigterm(work: Coroutine[None, None, None]) -> None:
+    """SIGTERM cancels it, as asyncio lets SIGINT: an exception amid its loop would leave tasks that nothing wakes."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        await task
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

@@ -8,12 +8,13 @@ import json
 import math
 import socket
 import threading
+import time
 import urllib.parse
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import msgspec
 from msgspec import Struct
@@ -69,6 +70,9 @@ from eventstore import (
 from eventstore_extras import analytics
 from eventstore_extras.meters import select_meters
 
+if TYPE_CHECKING:
+    from eventstore_extras.forward import Forwarder
+
 INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 # What a mock answers on request: each status with one of its codes.
 FAULT_CODES = {429: "too_many_requests", 500: "internal_error", 502: "bad_gateway", 503: "service_unavailable",
@@ -109,6 +113,7 @@ FAULT_SCHEMA: dict[str, Any] = {
 OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # of the API, to which the mock's own are added
 MOCK_API_KEY = "eventstore-test-key"
 MOCK_SHUTDOWN_TIMEOUT_S = 1
+MOCK_FORWARD_INTERVAL_S = 0.01
 
 
 def is_for(fault: InjectedFault, method: str, path: str) -> bool:
@@ -432,13 +437,23 @@ class Recorder:
 class MockServer:
     """A server for tests, as `running_server` and the pytest fixture `flexprice` give it."""
 
-    def __init__(self, store: Store, mock: Mock, recorder: Recorder, url: str, api_keys: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        mock: Mock,
+        recorder: Recorder,
+        url: str,
+        api_keys: Mapping[str, str],
+        *,
+        forwarder: Forwarder | None = None,
+    ) -> None:
         self.url = url  # ends in /v1
         self.api_keys = dict(api_keys)  # key -> environment
         self.api_key = next(iter(api_keys))
         self._store = store
         self._fault_queue = mock.fault_queue
         self._recorder = recorder
+        self._forwarder = forwarder
 
     def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
         """Everything stored, oldest first, seen by queries or not yet: dicts as GET /v1/events has them.
@@ -488,6 +503,14 @@ class MockServer:
         10,000, with 64 MB of bodies."""
         return self._recorder.received()
 
+    def wait_until_forwarded(self, timeout_s: float = 30.0) -> None:
+        """Until the server of `forward_to` has accepted or refused all events. TimeoutError."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._forwarder and (behind := self._forwarder.behind_now()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"after {timeout_s:g} s {behind} events are not forwarded to {self._forwarder.host}")
+            time.sleep(0.005)
+
     def faults(self, unused: bool = False) -> list[dict[str, Any]]:
         """The faults that still wait for requests; on request, only those that none has met yet."""
         return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting(unused=unused)]
@@ -501,14 +524,27 @@ def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
         raise ApiError("validation_error", str(error)) from None
 
 
+class HasAddress(Protocol):
+    """An API that events are sent to: its base URL, and a key for it."""
+
+    url: str
+    api_key: str
+
+
 @contextmanager
 def running_server(
-    *, api_keys: Mapping[str, str] | None = None, listener: socket.socket | None = None, **settings: Any
+    *,
+    api_keys: Mapping[str, str] | None = None,
+    listener: socket.socket | None = None,
+    forward_to: HasAddress | None = None,
+    **settings: Any,
 ) -> Iterator[MockServer]:
     """A real server in a thread, with a temporary database, until the block ends.
 
     `api_keys` maps keys to environments; `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
-    It takes a free port of this machine, or that of `listener`, a bound socket, which it closes in the end.
+    It takes a free port of this machine, or that of `listener`, a bound socket, which it closes in the end. With
+    `forward_to`, another MockServer or whatever has a `url` and an `api_key`, it sends the events of its first key's
+    environment on, at once; StartError as of `serve --forward-to`.
     """
     api_keys = api_keys or {MOCK_API_KEY: "development"}
     hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
@@ -516,14 +552,24 @@ def running_server(
     with listener or listen("127.0.0.1", 0) as listening:
         listening.listen(2048)
         app = create_app(Settings(**{"api_keys": hashed, "db": ":memory:"} | settings), **mock.additions)
+        forwarder = forwarding(app.state.service, forward_to, next(iter(api_keys.values()))) if forward_to else None
         recorder = Recorder(app)
         server = uvicorn_server(recorder, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
         thread = threading.Thread(target=server.run, args=[[listening]], name="eventstore-server", daemon=True)
         thread.start()
         try:  # the socket listens already: a request that comes before the thread is ready waits for it
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-            yield MockServer(app.state.service.store, mock, recorder, url, api_keys)
+            yield MockServer(app.state.service.store, mock, recorder, url, api_keys, forwarder=forwarder)
         finally:
             server.should_exit = True
             thread.join()
             app.state.service.store.close()
+
+
+def forwarding(service: Service, to: HasAddress, environment: str) -> Forwarder:
+    from eventstore_extras import forward  # noqa: PLC0415 - it needs httpx, which nothing else here does
+
+    forward.need_httpx("forward_to")
+    url = forward.target_url(to.url, "forward_to")
+    target = forward.Target(url, to.api_key, "forward_to", "forward_to")
+    return forward.forward(service, target, environment, MOCK_FORWARD_INTERVAL_S)

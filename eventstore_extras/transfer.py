@@ -875,11 +875,22 @@ def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path)
     except OSError as error:
         raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+def sync_folder(path: str | Path) -> None:
+    """After it a power cut cannot take a new file's name away; on Windows there is no such thing."""
+    with suppress(OSError):
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # ---------------------------------------------------------------------------------------------- flags

@@ -52,13 +52,23 @@ def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number)
         ({"RSS MB": 103, "page p99 ms": 20, "WAL MB": 60}, []),
         ({"RSS MB": 130}, ["RSS MB went from 100 to 130"]),
         ({"WAL MB": 100}, ["WAL MB went from 64.0 to 100"]),
+        ({"file MB": 600}, ["file MB went from 500 to 600"]),
+        ({"behind": 4000}, []),
+        ({"behind": 5000}, ["behind went from 1,000 to 5,000"]),
         ({"handles": 50}, ["handles went from 40.0 to 50.0"]),
         ({"page p99 ms": 40}, ["page p99 ms went from 20.0 to 40.0"]),
         ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
     ],
 )
 def test_the_soak_names_what_did_not_stay_flat(later, verdict):
-    warm = {"events/s": 2000, "RSS MB": 100, "WAL MB": 64, "handles": 40} | dict.fromkeys(benchmark.P99S, 20)
+    warm = {
+        "events/s": 2000,
+        "RSS MB": 100,
+        "WAL MB": 64,
+        "file MB": 500,
+        "behind": 1000,
+        "handles": 40,
+    } | dict.fromkeys(benchmark.P99S, 20)
     cold = dict.fromkeys(warm, 1)
     assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 

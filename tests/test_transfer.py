@@ -687,7 +687,7 @@ def test_a_signal_ends_a_replay_with_one_line_even_where_python_swallows_an_exce
             watch = weakref.ref(freed, lambda _: os.kill(os.getpid(), signal.{number}))
             del freed
             await asyncio.sleep(30)  # which the signal cuts short
-        httpx.AsyncClient.post = post
+        httpx.AsyncClient.send = post
         sys.exit(eventstore.main())
     """
     done = python(code, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", cwd=tmp_path / "source")

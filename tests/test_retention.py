@@ -1,0 +1,352 @@
+"""Keeping less: `serve --retain-days` and `eventstore prune`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import threading
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+import eventstore
+from conftest import (
+    DAY_US,
+    EVER,
+    KEY,
+    KEYS,
+    NOW,
+    SCRIPT,
+    Live,
+    at,
+    counts,
+    database,
+    event,
+    eventually,
+    ids,
+    page,
+    rows_of,
+    run,
+    store,
+    table,
+)
+from eventstore import Row, Settings, create_app
+from eventstore_extras import forward, retention
+from eventstore_extras.mock import running_server
+
+ENVIRONMENTS = ("development", "staging")
+HOUR_US = 3_600_000_000
+
+
+def stored(folder: Path, ingested: list[tuple[int, int]]) -> str:
+    """A database of these events, (environment, ingested_at_us), each with its place in the list as its id."""
+    path = str(folder / "events.db")
+    eventstore.prepare_file(path)
+    with closing(eventstore.connect(path)) as conn:
+        for name in ENVIRONMENTS:
+            eventstore.environment_number(conn, name)
+        rows = [Row(environment, f"{number:05}", "cust", "", "call", "", NOW + number, time_us, "{}")
+                for number, (environment, time_us) in enumerate(ingested)]  # fmt: skip
+        eventstore.insert_events(conn, rows, 5)
+    return path
+
+
+def progress(path: str, target: str, environment: str, seq: int) -> Path:
+    """A file that says that everything up to seq is forwarded."""
+    file = forward.progress_file(path, "forward", [target, environment])
+    forward.save_progress(file, forward.ForwardProgress(target, environment, seq))
+    return file
+
+
+def kept_ids(folder: Path) -> list[str]:
+    return [row[1] for row in rows_of(folder)]
+
+
+@contextmanager
+def retaining(folder: Path, days: float, clock: object):
+    """A client of an application that keeps events for so many days."""
+    app = create_app(Settings(db=str(folder / "events.db"), api_keys=KEYS, clock=lambda: clock.us))
+    retention.attach(app.state.service, SimpleNamespace(retain_days=days), None)
+    with TestClient(app, headers={"x-api-key": KEY}) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(retention, "LOOK_INTERVAL_S", 0.005)
+
+
+# ---------------------------------------------------------------------------------------------- what is deleted
+
+
+@table("seed", range(12))
+def test_a_sweep_deletes_what_is_old_and_sent_on_and_nothing_else(tmp_path, monkeypatch, seed):
+    choose = random.Random(seed)
+    monkeypatch.setattr(retention, "SPAN", choose.choice([7, 100, 100_000]))
+    monkeypatch.setattr(retention, "MOST_ROWS", choose.choice([1, 10, 1000]))
+    monkeypatch.setattr(retention, "LEAST_ROWS", 1)
+    # In the order of arrival they get younger, but for what was imported with the time at which FlexPrice stored it.
+    ingested = [
+        (choose.choice([1, 2]), NOW + number * 1000 - choose.choice([0, 0, 0, 500, 5000, DAY_US]))
+        for number in range(500)
+    ]
+    path, before_us = stored(tmp_path, ingested), NOW + 250_000
+    sent = {environment: choose.choice([None, 0, 100, 300, 500]) for environment in (1, 2)}
+    for environment, seq in sent.items():
+        if seq is not None:
+            progress(path, "http://one", ENVIRONMENTS[environment - 1], seq)
+            progress(path, "http://two", ENVIRONMENTS[environment - 1], min(seq + 50, 500))
+    progress(path, "http://one", "an environment without events", 0)
+    doomed = retention.Doomed(before_us, retention.forwarded_from(path))
+    with closing(eventstore.connect(path)) as conn:
+        sweep = retention.Sweep(path, retention.File(conn), doomed)
+        asyncio.run(sweep.run(thorough=True))
+    kept = [
+        f"{number:05}"
+        for number, (environment, time_us) in enumerate(ingested)
+        if time_us >= before_us or (sent[environment] is not None and number + 1 > sent[environment])
+    ]
+    assert kept_ids(tmp_path) == kept
+    assert sweep.deleted == 500 - len(kept)
+
+
+def test_a_pass_of_every_hour_ends_where_nothing_is_old_and_the_first_one_looks_at_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(retention, "SPAN", 10)
+    old, young = (1, NOW - 2 * DAY_US), (1, NOW)
+    path = stored(tmp_path, [*[old] * 25, *[young] * 30, *[old] * 5])
+    doomed = retention.Doomed(NOW - DAY_US, ())
+    with closing(eventstore.connect(path)) as conn:
+        for thorough, first, number in ((False, 25, 35), (True, 25, 30)):
+            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough))
+            left = [name for (name,) in conn.execute("SELECT id FROM events ORDER BY seq")]
+            assert (left[0], len(left)) == (f"{first:05}", number)
+
+
+def test_a_server_deletes_at_its_start_and_every_hour_by_its_clock(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "eventstore")
+    stored(tmp_path, [(1, NOW - 40 * DAY_US), (2, NOW - 31 * DAY_US), (1, NOW - 29 * DAY_US)])
+    clock = SimpleNamespace(us=NOW)
+    with retaining(tmp_path, 30, clock) as client:
+        eventually(lambda: page(client, "POST", **EVER)["total_count"] == 1)
+        assert "retention: deleted 2 events, stored before 2025-09-15T11:38:47.962000+00:00" in caplog.text
+        clock.us += DAY_US + HOUR_US // 2
+        store(client, event("new"))
+        eventually(lambda: ids(client, "POST", **EVER) == ["new"])
+        assert counts(store(client, event("00000"), event("new"))) == (1, 1)  # what is deleted is forgotten
+        clock.us += HOUR_US - 1
+        assert sorted(ids(client, "POST", **EVER)) == ["00000", "new"]
+
+
+@table("order", ["asc", "desc"])
+def test_a_page_under_way_goes_on_after_its_events_were_deleted(tmp_path, order):
+    path = stored(tmp_path, [(1, NOW - 2 * DAY_US)] * 60 + [(1, NOW)] * 40)
+    clock = SimpleNamespace(us=NOW)
+    with retaining(tmp_path, 365, clock) as client:
+        query = EVER | {"order": order, "page_size": 30}
+        first = page(client, "POST", **query)
+        if order == "desc":
+            first = page(client, "POST", **query, iter_last_key=first["iter_last_key"])  # 00040 to 00069
+        with closing(eventstore.connect(path)) as conn:
+            asyncio.run(
+                retention.Sweep(path, retention.File(conn), retention.Doomed(NOW - DAY_US, ())).run(thorough=True)
+            )
+        following = page(client, "POST", **query, iter_last_key=first["iter_last_key"])
+        assert following["total_count"] == 40
+        expected = [f"{number:05}" for number in range(60, 90)] if order == "asc" else []
+        assert [one["id"] for one in following["events"]] == expected
+        assert following["has_more"] is (order == "asc")
+        assert client.get("/v1/events/monitoring", params={"start_time": at(), "end_time": at(100)}).json()["total_count"] == 40  # fmt: skip
+        answer = client.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT", "start_time": at(), "end_time": at(100)})  # fmt: skip
+        assert answer.json()["value"] == 40
+
+
+def test_nothing_is_deleted_before_the_target_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    clock = SimpleNamespace(us=NOW)
+    app = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS, clock=lambda: clock.us))
+    service = app.state.service
+    with running_server() as target:
+        target.fail(status=503, times=1_000_000)
+        to = forward.Target(target.url, target.api_key, "the test", "forward_to")
+        forwarder = forward.forward(service, to, "development", 0.01)
+        retention.attach(service, SimpleNamespace(retain_days=1), None)
+        with TestClient(app, headers={"x-api-key": KEY}) as client:
+            store(client, *[event(f"{number}") for number in range(10)])
+            client.post("/v1/events", json=event("other"), headers={"x-api-key": "key-of-staging"})
+            for _ in range(3):
+                clock.us += 2 * DAY_US
+                eventually(
+                    lambda: len(rows_of(tmp_path)) == 10
+                )  # of the environment that is not forwarded none is left
+            target._fault_queue.clear()
+            eventually(lambda: forwarder.behind_now() == 0 and forwarder._is_saved)
+            clock.us += HOUR_US
+            eventually(lambda: rows_of(tmp_path) == [])
+            assert len(target.events()) == 10
+
+
+def test_a_sweep_that_fails_says_so_and_the_next_one_comes_in_an_hour(tmp_path, caplog):
+    stored(tmp_path, [(1, NOW - 2 * DAY_US)] * 3)
+    with database(tmp_path) as conn:
+        conn.execute("CREATE TRIGGER full BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'full'); END")
+    clock = SimpleNamespace(us=NOW)
+    with retaining(tmp_path, 1, clock) as client:
+        eventually(lambda: "retention: the database refused the write" in caplog.text)
+        with database(tmp_path) as conn:
+            conn.execute("DROP TRIGGER full")
+        store(client, event("new"))
+        assert page(client, "POST", **EVER)["total_count"] == 4
+        clock.us += HOUR_US
+        eventually(lambda: ids(client, "POST", **EVER) == ["new"])
+    assert caplog.text.count("the next try is in an hour") == 1
+
+
+def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
+    path, sizes = stored(tmp_path, []), []
+    choose = random.Random(7)
+    with closing(eventstore.connect(path)) as conn:
+        for day in range(40):
+            rows = [Row(1, f"{choose.getrandbits(128):032x}", f"cust{number % 99}", "", "call", "", NOW + day * DAY_US, NOW + day * DAY_US, "{}")
+                    for number in range(2000)]  # fmt: skip
+            eventstore.insert_events(conn, rows, 5)
+            doomed = retention.Doomed(NOW + (day - 5) * DAY_US, ())
+            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough=False))
+            conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            sizes.append(os.path.getsize(path))
+        assert conn.execute("SELECT count(*) FROM events").fetchone()[0] == 6 * 2000
+    assert max(sizes[20:]) <= 1.1 * max(sizes[6:20])
+
+
+# ---------------------------------------------------------------------------------------------- flags and prune
+
+
+def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp_path):
+    with Live(tmp_path, "--retain-days", "0.5", "--api-key", KEY) as live:
+        assert "\n  keeps        events for 0.5 days after they were stored\n" in live.banner
+        assert live.stop() == 0
+    for days in ("0", "-1", "x"):
+        done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", days, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "--retain-days: must be a number greater than 0" in done.stderr
+    Path(progress(str(tmp_path / "events.db"), "http://x", "development", 0)).write_text("{")
+    done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", "1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot read how far forwarding is in" in done.stderr
+    with Live(tmp_path / "long", "--retain-days", "1000000000", "--api-key", KEY) as live, live.client() as client:
+        store(client, event())
+        assert live.stop() == 0
+        assert "retention" not in live.log
+
+
+def test_a_target_that_is_forwarded_to_no_more_is_named_because_it_keeps_events(tmp_path, caplog):
+    path = stored(tmp_path, [(1, NOW - 2 * DAY_US)] * 3)
+    file = progress(path, "https://old/v1", "development", 1)
+    with retaining(tmp_path, 1, SimpleNamespace(us=NOW)):
+        eventually(lambda: len(kept_ids(tmp_path)) == 2)
+    (line,) = [record.message for record in caplog.records if "does not forward to" in record.message]
+    assert (
+        "https://old/v1, and what is not accepted there is kept; if nothing is forwarded there any more, remove" in line
+    )
+    file.unlink()
+    caplog.clear()
+    with retaining(tmp_path, 1, SimpleNamespace(us=NOW)):
+        eventually(lambda: kept_ids(tmp_path) == [])
+    assert "does not forward to" not in caplog.text
+
+
+@table(
+    ("flags", "part"),
+    [
+        ("--before yesterday", '--before must be RFC 3339 with a zone, got "yesterday"'),
+        ("--before 2999-01-01T00:00:00Z", "--before 2999-01-01T00:00:00Z is in the future"),
+        ("--before 2025-01-01T00:00:00Z --db none.db", "there is no database none.db"),
+        ("", "--before"),
+    ],
+)
+def test_a_prune_that_cannot_start_says_why(tmp_path, flags, part):
+    stored(tmp_path, [(1, NOW)])
+    done = run(*SCRIPT, "prune", *flags.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert part in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db"]
+
+
+def test_a_prune_says_what_it_deleted_and_what_it_must_keep(tmp_path):
+    path = stored(tmp_path, [(1, NOW), (2, NOW + 1), (1, NOW + 2), (1, NOW + 3), (1, NOW + DAY_US)])
+    file = progress(path, "https://host/v1", "development", 1)
+    command = (*SCRIPT, "prune", "--before", "2025-10-16T00:00:00Z")
+
+    for flags, did in (["--dry-run"], "would delete"), ([], "deleted"):
+        done = run(*command, *flags, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "")
+        start = f"eventstore: {did} 2 events stored before 2025-10-16T00:00:00Z from events.db; "
+        assert done.stderr.startswith(start)
+
+        assert "; 2 events of that time stay until accepted by https://host/v1 (if nothing" in done.stderr
+    assert kept_ids(tmp_path) == ["00002", "00003", "00004"]
+    file.unlink()
+    done = run(*command, cwd=tmp_path)
+    assert "deleted 2 events stored before" in done.stderr
+    assert "stay" not in done.stderr
+    assert kept_ids(tmp_path) == ["00004"]
+
+
+def test_a_prune_beside_a_server_under_load_disturbs_nobody(tmp_path):
+    stored(tmp_path, [(1, NOW - DAY_US)] * 20_000)
+    stop, statuses, sent = threading.Event(), set(), []
+
+    def send(client: httpx.Client, name: str) -> None:
+        while not stop.is_set():
+            batch = [f"{name}-{len(sent)}-{number}" for number in range(20)]
+            statuses.add(client.post("/v1/events/bulk", json={"events": [event(one) for one in batch]}).status_code)
+            sent.extend(batch)
+
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        threads = [threading.Thread(target=send, args=(client, name)) for name in "ab"]
+        for thread in threads:
+            thread.start()
+        try:
+            done = run(*SCRIPT, "prune", "--before", "2025-10-15T11:00:00Z", cwd=tmp_path)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("eventstore: deleted 20,000 events stored before")
+        assert live.stop() == 0
+    assert statuses == {202}
+    assert kept_ids(tmp_path) == sorted(sent)
+
+
+@table("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path, number):
+    stored(tmp_path, [(1, NOW)] * 30_000)
+    command = [*map(str, SCRIPT), "prune", "--before", "2025-10-16T00:00:00Z"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    def left() -> int:
+        with database(tmp_path) as conn:
+            return conn.execute("SELECT count(*) FROM events").fetchone()[0]
+
+    eventually(lambda: left() < 30_000)
+    process.send_signal(number)
+    message = process.communicate(timeout=30)[1]
+    remaining = left()
+    assert process.returncode == 1, message
+    assert (
+        message
+        == f"eventstore: interrupted; {30_000 - remaining:,} events deleted; the same command goes on from there\n"
+    )
+    assert 0 < remaining < 30_000
+    done = run(*command, cwd=tmp_path)
+    assert f"deleted {remaining:,} events" in done.stderr
+    assert json.dumps(kept_ids(tmp_path)) == "[]"
