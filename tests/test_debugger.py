@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -19,10 +20,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
-from conftest import DEBUGGER, Live, event, eventually, run, serving, store, table
-from eventstore import ApiKey
+from conftest import DEBUGGER, ROOT, Live, event, eventually, run, serving, store, table
+from eventstore import ApiKey, Settings, create_app
 
 no_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -164,13 +166,20 @@ def places(debugger, *selectors: str) -> list[list[float]]:
     return [[round(number) for number in debugger.ask(box, selector)] for selector in selectors]
 
 
+def heights(debugger) -> list[float]:
+    """Of the parts of the chart, the first window's first."""
+    return debugger.ask(
+        "[...document.querySelectorAll('#chart rect')].map((bar) => Number(bar.getAttribute('height')))"
+    )
+
+
 def some(count: int, **fields) -> list[dict]:
     """Events of the last minutes, the oldest first: e0000, e0001 ..."""
     return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]
 
 
 def test_the_page_is_small_whole_and_sets_nothing_as_markup():
-    assert len(DEBUGGER.encode()) < 60_000
+    assert len(DEBUGGER.encode()) < 66_000
     foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
     assert re.findall(foreign, DEBUGGER) == []
     markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
@@ -473,16 +482,15 @@ def test_usage_is_shown_per_window_with_its_numbers(debugger):
     debugger.shows("c", "b", "a")
     debugger.click("#show-usage")
     debugger.fill("#event_name", "call")
-    debugger.opens("#usage-says", "COUNT of events over the whole range")
+    debugger.opens("#usage-says", "COUNT of events in all")
     debugger.fill("#property_name", "tokens")
     debugger.find("#aggregation_type").send_keys("SUM")
     debugger.ask("document.activeElement.blur()")
     debugger.opens("#usage-says", "SUM of tokens")
     assert debugger.text("#sum") == "1,250.5"
     starts = [(hour + timedelta(hours=4.5 - before)).strftime("%Y-%m-%d %H:00") for before in (3, 2)]
-    assert debugger.texts("#windows td") == [starts[0], "1,000.5", "", starts[1], "250", ""]
-    widths = "[...document.querySelectorAll('#windows rect')].map((bar) => parseFloat(bar.getAttribute('width')))"
-    assert debugger.ask(widths) == [100, pytest.approx(100 * 250 / 1000.5)]
+    assert debugger.texts("#windows td") == [starts[0], "1,000.5", starts[1], "250"]
+    assert heights(debugger) == [93, pytest.approx(93 * 250 / 1000.5)]
     debugger.open(debugger.driver.current_url)
     debugger.opens("#sum", "1,250.5")
 
@@ -718,6 +726,282 @@ def test_windows_are_named_in_words(debugger):
     sizes = debugger.texts("#window_size option")
     assert sizes[:5] == ["the whole range", "1 minute", "15 minutes", "30 minutes", "1 hour"]
     assert sizes[-3:] == ["1 day", "1 week", "1 month"]
+
+
+# ---------------------------------------------------------------------------------------------- meters
+
+
+def make_meter(debugger, kind: str = "SUM", field: str | None = "tokens", **fields) -> str:
+    body = {"name": "Tokens", "event_name": "call", "aggregation": {"type": kind, "field": field}}
+    response = debugger.client.post("/v1/meters", json=body | {"reset_usage": "BILLING_PERIOD"} | fields)
+    assert response.status_code == 201, response.text
+    return response.json()["id"]
+
+
+def store_tokens(debugger, *tokens: object, hours: float = 2, **fields) -> None:
+    """Of one window each call, if it is two hours long or shorter than those between two calls."""
+    for number in tokens:
+        properties = fields.get("properties", {}) | {"tokens": number}
+        store(debugger.client, event(timestamp=ago(3600 * hours), **fields | {"properties": properties}))
+
+
+def asked(debugger, path: str) -> int:
+    """How often the page has asked for it since it was opened."""
+    names = "performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)"
+    return debugger.ask(names).count(path)
+
+
+@no_browser
+def test_meters_are_offered_beside_event_names_and_one_chosen_says_what_it_counts(debugger):
+    store_tokens(debugger, 1, 2, properties={"model": "large"})
+    store_tokens(debugger, 4, properties={"model": "small"})
+    large = make_meter(debugger, name="Large", filters=[{"key": "model", "values": ["large", "huge"]}])
+    make_meter(debugger)
+    debugger.visit(view="usage")
+    debugger.opens("#ask h2", "Which events")
+    assert debugger.texts("#ask .actions:first-of-type button") == ["Large", "Tokens"]
+    assert debugger.texts("#meter_id option") == ["none", "Large", "Tokens"]
+    debugger.click("#ask button")
+    debugger.opens("#usage-says", "SUM of tokens in call, model large or huge in all, and in each window")
+    debugger.opens("#usage-says", "2 of 2 events have a number in tokens.")
+    assert debugger.text("#sum") == "3"
+    assert debugger.address() == {"view": ["usage"], "meter_id": [large], "event_name": ["call"]}
+    for field, shown in (("event_name", False), ("aggregation_type", False), ("group_by", True), ("window_size", True)):
+        assert debugger.find(f"#{field}").is_displayed() is shown
+    debugger.click("#clear")
+    debugger.opens("#ask h2", "Which events")
+    debugger.visit(view="usage", meter_id=large)  # as somebody may write it
+    debugger.opens("#sum", "3")
+    debugger.visit(view="usage", meter_id="meter_unknown")
+    debugger.opens("#notice", "This environment has no such meter.")
+
+
+@no_browser
+@table(("group_by", "heads", "totals"), [
+    ("source", ["app", "no source"], ["0.75", "0.1"]),
+    ("model", ["large", "no model"], ["0.6", "0.25"]),
+    ("properties.model", ["large", "no model"], ["0.6", "0.25"]),
+    ("external_customer_id", ["cust", "other"], ["0.75", "0.1"]),
+], ids=str)  # fmt: skip
+def test_a_meter_is_grouped_by_source_or_a_property(debugger, group_by, heads, totals):
+    store_tokens(debugger, "0.5", source="app", properties={"model": "large"})
+    store_tokens(debugger, "0.25", source="app")
+    store_tokens(debugger, "0.1", external_customer_id="other", properties={"model": "large"})
+    debugger.visit(view="usage", meter_id=make_meter(debugger), group_by=group_by, window_size="DAY")
+    debugger.opens("#sum", "0.85")
+    assert debugger.texts("#groups th")[1:] == [f"{head}{head}" for head in heads]  # its mark has it as a title
+    rows = debugger.ask("[...document.querySelectorAll('#windows tr')].map((row) => row.innerText.split('\\t'))")
+    assert rows[0] == ["whole range", *totals]
+    assert len(rows) == 2
+    assert rows[1][1:] == totals
+    assert debugger.ask("document.getElementById('group_by').list.options.length") == 3  # source, tokens, model
+
+
+@no_browser
+@table(("kind", "stacked"), [("SUM", True), ("COUNT", True), ("MAX", False)])
+def test_the_chart_stacks_what_can_be_added_up_and_has_a_title_for_each_part(debugger, kind, stacked):
+    store_tokens(debugger, 3, source="a")
+    store_tokens(debugger, 1, source="b")
+    meter_id = make_meter(debugger, kind, None if kind == "COUNT" else "tokens")
+    debugger.visit(view="usage", meter_id=meter_id, group_by="source", window_size="DAY")
+    debugger.opens("#usage-says", f"{kind} of ")
+    parts = debugger.ask("""[...document.querySelectorAll('#chart rect')].map((part) => ({
+        title: part.textContent, ...Object.fromEntries(["x", "y", "width", "height"].map((name) => [name, Number(part.getAttribute(name))]))
+    }))""")
+    values = [1, 1] if kind == "COUNT" else [3, 1]
+    assert [part["title"].split(" · ")[1] for part in parts] == [f"a: {values[0]}", f"b: {values[1]}"]
+    assert (parts[0]["x"] == parts[1]["x"]) is stacked
+    assert (parts[1]["y"] < parts[0]["y"]) is stacked
+    if not stacked:
+        assert parts[1]["x"] == pytest.approx(parts[0]["x"] + parts[0]["width"])
+    assert [part["height"] / parts[0]["height"] for part in parts] == [1, pytest.approx(values[1] / values[0])]
+    assert debugger.find("#chart").accessible_name == "The windows: the table has the numbers"
+
+
+@no_browser
+@table(("kind", "others"), [("SUM", ["16.5", "16.5"]), ("AVG", ["–", ""])])
+def test_of_many_groups_the_largest_have_a_colour_and_the_others_are_one(debugger, kind, others):
+    for number in range(1, 12):
+        store_tokens(debugger, number + 4.5 if number < 4 else number * 10, source=f"s{number:02}")
+    meter_id = make_meter(debugger, kind)
+    debugger.visit(view="usage", meter_id=meter_id, group_by="source", window_size="DAY")
+    debugger.opens("#groups", "3 others")
+    names = debugger.texts("#groups th title")
+    assert names == [f"s{number:02}" for number in range(11, 3, -1)] + ["3 others"]
+    columns = "[...document.querySelectorAll('#windows td:last-child')].map((cell) => cell.textContent)"
+    assert debugger.ask(columns) == [others[0], *others[1:]]
+    fills = debugger.ask("[...document.querySelectorAll('#groups rect')].map((part) => part.getAttribute('fill'))")
+    assert len(set(fills)) == 9
+
+
+@no_browser
+@table("scheme", ["light", "dark"])
+def test_every_colour_of_the_chart_is_seen(debugger, scheme):
+    debugger.look(scheme=scheme)
+    ratios = debugger.ask("""(() => {
+      const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+      const light = (color) => {
+        canvas.fillStyle = color;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255)
+          .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+          .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+      };
+      const ground = light(getComputedStyle(document.querySelector("#usage")).backgroundColor);
+      return Array.from({ length: 9 }, (_, index) => light(part(index, {}, "").getAttribute("fill")))
+        .map((colour) => (Math.max(colour, ground) + 0.05) / (Math.min(colour, ground) + 0.05));
+    })()""")
+    assert len(ratios) == 9
+    assert [ratio for ratio in ratios if ratio < 3] == []  # WCAG 1.4.11
+
+
+@no_browser
+def test_empty_states_say_what_to_send_first(debugger):
+    debugger.click("#show-usage")
+    debugger.opens("#first", "No events yet")
+    assert debugger.find("#first").is_displayed()
+    meter_id = make_meter(debugger, event_name="image", filters=[{"key": "size", "values": ["xl", "l"]}])
+    debugger.visit(view="usage", meter_id=meter_id)
+    debugger.opens("#ask h2", "Nothing in this range: no tokens in image, size xl or l.")
+    assert debugger.find("#next").is_displayed()
+    debugger.driver.set_permissions("clipboard-write", "granted")
+    debugger.click("#next button")
+    debugger.opens("#next button", "Copied")
+    line = debugger.pasted()
+    assert line.replace(debugger.key, "\u2022" * 8) == debugger.text("#next pre")
+    body = re.search(r"-d '(.*)'", line)[1]
+    assert debugger.client.post("/v1/events", content=body).status_code == 202
+    debugger.opens("#sum", "1,250")
+    assert not debugger.find("#next").is_displayed()
+
+
+@no_browser
+def test_a_question_is_made_a_meter_by_the_line_below_it_and_the_meter_is_there_at_once(debugger):
+    usage_of_models(
+        debugger, event_name="call", aggregation_type="SUM_WITH_MULTIPLIER", property_name="tokens", multiplier="2"
+    )
+    debugger.opens("#sum", "6")
+    assert not debugger.find("#meter_id").is_displayed()
+    debugger.driver.set_permissions("clipboard-write", "granted")
+    debugger.click("#next button")
+    debugger.opens("#next button", "Copied")
+    path, body = re.search(r"curl '.*?(/v1/\w+)' .* -d '(.*)'", debugger.pasted()).groups()
+    assert debugger.client.post(path, content=body).status_code == 201
+    eventually(lambda: debugger.find("#meter_id").is_displayed())
+    debugger.find("#meter_id").send_keys("SUM_")
+    debugger.ask("document.activeElement.blur()")
+    debugger.opens("#usage-says", "SUM_WITH_MULTIPLIER of tokens in call in all")
+    assert debugger.text("#sum") == "6"
+
+
+@no_browser
+def test_opening_usage_asks_for_it_once(debugger):
+    usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name="tokens")
+    debugger.opens("#sum", "3")
+    before = asked(debugger, "/v1/events/monitoring")
+    eventually(lambda: asked(debugger, "/v1/events/monitoring") > before + 1)  # it has been counted again
+    assert asked(debugger, "/v1/events/usage") == 2  # in all, and by window
+
+
+@no_browser
+def test_a_server_without_meters_offers_event_names_only(browser, tmp_path):
+    browser.look()
+    for name in ("eventstore.py", "schema.sql", "debugger.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
+    libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
+    with Live(tmp_path, "--api-key", "key", command=alone, **libraries) as live, live.client("key") as client:
+        store(client, event(timestamp=ago(9), properties={"tokens": 1}))
+        browser.complaints()
+        browser.open(f"{live.url}/?view=usage#key=key")
+        browser.opens("#ask h2", "Which events")
+        assert browser.texts("#ask button") == ["call", "cust", "tokens"]
+        for field in ("#meter_id", "#group_by", "#next"):
+            assert not browser.find(field).is_displayed()
+        eventually(lambda: asked(browser, "/health") > 1)
+        assert asked(browser, "/v1/meters") == 1
+        browser.click("#ask button")
+        browser.opens("#sum", "1")
+        assert browser.complaints() == []
+        browser.open("about:blank")
+
+
+# ---------------------------------------------------------------------------------------------- forwarding
+
+
+@contextmanager
+def forwarding(app, host: str, behind: int) -> Iterator[str]:
+    """The application as if it sent its events on: the body of its monitoring and a header say so."""
+
+    async def with_outbox(scope, receive, send):
+        if scope["type"] != "http" or scope["path"] != "/v1/events/monitoring":
+            return await app(scope, receive, send)
+        start = {}
+
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            body = message["body"].replace(b'"post_processing_lag":0', b'"post_processing_lag":%d' % behind)
+            headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
+            await send({**start, "headers": [*headers, (b"x-forward-to", host.encode())]})
+            await send({**message, "body": body})
+
+        await app(scope, receive, answer)
+
+    server = uvicorn.Server(uvicorn.Config(with_outbox, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        yield "http://127.0.0.1:{}".format(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@no_browser
+def test_it_says_where_the_server_forwards_to_and_how_far_it_is_behind(browser, tmp_path):
+    browser.look()
+    app = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=(ApiKey.hashed("key"),)))
+    with forwarding(app, "api.cloud.flexprice.io", 1234) as url:
+        browser.open(f"{url}/#key=key")
+        browser.opens("#forwards", "forwards to api.cloud.flexprice.io, 1,234 behind")
+        browser.click("#show-usage")
+        assert browser.find("#forwards").is_displayed()
+        browser.look(390, 800)
+        assert browser.find("#forwards").is_displayed()
+        browser.open("about:blank")
+
+
+@no_browser
+def test_it_says_nothing_of_forwarding_where_there_is_none(debugger):
+    debugger.opens("#matches", "0 events")
+    assert debugger.text("#forwards") == ""
+
+
+# ---------------------------------------------------------------------------------------------- the header and the footer
+
+
+@no_browser
+def test_a_long_environment_name_is_cut_and_the_header_stays_in_one_row(browser, tmp_path):
+    browser.look()
+    with Live(tmp_path, "--api-key", "key=" + "long-name-" * 12) as live:
+        browser.open(f"{live.url}/#key=key")
+        browser.opens("#pulse", "Live")
+        assert browser.ask("document.querySelector('header').getBoundingClientRect().height") < 60
+        assert browser.ask("document.getElementById('environment').title") == "long-name-" * 12
+        browser.open("about:blank")
+
+
+@no_browser
+def test_the_footer_names_the_keys_that_do_something(debugger):
+    shown = "[...document.querySelectorAll('footer > span')].filter((node) => node.checkVisibility()).map((node) => node.textContent)"
+    debugger.click("#show-usage")
+    debugger.opens("#first", "No events yet")
+    assert debugger.ask(shown) == ["/ filter"]
+    debugger.click("#show-events")
+    assert debugger.ask(shown) == ["j k move", "Enter open", "/ filter", "Esc close"]
 
 
 # ---------------------------------------------------------------------------------------------- time zone
