@@ -20,11 +20,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 
 from conftest import DEBUGGER, ROOT, Live, event, eventually, run, serving, store, table
-from eventstore import ApiKey, Settings, create_app
+from eventstore import ApiKey
 
 no_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
@@ -929,45 +928,15 @@ def test_a_server_without_meters_offers_event_names_only(browser, tmp_path):
 # ---------------------------------------------------------------------------------------------- forwarding
 
 
-@contextmanager
-def forwarding(app, host: str, behind: int) -> Iterator[str]:
-    """The application as if it sent its events on: the body of its monitoring and a header say so."""
-
-    async def with_outbox(scope, receive, send):
-        if scope["type"] != "http" or scope["path"] != "/v1/events/monitoring":
-            await app(scope, receive, send)
-            return
-        start = {}
-
-        async def answer(message):
-            if message["type"] == "http.response.start":
-                start.update(message)
-                return
-            body = message["body"].replace(b'"post_processing_lag":0', b'"post_processing_lag":%d' % behind)
-            headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
-            await send({**start, "headers": [*headers, (b"x-forward-to", host.encode())]})
-            await send({**message, "body": body})
-
-        await app(scope, receive, answer)
-
-    server = uvicorn.Server(uvicorn.Config(with_outbox, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        eventually(lambda: server.started)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @no_browser
 def test_it_says_where_the_server_forwards_to_and_how_far_it_is_behind(browser, tmp_path):
     browser.look()
-    app = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=(ApiKey.hashed("key"),)))
-    with forwarding(app, "api.cloud.flexprice.io", 1234) as url:
-        browser.open(f"{url}/#key=key")
-        browser.opens("#forwards", "forwards to api.cloud.flexprice.io, 1,234 behind")
+    flags = ("--api-key", "key", "--forward-to", "http://127.0.0.1:1/v1")  # where nobody listens
+    with Live(tmp_path, *flags, EVENTSTORE_FORWARD_API_KEY="other") as live, live.client("key") as client:
+        store(client, *some(1000))
+        store(client, *(event(f"f{number}") for number in range(234)))
+        browser.open(f"{live.url}/#key=key")
+        browser.opens("#forwards", "forwards to 127.0.0.1:1, 1,234 behind")
         browser.click("#show-usage")
         assert browser.find("#forwards").is_displayed()
         browser.look(390, 800)
