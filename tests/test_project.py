@@ -86,10 +86,11 @@ def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(
         assert ids(client) == ["alone"]
         assert client.get("/").text == DEBUGGER
         assert live.stop() == 0
-    for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "serve --port 0 --mock"):
+    for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "prune --before now",
+                    "serve --port 0 --mock", "serve --port 0 --forward-to http://host", "serve --port 0 --retain-days 1"):  # fmt: skip
         done = run(*alone, *command.split(), cwd=tmp_path, env=os.environ | libraries)
         assert (done.returncode, done.stdout) == (2, "")
-        needing = "--mock" if "--mock" in command else command.split()[0]
+        needing = command.split()[3] if command.startswith("serve") else command.split()[0]
         beside = re.escape(str(tmp_path / "eventstore.py"))
         assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
 
@@ -114,6 +115,7 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
         served = ("", ".meters", ".analytics", ".mock")
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
     for command, needed in (("import -", {"job", "transfer"}), ("export", {"job", "transfer"}),
+                            ("prune --before 2025-01-01T00:00:00Z", {"job", "transfer", "forward", "retention"}),
                             ("replay --to http://127.0.0.1:1 --dry-run", {"job", "transfer", "forward"})):  # fmt: skip
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
