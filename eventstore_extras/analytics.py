@@ -461,8 +461,28 @@ class Extracted:
         return columns
 
 
+class Conditions:
+    """Is an event one of a meter's? Columns m0, m1, ... over the innermost SELECT, one for all meters that ask the
+    same: with one for each, 20 meters over a million events take 1.3 times as long."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], str] = {}
+        self.select: list[str] = []
+
+    def column(self, one: Metered, extracted: Extracted, parameters: Parameters) -> str:
+        key = (one.meter.event_name, one.archived_at_us, ENCODER.encode(one.meter.filters))
+        if key not in self._known:
+            place = len(self._known)
+            self._known[key] = f"m{place}"
+            self.select.append(f"{condition(place, one, extracted, parameters)} AS m{place}")
+        return self._known[key]
+
+    @property
+    def any(self) -> str:
+        return " OR ".join(self._known.values())
+
+
 def condition(place: int, one: Metered, extracted: Extracted, parameters: Parameters) -> str:
-    """Is an event one of the meter's? In terms of the innermost SELECT."""
     parameters[f"event_name{place}"] = one.meter.event_name
     clauses = [f"event_name = :event_name{place}"]
     if one.archived_at_us is not None:
@@ -511,9 +531,9 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
     """Of each group and window that has an event of a meter: its window, its dimensions, and for each meter the number
     of its events and their aggregate."""
     extracted = Extracted(parameters)
-    places = range(len(look.metered))
     groups = [f"d{place}" for place in range(len(look.dimensions))]
-    flags = [f"{condition(place, one, extracted, parameters)} AS m{place}" for place, one in enumerate(look.metered)]
+    conditions = Conditions()
+    flags = [conditions.column(one, extracted, parameters) for one in look.metered]
     values = [aggregate_of(one, extracted) for one in look.metered]
     own_group = [own_group_of(look, extracted)] if look.is_bucketed else []
     names = {one.meter.event_name for one in look.metered}
@@ -526,9 +546,8 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
         columns.append(f"{bucket_expression(look)} AS bucket")
     within = events_statement(query, names, columns, parameters)
     # LIMIT keeps the planner from merging the SELECTs, and so from reading a property again wherever it is named:
-    # 20 meters over a million events take 1.6 times as long then.
-    flagged = f"SELECT *, {', '.join(flags)} FROM ({within} LIMIT -1) LIMIT -1"
-    any_meter = " OR ".join(f"m{place}" for place in places)
+    # 20 meters over a million events take 1.8 times as long then.
+    flagged = f"SELECT *, {', '.join(conditions.select)} FROM ({within} LIMIT -1) LIMIT -1"
     by_window = ", ".join([*groups, "window"])
     if look.is_bucketed:
         by_bucket = f"{by_window}, bucket"
@@ -537,10 +556,10 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
         buckets = f"SELECT {by_window}, sum(n) AS n, sum(v) AS v FROM ({each}) GROUP BY {by_bucket}"
         return f"SELECT {by_window}, sum(n), sum(v), max(v) FROM ({buckets}) GROUP BY {by_window} LIMIT :most"
     cells = ", ".join(
-        f"count(*) FILTER (WHERE m{place}) AS n{place}, {value} FILTER (WHERE m{place}) AS v{place}"
-        for place, value in zip(places, values, strict=True)
+        f"count(*) FILTER (WHERE {flag}) AS n{place}, {value} FILTER (WHERE {flag}) AS v{place}"
+        for place, (flag, value) in enumerate(zip(flags, values, strict=True))
     )
-    grouped = f"SELECT {by_window}, {cells} FROM ({flagged}) WHERE {any_meter} GROUP BY {by_window} LIMIT :most"
+    grouped = f"SELECT {by_window}, {cells} FROM ({flagged}) WHERE {conditions.any} GROUP BY {by_window} LIMIT :most"
     answered = [f"n{place}, {latest_value(place, one, parameters)}" for place, one in enumerate(look.metered)]
     return f"SELECT {', '.join([*groups, 'window', *answered])} FROM ({grouped})"
 
