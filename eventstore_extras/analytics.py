@@ -366,6 +366,7 @@ class Pass(NamedTuple):
 
 def passes(query: AnalyticsQuery, metered: Sequence[Metered]) -> Iterator[Pass]:
     """Looks at the events, as few as will do: those meters go together whose windows are the same."""
+    bounds_of(query, query.window_size or "")  # too many windows are too many without a meter, too
 
     def size_of(one: Metered) -> str:
         return one.window_size(query.window_size) or "" if query.window_size else ""
