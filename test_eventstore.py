@@ -2,6 +2,9 @@
 
 Most tests talk to the application in this process; where the wire matters they start `eventstore.py serve` as a user
 would. The database is always a real file, and the clock stands still, so that nothing here waits or measures time.
+
+Usage, monitoring and the visibility lag are in tests/test_usage.py, flags, keys and the banner in
+tests/test_command_line.py, what grew around the service in the other files of tests/.
 """
 
 from __future__ import annotations
@@ -9,19 +12,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import random
 import re
-import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
 import urllib.parse
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from unittest.mock import Mock
 
 import httpx
@@ -34,51 +32,34 @@ from starlette.testclient import TestClient
 
 import eventstore
 from conftest import (
-    AGGREGATIONS,
     BODY,
     DAY_US,
     EVER,
     HEAD,
     KEY,
     KEYS,
-    LEDGER_START,
-    NAMES,
     NOW,
     POST,
-    SCRIPT,
-    SIZES,
     STAGING_KEY,
-    TEXT_FILE,
-    ZONES,
-    Live,
     answer_on,
     ask,
     at,
-    brute_force,
     counts,
     cursor,
     database,
     event,
     eventually,
     ids,
-    is_root,
-    monitored,
     page,
     place_by,
-    python,
-    random_value,
     refused,
     rows_of,
     rows_to_insert,
-    run,
     serving,
-    sizes_in,
     store,
     stores_nothing,
     table,
     total,
-    usage,
-    windows_of,
     write_lock,
 )
 from eventstore import ApiError, ApiKey, Settings, Store, create_app
@@ -592,6 +573,34 @@ def test_an_application_without_a_key_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@table(("method", "path", "part"), [
+    ("POST", "/v1/events/xyz", 'no route "/v1/events/xyz"'), ("POST", "/v1/events/", "without the slash at its end"),
+    ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),
+    ("GET", "/v1/events/usage", "use POST"),
+])  # fmt: skip
+def test_who_misses_a_route_is_told_the_one_that_is_meant(tmp_path, method, path, part):
+    with serving(tmp_path) as client:
+        response = client.request(method, path)
+        refused(response, 404, "not_found")
+        assert part in response.json()["message"]
+
+
+def test_what_is_ignored_because_nothing_has_its_name_is_said_once_in_the_log(tmp_path, caplog):
+    with serving(tmp_path) as client:
+        for _ in range(2):
+            store(client, event("a") | {"propertes": {"n": 1}}, event("b"))
+            assert client.post("/v1/events", json=event("c") | {"propertes": 1}).status_code == 202
+            client.get("/v1/events?page_sise=3")
+            client.post("/v1/events/query", json={"page_sise": 3})
+            client.post(
+                "/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT", "timezone": "Mars/X"}
+            )
+    said = [record.message for record in caplog.records if " is ignored, " in record.message]
+    assert [message.partition(" is ignored")[0] for message in said] == [
+        'POST /v1/events/bulk: "propertes"', 'POST /v1/events: "propertes"', 'GET /v1/events: "page_sise"',
+        'POST /v1/events/query: "page_sise"', 'POST /v1/events/usage: "Mars/X"']  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------- 4, 5: queries
 
 KEYS_OF_A_PAGE = {"events", "has_more", "iter_first_key", "iter_last_key", "offset"}
@@ -1010,333 +1019,6 @@ def test_a_bad_lookup_is_refused(shared, query):
     refused(shared.get(f"/v1/events/lookup{query}"))
 
 
-# ---------------------------------------------------------------------------------------------- 7: usage
-
-
-@pytest.fixture(scope="module")
-def ledger(tmp_path_factory):
-    """A client, and what its server has: some 400 events with all kinds of properties, in ASCII and not."""
-    choose, events = random.Random(7), []
-    for number in range(400):
-        after = timedelta(seconds=choose.randrange(18 * 86_400)) if number % 4 else timedelta(hours=number)
-        properties = {name: random_value(choose) for name in NAMES if choose.random() < 0.8}
-        properties |= {} if number % 5 == 0 else {"region": choose.choice(["eu", "us", "5", 5, True, None, 'e"u'])}
-        events.append(event(f"{choose.randrange(10**6):06}-{number}", event_name=choose.choice(["call", "call", "other"]),
-                            external_customer_id=choose.choice("xyz"), customer_id=choose.choice(["", "c1"]),
-                            timestamp=(LEDGER_START + after).isoformat(), properties=properties))  # fmt: skip
-    with serving(tmp_path_factory.mktemp("ledger")) as client:
-        for at_, ascii_only in ((0, True), (1, False)):
-            body = json.dumps({"events": events[at_::2]}, ensure_ascii=ascii_only, separators=(",", ":")).encode()
-            assert client.post("/v1/events/bulk", content=body).status_code == 202
-        other = {"events": [event(properties=dict.fromkeys(NAMES, 1000), timestamp=events[0]["timestamp"])] * 10}
-        assert client.post("/v1/events/bulk", json=other, headers={"x-api-key": STAGING_KEY}).status_code == 202
-        yield client, events
-
-
-@table("kind", AGGREGATIONS)
-def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
-    client, events = ledger
-    choose, compared = random.Random(kind), 0
-    for number in range(45):
-        start = LEDGER_START + timedelta(hours=choose.randrange(200))
-        query = {"start_time": start.isoformat(), "property_name": choose.choice(NAMES), "timezone": choose.choice(ZONES),
-                 "end_time": (start + timedelta(hours=choose.randrange(4, 300, 4))).isoformat()}  # fmt: skip
-        if kind == "SUM_WITH_MULTIPLIER":
-            query["multiplier"] = choose.choice(["2.5", 2.5, "+25e-1"])
-        if number % 3:
-            query["window_size"] = choose.choice(SIZES)
-        if kind in ("MAX", "SUM") and number % 2:
-            query["bucket_size"] = choose.choice(SIZES)
-            if kind == "MAX" and number % 4 == 1:
-                query["group_by"] = [f"properties.{choose.choice(['region', *NAMES])}", "source"]
-        for name, values in (("external_customer_id", "xyz"), ("customer_id", ["c1"])):
-            if choose.random() < 0.2:
-                query[name] = choose.choice(values)
-        if choose.random() < 0.3:
-            query["filters"] = {"region": choose.choice([["eu", "us"], ["5"], ["true"], ['e"u', "nowhere"]])}
-        value, per_window = brute_force(events, kind, query)
-        answer = usage(client, kind, **query)
-        windowed = "window_size" in query and "bucket_size" not in query
-        assert answer["type"] == kind
-        assert answer["value"] is None if windowed else answer["value"] == pytest.approx(value, rel=1e-9), query
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window], query
-        expected = [each for _, each in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9), query
-        if "group_by" in query:
-            deprecated = query | {
-                "group_by": None,
-                "group_by_property": query["group_by"][0].removeprefix("properties."),
-            }
-            assert usage(client, kind, **deprecated) == answer
-        compared += value > 0
-    assert compared > (5 if kind == "LATEST" else 25)
-
-
-NEW_YORK, KOLKATA = "America/New_York", "Asia/Kolkata"
-
-# size, zone, billing_anchor, {window: its events}: all UTC, an event is so much later than its window's start
-IN_WINDOWS = {
-    "MINUTE": ("MINUTE UTC", {"2026-01-01 00:00": "0:00:00 0:00:59.999999", "2026-01-01 00:01": "0:00:00"}),
-    "15MIN": ("15MIN UTC", {"2026-01-01 00:00": "0:14:59", "2026-01-01 00:45": "0:00:00 0:14:59"}),
-    "30MIN": (f"30MIN {KOLKATA}", {"2026-01-01 00:00": "0:29:59.999999", "2026-01-01 00:30": "0:00:00"}),
-    "6HOUR": ("6HOUR Asia/Kathmandu", {"2026-01-01 00:15": "5:59:59", "2026-01-01 06:15": "0:00:00"}),
-    "12HOUR": ("12HOUR UTC", {"2025-12-31 12:00": "0:00:00 11:59:59.999999", "2026-01-01 00:00": "0:00:00"}),
-    "unknown zone": ("DAY Mars/Olympus", {"2026-01-01 00:00": "0:00:00 23:59:59", "2026-01-02 00:00": "0:00:00"}),
-    "spring HOUR": (f"HOUR {NEW_YORK}", {"2026-03-08 06:00": "0:59:59.999999", "2026-03-08 07:00": "0:00:00 0:30:00"}),
-    "spring 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-03-08 05:00": "0:00:00 1:59:59", "2026-03-08 07:00": "0:00:00 2:59:59", "2026-03-08 10:00": "0:00:00"}),
-    "spring DAY": (f"DAY {NEW_YORK}", {"2026-03-07 05:00": "23:59:59", "2026-03-08 05:00": "0:00:00 22:59:59", "2026-03-09 04:00": "0:00:00 23:59:59", "2026-03-10 04:00": "0:00:00"}),
-    "spring WEEK": (f"WEEK {NEW_YORK}", {"2026-03-01 05:00": "167:59:59", "2026-03-08 05:00": "0:00:00 166:59:59", "2026-03-15 04:00": "0:00:00"}),
-    "spring MONTH": (f"MONTH {NEW_YORK}", {"2026-03-01 05:00": "0:00:00 742:59:59", "2026-04-01 04:00": "0:00:00"}),
-    "autumn 30MIN": (f"30MIN {NEW_YORK}", {"2026-11-01 05:30": "0:29:59", "2026-11-01 06:00": "0:00:00", "2026-11-01 06:30": "0:00:00"}),
-    "autumn HOUR": (f"HOUR {NEW_YORK}", {"2026-11-01 05:00": "0:00:00 0:30:00", "2026-11-01 06:00": "0:00:00 0:30:00", "2026-11-01 07:00": "0:00:00"}),
-    "autumn 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-11-01 04:00": "0:00:00 3:59:59.999999", "2026-11-01 08:00": "0:00:00"}),
-    "autumn DAY": (f"DAY {NEW_YORK}", {"2026-10-31 04:00": "23:59:59", "2026-11-01 04:00": "0:00:00 24:59:59", "2026-11-02 05:00": "0:00:00"}),
-    "no midnight": ("DAY America/Sao_Paulo", {"2018-11-03 03:00": "23:59:59", "2018-11-04 03:00": "0:00:00 22:59:59", "2018-11-05 02:00": "0:00:00"}),
-    "two midnights": ("3HOUR America/Havana", {"2024-11-03 04:00": "0:30:00 1:30:00 2:30:00 3:59:59", "2024-11-03 08:00": "0:00:00"}),
-    "second midnight": ("3HOUR America/Havana", {"2024-11-03 04:00": "1:30:00 3:30:00", "2024-11-03 08:00": "0:00:00"}),
-    "Kolkata HOUR": (f"HOUR {KOLKATA}", {"2026-01-01 09:30": "0:59:59.999999", "2026-01-01 10:30": "0:00:00"}),
-    "Kolkata DAY": (f"DAY {KOLKATA}", {"2025-12-31 18:30": "0:00:00 23:59:59", "2026-01-01 18:30": "0:00:00"}),
-    "new year's WEEK": ("WEEK UTC", {"2025-12-21 00:00": "167:59:59", "2025-12-28 00:00": "0:00:00 96:00:00 167:59:59", "2026-01-04 00:00": "0:00:00"}),
-    "MONTH": ("MONTH UTC", {"2024-02-01 00:00": "0:00:00 695:59:59", "2024-03-01 00:00": "0:00:00"}),
-    "from the 15th": ("MONTH UTC 2024-01-15", {"2024-12-15 00:00": "0:00:00 743:59:59", "2025-01-15 00:00": "0:00:00"}),
-    "Kolkata's 5th": (f"MONTH {KOLKATA} 2024-01-05", {"2026-01-04 18:30": "0:00:00 743:59:59", "2026-02-04 18:30": "0:00:00"}),
-    "the 29th, leap": ("MONTH UTC 2024-02-29", {"2024-01-29 00:00": "0:00:00 743:59:59", "2024-02-29 00:00": "0:00:00 695:59:59", "2024-03-29 00:00": "0:00:00"}),
-    "the 29th": ("MONTH UTC 2024-02-29", {"2025-01-29 00:00": "0:00:00 743:59:59", "2025-03-01 00:00": "0:00:00 671:59:59", "2025-03-29 00:00": "0:00:00"}),
-    "the 30th, leap": ("MONTH UTC 2024-01-30", {"2024-01-30 00:00": "0:00:00 743:59:59", "2024-03-01 00:00": "0:00:00 695:59:59", "2024-03-30 00:00": "0:00:00"}),
-    "the 30th": ("MONTH UTC 2024-01-30", {"2025-01-30 00:00": "0:00:00 743:59:59", "2025-03-02 00:00": "0:00:00 671:59:59", "2025-03-30 00:00": "0:00:00"}),
-    "the 31st, leap": ("MONTH UTC 2024-01-31", {"2023-12-31 00:00": "743:59:59", "2024-01-31 00:00": "0:00:00 743:59:59", "2024-03-02 00:00": "0:00:00 695:59:59", "2024-03-31 00:00": "0:00:00"}),
-    "the 31st": ("MONTH UTC 2024-01-31", {"2025-01-31 00:00": "0:00:00 743:59:59", "2025-03-03 00:00": "0:00:00 671:59:59", "2025-03-31 00:00": "0:00:00"}),
-    "an anchor for DAY": ("DAY UTC 2024-01-31", {"2026-01-01 00:00": "0:00:00", "2026-01-02 00:00": "23:59:59"}),
-}  # fmt: skip
-
-
-@table(("how", "windows"), IN_WINDOWS.values(), ids=IN_WINDOWS)
-def test_an_event_counts_in_the_window_of_its_zone(client, how, windows):
-    size, zone, *anchor = how.split()
-    expected, times = [], []
-    for stamp, offsets in windows.items():
-        begin = datetime.fromisoformat(f"{stamp}+00:00")
-        expected.append((begin, len(offsets.split())))
-        for offset in offsets.split():
-            hours, minutes, seconds = map(float, offset.split(":"))
-            times.append(begin + timedelta(hours=hours, minutes=minutes, seconds=seconds))
-    store(client, *[event(timestamp=time.isoformat()) for time in times])
-    anchored = {"billing_anchor": f"{anchor[0]}T18:45:00Z"} if anchor else {}
-    query = {"window_size": size, "timezone": zone, "start_time": times[0].isoformat(), **anchored}
-    until_now = usage(client, **query, end_time=(times[-1] + timedelta(microseconds=1)).isoformat())
-    assert (until_now["value"], windows_of(until_now)) == (None, expected)
-    last_left_out = [*expected[:-1], (expected[-1][0], expected[-1][1] - 1)]  # the end is exclusive
-    before = usage(client, **query, end_time=times[-1].isoformat())
-    assert windows_of(before) == [(time, count) for time, count in last_left_out if count]
-
-
-def test_the_start_is_in_the_end_is_out_and_both_have_the_defaults_of_a_listing(client):
-    store(client, *[event(timestamp=at(us)) for us in (-7 * DAY_US - 1, -7 * DAY_US, -5, -1, 0)])
-    assert usage(client)["value"] == 3
-    assert usage(client, start_time=at(-5), end_time=at(-1))["value"] == 1
-    assert usage(client, end_time=at(1))["value"] == 3
-    for window_size, value in ((None, 0), ("DAY", None)):
-        nothing = {"value": value, "results": []}
-        assert usage(client, start_time=at(-5), end_time=at(-5), window_size=window_size).items() >= nothing.items()
-        assert usage(client, external_customer_id="nobody", window_size=window_size).items() >= nothing.items()
-
-
-def test_usage_of_hand_worked_properties(client):
-    def sent(number: int, seconds: int, value: object) -> dict:
-        return event(f"{number}", timestamp=at(-seconds * 10**6), properties={"n": value} if value != "none" else {})
-
-    store(
-        client,
-        sent(1, 75, 4),
-        sent(2, 50, "6.5"),
-        sent(3, 25, "none"),
-        sent(5, 25, -2),
-        sent(4, 25, "x"),
-        sent(9, 0, 99),
-    )
-    query = {"property_name": "n", "start_time": at(-100_000_000), "end_time": at()}
-    expected = {"COUNT": 5, "SUM": 8.5, "AVG": 1.7, "MAX": 6.5, "COUNT_UNIQUE": 4, "LATEST": 0,
-                "WEIGHTED_SUM": 4 * 0.75 + 6.5 * 0.5 - 2 * 0.25}  # fmt: skip
-    for kind, value in expected.items():
-        assert usage(client, kind, **query) == {
-            "event_name": "call",
-            "type": kind,
-            "value": pytest.approx(value),
-            "results": [],
-        }
-        assert usage(client, kind.lower(), **query)["type"] == kind
-    assert usage(client, "SUM_WITH_MULTIPLIER", **query, multiplier="0.5")["value"] == 4.25
-    store(client, sent(3333, 25, 7), sent(6, 25, 8))  # of one time: the greater id is the newer
-    assert usage(client, "LATEST", **query)["value"] == 8
-    for kind in ("SUM", "AVG", "MAX", "LATEST", "WEIGHTED_SUM"):  # a negative result is answered as 0
-        negative = query | {"filters": {"n": ["-2"]}}
-        assert usage(client, kind, **negative)["value"] == 0
-        assert [each for _, each in windows_of(usage(client, kind, **negative, window_size="HOUR"))] == [0]
-
-
-@table("kind", AGGREGATIONS)
-def test_without_a_property_everything_is_counted_and_the_type_says_so(client, kind):
-    store(client, event(timestamp=at(-1), properties={"n": 5}), event(timestamp=at(-2)))
-    multiplier = 3 if kind == "SUM_WITH_MULTIPLIER" else None
-    for property_name in (None, ""):
-        answer = usage(client, kind, property_name=property_name, multiplier=multiplier)
-        assert (answer["type"], answer["results"]) == ("COUNT", [])
-        assert answer["value"] == 2
-
-
-@table(("bad", "part"), [
-    ({"event_name": None}, "event_name"), ({"event_name": ""}, "event_name"), ({"aggregation_type": None}, "aggregation_type"),
-    ({"aggregation_type": "MEDIAN"}, "COUNT_UNIQUE"), ({"aggregation_type": 5}, "aggregation_type"),
-    ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
-    ({"multiplier": "2"}, "multiplier"), ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
-    *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": bad}, "multiplier")
-    for bad in ("0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2")],
-    ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
-    ({"start_time": at(1), "end_time": at()}, "before"), ({"start_time": at(1)}, "before"), ({"timezone": 5}, "timezone"),
-    ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
-    ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
-    ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "MINUTE makes more than 100000"),
-    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
-    *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
-    ("WEEK", "UTC", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
-    ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
-    ("HOUR", "Asia/Kolkata", "9999-12-31T20:00:00Z", "9999-12-31T21:00:00Z"))],
-])  # fmt: skip
-def test_a_bad_usage_query_is_refused(shared, bad, part):
-    refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
-
-
-@table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
-def test_a_bad_usage_body_is_refused(shared, content):
-    refused(shared.post("/v1/events/usage", content=content))
-
-
-def test_100000_windows_are_answered(client):
-    store(client, event(timestamp=at(-1)), event(timestamp=at(-99_998 * 60_000_000)))
-    answer = usage(client, window_size="MINUTE", start_time=at(-99_999 * 60_000_000))
-    assert [count for _, count in windows_of(answer)] == [1, 1]
-
-
-def test_sums_that_no_float_holds_are_answered_with_numbers(client):
-    store(client, *[event(timestamp=at(-1 - number * DAY_US), properties={"n": 1e308}) for number in range(7)])
-    store(client, *[event(event_name="one", timestamp=at(-1), properties={"n": 1e308})] * 2)
-    for name, kind in itertools.product(("call", "one"), ("SUM", "AVG", "MAX", "WEIGHTED_SUM", "SUM_WITH_MULTIPLIER")):
-        multiplier = {"multiplier": "1e300"} if kind == "SUM_WITH_MULTIPLIER" else {}
-        for sizes in ({}, {"window_size": "MONTH"}, {"window_size": "DAY"}, {"bucket_size": "DAY"}):
-            answer = usage(client, kind, event_name=name, property_name="n", **multiplier, **sizes)
-            windowed = "window_size" in sizes
-            values = [value for _, value in windows_of(answer)] + ([] if windowed else [answer["value"]])
-            assert all(isinstance(value, float) and value > 0 for value in values), (kind, sizes, answer)
-
-
-def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client):
-    for number, properties in enumerate(['{"n":{"a":[1,2]},"m":"\u00a05"}', '{ "n" : { "a" : [ 1, 2 ] }, "m": "\\u00a05" }',
-                                         '{"n": {"a": [1, 2]}, "m": "5 apples", "x": "\\\\"}']):  # fmt: skip
-        content = f'{{"event_name": "call", "external_customer_id": "cust", "timestamp": "{at(-1 - number)}", "properties": {properties}}}'
-        assert client.post("/v1/events", content=content.encode()).status_code == 202
-    assert usage(client, "COUNT_UNIQUE", property_name="n")["value"] == 1
-    assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
-
-
-NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a012", "1 2", "inf", "-inf", "Infinity", "nan",
-              "1e400", "-1e400", "9" * 400, int("9" * 400), True, False, None, [12], {"n": 12}, ""]  # fmt: skip
-
-
-@table("others", [{}, {"backslash": "\\"}], ids=["fast", "slowly"])
-@table("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number_to_the_letter_counts_as_0(client, value, others):
-    store(
-        client,
-        event(timestamp=at(-1), properties={"n": value} | others),
-        event(timestamp=at(-1), properties={"n": "3"}),
-    )
-    for kind, result in (("SUM", 3), ("AVG", 1.5), ("MAX", 3)):
-        assert usage(client, kind, property_name="n")["value"] == result
-
-
-@table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
-def test_only_the_number_of_windows_is_limited_and_not_the_range(client, size, windows):
-    query = {"event_name": "call", "aggregation_type": "COUNT", "window_size": size}
-    query |= {"start_time": "0025-01-01T00:00:00Z", "end_time": "2025-01-01T00:00:00Z"}
-    assert client.post("/v1/events/usage", json=query).status_code == (200 if windows <= 100_000 else 400)
-
-
-# ---------------------------------------------------------------------------------------------- 8: monitoring
-
-
-def test_monitoring_counts_the_last_24_hours_or_a_range(client):
-    times = (-DAY_US - 1, -DAY_US, -2_000_000, -1, 0)
-    store(client, *[event(event_name=f"n{us}", external_customer_id=f"c{us}", timestamp=at(us)) for us in times])
-    client.post("/v1/events", json=event(timestamp=at(-1)), headers={"x-api-key": STAGING_KEY})
-    assert monitored(client) == monitored(client, start_time="", end_time="") == (3, [])
-    assert monitored(client, start_time=at(-DAY_US - 1), end_time=at(1)) == (5, [])
-    assert monitored(client, start_time=at(-2_000_000), end_time=at(-1)) == (1, [])  # the end is exclusive
-    assert monitored(client, start_time=at(-1), end_time=at(-1)) == (0, [])
-    points = [("2025-10-14T11:38:00Z", 1), ("2025-10-15T11:38:00Z", 2)]
-    assert monitored(client, window_size="MINUTE") == (3, points)
-    points = [("2025-10-14T00:00:00Z", 2), ("2025-10-15T00:00:00Z", 3)]
-    assert monitored(client, window_size="DAY", start_time=at(-DAY_US - 1), end_time=at(1)) == (5, points)
-
-
-@table("query", [{"start_time": at(-1)}, {"end_time": at()}, {"start_time": "x", "end_time": at()}, {"window_size": "DAYS"},
-                 {"start_time": at(1), "end_time": at()}, {"start_time": at(-1), "end_time": ""},
-                 {"window_size": "WEEK", "start_time": "0001-01-01T00:00:00Z", "end_time": "0001-01-01T05:00:00Z"},
-                 {"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "end_time": at()}])  # fmt: skip
-def test_a_bad_monitoring_query_is_refused(shared, query):
-    refused(shared.get("/v1/events/monitoring", params=query))
-
-
-# ---------------------------------------------------------------------------------------------- 4: visibility lag
-
-LAG_MS = 1500
-
-
-@pytest.fixture
-def lagging(tmp_path):
-    """A server whose events are seen late, and its clock."""
-    clock = Mock(return_value=NOW)
-    with serving(tmp_path, visibility_lag_ms=LAG_MS, clock=clock) as client:
-        yield client, clock
-
-
-def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(lagging):
-    client, clock = lagging
-    seen = {
-        "list": lambda: len(page(client)["events"]),
-        "query": lambda: total(client),
-        "lookup": lambda: int(client.get("/v1/events/lookup", params={"id": "1"}).status_code == 200),
-        "usage": lambda: int(usage(client)["value"]),
-        "monitoring": lambda: client.get("/v1/events/monitoring").json()["total_count"],
-    }
-    assert counts(store(client, event("1", timestamp=at(-1)))) == (1, 0)
-    for after_us, number in [(0, 0), (LAG_MS * 1000 - 1, 0), (LAG_MS * 1000, 1), (DAY_US - 10, 1)]:
-        clock.return_value = NOW + after_us
-        assert {name: ask() for name, ask in seen.items()} == dict.fromkeys(seen, number)
-    assert counts(store(client, event("1"))) == (0, 1)
-
-
-def test_the_lag_counts_from_when_an_event_came_and_not_from_when_it_happened(lagging):
-    client, clock = lagging
-    clock.return_value = NOW + LAG_MS * 1000
-    store(client, event("old", timestamp=at(-DAY_US)))
-    assert ids(client) == []
-
-
-def test_monitoring_counts_what_is_not_visible_yet(lagging):
-    client, clock = lagging
-    store(client, event(), event())
-    clock.return_value += 1_000_000
-    store(client, event())
-    lag = []
-    for _ in range(4):
-        lag.append(client.get("/v1/events/monitoring").json()["consumption_lag"])
-        clock.return_value += 500_000
-    assert lag == [3, 1, 1, 0]
-    refused(client.get("/v1/events/monitoring", headers={"x-api-key": "unknown"}), 401, "unauthorized")
-    of_staging = client.get("/v1/events/monitoring", headers={"x-api-key": STAGING_KEY})
-    assert of_staging.json()["consumption_lag"] == 0
-
-
 # ---------------------------------------------------------------------------------------------- 9: rate limits
 
 
@@ -1617,42 +1299,6 @@ def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path):
     assert (stored[:3], len(stored)) == (["first", "single", "0-0"], 4002)
 
 
-# ---------------------------------------------------------------------------------------------- the command line
-
-CANNOT_START = [  # flags, what the message names
-    ("--port {taken}", "--port"),
-    ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
-    ("--db text.db", "not a SQLite database"),
-    ("--db other.db", "other program"),
-    ("--db newer.db", "another eventstore (format 99"),
-    ("--db folder", "folder"),
-    ("--db=", "--db"),
-    ("--db missing/events.db", "does not exist"),
-    pytest.param("--db sealed/events.db", "sealed", marks=pytest.mark.skipif(is_root, reason="root writes anywhere")),
-    ("--api-key secret=", "--api-key: an API key ends in '=' with no environment"),
-    ("--api-key =development", "empty"),
-    ("--api-key s\u00e9cret", "ASCII"),
-    ("--api-key secret=a --api-key secret=b", "twice"),
-    ("--host 0.0.0.0", "--api-key"),
-]
-
-
-@table("statements", ["PRAGMA user_version = 2", "PRAGMA user_version = 99", "DROP TABLE environments"])
-def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path, statements):
-    with serving(tmp_path) as client:
-        store(client, event("a"))
-    path = tmp_path / "events.db"
-    with closing(sqlite3.connect(path)) as conn:
-        conn.execute(statements)
-    before = path.read_bytes()
-    for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
-        done = run(*SCRIPT, *command.split(), cwd=tmp_path, stdin=subprocess.DEVNULL)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(r"eventstore: events\.db was written by another eventstore \(format .*\): export its events "
-                            r"with the eventstore that wrote it, import them with this one; .*\n", done.stderr)  # fmt: skip
-    assert path.read_bytes() == before
-
-
 def test_an_event_takes_less_than_500_bytes_of_the_file(tmp_path):
     make_id, properties = random.Random(0), {"model": "model-7", "endpoint": "/v1/items/42", "tokens": 1250,
                                              "duration_ms": 12.5, "region": "eu-west-1"}  # fmt: skip
@@ -1695,136 +1341,6 @@ def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
     assert min(numbers()) > max(before)
 
 
-@table(("flags", "part"), CANNOT_START)
-def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags, part):
-    (tmp_path / "text.db").write_text(TEXT_FILE)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "sealed").mkdir(mode=0o555)
-    with serving(tmp_path, db=str(tmp_path / "newer.db")):
-        pass
-    for name, statement in (("newer.db", "PRAGMA user_version = 99"), ("other.db", "CREATE TABLE events (id)")):
-        with closing(sqlite3.connect(tmp_path / name)) as conn:
-            conn.execute(statement)
-    before = sizes_in(tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        flags = flags.format(taken=taken.getsockname()[1]).split(" ")
-        command = (*SCRIPT, "serve", *(flags if "--port" in flags else ["--port", "0", *flags]))
-        try:
-            done = run(*command, cwd=tmp_path, timeout=10)
-        except subprocess.TimeoutExpired as expired:
-            pytest.fail(f"it started: {expired.stdout}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"eventstore: .+\n", done.stderr)
-    assert part in done.stderr
-    assert "secret" not in done.stderr
-    assert sizes_in(tmp_path) == before
-
-
-def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
-    version = run(*SCRIPT, "--version", cwd=tmp_path)
-    assert (version.returncode, version.stdout) == (0, f"eventstore {eventstore.__version__}\n")
-    shown = run(*SCRIPT, "serve", "--help", cwd=tmp_path)
-    flags = ("--db", "--host", "--port", "--api-key", "--max-body-bytes", "--query-timeout-s", "--queue-events",
-             "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "100000")  # fmt: skip
-    assert (shown.returncode, [flag for flag in flags if flag not in shown.stdout]) == (0, [])
-    for command in ("import", "export", "replay"):
-        shown = run(*SCRIPT, command, "--help", cwd=tmp_path)
-        assert (shown.returncode, "--environment" in shown.stdout, "None" in shown.stdout) == (0, True, False)
-    for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["serve", "--max-body-bytes", "1" + "0" * 20], ["import"],
-                      ["replay", "--to", "http://x", "--batch-size", "1001"]):  # fmt: skip
-        assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
-    imported = python("import eventstore", cwd=tmp_path)
-    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_path):
-    with serving(tmp_path) as client:
-        store(client, *[event()] * 1000)
-        store(client, event())
-    with Live(tmp_path) as live:
-        for part in (eventstore.__version__, "events.db", "1,001 events", f"{live.url}/v1", "made for this run"):
-            assert part in live.banner
-        key = re.search(r'x-api-key: ([^"]+)"', live.banner)[1]
-        with live.client(key) as client:
-            assert total(client) == 1001
-        assert key not in live.log
-        assert f"  debugger     {live.url}/#key={key}\n" in live.banner
-
-
-BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app-key"}
-SOURCES = [
-    ("--api-key flag --api-key a-b=prod", BOTH, {"flag": "development", "a-b": "prod"}, "--api-key"),
-    (
-        "--api-key-file keys --api-key flag",
-        BOTH,
-        {"flag": "development", "one": "production", "two": "development"},
-        "--api-key and --api-key-file",
-    ),
-    ("", BOTH, {"one": "production", "two": "staging"}, "EVENTSTORE_API_KEYS"),
-    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app-key": "development"}, "FLEXPRICE_API_KEY"),
-]
-
-
-@table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
-def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(tmp_path, flags, environ, accepted, source):
-    (tmp_path / "keys").write_text("# comment\none = production\n\ntwo  # the second\n")
-    with Live(tmp_path, *flags.split(), **environ) as live:
-        for key in ("flag", "a-b", "one", "two", "app-key", "app"):
-            with live.client(key) as client:
-                response = client.post("/v1/events", json=event())
-                if key in accepted:
-                    assert page(client)["events"][0]["environment_id"] == accepted[key]
-                else:
-                    refused(response, 401, "unauthorized")
-        assert source in live.banner
-        assert f"  debugger     {live.url}/\n" in live.banner
-        shown = live.banner + live.log
-        assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
-
-
-@table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
-@table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
-def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(tmp_path, source, text):
-    if "," in text and source == "EVENTSTORE_API_KEYS":
-        text = "k1=production;k2=staging"
-    (tmp_path / "keys").write_text(text)
-    flags = {"--api-key": ["--api-key", text], "--api-key-file": ["--api-key-file", "keys"]}.get(source, [])
-    environ = {"EVENTSTORE_API_KEYS": "", "FLEXPRICE_API_KEY": ""} | ({} if flags else {source: text})
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert source in done.stderr
-    assert "EVENTSTORE_API_KEYS" in done.stderr
-    assert "k1" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("old=production")
-
-    def statuses() -> dict[str, int]:
-        with live.client("old") as old, live.client("new") as new:
-            return {"old": old.get("/v1/events").status_code, "new": new.get("/v1/events").status_code}
-
-    with Live(tmp_path, "--api-key-file", "keys") as live:
-        assert statuses() == {"old": 200, "new": 401}
-        keys.write_text("old=production\nnew=an environment that is new")
-        live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: statuses() == {"old": 200, "new": 200})
-        with live.client("new") as client:
-            assert store(client, event("a")).status_code == 202
-            assert page(client)["events"][0]["environment_id"] == "an environment that is new"
-        for bad in ("", "a=b=c"):
-            keys.write_text(bad)
-            live.process.send_signal(signal.SIGHUP)
-            eventually(lambda: "the API keys stay as they were" in live.log)
-        assert statuses() == {"old": 200, "new": 200}
-        keys.write_text("new=an environment that is new")
-        live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: statuses() == {"old": 401, "new": 200})
-
-
 def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(tmp_path):
     with serving(tmp_path) as client:
         with write_lock(tmp_path):
@@ -1834,77 +1350,3 @@ def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(tmp_pat
             assert failing.json()["reason"] == "another process has locked the database"
         eventually(lambda: client.get("/health").status_code == 200)
         assert client.get("/health").json() == {"status": "ok", "version": eventstore.__version__}
-
-
-def test_what_is_ignored_because_nothing_has_its_name_is_said_once_in_the_log(tmp_path, caplog):
-    with serving(tmp_path) as client:
-        for _ in range(2):
-            store(client, event("a") | {"propertes": {"n": 1}}, event("b"))
-            assert client.post("/v1/events", json=event("c") | {"propertes": 1}).status_code == 202
-            client.get("/v1/events?page_sise=3")
-            client.post("/v1/events/query", json={"page_sise": 3})
-            client.post(
-                "/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT", "timezone": "Mars/X"}
-            )
-    said = [record.message for record in caplog.records if " is ignored, " in record.message]
-    assert [message.partition(" is ignored")[0] for message in said] == [
-        'POST /v1/events/bulk: "propertes"', 'POST /v1/events: "propertes"', 'GET /v1/events: "page_sise"',
-        'POST /v1/events/query: "page_sise"', 'POST /v1/events/usage: "Mars/X"']  # fmt: skip
-
-
-@table(("method", "path", "part"), [
-    ("POST", "/v1/events/xyz", 'no route "/v1/events/xyz"'), ("POST", "/v1/events/", "without the slash at its end"),
-    ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),
-    ("GET", "/v1/events/usage", "use POST"),
-])  # fmt: skip
-def test_who_misses_a_route_is_told_the_one_that_is_meant(tmp_path, method, path, part):
-    with serving(tmp_path) as client:
-        response = client.request(method, path)
-        refused(response, 404, "not_found")
-        assert part in response.json()["message"]
-
-
-def test_a_flag_that_is_nearly_one_is_answered_with_it(tmp_path):
-    done = run(*SCRIPT, "serve", "--prot", "9", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
-
-
-@table(
-    ("parameters", "number"), [("", 3), ("external_customer_id=one", 2), ("property_filters=n:1", 1), ("source=x", 0)]
-)
-def test_monitoring_counts_what_the_filters_match(tmp_path, parameters, number):
-    common = {"timestamp": "2025-10-15T11:00:00Z"}
-    with serving(tmp_path) as client:
-        store(client, event("a", external_customer_id="one", properties={"n": 1}, **common),
-              event("b", external_customer_id="one", **common), event("c", **common))  # fmt: skip
-        assert client.get(f"/v1/events/monitoring?{parameters}").json()["total_count"] == number
-
-
-@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs bash and curl")
-@table(("flags", "environ"), [("", {}), ("--api-key given", {"FLEXPRICE_API_KEY": "given"})], ids=["made", "given"])
-def test_the_banners_curl_lines_work_as_pasted(tmp_path, flags, environ):
-    with Live(tmp_path, *flags.split()) as live:
-        sent, read = (run("bash", "-c", line, env=os.environ | environ) for line in live.curl_lines)
-        event_id = json.loads(sent.stdout)["event_id"]
-        assert [stored["id"] for stored in json.loads(read.stdout)["events"]] == [event_id]
-
-
-def test_memory_leaves_no_file(tmp_path):
-    (tmp_path / "temp").mkdir()
-    with Live(tmp_path / "cwd", "--db", ":memory:", "--api-key", KEY, TMPDIR=str(tmp_path / "temp")) as live:
-        with live.client() as client:
-            store(client, event("a"))
-            assert ids(client) == ["a"]
-        assert live.stop() == 0
-    assert list((tmp_path / "temp").iterdir()) == []
-    assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["stderr.txt"]
-
-
-@table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
-def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown):
-    with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:
-        store(client, event())
-        refused(client.get("/v1/nowhere"), 404, "not_found")
-        assert "404 not_found" in live.log
-        assert ('/v1/events/bulk HTTP/1.1" 202' in live.log) is shown

@@ -1,0 +1,235 @@
+"""The command line: what serve says and refuses, where keys come from, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+from contextlib import closing
+
+import pytest
+
+import eventstore
+from conftest import (
+    KEY,
+    SCRIPT,
+    TEXT_FILE,
+    Live,
+    event,
+    eventually,
+    ids,
+    is_root,
+    page,
+    python,
+    refused,
+    run,
+    serving,
+    sizes_in,
+    store,
+    table,
+    total,
+)
+
+
+@table("statements", ["PRAGMA user_version = 2", "PRAGMA user_version = 99", "DROP TABLE environments"])
+def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path, statements):
+    with serving(tmp_path) as client:
+        store(client, event("a"))
+    path = tmp_path / "events.db"
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute(statements)
+    before = path.read_bytes()
+    for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
+        done = run(*SCRIPT, *command.split(), cwd=tmp_path, stdin=subprocess.DEVNULL)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"eventstore: events\.db was written by another eventstore \(format .*\): export its events "
+                            r"with the eventstore that wrote it, import them with this one; .*\n", done.stderr)  # fmt: skip
+    assert path.read_bytes() == before
+
+
+CANNOT_START = [  # flags, what the message names
+    ("--port {taken}", "--port"),
+    ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
+    ("--db text.db", "not a SQLite database"),
+    ("--db other.db", "other program"),
+    ("--db newer.db", "another eventstore (format 99"),
+    ("--db folder", "folder"),
+    ("--db=", "--db"),
+    ("--db missing/events.db", "does not exist"),
+    pytest.param("--db sealed/events.db", "sealed", marks=pytest.mark.skipif(is_root, reason="root writes anywhere")),
+    ("--api-key secret=", "--api-key: an API key ends in '=' with no environment"),
+    ("--api-key =development", "empty"),
+    ("--api-key s\u00e9cret", "ASCII"),
+    ("--api-key secret=a --api-key secret=b", "twice"),
+    ("--host 0.0.0.0", "--api-key"),
+]
+
+
+@table(("flags", "part"), CANNOT_START)
+def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path, flags, part):
+    (tmp_path / "text.db").write_text(TEXT_FILE)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "sealed").mkdir(mode=0o555)
+    with serving(tmp_path, db=str(tmp_path / "newer.db")):
+        pass
+    for name, statement in (("newer.db", "PRAGMA user_version = 99"), ("other.db", "CREATE TABLE events (id)")):
+        with closing(sqlite3.connect(tmp_path / name)) as conn:
+            conn.execute(statement)
+    before = sizes_in(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags = flags.format(taken=taken.getsockname()[1]).split(" ")
+        command = (*SCRIPT, "serve", *(flags if "--port" in flags else ["--port", "0", *flags]))
+        try:
+            done = run(*command, cwd=tmp_path, timeout=10)
+        except subprocess.TimeoutExpired as expired:
+            pytest.fail(f"it started: {expired.stdout}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"eventstore: .+\n", done.stderr)
+    assert part in done.stderr
+    assert "secret" not in done.stderr
+    assert sizes_in(tmp_path) == before
+
+
+def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path):
+    version = run(*SCRIPT, "--version", cwd=tmp_path)
+    assert (version.returncode, version.stdout) == (0, f"eventstore {eventstore.__version__}\n")
+    shown = run(*SCRIPT, "serve", "--help", cwd=tmp_path)
+    flags = ("--db", "--host", "--port", "--api-key", "--max-body-bytes", "--query-timeout-s", "--queue-events",
+             "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "100000")  # fmt: skip
+    assert (shown.returncode, [flag for flag in flags if flag not in shown.stdout]) == (0, [])
+    for command in ("import", "export", "replay"):
+        shown = run(*SCRIPT, command, "--help", cwd=tmp_path)
+        assert (shown.returncode, "--environment" in shown.stdout, "None" in shown.stdout) == (0, True, False)
+    for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["serve", "--max-body-bytes", "1" + "0" * 20], ["import"],
+                      ["replay", "--to", "http://x", "--batch-size", "1001"]):  # fmt: skip
+        assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
+    imported = python("import eventstore", cwd=tmp_path)
+    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_path):
+    with serving(tmp_path) as client:
+        store(client, *[event()] * 1000)
+        store(client, event())
+    with Live(tmp_path) as live:
+        for part in (eventstore.__version__, "events.db", "1,001 events", f"{live.url}/v1", "made for this run"):
+            assert part in live.banner
+        key = re.search(r'x-api-key: ([^"]+)"', live.banner)[1]
+        with live.client(key) as client:
+            assert total(client) == 1001
+        assert key not in live.log
+        assert f"  debugger     {live.url}/#key={key}\n" in live.banner
+
+
+BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app-key"}
+SOURCES = [
+    ("--api-key flag --api-key a-b=prod", BOTH, {"flag": "development", "a-b": "prod"}, "--api-key"),
+    (
+        "--api-key-file keys --api-key flag",
+        BOTH,
+        {"flag": "development", "one": "production", "two": "development"},
+        "--api-key and --api-key-file",
+    ),
+    ("", BOTH, {"one": "production", "two": "staging"}, "EVENTSTORE_API_KEYS"),
+    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app-key": "development"}, "FLEXPRICE_API_KEY"),
+]
+
+
+@table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
+def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(tmp_path, flags, environ, accepted, source):
+    (tmp_path / "keys").write_text("# comment\none = production\n\ntwo  # the second\n")
+    with Live(tmp_path, *flags.split(), **environ) as live:
+        for key in ("flag", "a-b", "one", "two", "app-key", "app"):
+            with live.client(key) as client:
+                response = client.post("/v1/events", json=event())
+                if key in accepted:
+                    assert page(client)["events"][0]["environment_id"] == accepted[key]
+                else:
+                    refused(response, 401, "unauthorized")
+        assert source in live.banner
+        assert f"  debugger     {live.url}/\n" in live.banner
+        shown = live.banner + live.log
+        assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
+
+
+@table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
+@table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
+def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(tmp_path, source, text):
+    if "," in text and source == "EVENTSTORE_API_KEYS":
+        text = "k1=production;k2=staging"
+    (tmp_path / "keys").write_text(text)
+    flags = {"--api-key": ["--api-key", text], "--api-key-file": ["--api-key-file", "keys"]}.get(source, [])
+    environ = {"EVENTSTORE_API_KEYS": "", "FLEXPRICE_API_KEY": ""} | ({} if flags else {source: text})
+    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert source in done.stderr
+    assert "EVENTSTORE_API_KEYS" in done.stderr
+    assert "k1" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("old=production")
+
+    def statuses() -> dict[str, int]:
+        with live.client("old") as old, live.client("new") as new:
+            return {"old": old.get("/v1/events").status_code, "new": new.get("/v1/events").status_code}
+
+    with Live(tmp_path, "--api-key-file", "keys") as live:
+        assert statuses() == {"old": 200, "new": 401}
+        keys.write_text("old=production\nnew=an environment that is new")
+        live.process.send_signal(signal.SIGHUP)
+        eventually(lambda: statuses() == {"old": 200, "new": 200})
+        with live.client("new") as client:
+            assert store(client, event("a")).status_code == 202
+            assert page(client)["events"][0]["environment_id"] == "an environment that is new"
+        for bad in ("", "a=b=c"):
+            keys.write_text(bad)
+            live.process.send_signal(signal.SIGHUP)
+            eventually(lambda: "the API keys stay as they were" in live.log)
+        assert statuses() == {"old": 200, "new": 200}
+        keys.write_text("new=an environment that is new")
+        live.process.send_signal(signal.SIGHUP)
+        eventually(lambda: statuses() == {"old": 401, "new": 200})
+
+
+def test_a_flag_that_is_nearly_one_is_answered_with_it(tmp_path):
+    done = run(*SCRIPT, "serve", "--prot", "9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs bash and curl")
+@table(("flags", "environ"), [("", {}), ("--api-key given", {"FLEXPRICE_API_KEY": "given"})], ids=["made", "given"])
+def test_the_banners_curl_lines_work_as_pasted(tmp_path, flags, environ):
+    with Live(tmp_path, *flags.split()) as live:
+        sent, read = (run("bash", "-c", line, env=os.environ | environ) for line in live.curl_lines)
+        event_id = json.loads(sent.stdout)["event_id"]
+        assert [stored["id"] for stored in json.loads(read.stdout)["events"]] == [event_id]
+
+
+def test_memory_leaves_no_file(tmp_path):
+    (tmp_path / "temp").mkdir()
+    with Live(tmp_path / "cwd", "--db", ":memory:", "--api-key", KEY, TMPDIR=str(tmp_path / "temp")) as live:
+        with live.client() as client:
+            store(client, event("a"))
+            assert ids(client) == ["a"]
+        assert live.stop() == 0
+    assert list((tmp_path / "temp").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["stderr.txt"]
+
+
+@table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
+def test_only_the_access_log_shows_requests_that_succeed(tmp_path, flags, shown):
+    with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:
+        store(client, event())
+        refused(client.get("/v1/nowhere"), 404, "not_found")
+        assert "404 not_found" in live.log
+        assert ('/v1/events/bulk HTTP/1.1" 202' in live.log) is shown

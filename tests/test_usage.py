@@ -1,0 +1,511 @@
+"""Usage and monitoring: what is counted, into which windows, and when it is seen; numbers in headings are SPEC's."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import random
+from bisect import bisect_left, bisect_right
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from importlib.resources import files
+from itertools import pairwise
+from typing import NamedTuple
+from unittest.mock import Mock
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from conftest import (
+    AGGREGATIONS,
+    DAY_US,
+    LEDGER_START,
+    MINUTES,
+    NAMES,
+    NOW,
+    SIZES,
+    STAGING_KEY,
+    ZONES,
+    at,
+    brute_force,
+    counts,
+    event,
+    ids,
+    monitored,
+    page,
+    random_value,
+    refused,
+    serving,
+    store,
+    table,
+    total,
+    usage,
+    windows_of,
+)
+from eventstore import Windows, to_us
+
+# ---------------------------------------------------------------------------------------------- 7: usage
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    """A client, and what its server has: some 400 events with all kinds of properties, in ASCII and not."""
+    choose, events = random.Random(7), []
+    for number in range(400):
+        after = timedelta(seconds=choose.randrange(18 * 86_400)) if number % 4 else timedelta(hours=number)
+        properties = {name: random_value(choose) for name in NAMES if choose.random() < 0.8}
+        properties |= {} if number % 5 == 0 else {"region": choose.choice(["eu", "us", "5", 5, True, None, 'e"u'])}
+        events.append(event(f"{choose.randrange(10**6):06}-{number}", event_name=choose.choice(["call", "call", "other"]),
+                            external_customer_id=choose.choice("xyz"), customer_id=choose.choice(["", "c1"]),
+                            timestamp=(LEDGER_START + after).isoformat(), properties=properties))  # fmt: skip
+    with serving(tmp_path_factory.mktemp("ledger")) as client:
+        for at_, ascii_only in ((0, True), (1, False)):
+            body = json.dumps({"events": events[at_::2]}, ensure_ascii=ascii_only, separators=(",", ":")).encode()
+            assert client.post("/v1/events/bulk", content=body).status_code == 202
+        other = {"events": [event(properties=dict.fromkeys(NAMES, 1000), timestamp=events[0]["timestamp"])] * 10}
+        assert client.post("/v1/events/bulk", json=other, headers={"x-api-key": STAGING_KEY}).status_code == 202
+        yield client, events
+
+
+@table("kind", AGGREGATIONS)
+def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
+    client, events = ledger
+    choose, compared = random.Random(kind), 0
+    for number in range(45):
+        start = LEDGER_START + timedelta(hours=choose.randrange(200))
+        query = {"start_time": start.isoformat(), "property_name": choose.choice(NAMES), "timezone": choose.choice(ZONES),
+                 "end_time": (start + timedelta(hours=choose.randrange(4, 300, 4))).isoformat()}  # fmt: skip
+        if kind == "SUM_WITH_MULTIPLIER":
+            query["multiplier"] = choose.choice(["2.5", 2.5, "+25e-1"])
+        if number % 3:
+            query["window_size"] = choose.choice(SIZES)
+        if kind in ("MAX", "SUM") and number % 2:
+            query["bucket_size"] = choose.choice(SIZES)
+            if kind == "MAX" and number % 4 == 1:
+                query["group_by"] = [f"properties.{choose.choice(['region', *NAMES])}", "source"]
+        for name, values in (("external_customer_id", "xyz"), ("customer_id", ["c1"])):
+            if choose.random() < 0.2:
+                query[name] = choose.choice(values)
+        if choose.random() < 0.3:
+            query["filters"] = {"region": choose.choice([["eu", "us"], ["5"], ["true"], ['e"u', "nowhere"]])}
+        value, per_window = brute_force(events, kind, query)
+        answer = usage(client, kind, **query)
+        windowed = "window_size" in query and "bucket_size" not in query
+        assert answer["type"] == kind
+        assert answer["value"] is None if windowed else answer["value"] == pytest.approx(value, rel=1e-9), query
+        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window], query
+        expected = [each for _, each in per_window]
+        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9), query
+        if "group_by" in query:
+            deprecated = query | {
+                "group_by": None,
+                "group_by_property": query["group_by"][0].removeprefix("properties."),
+            }
+            assert usage(client, kind, **deprecated) == answer
+        compared += value > 0
+    assert compared > (5 if kind == "LATEST" else 25)
+
+
+NEW_YORK, KOLKATA = "America/New_York", "Asia/Kolkata"
+
+# size, zone, billing_anchor, {window: its events}: all UTC, an event is so much later than its window's start
+IN_WINDOWS = {
+    "MINUTE": ("MINUTE UTC", {"2026-01-01 00:00": "0:00:00 0:00:59.999999", "2026-01-01 00:01": "0:00:00"}),
+    "15MIN": ("15MIN UTC", {"2026-01-01 00:00": "0:14:59", "2026-01-01 00:45": "0:00:00 0:14:59"}),
+    "30MIN": (f"30MIN {KOLKATA}", {"2026-01-01 00:00": "0:29:59.999999", "2026-01-01 00:30": "0:00:00"}),
+    "6HOUR": ("6HOUR Asia/Kathmandu", {"2026-01-01 00:15": "5:59:59", "2026-01-01 06:15": "0:00:00"}),
+    "12HOUR": ("12HOUR UTC", {"2025-12-31 12:00": "0:00:00 11:59:59.999999", "2026-01-01 00:00": "0:00:00"}),
+    "unknown zone": ("DAY Mars/Olympus", {"2026-01-01 00:00": "0:00:00 23:59:59", "2026-01-02 00:00": "0:00:00"}),
+    "spring HOUR": (f"HOUR {NEW_YORK}", {"2026-03-08 06:00": "0:59:59.999999", "2026-03-08 07:00": "0:00:00 0:30:00"}),
+    "spring 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-03-08 05:00": "0:00:00 1:59:59", "2026-03-08 07:00": "0:00:00 2:59:59", "2026-03-08 10:00": "0:00:00"}),
+    "spring DAY": (f"DAY {NEW_YORK}", {"2026-03-07 05:00": "23:59:59", "2026-03-08 05:00": "0:00:00 22:59:59", "2026-03-09 04:00": "0:00:00 23:59:59", "2026-03-10 04:00": "0:00:00"}),
+    "spring WEEK": (f"WEEK {NEW_YORK}", {"2026-03-01 05:00": "167:59:59", "2026-03-08 05:00": "0:00:00 166:59:59", "2026-03-15 04:00": "0:00:00"}),
+    "spring MONTH": (f"MONTH {NEW_YORK}", {"2026-03-01 05:00": "0:00:00 742:59:59", "2026-04-01 04:00": "0:00:00"}),
+    "autumn 30MIN": (f"30MIN {NEW_YORK}", {"2026-11-01 05:30": "0:29:59", "2026-11-01 06:00": "0:00:00", "2026-11-01 06:30": "0:00:00"}),
+    "autumn HOUR": (f"HOUR {NEW_YORK}", {"2026-11-01 05:00": "0:00:00 0:30:00", "2026-11-01 06:00": "0:00:00 0:30:00", "2026-11-01 07:00": "0:00:00"}),
+    "autumn 3HOUR": (f"3HOUR {NEW_YORK}", {"2026-11-01 04:00": "0:00:00 3:59:59.999999", "2026-11-01 08:00": "0:00:00"}),
+    "autumn DAY": (f"DAY {NEW_YORK}", {"2026-10-31 04:00": "23:59:59", "2026-11-01 04:00": "0:00:00 24:59:59", "2026-11-02 05:00": "0:00:00"}),
+    "no midnight": ("DAY America/Sao_Paulo", {"2018-11-03 03:00": "23:59:59", "2018-11-04 03:00": "0:00:00 22:59:59", "2018-11-05 02:00": "0:00:00"}),
+    "two midnights": ("3HOUR America/Havana", {"2024-11-03 04:00": "0:30:00 1:30:00 2:30:00 3:59:59", "2024-11-03 08:00": "0:00:00"}),
+    "second midnight": ("3HOUR America/Havana", {"2024-11-03 04:00": "1:30:00 3:30:00", "2024-11-03 08:00": "0:00:00"}),
+    "Kolkata HOUR": (f"HOUR {KOLKATA}", {"2026-01-01 09:30": "0:59:59.999999", "2026-01-01 10:30": "0:00:00"}),
+    "Kolkata DAY": (f"DAY {KOLKATA}", {"2025-12-31 18:30": "0:00:00 23:59:59", "2026-01-01 18:30": "0:00:00"}),
+    "new year's WEEK": ("WEEK UTC", {"2025-12-21 00:00": "167:59:59", "2025-12-28 00:00": "0:00:00 96:00:00 167:59:59", "2026-01-04 00:00": "0:00:00"}),
+    "MONTH": ("MONTH UTC", {"2024-02-01 00:00": "0:00:00 695:59:59", "2024-03-01 00:00": "0:00:00"}),
+    "from the 15th": ("MONTH UTC 2024-01-15", {"2024-12-15 00:00": "0:00:00 743:59:59", "2025-01-15 00:00": "0:00:00"}),
+    "Kolkata's 5th": (f"MONTH {KOLKATA} 2024-01-05", {"2026-01-04 18:30": "0:00:00 743:59:59", "2026-02-04 18:30": "0:00:00"}),
+    "the 29th, leap": ("MONTH UTC 2024-02-29", {"2024-01-29 00:00": "0:00:00 743:59:59", "2024-02-29 00:00": "0:00:00 695:59:59", "2024-03-29 00:00": "0:00:00"}),
+    "the 29th": ("MONTH UTC 2024-02-29", {"2025-01-29 00:00": "0:00:00 743:59:59", "2025-03-01 00:00": "0:00:00 671:59:59", "2025-03-29 00:00": "0:00:00"}),
+    "the 30th, leap": ("MONTH UTC 2024-01-30", {"2024-01-30 00:00": "0:00:00 743:59:59", "2024-03-01 00:00": "0:00:00 695:59:59", "2024-03-30 00:00": "0:00:00"}),
+    "the 30th": ("MONTH UTC 2024-01-30", {"2025-01-30 00:00": "0:00:00 743:59:59", "2025-03-02 00:00": "0:00:00 671:59:59", "2025-03-30 00:00": "0:00:00"}),
+    "the 31st, leap": ("MONTH UTC 2024-01-31", {"2023-12-31 00:00": "743:59:59", "2024-01-31 00:00": "0:00:00 743:59:59", "2024-03-02 00:00": "0:00:00 695:59:59", "2024-03-31 00:00": "0:00:00"}),
+    "the 31st": ("MONTH UTC 2024-01-31", {"2025-01-31 00:00": "0:00:00 743:59:59", "2025-03-03 00:00": "0:00:00 671:59:59", "2025-03-31 00:00": "0:00:00"}),
+    "an anchor for DAY": ("DAY UTC 2024-01-31", {"2026-01-01 00:00": "0:00:00", "2026-01-02 00:00": "23:59:59"}),
+}  # fmt: skip
+
+
+@table(("how", "windows"), IN_WINDOWS.values(), ids=IN_WINDOWS)
+def test_an_event_counts_in_the_window_of_its_zone(client, how, windows):
+    size, zone, *anchor = how.split()
+    expected, times = [], []
+    for stamp, offsets in windows.items():
+        begin = datetime.fromisoformat(f"{stamp}+00:00")
+        expected.append((begin, len(offsets.split())))
+        for offset in offsets.split():
+            hours, minutes, seconds = map(float, offset.split(":"))
+            times.append(begin + timedelta(hours=hours, minutes=minutes, seconds=seconds))
+    store(client, *[event(timestamp=time.isoformat()) for time in times])
+    anchored = {"billing_anchor": f"{anchor[0]}T18:45:00Z"} if anchor else {}
+    query = {"window_size": size, "timezone": zone, "start_time": times[0].isoformat(), **anchored}
+    until_now = usage(client, **query, end_time=(times[-1] + timedelta(microseconds=1)).isoformat())
+    assert (until_now["value"], windows_of(until_now)) == (None, expected)
+    last_left_out = [*expected[:-1], (expected[-1][0], expected[-1][1] - 1)]  # the end is exclusive
+    before = usage(client, **query, end_time=times[-1].isoformat())
+    assert windows_of(before) == [(time, count) for time, count in last_left_out if count]
+
+
+def test_the_start_is_in_the_end_is_out_and_both_have_the_defaults_of_a_listing(client):
+    store(client, *[event(timestamp=at(us)) for us in (-7 * DAY_US - 1, -7 * DAY_US, -5, -1, 0)])
+    assert usage(client)["value"] == 3
+    assert usage(client, start_time=at(-5), end_time=at(-1))["value"] == 1
+    assert usage(client, end_time=at(1))["value"] == 3
+    for window_size, value in ((None, 0), ("DAY", None)):
+        nothing = {"value": value, "results": []}
+        assert usage(client, start_time=at(-5), end_time=at(-5), window_size=window_size).items() >= nothing.items()
+        assert usage(client, external_customer_id="nobody", window_size=window_size).items() >= nothing.items()
+
+
+def test_usage_of_hand_worked_properties(client):
+    def sent(number: int, seconds: int, value: object) -> dict:
+        return event(f"{number}", timestamp=at(-seconds * 10**6), properties={"n": value} if value != "none" else {})
+
+    store(
+        client,
+        sent(1, 75, 4),
+        sent(2, 50, "6.5"),
+        sent(3, 25, "none"),
+        sent(5, 25, -2),
+        sent(4, 25, "x"),
+        sent(9, 0, 99),
+    )
+    query = {"property_name": "n", "start_time": at(-100_000_000), "end_time": at()}
+    expected = {"COUNT": 5, "SUM": 8.5, "AVG": 1.7, "MAX": 6.5, "COUNT_UNIQUE": 4, "LATEST": 0,
+                "WEIGHTED_SUM": 4 * 0.75 + 6.5 * 0.5 - 2 * 0.25}  # fmt: skip
+    for kind, value in expected.items():
+        assert usage(client, kind, **query) == {
+            "event_name": "call",
+            "type": kind,
+            "value": pytest.approx(value),
+            "results": [],
+        }
+        assert usage(client, kind.lower(), **query)["type"] == kind
+    assert usage(client, "SUM_WITH_MULTIPLIER", **query, multiplier="0.5")["value"] == 4.25
+    store(client, sent(3333, 25, 7), sent(6, 25, 8))  # of one time: the greater id is the newer
+    assert usage(client, "LATEST", **query)["value"] == 8
+    for kind in ("SUM", "AVG", "MAX", "LATEST", "WEIGHTED_SUM"):  # a negative result is answered as 0
+        negative = query | {"filters": {"n": ["-2"]}}
+        assert usage(client, kind, **negative)["value"] == 0
+        assert [each for _, each in windows_of(usage(client, kind, **negative, window_size="HOUR"))] == [0]
+
+
+@table("kind", AGGREGATIONS)
+def test_without_a_property_everything_is_counted_and_the_type_says_so(client, kind):
+    store(client, event(timestamp=at(-1), properties={"n": 5}), event(timestamp=at(-2)))
+    multiplier = 3 if kind == "SUM_WITH_MULTIPLIER" else None
+    for property_name in (None, ""):
+        answer = usage(client, kind, property_name=property_name, multiplier=multiplier)
+        assert (answer["type"], answer["results"]) == ("COUNT", [])
+        assert answer["value"] == 2
+
+
+@table(("bad", "part"), [
+    ({"event_name": None}, "event_name"), ({"event_name": ""}, "event_name"), ({"aggregation_type": None}, "aggregation_type"),
+    ({"aggregation_type": "MEDIAN"}, "COUNT_UNIQUE"), ({"aggregation_type": 5}, "aggregation_type"),
+    ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
+    ({"multiplier": "2"}, "multiplier"), ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
+    *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": bad}, "multiplier")
+    for bad in ("0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2")],
+    ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
+    ({"start_time": at(1), "end_time": at()}, "before"), ({"start_time": at(1)}, "before"), ({"timezone": 5}, "timezone"),
+    ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
+    ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
+    ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "MINUTE makes more than 100000"),
+    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
+    *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
+    ("WEEK", "UTC", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
+    ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
+    ("HOUR", "Asia/Kolkata", "9999-12-31T20:00:00Z", "9999-12-31T21:00:00Z"))],
+])  # fmt: skip
+def test_a_bad_usage_query_is_refused(shared, bad, part):
+    refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
+
+
+@table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
+def test_a_bad_usage_body_is_refused(shared, content):
+    refused(shared.post("/v1/events/usage", content=content))
+
+
+def test_100000_windows_are_answered(client):
+    store(client, event(timestamp=at(-1)), event(timestamp=at(-99_998 * 60_000_000)))
+    answer = usage(client, window_size="MINUTE", start_time=at(-99_999 * 60_000_000))
+    assert [count for _, count in windows_of(answer)] == [1, 1]
+
+
+def test_sums_that_no_float_holds_are_answered_with_numbers(client):
+    store(client, *[event(timestamp=at(-1 - number * DAY_US), properties={"n": 1e308}) for number in range(7)])
+    store(client, *[event(event_name="one", timestamp=at(-1), properties={"n": 1e308})] * 2)
+    for name, kind in itertools.product(("call", "one"), ("SUM", "AVG", "MAX", "WEIGHTED_SUM", "SUM_WITH_MULTIPLIER")):
+        multiplier = {"multiplier": "1e300"} if kind == "SUM_WITH_MULTIPLIER" else {}
+        for sizes in ({}, {"window_size": "MONTH"}, {"window_size": "DAY"}, {"bucket_size": "DAY"}):
+            answer = usage(client, kind, event_name=name, property_name="n", **multiplier, **sizes)
+            windowed = "window_size" in sizes
+            values = [value for _, value in windows_of(answer)] + ([] if windowed else [answer["value"]])
+            assert all(isinstance(value, float) and value > 0 for value in values), (kind, sizes, answer)
+
+
+def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client):
+    for number, properties in enumerate(['{"n":{"a":[1,2]},"m":"\u00a05"}', '{ "n" : { "a" : [ 1, 2 ] }, "m": "\\u00a05" }',
+                                         '{"n": {"a": [1, 2]}, "m": "5 apples", "x": "\\\\"}']):  # fmt: skip
+        content = f'{{"event_name": "call", "external_customer_id": "cust", "timestamp": "{at(-1 - number)}", "properties": {properties}}}'
+        assert client.post("/v1/events", content=content.encode()).status_code == 202
+    assert usage(client, "COUNT_UNIQUE", property_name="n")["value"] == 1
+    assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
+
+
+NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a012", "1 2", "inf", "-inf", "Infinity", "nan",
+              "1e400", "-1e400", "9" * 400, int("9" * 400), True, False, None, [12], {"n": 12}, ""]  # fmt: skip
+
+
+@table("others", [{}, {"backslash": "\\"}], ids=["fast", "slowly"])
+@table("value", NO_NUMBERS, ids=repr)
+def test_what_is_no_number_to_the_letter_counts_as_0(client, value, others):
+    store(
+        client,
+        event(timestamp=at(-1), properties={"n": value} | others),
+        event(timestamp=at(-1), properties={"n": "3"}),
+    )
+    for kind, result in (("SUM", 3), ("AVG", 1.5), ("MAX", 3)):
+        assert usage(client, kind, property_name="n")["value"] == result
+
+
+@table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
+def test_only_the_number_of_windows_is_limited_and_not_the_range(client, size, windows):
+    query = {"event_name": "call", "aggregation_type": "COUNT", "window_size": size}
+    query |= {"start_time": "0025-01-01T00:00:00Z", "end_time": "2025-01-01T00:00:00Z"}
+    assert client.post("/v1/events/usage", json=query).status_code == (200 if windows <= 100_000 else 400)
+
+
+# ---------------------------------------------------------------------------------------------- 7: windows of every time zone, around every change of its clocks from 2000 to 2037
+
+DAYS = [datetime(2000, 1, 1) + timedelta(days=number) for number in range(38 * 365 + 10)]
+A_SUNDAY, HOUR_S, DAY_S = datetime(2000, 1, 2), 3600, 86_400
+SHORT_SIZES = {**MINUTES, "DAY": 1440}  # the change's moment and offsets are all that matters to them
+
+
+class Change(NamedTuple):
+    zone: ZoneInfo
+    moment_s: int  # the first second of the new offset
+    before: timedelta
+    after: timedelta
+
+    def wall(self, moment_s: float) -> datetime:
+        return datetime.fromtimestamp(moment_s, self.zone).replace(tzinfo=None)
+
+
+def seconds(naive_utc: datetime) -> int:
+    return int(naive_utc.replace(tzinfo=UTC).timestamp())
+
+
+def changes_of(zone: ZoneInfo) -> list[Change]:
+    found, offsets = [], [zone.utcoffset(day) for day in DAYS]
+    for day, (before, after) in zip(DAYS, pairwise(offsets), strict=False):
+        if before != after:
+            span = range(seconds(day - before), seconds(day + timedelta(days=1) - after) + 1)
+            has_changed = lambda second, after=after: datetime.fromtimestamp(second, zone).utcoffset() == after  # noqa: E731
+            found.append(Change(zone, span[bisect_left(span, True, key=has_changed)], before, after))
+    return found
+
+
+@cache
+def all_changes() -> list[Change]:
+    """Of each zone of tzdata; of several that are the same under other names, the first."""
+    folder = files("tzdata") / "zoneinfo"
+    names = (files("tzdata") / "zones").read_text().split()
+    zones = {folder.joinpath(*name.split("/")).read_bytes(): name for name in reversed(names)}
+    return [change for data, name in zones.items() for change in changes_of(ZoneInfo.from_file(io.BytesIO(data), name))]
+
+
+def starts_by_the_minute(change: Change, minutes: int, since_s: int, until_s: int) -> list[int]:
+    """Where windows start when somebody looks at the clock every minute: when it first shows what is in a later one;
+    up to an hour long, whenever it shows a window's first minute."""
+    found, reached = [], datetime.min
+    for moment_s in range(since_s, until_s, 60):
+        wall = change.wall(moment_s)
+        past = (wall - A_SUNDAY) % timedelta(minutes=minutes)
+        if wall - past > reached > datetime.min or (minutes <= 60 and not past):
+            found.append(moment_s * 10**6)
+        reached = max(reached, wall - past)
+    return found
+
+
+@table("size", SHORT_SIZES)
+def test_short_windows_start_when_clocks_first_show_it_or_jump_over_it(size):
+    """Every change of every zone: those of equal offsets at the same time of the day have the same windows."""
+    alike = {(change.before, change.after, change.moment_s % DAY_S): change for change in all_changes()}
+    minutes = SHORT_SIZES[size]
+    hours = 4 if minutes <= 60 else 30
+    for change in alike.values():
+        since_s, until_s = change.moment_s - hours * HOUR_S, change.moment_s + hours * HOUR_S
+        windows, end_us = Windows(size, change.zone), until_s * 10**6
+        bounds = windows.bounds(since_s * 10**6, end_us)
+        assert bounds[0] <= since_s * 10**6 < bounds[1], change
+        assert bounds[-2] < end_us <= bounds[-1], change
+        assert [start for start in bounds[1:] if start < end_us] == [
+            start for start in starts_by_the_minute(change, minutes, since_s, until_s) if start > since_s * 10**6
+        ], change
+        for after_s in (-3600.5, -1800, -0.000001, 0, 1, 899, 900, 1800, 3599.5, 3600, 5400):  # wherever a range starts
+            start_us = change.moment_s * 10**6 + int(after_s * 10**6)
+            assert windows.bounds(start_us, end_us) == bounds[bisect_right(bounds, start_us) - 1 :], (change, after_s)
+
+
+def following(label: datetime, month_day: int | None) -> datetime:
+    if month_day is None:
+        return label + timedelta(days=7)
+    first = label - timedelta(days=month_day - 1)
+    return (first + timedelta(days=31)).replace(day=1) + timedelta(days=month_day - 1)
+
+
+@table("size", ["WEEK", "MONTH"])
+def test_weeks_and_months_start_at_midnight_or_when_clocks_jump_over_it(size):
+    """Every change of every zone, and months that start on its day, too."""
+    for change in all_changes():
+        for day in {1, change.wall(change.moment_s).day} if size == "MONTH" else {None}:
+            start_us, end_us = ((change.moment_s + days * DAY_S) * 10**6 for days in (-1, 34))
+            bounds = Windows(size, change.zone, day or 1).bounds(start_us, end_us)
+            assert all(one < other for one, other in pairwise(bounds)), change
+            assert bounds[0] <= start_us < bounds[1], change
+            assert bounds[-2] < end_us <= bounds[-1], change
+            wall = change.wall(bounds[0] // 10**6)
+            label = wall.replace(hour=0, minute=0)
+            for start in bounds:
+                wall, second = change.wall(start // 10**6), start / 10**6
+                assert label <= wall <= label + timedelta(days=1), change  # a whole day is skipped in Samoa
+                assert all(change.wall(second - back) < label for back in (1, *range(900, 6 * HOUR_S, 900))), change
+                label = following(label, day)
+
+
+@table("size", ["30MIN", "HOUR"])
+def test_an_event_before_the_range_is_not_counted_when_clocks_go_back_between_edges(client, size):
+    """In Chatham they went from 3:45 to 2:45 at 14:00 UTC."""
+    store(
+        client, *[event(timestamp=f"2026-04-04T{time}:00Z") for time in ("13:20", "13:59", "14:00", "14:14", "14:15")]
+    )
+    answer = usage(client, window_size=size, timezone="Pacific/Chatham", start_time="2026-04-04T14:00:00Z",
+                   end_time="2026-04-04T15:00:00Z")  # fmt: skip
+    first = {"30MIN": (13, 45), "HOUR": (13, 15)}[size]
+    assert windows_of(answer) == [(datetime(2026, 4, 4, *first, tzinfo=UTC), 2), (datetime(2026, 4, 4, 14, 15, tzinfo=UTC), 1)]  # fmt: skip
+
+
+@table("size", ["30MIN", "HOUR"])
+def test_an_event_is_in_the_window_that_holds_it_when_clocks_jump_over_an_edge(client, size):
+    """In Chatham they went from 2:45 to 3:45 at 14:00 UTC: 3:00 and 3:30 were never shown."""
+    began = datetime(2025, 9, 27, 14, tzinfo=UTC)
+    store(client, *[event(timestamp=(began + timedelta(minutes=minute)).isoformat()) for minute in range(30)])
+    answer = usage(client, window_size=size, timezone="Pacific/Chatham", start_time=began.isoformat(),
+                   end_time="2025-09-27T15:00:00Z")  # fmt: skip
+    assert windows_of(answer) == [(began, 15), (began + timedelta(minutes=15), 15)]
+
+
+@pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Chatham"])
+def test_as_many_windows_as_are_allowed_are_made_on_the_night_on_which_clocks_go_back(zone):
+    start_us = to_us(datetime(2026, 11, 1, 6, 30, tzinfo=UTC))
+    bounds = Windows("MINUTE", ZoneInfo(zone)).bounds(start_us, start_us + 100_000 * 60 * 10**6)
+    assert len(bounds) == 100_001
+
+
+# ---------------------------------------------------------------------------------------------- 8: monitoring
+
+
+def test_monitoring_counts_the_last_24_hours_or_a_range(client):
+    times = (-DAY_US - 1, -DAY_US, -2_000_000, -1, 0)
+    store(client, *[event(event_name=f"n{us}", external_customer_id=f"c{us}", timestamp=at(us)) for us in times])
+    client.post("/v1/events", json=event(timestamp=at(-1)), headers={"x-api-key": STAGING_KEY})
+    assert monitored(client) == monitored(client, start_time="", end_time="") == (3, [])
+    assert monitored(client, start_time=at(-DAY_US - 1), end_time=at(1)) == (5, [])
+    assert monitored(client, start_time=at(-2_000_000), end_time=at(-1)) == (1, [])  # the end is exclusive
+    assert monitored(client, start_time=at(-1), end_time=at(-1)) == (0, [])
+    points = [("2025-10-14T11:38:00Z", 1), ("2025-10-15T11:38:00Z", 2)]
+    assert monitored(client, window_size="MINUTE") == (3, points)
+    points = [("2025-10-14T00:00:00Z", 2), ("2025-10-15T00:00:00Z", 3)]
+    assert monitored(client, window_size="DAY", start_time=at(-DAY_US - 1), end_time=at(1)) == (5, points)
+
+
+@table("query", [{"start_time": at(-1)}, {"end_time": at()}, {"start_time": "x", "end_time": at()}, {"window_size": "DAYS"},
+                 {"start_time": at(1), "end_time": at()}, {"start_time": at(-1), "end_time": ""},
+                 {"window_size": "WEEK", "start_time": "0001-01-01T00:00:00Z", "end_time": "0001-01-01T05:00:00Z"},
+                 {"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "end_time": at()}])  # fmt: skip
+def test_a_bad_monitoring_query_is_refused(shared, query):
+    refused(shared.get("/v1/events/monitoring", params=query))
+
+
+@table(
+    ("parameters", "number"), [("", 3), ("external_customer_id=one", 2), ("property_filters=n:1", 1), ("source=x", 0)]
+)
+def test_monitoring_counts_what_the_filters_match(tmp_path, parameters, number):
+    common = {"timestamp": "2025-10-15T11:00:00Z"}
+    with serving(tmp_path) as client:
+        store(client, event("a", external_customer_id="one", properties={"n": 1}, **common),
+              event("b", external_customer_id="one", **common), event("c", **common))  # fmt: skip
+        assert client.get(f"/v1/events/monitoring?{parameters}").json()["total_count"] == number
+
+
+# ---------------------------------------------------------------------------------------------- 4: visibility lag
+
+LAG_MS = 1500
+
+
+@pytest.fixture
+def lagging(tmp_path):
+    """A server whose events are seen late, and its clock."""
+    clock = Mock(return_value=NOW)
+    with serving(tmp_path, visibility_lag_ms=LAG_MS, clock=clock) as client:
+        yield client, clock
+
+
+def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(lagging):
+    client, clock = lagging
+    seen = {
+        "list": lambda: len(page(client)["events"]),
+        "query": lambda: total(client),
+        "lookup": lambda: int(client.get("/v1/events/lookup", params={"id": "1"}).status_code == 200),
+        "usage": lambda: int(usage(client)["value"]),
+        "monitoring": lambda: client.get("/v1/events/monitoring").json()["total_count"],
+    }
+    assert counts(store(client, event("1", timestamp=at(-1)))) == (1, 0)
+    for after_us, number in [(0, 0), (LAG_MS * 1000 - 1, 0), (LAG_MS * 1000, 1), (DAY_US - 10, 1)]:
+        clock.return_value = NOW + after_us
+        assert {name: ask() for name, ask in seen.items()} == dict.fromkeys(seen, number)
+    assert counts(store(client, event("1"))) == (0, 1)
+
+
+def test_the_lag_counts_from_when_an_event_came_and_not_from_when_it_happened(lagging):
+    client, clock = lagging
+    clock.return_value = NOW + LAG_MS * 1000
+    store(client, event("old", timestamp=at(-DAY_US)))
+    assert ids(client) == []
+
+
+def test_monitoring_counts_what_is_not_visible_yet(lagging):
+    client, clock = lagging
+    store(client, event(), event())
+    clock.return_value += 1_000_000
+    store(client, event())
+    lag = []
+    for _ in range(4):
+        lag.append(client.get("/v1/events/monitoring").json()["consumption_lag"])
+        clock.return_value += 500_000
+    assert lag == [3, 1, 1, 0]
+    refused(client.get("/v1/events/monitoring", headers={"x-api-key": "unknown"}), 401, "unauthorized")
+    of_staging = client.get("/v1/events/monitoring", headers={"x-api-key": STAGING_KEY})
+    assert of_staging.json()["consumption_lag"] == 0
