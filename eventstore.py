@@ -129,18 +129,10 @@ DOCUMENTED_RATE_LIMITS = {"/v1/events": 1000, "/v1/events/bulk": 100}
 # ---------------------------------------------------------------------------------------------- errors
 
 STATUS_OF_CODE = {
-    "validation_error": 400,
-    "unauthorized": 401,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "already_exists": 409,
-    "too_many_requests": 429,
-    "database_error": 500,
-    "internal_error": 500,
-    "service_unavailable": 503,
-    "bad_gateway": 502,  # this one and the next are not a server's own: what stands before it answers them
-    "gateway_timeout": 504,
-}
+    "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
+    "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
+    "bad_gateway": 502, "gateway_timeout": 504,  # not a server's own: what stands before it answers them
+}  # fmt: skip
 
 MAX_ECHO_CHARS = 100
 MAX_FAULTS = 100
@@ -715,11 +707,8 @@ def check_properties(raw: bytes) -> str:
 def _is_deeper_than(value: object, limit: int) -> bool:
     level = [value]
     for _ in range(limit + 1):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent if isinstance(parent, list) else ())
-        ]
+        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = list(itertools.chain.from_iterable(inside))
     return bool(level)
 
 
@@ -731,17 +720,12 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     if not event.external_customer_id:
         faults.add("external_customer_id", "required", "is required")
     timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
+    timestamp_us = now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
     return Row(
-        environment,
-        event.event_id or make_id(now),
-        event.external_customer_id or "",
-        event.customer_id or "",
-        event_name,
-        event.source or "",
-        now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us,
-        now,
+        environment, event.event_id or make_id(now), event.external_customer_id or "", event.customer_id or "",
+        event_name, event.source or "", timestamp_us, now,
         faults.check("properties", check_properties, event.properties) or "{}",
-    )
+    )  # fmt: skip
 
 
 def decode_batch(body: bytes) -> list[Any]:
@@ -784,6 +768,13 @@ def parse_int(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would take "1_0" and " 1 ", and refuse 5,000 digits
         raise FieldError("invalid_type", f"must be an integer, got {echo(text)}")
     return int(text)
+
+
+def check_positive(value: str | float) -> float:
+    """A number, or the text of one, that is greater than 0 and that a 64-bit float can hold."""
+    if not (DECIMAL.fullmatch(str(value)) and 0 < float(value) < math.inf):
+        raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {echo(str(value))}")
+    return float(value)
 
 
 def whole_within(low: float, high: float) -> Callable[[float], int]:
@@ -834,7 +825,8 @@ _ORDER = one_of(*ORDERS)
 _AGGREGATION = one_of(*AGGREGATIONS)
 _WINDOW_SIZE = one_of(*WINDOW_SIZES)
 _OFFSET, _PAGE_SIZE = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
-PARAMETER_PARSERS: dict[str, Callable[[str], Any]] = {
+Parsers = dict[str, Callable[[str], Any]]
+PARAMETER_PARSERS: Parsers = {
     "start_time": parse_query_time, "end_time": parse_query_time, "property_filters": parse_property_filters,
     "page_size": parse_int, "limit": parse_int, "offset": parse_int, "count_total": parse_bool,
 }  # fmt: skip
@@ -888,18 +880,11 @@ def parse_parameters(query_string: bytes, faults: Faults, repeatable: Iterable[s
 
 
 def query_of_parameters(
-    struct: type[T],
-    parameters: Mapping[str, str],
-    names: Iterable[str],
-    faults: Faults,
-    parsers: Mapping[str, Callable[[str], Any]] = PARAMETER_PARSERS,
+    struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: Parsers = PARAMETER_PARSERS
 ) -> T:
     """The named parameters of a GET, each as the type it has in a body (API: Queries)."""
-    sent = struct()
-    for name in names:
-        if name in parameters:
-            setattr(sent, name, faults.check(name, parsers.get(name, str), parameters[name]))
-    return sent
+    parsed = {name: faults.check(name, parsers.get(name, str), sent[name]) for name in names if name in sent}
+    return struct(**parsed)
 
 
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
@@ -974,7 +959,12 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     if not sent.aggregation_type:
         faults.add("aggregation_type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
     kind = faults.check("aggregation_type", _AGGREGATION, (sent.aggregation_type or "").upper()) or "COUNT"
-    multiplier = check_multiplier(sent.multiplier, kind, faults)
+    has_multiplier = sent.multiplier not in (None, "")
+    if has_multiplier and kind != "SUM_WITH_MULTIPLIER":
+        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+    elif kind == "SUM_WITH_MULTIPLIER" and not has_multiplier:
+        faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
+    multiplier = faults.check("multiplier", check_positive, sent.multiplier)
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
     bucket_size = faults.check("bucket_size", _WINDOW_SIZE, sent.bucket_size)
@@ -989,34 +979,12 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # the day as the anchor has it written
     columns = ("event_name", "external_customer_id", "customer_id")
     return UsageQuery(
-        view=view,
-        start_us=start_us,
-        end_us=end_us,
-        aggregation=kind,
-        property_name=sent.property_name or "",
+        view=view, start_us=start_us, end_us=end_us, aggregation=kind, property_name=sent.property_name or "",
         filters={column: value for column in columns if (value := getattr(sent, column))},
-        property_filters=property_filters,
-        multiplier=multiplier if kind == "SUM_WITH_MULTIPLIER" else 1.0,
-        windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None,
-        bucketed=bucketed,
+        property_filters=property_filters, multiplier=multiplier if multiplier and kind != "COUNT" else 1.0,
+        windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None, bucketed=bucketed,
         group_property=first_group.removeprefix("properties.") if grouped else "",
-    )
-
-
-def check_multiplier(sent: str | float | None, kind: str, faults: Faults) -> float:
-    """The factor of SUM_WITH_MULTIPLIER, which needs one; it goes with no other aggregation (API: Usage)."""
-    text = "" if sent is None else str(sent)
-    if kind != "SUM_WITH_MULTIPLIER":
-        if text:
-            faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
-        return 1.0
-    if not text:
-        faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
-    elif not (DECIMAL.fullmatch(text) and 0 < float(text) < math.inf):
-        faults.add("multiplier", "out_of_range", f"must be a decimal number greater than 0, got {echo(text)}")
-    else:
-        return float(text)
-    return 1.0
+    )  # fmt: skip
 
 
 def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
@@ -1032,13 +1000,9 @@ def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return UsageQuery(
-        view=view,
-        start_us=start_us if sent.start_time else end_us - DAY_US,
-        end_us=end_us,
-        filters=column_filters(sent),
-        property_filters=property_filters,
-        windows=Windows(size) if size else None,
-    )
+        view=view, start_us=start_us if sent.start_time else end_us - DAY_US, end_us=end_us,
+        filters=column_filters(sent), property_filters=property_filters, windows=Windows(size) if size else None,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- SQL
@@ -1222,16 +1186,12 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
     where = " AND ".join([*filter_clauses(query, parameters), *within])
     aggregate = {
-        "COUNT": "count(*)",
-        "SUM": f"total({number})",
-        "AVG": f"printf('%!.17g %d', total({number}), count(*))",
-        "MAX": f"max({number})",
+        "COUNT": "count(*)", "SUM": f"total({number})", "SUM_WITH_MULTIPLIER": f"total({number})", "LATEST": number,
+        "AVG": f"printf('%!.17g %d', total({number}), count(*))", "MAX": f"max({number})",
         # A text may be in two pieces of a range, so a piece names its texts; a window counts its own.
         "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
-        "LATEST": number,
-        "SUM_WITH_MULTIPLIER": f"total({number})",
         "WEIGHTED_SUM": f"total({number} * {WEIGHT})",
-    }[query.aggregation]
+    }[query.aggregation]  # fmt: skip
     if query.aggregation == "LATEST":
         cell = f"SELECT {aggregate} FROM events WHERE {where} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
     elif query.group_property:
@@ -1425,11 +1385,8 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
 
 
 def usage_answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Usage:
-    results = [
-        UsageResult(to_datetime(start), usage_value(query, [cell]))
-        for start, cell in zip(starts, cells, strict=True)
-        if query.windows and cell is not None
-    ]
+    found = [(start, cell) for start, cell in zip(starts, cells, strict=True) if query.windows and cell is not None]
+    results = [UsageResult(to_datetime(start), usage_value(query, [cell])) for start, cell in found]
     value = usage_value(query, cells) if query.bucketed or not query.windows else None
     return Usage(query.filters["event_name"], query.aggregation, value, results)
 
@@ -1895,19 +1852,18 @@ def error_body(error: ApiError) -> ErrorBody:
     return ErrorBody(error.code, error.message, status, error.details, False, ErrorMessage(error.message, None))
 
 
-class Authentication:
+class Authentication(Struct):
     """ASGI middleware: finds the environment of the key in `x-api-key`, or answers 401 (API: Common rules)."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._service = service
+    app: ASGIApp
+    service: Service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
             digest = hashlib.sha256(key or b"").digest()
             # All, in constant time: how long it takes tells nothing about a key.
-            found = [known for known in self._service.api_keys if hmac.compare_digest(known.digest, digest)]
+            found = [known for known in self.service.api_keys if hmac.compare_digest(known.digest, digest)]
             if key is None or not found:
                 unknown = "holds a key that this server does not know; its banner says where its keys came from"
                 problem = "is missing: send your key in it" if key is None else unknown
@@ -1915,31 +1871,30 @@ class Authentication:
                 await response(scope, receive, send)
                 return
             scope["api_key"], scope["environment"] = found[-1], found[-1].environment
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
-class RateLimits:
+class RateLimits(Struct):
     """ASGI middleware: so many ingest requests a minute for each key, by the clock's minutes (API: Rate limits)."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = app
-        self._settings = settings
-        self._minute = 0
-        self._used: Counter[tuple[bytes, str]] = Counter()  # of this minute
+    app: ASGIApp
+    settings: Settings
+    minute: int = 0
+    used: Counter[tuple[bytes, str]] = msgspec.field(default_factory=Counter)  # of this minute
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = self._settings.rate_limits.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        limit = self.settings.rate_limits.get(scope.get("path", "")) if scope.get("method") == "POST" else None
         if limit is None:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        now_s = self._settings.clock() // 1_000_000
-        if now_s // 60 != self._minute:
-            self._minute = now_s // 60
-            self._used.clear()
+        now_s = self.settings.clock() // 1_000_000
+        if now_s // 60 != self.minute:
+            self.minute = now_s // 60
+            self.used.clear()
         place = (scope["api_key"].digest, scope["path"])
-        self._used[place] += 1
-        reset_s = (self._minute + 1) * 60
-        numbers = {b"limit": limit, b"remaining": max(limit - self._used[place], 0), b"reset": reset_s}
+        self.used[place] += 1
+        reset_s = (self.minute + 1) * 60
+        numbers = {b"limit": limit, b"remaining": max(limit - self.used[place], 0), b"reset": reset_s}
         headers = [(b"x-ratelimit-" + name, str(number).encode()) for name, number in numbers.items()]
 
         async def send_with_headers(message: Message) -> None:
@@ -1947,8 +1902,8 @@ class RateLimits:
                 message = {**message, "headers": [*message["headers"], *headers]}
             await send(message)
 
-        app = self._app
-        if self._used[place] > limit:
+        app = self.app
+        if self.used[place] > limit:
             reason = f"this key may send {limit} requests a minute to {scope['path']}; nothing was stored"
             refusal = ApiError("too_many_requests", f"{reason}, try again later", retry_after_s=reset_s - now_s)
             app = error_response(Request(scope), refusal)
@@ -2082,8 +2037,7 @@ async def query_events(service: Service, request: Request) -> Response:
     """POST /v1/events/query (API: Queries)."""
     faults = Faults()
     sent = await read_fields(service, request, EVENT_QUERY, faults)
-    if sent.count_total is None:
-        sent.count_total = True
+    sent.count_total = sent.count_total is not False
     return await _list(service, request, sent, 1000, faults)
 
 
@@ -2561,34 +2515,29 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def check_key(key: str) -> str:
+def check_key(key: str, where: str = "") -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         problem = "is empty, or has a space or a character outside ASCII"
-        raise StartError(f"an API key {problem}: an HTTP header cannot carry it")
+        raise StartError(f"{where}an API key {problem}: an HTTP header cannot carry it")
     return key
 
 
-def parse_api_key(text: str) -> ApiKey:
-    """`KEY` or `KEY=ENVIRONMENT`. StartError, which never shows the key."""
-    key, separator, environment = (part.strip() for part in text.partition("="))
-    if separator and not environment:
-        raise StartError("an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
-    for sign in "=;,":
-        if sign in environment or sign in key:
-            several = "are several keys meant? EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
-            raise StartError(f"an API key or its environment has a {sign!r} in it, which neither may: {several}")
-    return ApiKey.hashed(check_key(key), environment or "development")
-
-
 def parse_api_keys(texts: Iterable[str], source: str) -> tuple[ApiKey, ...]:
-    """The keys of one source, each once. StartError, which names the source."""
-    try:
-        keys = tuple(map(parse_api_key, texts))
-    except StartError as error:
-        raise StartError(f"{source}: {error}") from None
+    """Of `KEY` or `KEY=ENVIRONMENT`, each key once. StartError, which names the source and never shows a key."""
+    keys = []
+    for text in texts:
+        key, separator, environment = (part.strip() for part in text.partition("="))
+        if separator and not environment:
+            raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
+        for sign in "=;,":
+            if sign in environment or sign in key:
+                several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
+                problem = f"an API key or its environment has a {sign!r} in it, which neither may"
+                raise StartError(f"{source}: {problem}: are several keys meant? {several}")
+        keys.append(ApiKey.hashed(check_key(key, f"{source}: "), environment or "development"))
     if len({key.digest for key in keys}) < len(keys):
         raise StartError(f"{source} names the same key twice: a key is bound to one environment")
-    return keys
+    return tuple(keys)
 
 
 def read_api_keys(path: str) -> list[str]:
@@ -2603,29 +2552,30 @@ def read_api_keys(path: str) -> list[str]:
     return found
 
 
-def find_api_keys(
-    flags: Sequence[str], file: str | None, environ: Mapping[str, str]
-) -> tuple[tuple[ApiKey, ...], str, str | None]:
+def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
     """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
-    several = [part.strip() for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
+    several = [part for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
     single = environ.get("FLEXPRICE_API_KEY", "").strip()
-    if flags or file:
-        source = " and ".join(["--api-key"] * bool(flags) + ["--api-key-file"] * bool(file))
-        return parse_api_keys([*flags, *(read_api_keys(file) if file else [])], source), source, None
-    if several:
-        return parse_api_keys(several, "EVENTSTORE_API_KEYS"), "EVENTSTORE_API_KEYS", None
-    if single:
+    if flags.api_key or flags.api_key_file:
+        sources = {"--api-key": flags.api_key, "--api-key-file": flags.api_key_file}
+        source = " and ".join(flag for flag, given in sources.items() if given)
+        texts = [*flags.api_key, *(read_api_keys(flags.api_key_file) if flags.api_key_file else [])]
+    elif several:
+        source, texts = "EVENTSTORE_API_KEYS", several
+    elif single:
+        source, texts = "FLEXPRICE_API_KEY", [single]
         if "=" in single:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
-        return parse_api_keys([single], "FLEXPRICE_API_KEY"), "FLEXPRICE_API_KEY", None
-    made = f"evs_{secrets.token_urlsafe(18)}"
-    return (ApiKey.hashed(made),), "made for this run", made
+    else:
+        made = f"evs_{secrets.token_urlsafe(18)}"
+        return (ApiKey.hashed(made),), "made for this run", made
+    return parse_api_keys(texts, source), source, None
 
 
 def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
     """What SIGHUP asks for; if the file cannot be used, the keys stay as they were."""
     try:
-        keys, source, _ = find_api_keys(arguments.api_key, arguments.api_key_file, {})
+        keys, source, _ = find_api_keys(arguments, {})
         service.replace_api_keys(keys)
     except (StartError, sqlite3.Error) as error:
         log.error("the API keys stay as they were: %s", error)
@@ -2644,16 +2594,15 @@ def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None)
     service: Service = app.state.service
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = made_key or "$FLEXPRICE_API_KEY"
-    key_note = made_key or f"from {key_source}"
-    if key_source not in ("made for this run", "FLEXPRICE_API_KEY"):
-        key_note += " (for the lines below: export FLEXPRICE_API_KEY=...)"
+    hint = "" if key_source == "FLEXPRICE_API_KEY" else " (for the lines below: export FLEXPRICE_API_KEY=...)"
+    key_note = f"{made_key} ({key_source})" if made_key else f"from {key_source}{hint}"
     notices = "".join(f"  {notice}\n" for notice in service.notices)
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     debugger = base_url.removesuffix("v1") + (f"#key={made_key}" if made_key else "")  # browsers keep a # to themselves
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
   database     {service.store.path} ({counted(service.store.events_at_start, "event")})
   base URL     {base_url}
-  API key      {key_note}{f" ({key_source})" if made_key else ""}
+  API key      {key_note}
   environment  {environments}
   debugger     {debugger}
 {notices}
@@ -2692,12 +2641,10 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish what is under way, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    api_keys, key_source, made_key = find_api_keys(arguments.api_key, arguments.api_key_file, os.environ)
+    api_keys, key_source, made_key = find_api_keys(arguments, os.environ)
     if made_key and not is_loopback(arguments.host):
-        raise StartError(
-            f"--host {arguments.host} can be reached from other machines, and no API key was given: "
-            "choose one with --api-key or FLEXPRICE_API_KEY"
-        )
+        problem = f"--host {arguments.host} can be reached from other machines, and no API key was given"
+        raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
     stop_counting_memory()
     raise_file_limit()
     stopping = threading.Event()

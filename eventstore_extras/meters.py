@@ -35,6 +35,7 @@ from eventstore import (
     Parameters,
     Service,
     T,
+    check_positive,
     choice,
     echo,
     one_of,
@@ -270,13 +271,6 @@ def check_decimal(value: str | float) -> float:
     if not DECIMAL.fullmatch(text) or abs(float(text)) == float("inf"):
         raise FieldError("invalid_format", f"must be a decimal number, got {echo(text)}")
     return float(text)
-
-
-def check_positive(value: str | float) -> float:
-    number = check_decimal(value)
-    if number <= 0:
-        raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {echo(str(value))}")
-    return number
 
 
 def check_name(field: str, value: str | None, faults: Faults) -> str:
