@@ -125,7 +125,6 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 DOCUMENTED_RATE_LIMITS = {"/v1/events": 1000, "/v1/events/bulk": 100}
 
-
 # ---------------------------------------------------------------------------------------------- errors
 
 STATUS_OF_CODE = {
@@ -467,12 +466,6 @@ def to_datetime(time_us: int) -> datetime:
     return EPOCH + timedelta(microseconds=time_us)
 
 
-def time_text(time_us: int) -> str:
-    """A time as Go writes it: as many digits of a second as there are (API: Times)."""
-    seconds, dot, digits = to_datetime(time_us).isoformat().removesuffix("+00:00").partition(".")
-    return f"{seconds}{dot}{digits.rstrip('0')}Z"
-
-
 def to_us(time: datetime) -> int:
     return (time - EPOCH) // MICROSECOND
 
@@ -600,8 +593,7 @@ EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
 _TYPE_NAMES = {
     "str | None": "a string", "bool | None": "true or false", "list[str] | None": "an array of strings",
     "int | None": "an integer", "int | float | None": "an integer", "str | float | None": "a decimal number",
-    "PropertyFilters | None": "an object of string arrays",
-    "dict[str, str] | None": "an object of strings",
+    "PropertyFilters | None": "an object of string arrays", "dict[str, str] | None": "an object of strings",
 }  # fmt: skip
 
 
@@ -1471,10 +1463,8 @@ class Store:
             self._readers = [Reader(self.path) for _ in range(READER_THREADS)]
         self._files = _files_of(self.path)
         self._wal_limit_bytes = settings.wal_bytes
-        self._reader_threads = [
-            threading.Thread(target=self._read_until_closed, args=[reader], name="eventstore-reader", daemon=True)
-            for reader in self._readers
-        ]
+        reading = partial(threading.Thread, target=self._read_until_closed, name="eventstore-reader", daemon=True)
+        self._reader_threads = [reading(args=[reader]) for reader in self._readers]
         for thread in (self._writer, *self._reader_threads):
             thread.start()
 
@@ -1676,11 +1666,9 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return "the database file was removed or replaced, or cannot be looked at"
     reasons = {
-        sqlite3.SQLITE_FULL: "the disk is full",
-        sqlite3.SQLITE_BUSY: "another process has locked the database",
-        sqlite3.SQLITE_READONLY: "the database is read-only",
-        sqlite3.SQLITE_IOERR: "the disk answered with an error",
-    }
+        sqlite3.SQLITE_FULL: "the disk is full", sqlite3.SQLITE_BUSY: "another process has locked the database",
+        sqlite3.SQLITE_READONLY: "the database is read-only", sqlite3.SQLITE_IOERR: "the disk answered with an error",
+    }  # fmt: skip
     return reasons.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "the database refused a write")
 
 
@@ -2267,15 +2255,12 @@ def create_app(
             await asyncio.wait(tasks, timeout=TASK_TIMEOUT_S)
         await asyncio.to_thread(service.store.close)
 
-    layers = [Middleware(Authentication, service=service)]
-    if settings.rate_limits:
-        layers.append(Middleware(RateLimits, settings=settings))
+    limits = [Middleware(RateLimits, settings=settings)] if settings.rate_limits else []
+    layers = [Middleware(Authentication, service=service), *limits, *middleware]
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", endpoint(show_debugger, service)))
-    app = Starlette(
-        routes=routes, middleware=[*layers, *middleware], exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan
-    )
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.service = service
     return app
@@ -2344,10 +2329,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
-        reasons = {
-            errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
-            errno.EACCES: "ports below 1024 need more rights; choose another with --port",
-        }
+        reasons = {errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
+                   errno.EACCES: "ports below 1024 need more rights; choose another with --port"}  # fmt: skip
         reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
 
@@ -2380,8 +2363,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"},
         "external_customer_id": {"type": "string", "minLength": 1},
         "event_id": {"type": ["string", "null"], "description": "The idempotency key; made by the server if absent."},
-        "timestamp": _TIME,
-        "properties": {"type": ["object", "null"]},
+        "timestamp": _TIME, "properties": {"type": ["object", "null"]},
     },
     "EventQueryIn": {
         **dict.fromkeys(("start_time", "end_time"), _TIME),
@@ -2471,10 +2453,8 @@ def _describe(operation: Operation) -> dict[str, Any]:
         counts = {f"X-Events-{name}": {"schema": {"type": "integer"}} for name in ("Inserted", "Duplicate")}
         responses[accepted]["headers"] = counts
     known = operation.parameters if isinstance(operation.parameters, Mapping) else PARAMETER_SCHEMAS
-    parameters = [
-        {"name": name, "in": "query", "required": name == "id", "schema": known.get(name, _TEXT)}
-        for name in operation.parameters
-    ]
+    parameters = [{"name": name, "in": "query", "required": name == "id", "schema": known.get(name, _TEXT)}
+                  for name in operation.parameters]  # fmt: skip
     if "{id" in operation.path:
         parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": PARAMETER_SCHEMAS["id"]})
     described = {
@@ -2584,10 +2564,9 @@ def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None
 
 
 def is_loopback(host: str) -> bool:
-    try:
+    with suppress(ValueError):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return False
 
 
 def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
@@ -2666,7 +2645,8 @@ def serve(arguments: argparse.Namespace) -> int:
                 signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
             base_url = base_url_of(arguments.host, listener.getsockname()[1])
             print(banner(app, base_url, key_source, made_key), flush=True)
-            run_server(app, listener, arguments, stopping)
+            server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
+            run_server(server, listener, stopping)
     return 0
 
 
@@ -2678,16 +2658,11 @@ def base_url_of(host: str, port: int) -> str:
 def more_operations() -> Sequence[Operation]:
     """What eventstore_extras has for the service; nothing if this file stands alone."""
     with suppress(StartError):
-        operations: Sequence[Operation] = room("analytics", "serve").OPERATIONS
-        return operations
+        return tuple(room("analytics", "serve").OPERATIONS)
     return ()
 
 
-def run_server(
-    app: Starlette, listener: socket.socket, arguments: argparse.Namespace, stopping: threading.Event
-) -> None:
-    server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-
+def run_server(server: uvicorn.Server, listener: socket.socket, stopping: threading.Event) -> None:
     def stop(signal_number: int, frame: object) -> None:
         # uvicorn raises the signal again when it is done; the default handler would make the exit status -15.
         server.should_exit = True
@@ -2802,11 +2777,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 if it stopped half-way, 2 if it cannot start."""
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        status: int = arguments.run(arguments)
+        return int(arguments.run(arguments))
     except StartError as error:
         say(str(error))
         return 2
-    return status
 
 
 if __name__ == "__main__":

@@ -57,14 +57,13 @@ from eventstore import (
     read_fields,
     refuse,
     time_range,
-    time_text,
     usage_answer,
     usage_cells,
     usage_query,
     usage_value,
 )
 from eventstore_extras import meters
-from eventstore_extras.meters import Aggregation, Feature, Meter, ReportingUnit, decimal_text, plain_decimal
+from eventstore_extras.meters import Aggregation, Feature, Meter, ReportingUnit, decimal_text, plain_decimal, time_text
 
 MAX_ANSWERED = 100_000  # items of an answer, or points
 MAX_DIMENSIONS = 50

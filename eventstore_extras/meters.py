@@ -44,7 +44,7 @@ from eventstore import (
     query_of_parameters,
     read_fields,
     ref,
-    time_text,
+    to_datetime,
     whole_within,
 )
 
@@ -256,6 +256,12 @@ def plain_decimal(number: Decimal) -> str:
     """Plain digits: no exponent, no zeros at the end."""
     digits = format(number, "f")
     return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def time_text(time_us: int) -> str:
+    """A time as Go writes it: as many digits of a second as there are (API: Times)."""
+    seconds, dot, digits = to_datetime(time_us).isoformat().removesuffix("+00:00").partition(".")
+    return f"{seconds}{dot}{digits.rstrip('0')}Z"
 
 
 def decimal_text(value: float) -> str:
