@@ -855,10 +855,7 @@ class EventQuery(Struct, frozen=True, kw_only=True):
 
 
 def parse_parameters(query_string: bytes, faults: Faults, repeatable: Iterable[str] = ()) -> dict[str, str]:
-    """The query string as a dict; values of a repeatable parameter are joined by commas.
-
-    One that is not UTF-8, or names another parameter twice, is refused (API: Common rules).
-    """
+    """The query string as a dict, a repeatable parameter's values joined by commas. ApiError (API: Common rules)."""
     try:
         pairs = urllib.parse.parse_qsl(query_string.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError:
