@@ -279,6 +279,11 @@ def check_decimal(value: str | float) -> float:
     return float(text)
 
 
+def check_factor(value: str | float) -> float:
+    check_decimal(value)  # what is no number has another code than what is 0 or less
+    return check_positive(value)
+
+
 def check_name(field: str, value: str | None, faults: Faults) -> str:
     """A text that must be there; up to 255 characters."""
     if not value:
@@ -329,7 +334,7 @@ def check_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
     has_factor = kind == "SUM_WITH_MULTIPLIER"
     if has_factor and sent.multiplier in (None, ""):
         faults.add("multiplier", "required", f"is required for {kind}: a decimal number greater than 0")
-    multiplier = faults.check("multiplier", check_positive if has_factor else check_decimal, sent.multiplier)
+    multiplier = faults.check("multiplier", check_factor if has_factor else check_decimal, sent.multiplier)
     bucket_size = faults.check("bucket_size", one_of(*WINDOW_SIZES), sent.bucket_size)
     if bucket_size and kind not in ("MAX", "SUM"):
         faults.add("bucket_size", "invalid_format", f"goes with MAX and SUM only, not with {kind}")
@@ -400,7 +405,7 @@ def check_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> Report
         for field in ReportingUnitIn.__struct_fields__:
             if getattr(sent, field) in (None, ""):
                 faults.add(field, "required", "is required in a reporting unit")
-        rate = faults.check("conversion_rate", check_positive, sent.conversion_rate) or 1
+        rate = faults.check("conversion_rate", check_factor, sent.conversion_rate) or 1
     return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
 
 
