@@ -872,8 +872,11 @@ def query_of_parameters(
     struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: Parsers = PARAMETER_PARSERS
 ) -> T:
     """The named parameters of a GET, each as the type it has in a body (API: Queries)."""
-    parsed = {name: faults.check(name, parsers.get(name, str), sent[name]) for name in names if name in sent}
-    return struct(**parsed)
+    parsed = struct()
+    for name in names:
+        if name in sent:
+            setattr(parsed, name, faults.check(name, parsers.get(name, str), sent[name]))
+    return parsed
 
 
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
