@@ -765,7 +765,8 @@ def parse_int(text: str) -> int:
 def check_positive(value: str | float) -> float:
     """A number, or the text of one, that is greater than 0 and that a 64-bit float can hold."""
     if not (DECIMAL.fullmatch(str(value)) and 0 < float(value) < math.inf):
-        raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {echo(str(value))}")
+        sent = echo(value) if isinstance(value, str) else f"{value:.15g}"
+        raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {sent}")
     return float(value)
 
 
@@ -953,7 +954,8 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     kind = faults.check("aggregation_type", _AGGREGATION, (sent.aggregation_type or "").upper()) or "COUNT"
     has_multiplier = sent.multiplier not in (None, "")
     if has_multiplier and kind != "SUM_WITH_MULTIPLIER":
-        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+        problem = f"goes with SUM_WITH_MULTIPLIER only, not with {excerpt((sent.aggregation_type or 'none').encode())}"
+        faults.add("multiplier", "invalid_format", problem)
     elif kind == "SUM_WITH_MULTIPLIER" and not has_multiplier:
         faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
     multiplier = faults.check("multiplier", check_positive, sent.multiplier)
@@ -2502,10 +2504,10 @@ def check_key(key: str, where: str = "") -> str:
     return key
 
 
-def parse_api_keys(texts: Iterable[str], source: str) -> tuple[ApiKey, ...]:
-    """Of `KEY` or `KEY=ENVIRONMENT`, each key once. StartError, which names the source and never shows a key."""
-    keys = []
-    for text in texts:
+def parse_api_keys(texts: Iterable[tuple[str, str]]) -> tuple[ApiKey, ...]:
+    """Of places and their `KEY` or `KEY=ENVIRONMENT`. StartError, which names the place and never shows a key."""
+    keys: dict[ApiKey, str] = {}
+    for source, text in texts:
         key, separator, environment = (part.strip() for part in text.partition("="))
         if separator and not environment:
             raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
@@ -2514,19 +2516,23 @@ def parse_api_keys(texts: Iterable[str], source: str) -> tuple[ApiKey, ...]:
                 several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
                 problem = f"an API key or its environment has a {sign!r} in it, which neither may"
                 raise StartError(f"{source}: {problem}: are several keys meant? {several}")
-        keys.append(ApiKey.hashed(check_key(key, f"{source}: "), environment or "development"))
-    if len({key.digest for key in keys}) < len(keys):
-        raise StartError(f"{source} names the same key twice: a key is bound to one environment")
+        found = ApiKey.hashed(check_key(key, f"{source}: "), environment or "development")
+        for known, place in keys.items():
+            if known.digest == found.digest:
+                again = "twice" if place == source else f"as {place}"
+                raise StartError(f"{source} names the same key {again}: a key is bound to one environment")
+        keys[found] = source
     return tuple(keys)
 
 
-def read_api_keys(path: str) -> list[str]:
-    """What a file of keys holds: `KEY` or `KEY=ENVIRONMENT` a line, comments behind a #. StartError."""
+def read_api_keys(path: str) -> list[tuple[str, str]]:
+    """The place and text of each key: `KEY` or `KEY=ENVIRONMENT` a line, comments behind a #. StartError."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"cannot read --api-key-file {path}: {getattr(error, 'strerror', error)}") from error
-    found = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+    texts = [line.partition("#")[0].strip() for line in lines]
+    found = [(f"--api-key-file {path}, line {number}", text) for number, text in enumerate(texts, 1) if text]
     if not found:
         raise StartError(f"--api-key-file {path} has no key in it: write KEY=ENVIRONMENT, each on a line")
     return found
@@ -2539,17 +2545,20 @@ def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tupl
     if flags.api_key or flags.api_key_file:
         sources = {"--api-key": flags.api_key, "--api-key-file": flags.api_key_file}
         source = " and ".join(flag for flag, given in sources.items() if given)
-        texts = [*flags.api_key, *(read_api_keys(flags.api_key_file) if flags.api_key_file else [])]
+        texts = [("--api-key", text) for text in flags.api_key]
+        texts += read_api_keys(flags.api_key_file) if flags.api_key_file else []
     elif several:
-        source, texts = "EVENTSTORE_API_KEYS", several
+        source = "EVENTSTORE_API_KEYS"
+        texts = [(source, text) for text in several]
     elif single:
-        source, texts = "FLEXPRICE_API_KEY", [single]
+        source = "FLEXPRICE_API_KEY"
+        texts = [(source, single)]
         if "=" in single:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
     else:
         made = f"evs_{secrets.token_urlsafe(18)}"
         return (ApiKey.hashed(made),), "made for this run", made
-    return parse_api_keys(texts, source), source, None
+    return parse_api_keys(texts), source, None
 
 
 def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
@@ -2561,6 +2570,8 @@ def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None
         log.error("the API keys stay as they were: %s", error)
     else:
         log.info("%s from %s", counted(len(keys), "API key"), source)
+        for name in service.outboxes.keys() - {key.environment for key in keys}:
+            log.warning("no API key is for the environment %s any more, whose events are sent on", echo(name))
 
 
 def is_loopback(host: str) -> bool:

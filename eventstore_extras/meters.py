@@ -340,6 +340,9 @@ def check_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
         faults.add("bucket_size", "invalid_format", f"goes with MAX and SUM only, not with {kind}")
     if sent.group_by and (kind != "MAX" or not sent.bucket_size):
         faults.add("group_by", "invalid_format", "goes with MAX and a bucket_size only")
+    if sent.group_by and sent.group_by.startswith("properties."):  # as usage and analytics have it
+        problem = f"must be the property alone, without properties. before it, got {echo(sent.group_by)}"
+        faults.add("group_by", "invalid_format", problem)
     return Aggregation(
         type=kind,
         field=sent.field or None,

@@ -173,6 +173,28 @@ def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reaso
     assert "k1" not in done.stderr
 
 
+@table(("text", "message"), [
+    ("# two\na=x\nb c=y", "--api-key-file keys, line 3: an API key is empty, or has a space"),
+    ("a=x\nb=", "--api-key-file keys, line 2: an API key ends in '='"),
+    ("a=x\n\na=y", "--api-key-file keys, line 3 names the same key as --api-key-file keys, line 1"),
+])  # fmt: skip
+def test_a_bad_line_of_the_file_of_keys_is_named(tmp_path, text, message):
+    (tmp_path / "keys").write_text(text)
+    done = run(*SCRIPT, "serve", "--port", "0", "--api-key-file", "keys", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned_of(tmp_path):
+    (tmp_path / "keys").write_text("old=development")
+    to_nobody = ("--forward-to", "http://127.0.0.1:1")
+    with Live(tmp_path, "--api-key-file", "keys", *to_nobody, EVENTSTORE_FORWARD_API_KEY="a-key") as live:
+        (tmp_path / "keys").write_text("new=production")
+        live.process.send_signal(signal.SIGHUP)
+        eventually(lambda: 'no API key is for the environment "development" any more' in live.log)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path):
     keys = tmp_path / "keys"

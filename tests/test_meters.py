@@ -217,6 +217,7 @@ BAD_METERS = {  # what is in the place of a good meter's fields, the faulty fiel
                           ("SUM_WITH_MULTIPLIER", {"multiplier": 2}))},
     "groups without buckets": (one_bad(type="MAX", field="n", group_by="a"), "aggregation.group_by"),
     "groups of a sum": (one_bad(type="SUM", field="n", bucket_size="DAY", group_by="a"), "aggregation.group_by"),
+    "a group with properties.": (one_bad(type="MAX", field="n", bucket_size="DAY", group_by="properties.a"), "aggregation.group_by"),
     "groups of a count": (one_bad(type="COUNT", group_by="a"), "aggregation.group_by"),
     "a group in a list": (one_bad(type="MAX", field="n", bucket_size="DAY", group_by=["a"]), "aggregation.group_by"),
     "filters in an object": ({"filters": {"a": ["x"]}}, "filters"),

@@ -223,7 +223,9 @@ def test_without_a_property_everything_is_counted_and_the_type_says_so(client, k
     ({"event_name": None}, "event_name"), ({"event_name": ""}, "event_name"), ({"aggregation_type": None}, "aggregation_type"),
     ({"aggregation_type": "MEDIAN"}, "COUNT_UNIQUE"), ({"aggregation_type": 5}, "aggregation_type"),
     ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
-    ({"multiplier": "2"}, "multiplier"), ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
+    ({"multiplier": "2"}, "multiplier goes with SUM_WITH_MULTIPLIER only, not with COUNT"),
+    ({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": -1}, "multiplier must be a decimal number greater than 0, got -1"),
+    ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
     *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": bad}, "multiplier")
     for bad in ("0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2")],
     ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
