@@ -718,7 +718,10 @@ def refused_file(db: str) -> Path:
 def append_line(path: Path, line: bytes) -> None:
     """Add a line to a file, which is on the disk then."""
     is_new = not path.exists()
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\n" * (file.read() != b"\n"))  # a power cut left half a line, which would spoil this one
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

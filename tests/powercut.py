@@ -10,18 +10,19 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 SECTOR_BYTES = 512
 FILE_CALLS = ("openat", "pwrite64", "write", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
 SOCKET_CALLS = ("writev", "sendto", "sendmsg")  # and write: what tells a client that its events are stored
+RECEIVING_CALLS = ("read", "recvfrom", "recvmsg")  # what tells the server that its own request was accepted
 
 
 def strace(trace: Path) -> list[str]:
     """The command before the command that is to be recorded. It goes on in the background, until that one ends."""
-    calls = ",".join((*FILE_CALLS, *SOCKET_CALLS))
+    calls = ",".join((*FILE_CALLS, *SOCKET_CALLS, *RECEIVING_CALLS))
     return ["strace", "-D", "-f", "--seccomp-bpf", "-yy", "-xx", "-s", "1000000", "-e", f"trace={calls}",
             "-e", "signal=none", "-o", str(trace)]  # fmt: skip
 
@@ -39,7 +40,7 @@ _LINE = re.compile(r"\d+ +(?:<\.\.\. \w+ resumed>(?P<end>.*)|(?P<name>\w+)\((?P<
 _ENDED = re.compile(r"(.*)\) += (-?\d+)(.*)", re.DOTALL)
 _HEX = re.compile(r"(?:\\x[0-9a-f]{2})+")
 _WRITE = re.compile(r'(\d+)<(.*?)>, "([^"]*)", \d+(?:, (\d+))?')
-_ACCEPTED = "".join(f"\\x{byte:02x}" for byte in b"HTTP/1.1 202")
+_ACCEPTED = "".join(f"\\x{byte:02x}" for byte in b"HTTP/1.1 2")
 _PEER = re.compile(r"<TCP:\[.*?->[^\]]*?:(\d+)\]>")
 
 
@@ -117,7 +118,7 @@ class Step(NamedTuple):
     file: int | None  # None: the folder
     change: Write | Truncation | Entry | None = None
     synced_from: int = -1  # the line at which a sync began that has ended here
-    answered: int = -1  # the port of a client that is told 202 from here on
+    answered: int = -1  # the port of a client that is told 2xx from here on, or of a server that has told it
 
 
 class Recording:
@@ -127,6 +128,7 @@ class Recording:
         self.folder = folder
         self.steps: list[Step] = []
         self._lines = 0
+        self._starts: list[int] = []  # the first line of each run
         self._live: dict[str, int] = {}  # name -> file, as the system sees it
         self._sizes: dict[int, int] = defaultdict(int)
         self._offsets: dict[int, int] = {}  # by descriptor: where write() goes on
@@ -134,12 +136,13 @@ class Recording:
 
     def add(self, trace: Path) -> None:
         """Take in the trace of a run that has ended."""
+        self._starts.append(self._lines)
         for call in calls_of(trace, self._lines):
             self._lines = max(self._lines, call.done)
-            if call.name in ("write", *SOCKET_CALLS) and "<TCP:" in call.arguments:
-                if _ACCEPTED in call.arguments:
-                    peer = _PEER.search(call.arguments)
-                    self.steps.append(Step(call.begun, call.done, None, answered=int(peer[1])))
+            if "<TCP:" in call.arguments or call.name in RECEIVING_CALLS:
+                if _ACCEPTED in call.arguments and (peer := _PEER.search(call.arguments)):
+                    line = call.done if call.name in RECEIVING_CALLS else call.begun
+                    self.steps.append(Step(line, call.done, None, answered=int(peer[1])))
             elif call.result >= 0 and call.name in FILE_CALLS and "(deleted)" not in call.arguments:
                 getattr(self, f"_{call.name}")(call)
         self._lines += 1
@@ -207,8 +210,8 @@ class Recording:
             self._change(call, None, Entry(name, None))
 
     def disks(self, cuts: int, choose: random.Random) -> Iterator[Disk]:
-        """The disk as it may be after so many cuts, in the order of time: half of them right after a 202, when most is
-        claimed and least may be missing, the others anywhere."""
+        """The disk as it may be after so many cuts, in the order of time: half of them right after an answer, when most
+        is claimed and least may be missing, the others anywhere."""
         answers = [number + 1 for number, step in enumerate(self.steps) if step.answered >= 0]
         moments = [choose.choice(answers) for _ in range(cuts // 2)]
         moments += [choose.randrange(len(self.steps) + 1) for _ in range(cuts - cuts // 2)]
@@ -218,6 +221,7 @@ class Recording:
                 disk.take(step)
             at = moment
             disk.number = number
+            disk.run = sum(start < self.steps[max(at - 1, 0)].line for start in self._starts) - 1
             yield disk
 
 
@@ -226,7 +230,8 @@ class Disk:
 
     def __init__(self) -> None:
         self.number = 0  # of the cut
-        self.answers: dict[int, int] = defaultdict(int)  # how many 202 each port was told
+        self.run = 0  # which one is under way
+        self.answers: dict[int, int] = defaultdict(int)  # how many 2xx each port was told, or told
         self._contents: dict[int, bytearray] = defaultdict(bytearray)
         self._entries: dict[str, int] = {}
         self._pending: dict[int | None, list[Step]] = defaultdict(list)
@@ -261,14 +266,3 @@ class Disk:
                 elif choose.random() < 0.5:
                     step.change.torn(choose).apply(content)
             (folder / name).write_bytes(content)
-
-
-class Cut(NamedTuple):
-    """What a check has to judge: the files after a cut, and what was sent and answered before it."""
-
-    folder: Path
-    acknowledged: list[list[dict]]  # the events of each request that was told 202
-    sent: list[list[dict]]  # those of every request
-
-
-Check = Callable[[Cut], Iterator[str]]  # what is wrong, in words

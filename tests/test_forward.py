@@ -436,6 +436,16 @@ def test_nothing_is_passed_over_that_cannot_be_put_aside(tmp_path, caplog):
     assert [json.loads(line)["event_id"] for line in refused.read_text().splitlines()] == ["bad"]
 
 
+def test_half_a_line_that_a_power_cut_left_does_not_spoil_the_next(tmp_path):
+    refused = tmp_path / "events.db.refused.ndjson"
+    refused.write_bytes(b'{"event_name":"ca')
+    with Target(refusing(400, "bad")) as target, an_edge(target, db=str(tmp_path / "events.db")) as (edge, client):
+        store(client, event("bad"))
+        edge.wait_until_forwarded()
+    torn, whole = refused.read_text().splitlines()
+    assert (torn, json.loads(whole)["event_id"]) == ('{"event_name":"ca', "bad")
+
+
 # ---------------------------------------------------------------------------------------------- start and end
 
 FORWARDING = {"EVENTSTORE_FORWARD_API_KEY": KEY, "EVENTSTORE_API_KEYS": KEY}
