@@ -323,6 +323,16 @@ def parquet_room() -> ModuleType:
         raise StartError(f"Parquet needs {(error.name or '').partition('.')[0]}: {install}") from None
 
 
+def need_parquet_room(source: io.BufferedReader, arguments: argparse.Namespace) -> None:
+    """StartError, before a database is made, if a file is Parquet and the library for it is not there."""
+    head = b""
+    with suppress(OSError):  # whoever reads it says why it cannot be read
+        if arguments.format == "auto" and source.seekable():  # a pipe may have nothing yet, and cannot be Parquet
+            head = source.peek()
+    if arguments.format == "parquet" or input_format(head) == "parquet":
+        parquet_room()
+
+
 READERS: dict[str, Callable[[io.BufferedReader, argparse.Namespace], Iterator[Entry]]] = {
     "ndjson": lambda stream, arguments: json_lines(stream, arguments.max_body_bytes),
     "json": lambda stream, arguments: json_array(stream, arguments.max_body_bytes),
@@ -599,6 +609,7 @@ def import_events(arguments: argparse.Namespace) -> int:
         size = os.fstat(source.fileno()).st_size if source.seekable() else None
         if arguments.db == ":memory:":
             raise StartError("--db :memory: would be gone after the import: name a file")
+        need_parquet_room(source, arguments)
         made = "" if os.path.exists(arguments.db) else ", which was made for them"
         if not arguments.dry_run or not made:
             prepare_file(arguments.db)
@@ -797,7 +808,7 @@ def write_pages(encode: Callable[[list[Row]], bytes], pages: Pages, output: Bina
 def writer(arguments: argparse.Namespace) -> Callable[[Pages, BinaryIO], None]:
     """What writes the format that was asked for. StartError if the flags do not fit it."""
     if arguments.format is None:
-        arguments.format = "parquet" if (arguments.output or "").endswith(".parquet") else "ndjson"
+        arguments.format = "parquet" if (arguments.output or "").endswith((".parquet", ".parquet.gz")) else "ndjson"
     if (arguments.format == "clickhouse") is not bool(arguments.tenant_id):
         raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
     if arguments.property_columns and arguments.format != "parquet":

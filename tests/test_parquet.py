@@ -517,6 +517,7 @@ def test_standard_input_may_be_a_file_but_no_pipe(tmp_path):
     ("--properties-column a:int64", "--properties-column goes with --format parquet"),
     ("--format parquet --properties-column a:int64 --properties-column a:bool", "--properties-column a is there twice"),
     ("--format parquet -o out.gz", "--output out.gz: Parquet is compressed already; leave .gz out"),
+    ("-o out.parquet.gz", "--output out.parquet.gz: Parquet is compressed already; leave .gz out"),
     ("--format parquet --tenant-id t", "--tenant-id goes with --format clickhouse"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_refused(tmp_path, arguments, part):
@@ -551,7 +552,10 @@ def test_a_terminal_is_no_place_for_it(tmp_path):
     )
 
 
-@table("arguments", ["import in --db new.db", "export --db old.db -o out.parquet"])
+@table(
+    "arguments",
+    ["import in --db new.db", "import lines --format parquet --db new.db", "export --db old.db -o out.parquet"],
+)
 def test_without_arro3_it_says_what_to_install_and_other_formats_work(tmp_path, arguments):
     code = "import sys; sys.modules['arro3'] = None; import eventstore; sys.exit(eventstore.main())"
     (tmp_path / "lines").write_bytes(lines_of(event("a")))
@@ -563,7 +567,7 @@ def test_without_arro3_it_says_what_to_install_and_other_formats_work(tmp_path, 
     assert re.fullmatch(
         r"eventstore: Parquet needs arro3: .+ -m pip install arro3-core arro3-io \(or .+\)\n", done.stderr
     )
-    assert not (tmp_path / "out.parquet").exists()
+    assert sorted(sizes_in(tmp_path)) == ["in", "lines", "old.db"]
 
 
 # ---------------------------------------------------------------------------------------------- memory
