@@ -238,7 +238,8 @@ def target_url(text: str, flag: str) -> str:
     if "@" in parts.netloc:
         raise StartError(f"{flag} must not hold a user or a password before {echo(parts.hostname or '')}: logs show it")
     url = text.strip().rstrip("/")
-    if re.search(r"/v\d+/|/events", url):
+    segments = parts.path.rstrip("/").removesuffix("/v1").split("/")
+    if any(re.fullmatch(r"v\d.*|events", segment, re.IGNORECASE) for segment in segments):
         raise StartError(f"{flag} must be the base URL, with or without /v1 at its end, got {echo(text)}")
     return url if url.endswith("/v1") else f"{url}/v1"
 
@@ -319,7 +320,7 @@ class Replay:
     ) -> None:
         """StopError if a batch is refused, or none is accepted for too long."""
         concurrency = self._arguments.concurrency
-        source = "--api-key" if self._arguments.api_key else "FLEXPRICE_API_KEY"
+        source = replay_key_source(self._arguments.api_key)
         async with Target(self.progress.target, key, source, "--to", concurrency) as target:
             try:
                 for pages in self.passes(conn, query):
@@ -463,11 +464,15 @@ def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayPro
     return list_events(conn, replace(query, start_us=start_us)).total_count or 0
 
 
+def replay_key_source(flag: str | None) -> str:
+    return "--api-key" if flag else "FLEXPRICE_API_KEY"
+
+
 def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
     key = flag or environ.get("FLEXPRICE_API_KEY", "").strip()
     if not key:
         raise StartError("no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
-    return check_key(key)
+    return check_key(key, f"{replay_key_source(flag)}: ")
 
 
 # ---------------------------------------------------------------------------------------------- forwarding
@@ -475,7 +480,8 @@ def replay_key(flag: str | None, environ: Mapping[str, str]) -> str:
 BLOCKED_PAUSE_S = 30.0
 GRACE_S = 2.0  # for the request under way when the server stops; less than TASK_TIMEOUT_S
 WATCH_INTERVAL_S = 5.0
-BEHIND_EVENTS = 10_000
+BEHIND_EVENTS, BEHIND_S = 10_000, 60.0
+START_S = 15.0  # after a start, in which many events that came before it are no news
 SPAN = 100_000  # rows that one query looks at: those of another environment are passed over
 
 
@@ -547,6 +553,7 @@ class Forwarder:
     ) -> None:
         self._store = service.store
         self._clock = service.settings.clock
+        self._started_us = self._clock()
         self._target = target
         self._path = path
         self._interval_s = interval_s
@@ -701,12 +708,16 @@ class Forwarder:
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _judge(self, events: int, oldest_us: int) -> None:
-        waited_s = (self._clock() - oldest_us) / 1e6 - self._interval_s if events else 0.0
-        if not self.is_behind and (events > BEHIND_EVENTS or waited_s > 60):
+        """What waited while no server ran is no news: the time counts from the start at the earliest."""
+        now = self._clock()
+        running_s = (now - self._started_us) / 1e6
+        waited_s = (now - oldest_us) / 1e6 - self._interval_s if events else 0.0
+        has_many = events > BEHIND_EVENTS and running_s >= START_S
+        if not self.is_behind and (has_many or min(waited_s, running_s) > BEHIND_S):
             self.is_behind = True
             waiting = f"{counted(events, 'event')} wait, the first for {waited_s:.0f} s"
             log.warning("forwarding to %s has fallen behind: %s", self.host, waiting)
-        elif self.is_behind and events <= MAX_BATCH and waited_s <= 60:
+        elif self.is_behind and events <= MAX_BATCH and waited_s <= BEHIND_S:
             self.is_behind = False
             log.info("forwarding to %s has caught up", self.host)
 
@@ -807,7 +818,8 @@ def attach(service: Service, arguments: argparse.Namespace, listening: tuple[Any
         raise StartError(f"no API key for --forward-to: set {' or '.join(names)} to the key there")
     for name in ("httpx", "httpcore"):  # they have a line for each request
         logging.getLogger(name).setLevel(logging.WARNING)
-    target = Target(url, check_key(os.environ[source].strip()), source, "--forward-to")
+    key = check_key(os.environ[source].strip(), f"{source}: ")
+    target = Target(url, key, source, "--forward-to")
     forward(service, target, arguments.forward_environment, arguments.forward_interval_ms / 1000)
 
 

@@ -350,12 +350,28 @@ def test_a_weeks_outage_delays_and_loses_nothing_and_is_told_once(caplog):
     assert sum("answered 503" in record.message for record in told) <= 7 * 24 + 1
 
 
-@table(("waiting", "is_told"), [((0, 0), False), ((10_000, 59), False), ((10_001, 0), True), ((1, 61), True)])
-def test_it_is_behind_from_10000_events_or_a_minute_on(tmp_path, caplog, waiting, is_told):
+@table(
+    ("waiting", "running_s", "is_told"),
+    [
+        ((0, 0), 3600, False),
+        ((10_000, 59), 3600, False),
+        ((10_001, 0), 3600, True),
+        ((1, 61), 3600, True),
+        ((12, 7200), 60, False),
+        ((12, 7200), 61, True),
+        ((10_001, 7200), 14, False),
+        ((10_001, 7200), 15, True),
+    ],
+)
+def test_it_is_behind_from_10000_events_or_a_minute_on_but_not_at_once_after_a_start(
+    tmp_path, caplog, waiting, running_s, is_told
+):
     caplog.set_level(logging.INFO, "eventstore")
-    service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: NOW))
+    clock = SimpleNamespace(us=NOW - running_s * 1_000_000)
+    service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: clock.us))
     target = SimpleNamespace(url="https://host/v1")
     forwarder = forward.Forwarder(service, target, forward.ForwardProgress("", ""), tmp_path, 0.0)
+    clock.us = NOW
     events, seconds = waiting
     for _ in range(3):
         forwarder._judge(events, NOW - seconds * 1_000_000)
@@ -536,9 +552,10 @@ def test_a_cycle_of_two_servers_ends_by_the_ids():
         (["--forward-to", "ftp://host"], FORWARDING, "--forward-to must be a URL like"),
         (["--forward-to", "host:8080"], FORWARDING, "--forward-to must be a URL like"),
         (["--forward-to", "http://host/v1/events"], FORWARDING, "--forward-to must be the base URL"),
+        (["--forward-to", "http://host/v2"], FORWARDING, "--forward-to must be the base URL, with or without /v1"),
         (["--forward-to", "http://me:secret@host/v1"], FORWARDING, "must not hold a user or a password"),
         (["--forward-to", "http://host"], {"EVENTSTORE_API_KEYS": KEY}, "set EVENTSTORE_FORWARD_API_KEY or FLEXPRICE_API_KEY"),
-        (["--forward-to", "http://host"], FORWARDING | {"EVENTSTORE_FORWARD_API_KEY": "two words"}, "an API key is empty, or has a space"),
+        (["--forward-to", "http://host"], FORWARDING | {"EVENTSTORE_FORWARD_API_KEY": "two words"}, "EVENTSTORE_FORWARD_API_KEY: an API key is empty, or has a space"),
         (["--forward-to", "http://host", "--forward-environment", "prod"], FORWARDING, 'no key and no event has that environment, there are development'),
         (["--forward-to", "http://localhost:{port}", "--port", "{port}"], FORWARDING, "is this server itself"),
         (["--forward-to", "http://127.0.0.1:{port}/v1", "--port", "{port}", "--host", "0.0.0.0"], FORWARDING, "is this server itself"),

@@ -401,7 +401,10 @@ CANNOT_RUN = [  # arguments, what the message names
     ("replay --to http://host:99999", "99999"),
     ("replay --to http://host/v1?key=1", "key=1"),
     ("replay --to http://127.0.0.1:1", "FLEXPRICE_API_KEY"),
-    ("replay --to http://127.0.0.1:1 --api-key s\u00e9cret", "ASCII"),
+    (
+        "replay --to http://127.0.0.1:1 --api-key s\u00e9cret",
+        "--api-key: an API key is empty, or has a space or a character outside ASCII",
+    ),
 ]
 
 
@@ -565,7 +568,12 @@ def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, m
     assert not [*source.glob("*.replay-*")], "nothing was accepted: there is no progress to keep"
 
 
-@table("path", ["/v1/events", "/v1/events/bulk", "/v2/x", "/events", "/v1/x"])
+@table("url", ["http://events:8080", "http://v2/", "https://host/eventstore", "https://host/a/v1"])
+def test_a_host_and_a_prefix_may_have_any_name(url):
+    assert forward.target_url(url, "--to") == f"{url.rstrip('/').removesuffix('/v1')}/v1"
+
+
+@table("path", ["/v1/events", "/v1/events/bulk", "/v2/x", "/events", "/v1/x", "/v2", "/api/V1", "/v1beta/"])
 def test_a_target_is_a_base_url(tmp_path, capsys, path):
     assert replayed(a_source(tmp_path), f"http://127.0.0.1:1{path}") == 2
     assert "--to must be the base URL, with or without /v1 at its end" in capsys.readouterr().err
