@@ -52,6 +52,7 @@ from eventstore import (
     View,
     connect,
     connect_reader,
+    counted,
     create_app,
     decode,
     decode_fields,
@@ -172,9 +173,9 @@ def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> Non
         problem = f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
         faults.add("method", "invalid_format", problem)
     elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
-        name = "stored" if fault.stored else "status"
+        name, value = ("stored", "true") if fault.stored else ("status", "202")
         ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
-        faults.add(name, "invalid_format", f"must be another for this request: only {ingest} can be answered so")
+        faults.add(name, "invalid_format", f"is {value}, which goes with {ingest} only")
 
 
 class _Waiting(NamedTuple):
@@ -495,7 +496,7 @@ class MockServer:
 
         TypeError for an unknown field, ApiError for a bad value.
         """
-        InjectedFault(**fault)  # names the unknown
+        check_names("fail", fault, InjectedFault.__struct_fields__)
         self._fault_queue.add(check_fault(_convert(fault, InjectedFault), Faults()))
 
     def requests(self) -> list[ReceivedRequest]:
@@ -508,12 +509,19 @@ class MockServer:
         deadline_s = time.monotonic() + timeout_s
         while self._forwarder and (behind := self._forwarder.behind_now()):
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"after {timeout_s:g} s {behind} events are not forwarded to {self._forwarder.host}")
+                waiting = f"{counted(behind, 'event')} not forwarded to {self._forwarder.host} yet"
+                raise TimeoutError(f"after {timeout_s:g} s: {waiting}")
             time.sleep(0.005)
 
     def faults(self, unused: bool = False) -> list[dict[str, Any]]:
         """The faults that still wait for requests; on request, only those that none has met yet."""
         return [msgspec.structs.asdict(fault) for fault in self._fault_queue.waiting(unused=unused)]
+
+
+def check_names(function: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """TypeError that lists what there is."""
+    if unknown := {*given} - {*known}:
+        raise TypeError(f"{function}() does not take {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
 
 
 def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
@@ -544,8 +552,11 @@ def running_server(
     `api_keys` maps keys to environments; `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
     It takes a free port of this machine, or that of `listener`, a bound socket, which it closes in the end. With
     `forward_to`, another MockServer or whatever has a `url` and an `api_key`, it sends the events of its first key's
-    environment on, at once; StartError as of `serve --forward-to`.
+    environment on, at once; StartError as of `serve --forward-to`. TypeError for an unknown field.
     """
+    check_names("running_server", settings, ("listener", "forward_to", *Settings.__struct_fields__))
+    if forward_to and not (hasattr(forward_to, "url") and hasattr(forward_to, "api_key")):
+        raise TypeError(f"forward_to must be another server, or have a url and an api_key, got {forward_to!r}")
     api_keys = api_keys or {MOCK_API_KEY: "development"}
     hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
     mock = Mock()
