@@ -37,7 +37,7 @@ from eventstore import (
     say,
     to_datetime,
 )
-from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, read_forward_progress
+from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, progress_file, read_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 
 HOUR_US = 3600 * 1_000_000
@@ -47,7 +47,6 @@ GOAL_S = 0.005  # for the rows of one transaction; whoever stores events waits f
 FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 50, 10, 1000
 PAUSE_TIMES = 2  # as long as the transaction took, before the next
 PRUNE_LOCK_TIMEOUT_S = 60.0
-GONE = "if nothing is forwarded there any more, remove its .forward-*.json beside the database"
 SELECT_DOOMED = (
     "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {where} ORDER BY seq LIMIT :rows)"
 )
@@ -138,6 +137,12 @@ def forwarded_from(db: str) -> list[ForwardProgress]:
     return [read_forward_progress(Path(path)) for path in sorted(glob.glob(f"{glob.escape(db)}.forward-*.json"))]
 
 
+def gone(db: str, progress: ForwardProgress) -> str:
+    """What to do with a target that takes nothing any more, and keeps events so."""
+    file = progress_file(db, "forward", [progress.target, progress.environment])
+    return f"if nothing is forwarded there any more, remove {file}"
+
+
 class Retention:
     """Deletes what is older than so many days, at the start and every hour."""
 
@@ -167,7 +172,7 @@ class Retention:
             log.exception("retention failed; the next try is in an hour")
         else:
             if sweep.deleted:
-                before = to_datetime(before_us).isoformat()
+                before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
                 log.info("retention: deleted %s, stored before %s", counted(sweep.deleted, "event"), before)
 
 
@@ -177,9 +182,9 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
         outbox = service.outboxes.get(progress.environment)
         if outbox is None or outbox.host != urllib.parse.urlsplit(progress.target).netloc:
             log.warning("retention: this server does not forward to %s, and what is not accepted there is kept; %s",
-                        progress.target, GONE)  # fmt: skip
+                        progress.target, gone(service.store.path, progress))  # fmt: skip
     service.tasks.append(Retention(service, arguments.retain_days).run)
-    service.notices.append(f"keeps        events for {arguments.retain_days:g} days after they were stored")
+    service.notices.append(f"keeps        events for {arguments.retain_days:,.15g} days after they were stored")
 
 
 # ---------------------------------------------------------------------------------------------- prune
@@ -223,7 +228,7 @@ def prune_events(arguments: argparse.Namespace) -> int:
             deleted = sweep.deleted
     did = "would delete" if arguments.dry_run else "deleted"
     events = f"{did} {counted(deleted, 'event')} stored before {arguments.before} from {arguments.db}"
-    say(f"{events}; {time.monotonic() - started_s:.1f} s{not_yet(kept - deleted, doomed.forwarded)}")
+    say(f"{events}; {time.monotonic() - started_s:.1f} s{not_yet(kept - deleted, arguments.db, doomed.forwarded)}")
     return 0
 
 
@@ -241,12 +246,12 @@ def count_rows(conn: sqlite3.Connection, doomed: Doomed) -> int:
     return doomed.first(conn, -1)[0]  # no limit
 
 
-def not_yet(events: int, forwarded: Sequence[ForwardProgress]) -> str:
+def not_yet(events: int, db: str, forwarded: Sequence[ForwardProgress]) -> str:
     """Why not everything before the time is deleted."""
     if events <= 0:
         return ""
-    targets = ", ".join(sorted({progress.target for progress in forwarded}))
-    return f"; {counted(events, 'event')} of that time stay until accepted by {targets} ({GONE})"
+    targets = ", ".join(f"{progress.target} ({gone(db, progress)})" for progress in forwarded)
+    return f"; {counted(events, 'event')} of that time stay until accepted by {targets}"
 
 
 def add_flags(_: str, add: AddFlag) -> None:

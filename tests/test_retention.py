@@ -137,7 +137,7 @@ def test_a_server_deletes_at_its_start_and_every_hour_by_its_clock(tmp_path, cap
     clock = SimpleNamespace(us=NOW)
     with retaining(tmp_path, 30, clock) as client:
         eventually(lambda: page(client, "POST", **EVER)["total_count"] == 1)
-        told = "retention: deleted 2 events, stored before 2025-09-15T11:38:47.962000+00:00"
+        told = "retention: deleted 2 events, stored before 2025-09-15T11:38:47.962000Z"
         eventually(lambda: told in caplog.text)
         clock.us += DAY_US + HOUR_US // 2
         store(client, event("new"))
@@ -243,6 +243,7 @@ def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot read how far forwarding is in" in done.stderr
     with Live(tmp_path / "long", "--retain-days", "1000000000", "--api-key", KEY) as live, live.client() as client:
+        assert "\n  keeps        events for 1,000,000,000 days after they were stored\n" in live.banner
         store(client, event())
         assert live.stop() == 0
         assert "retention" not in live.log
@@ -255,7 +256,8 @@ def test_a_target_that_is_forwarded_to_no_more_is_named_because_it_keeps_events(
         eventually(lambda: len(kept_ids(tmp_path)) == 2)
     (line,) = [record.message for record in caplog.records if "does not forward to" in record.message]
     assert (
-        "https://old/v1, and what is not accepted there is kept; if nothing is forwarded there any more, remove" in line
+        "https://old/v1, and what is not accepted there is kept; if nothing is forwarded there any more, "
+        f"remove {file}" in line
     )
     file.unlink()
     caplog.clear()
@@ -292,7 +294,8 @@ def test_a_prune_says_what_it_deleted_and_what_it_must_keep(tmp_path):
         start = f"eventstore: {did} 2 events stored before 2025-10-16T00:00:00Z from events.db; "
         assert done.stderr.startswith(start)
 
-        assert "; 2 events of that time stay until accepted by https://host/v1 (if nothing" in done.stderr
+        stay = "; 2 events of that time stay until accepted by https://host/v1 (if nothing is forwarded there any more"
+        assert f"{stay}, remove {file.name})" in done.stderr
     assert kept_ids(tmp_path) == ["00002", "00003", "00004"]
     file.unlink()
     done = run(*command, cwd=tmp_path)
