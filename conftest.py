@@ -64,16 +64,22 @@ def serving(folder: Path, operations=(), **settings):
     return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
 
 
+@pytest.fixture(scope="module")
+def operations():
+    """What a module's clients have beside the service's own; a module that wants more has a fixture of this name."""
+    return ()
+
+
 @pytest.fixture
-def client(tmp_path):
-    with serving(tmp_path) as client:
+def client(tmp_path, operations):
+    with serving(tmp_path, operations) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, operations):
     """For tests that care for nothing but their own events."""
-    with serving(tmp_path_factory.mktemp("shared")) as client:
+    with serving(tmp_path_factory.mktemp("shared"), operations) as client:
         yield client
 
 

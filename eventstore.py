@@ -813,11 +813,11 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return check
 
 
-_SORT = one_of(*SORTS)
-_ORDER = one_of(*ORDERS)
-_AGGREGATION = one_of(*AGGREGATIONS)
-_WINDOW_SIZE = one_of(*WINDOW_SIZES)
-_OFFSET, _PAGE_SIZE = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
+check_sort = one_of(*SORTS)
+check_order = one_of(*ORDERS)
+check_kind = one_of(*AGGREGATIONS)
+check_window_size = one_of(*WINDOW_SIZES)
+check_offset, check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
 Parsers = dict[str, Callable[[str], Any]]
 PARAMETER_PARSERS: Parsers = {
     "start_time": parse_query_time, "end_time": parse_query_time, "property_filters": parse_property_filters,
@@ -887,10 +887,10 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
     before = faults.check("iter_first_key", parse_cursor, sent.iter_first_key)
     if after and before:
         faults.add("iter_first_key", "invalid_format", "and iter_last_key exclude each other: send one of them")
-    sort = faults.check("sort", _SORT, sent.sort) or "timestamp"
-    order = faults.check("order", _ORDER, sent.order) or "desc"
-    offset = faults.check("offset", _OFFSET, sent.offset) or 0
-    page_size = faults.check("page_size", _PAGE_SIZE, sent.page_size) or 0
+    sort = faults.check("sort", check_sort, sent.sort) or "timestamp"
+    order = faults.check("order", check_order, sent.order) or "desc"
+    offset = faults.check("offset", check_offset, sent.offset) or 0
+    page_size = faults.check("page_size", check_page_size, sent.page_size) or 0
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return EventQuery(
@@ -921,11 +921,16 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
         faults.add(field, "invalid_format", "has an empty key")
-    number = sum(map(len, filters.values()))
+    check_filter_limits(field, [*filters.values()], faults)
+    return filters
+
+
+def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
+    """Of filters the values of each key: so many a statement may name."""
+    number = sum(map(len, filters))
     if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
         limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
         faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
-    return filters
 
 
 class UsageQuery(Struct, frozen=True, kw_only=True):
@@ -951,7 +956,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         faults.add("event_name", "required", "is required")
     if not sent.aggregation_type:
         faults.add("aggregation_type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
-    kind = faults.check("aggregation_type", _AGGREGATION, (sent.aggregation_type or "").upper()) or "COUNT"
+    kind = faults.check("aggregation_type", check_kind, (sent.aggregation_type or "").upper()) or "COUNT"
     has_multiplier = sent.multiplier not in (None, "")
     if has_multiplier and kind != "SUM_WITH_MULTIPLIER":
         problem = f"goes with SUM_WITH_MULTIPLIER only, not with {excerpt((sent.aggregation_type or 'none').encode())}"
@@ -960,8 +965,8 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
     multiplier = faults.check("multiplier", check_positive, sent.multiplier)
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
-    window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
-    bucket_size = faults.check("bucket_size", _WINDOW_SIZE, sent.bucket_size)
+    window_size = faults.check("window_size", check_window_size, sent.window_size)
+    bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     faults.check("billing_anchor", parse_time, sent.billing_anchor)
     property_filters = check_property_filters("filters", sent.filters, faults)
     faults.refuse()
@@ -990,7 +995,7 @@ def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
         missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
         faults.add(missing, "required", f"is required with {given}")
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
-    size = faults.check("window_size", _WINDOW_SIZE, parameters.get("window_size"))
+    size = faults.check("window_size", check_window_size, parameters.get("window_size"))
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.refuse()
     return UsageQuery(

@@ -46,12 +46,12 @@ from eventstore import (
     Windows,
     aggregate,
     check_property_filters,
+    check_window_size,
     choice,
     echo,
     filter_clauses,
     json_texts,
     number_expression,
-    one_of,
     parts_of,
     property_expression,
     read_fields,
@@ -63,11 +63,19 @@ from eventstore import (
     usage_value,
 )
 from eventstore_extras import meters
-from eventstore_extras.meters import Aggregation, Feature, Meter, ReportingUnit, decimal_text, plain_decimal, time_text
+from eventstore_extras.meters import (
+    Aggregation,
+    Feature,
+    Meter,
+    ReportingUnit,
+    decimal_text,
+    is_in,
+    plain_decimal,
+    time_text,
+)
 
 MAX_ANSWERED = 100_000  # items of an answer, or points
 MAX_DIMENSIONS = 50
-_WINDOW_SIZE = one_of(*WINDOW_SIZES)
 
 # ---------------------------------------------------------------------------------------------- wire types
 
@@ -192,7 +200,7 @@ ANY_METER = Meter(id="", name="", event_name="any", aggregation=Aggregation("COU
 def meter_query(sent: MeterUsageIn, meter: Meter, view: View, faults: Faults) -> UsageQuery:
     """The usage query of a meter. ApiError with every fault (API: Usage of a meter)."""
     of_meter = meter.aggregation
-    faults.check("bucket_size", _WINDOW_SIZE, sent.bucket_size)
+    faults.check("bucket_size", check_window_size, sent.bucket_size)
     same = {*MeterUsageIn.__struct_fields__} & {*UsageIn.__struct_fields__}
     usage = UsageIn(**{name: getattr(sent, name) for name in same})
     usage.event_name = meter.event_name
@@ -287,7 +295,7 @@ def check_dimension(name: str) -> str:
 def analytics_query(sent: AnalyticsIn, view: View, faults: Faults) -> AnalyticsQuery:
     """The checked query. ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
-    window_size = faults.check("window_size", _WINDOW_SIZE, sent.window_size)
+    window_size = faults.check("window_size", check_window_size, sent.window_size)
     for place, name in enumerate(sent.group_by or []):
         faults.check(f"group_by[{place}]", check_dimension, name or " ")  # an empty one is none either
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in IMPLIED_DIMENSIONS))
@@ -455,8 +463,8 @@ class Extracted:
             else:
                 value = property_expression(function, name, key, self._parameters)
             if event_names != all_names:
-                self._parameters[f"{name}_names"] = ENCODER.encode(sorted(event_names)).decode()
-                value = f"iif(event_name IN (SELECT value FROM json_each(:{name}_names)), {value}, NULL)"
+                needed = is_in("event_name", event_names, f"{name}_names", self._parameters)
+                value = f"iif({needed}, {value}, NULL)"
             columns.append(f"{value} AS {name}")
         return columns
 
@@ -490,9 +498,7 @@ def condition(place: int, one: Metered, extracted: Extracted, parameters: Parame
         clauses.append(f"ingested_at_us < :archived{place}")
     for number, (key, values) in enumerate(both_filters({}, one.meter).items()):
         column = extracted.column("property_json", key, one.meter.event_name)
-        name = f"values{place}_{number}"
-        parameters[name] = ENCODER.encode(json_texts(values)).decode()
-        clauses.append(f"{column} IN (SELECT value FROM json_each(:{name}))")
+        clauses.append(is_in(column, json_texts(values), f"values{place}_{number}", parameters))
     return " AND ".join(clauses)
 
 
@@ -583,14 +589,12 @@ def events_statement(
     query: AnalyticsQuery, event_names: set[str], columns: Sequence[str], parameters: Parameters
 ) -> str:
     """The events of the range, each with its window, and with what has been extracted from it."""
-    parameters["event_names"] = ENCODER.encode(sorted(event_names)).decode()
     clauses = filter_clauses(query.events, parameters)
     # As in filter_clauses: the + keeps the planner on the customer's index.
     plus = "+" if query.events.filters else ""
-    clauses.append(f"{plus}event_name IN (SELECT value FROM json_each(:event_names))")
+    clauses.append(is_in(f"{plus}event_name", event_names, "event_names", parameters))
     if query.sources:
-        parameters["sources"] = ENCODER.encode(query.sources).decode()
-        clauses.append("source IN (SELECT value FROM json_each(:sources))")
+        clauses.append(is_in("source", query.sources, "sources", parameters))
     clauses += ["timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1"]
     always = ["bound.value ->> 2 AS window", "event_name"]
     return (
@@ -692,15 +696,15 @@ def expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
     return None if struct is None else kind(**asdict(struct) | more)
 
 
+def properties_of(group: Mapping[str, str | None]) -> dict[str, str] | None:
+    """Of a group those dimensions that are properties, as far as its events have them; None if none was asked for."""
+    values = {name.removeprefix("properties."): value for name, value in group.items() if name not in DIMENSIONS}
+    return {name: value for name, value in values.items() if value is not None} if values else None
+
+
 def analytics_item(query: AnalyticsQuery, one: Metered, group: Group, tally: Tally) -> AnalyticsItem:
     meter, feature = one.meter, one.feature
     of_group = dict(zip(query.dimensions, group, strict=True))
-    properties = {
-        name.removeprefix("properties."): value
-        for name, value in of_group.items()
-        if name not in DIMENSIONS and value is not None
-    }
-    has_properties = any(name not in DIMENSIONS for name in query.dimensions)
     total = usage_text(one, tally.count, tally.value or 0.0)
     unit = feature.reporting_unit if feature else None
     environment = query.events.view.environment
@@ -720,7 +724,7 @@ def analytics_item(query: AnalyticsQuery, one: Metered, group: Group, tally: Tal
         external_customer_id=of_group.get("external_customer_id"),
         source=of_group.get("source"),
         sources=sorted(tally.sources) if sources else None,
-        properties=properties if has_properties else None,
+        properties=properties_of(of_group),
         window_size=one.window_size(query.window_size),
         points=[
             AnalyticsPoint(time_text(start_us), usage_text(one, count, value), count)

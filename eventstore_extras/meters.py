@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -21,8 +21,6 @@ from eventstore import (
     ENCODER,
     FIELD_SCHEMAS,
     MAX_FILTER_KEYS,
-    MAX_FILTER_VALUES,
-    MAX_OFFSET,
     ORDERS,
     PARAMETER_PARSERS,
     PARAMETER_SCHEMAS,
@@ -35,7 +33,12 @@ from eventstore import (
     Parameters,
     Service,
     T,
+    check_filter_limits,
+    check_kind,
+    check_offset,
+    check_order,
     check_positive,
+    check_window_size,
     choice,
     echo,
     one_of,
@@ -239,15 +242,11 @@ FEATURE_TYPES = ("metered", "boolean", "static", "config")
 RESETS = ("BILLING_PERIOD", "NEVER")
 RESET_ALIASES = {"periodic": "BILLING_PERIOD", "cumulative": "NEVER"}  # what the documents' examples send
 STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # all but two find nothing
-SORT_COLUMNS = {
-    "created_at": "created_at_us",
-    "updated_at": "updated_at_us",
-    "name": "name",
-    "event_name": "event_name",
-}
+SORT_COLUMNS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name",
+                "event_name": "event_name"}  # fmt: skip
 
-_SORT, _ORDER, _STATUS = one_of(*SORT_COLUMNS), one_of(*ORDERS), one_of(*STATUSES)
-_LIMIT, _OFFSET = whole_within(0, MAX_LIMIT), whole_within(0, MAX_OFFSET)
+check_sort, check_status = one_of(*SORT_COLUMNS), one_of(*STATUSES)
+check_limit = whole_within(0, MAX_LIMIT)
 
 Columns = dict[str, object]  # of a row, by name
 
@@ -274,7 +273,7 @@ def decimal_text(value: float) -> str:
 def check_decimal(value: str | float) -> float:
     """A number, or the text of one, that a 64-bit float can hold; of any sign."""
     text = str(value)
-    if not DECIMAL.fullmatch(text) or abs(float(text)) == float("inf"):
+    if not DECIMAL.fullmatch(text) or math.isinf(float(text)):
         raise FieldError("invalid_format", f"must be a decimal number, got {echo(text)}")
     return float(text)
 
@@ -325,7 +324,7 @@ def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
 def check_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
     if not sent.type:
         faults.add("type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
-    kind = faults.check("type", one_of(*AGGREGATIONS), (sent.type or "").upper()) or "COUNT"
+    kind = faults.check("type", check_kind, (sent.type or "").upper()) or "COUNT"
     if sent.expression:
         problem = f"must be empty, got {echo(sent.expression)}: this server computes no formulas, name a field instead"
         faults.add("expression", "invalid_format", problem)
@@ -335,7 +334,7 @@ def check_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
     if has_factor and sent.multiplier in (None, ""):
         faults.add("multiplier", "required", f"is required for {kind}: a decimal number greater than 0")
     multiplier = faults.check("multiplier", check_factor if has_factor else check_decimal, sent.multiplier)
-    bucket_size = faults.check("bucket_size", one_of(*WINDOW_SIZES), sent.bucket_size)
+    bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     if bucket_size and kind not in ("MAX", "SUM"):
         faults.add("bucket_size", "invalid_format", f"goes with MAX and SUM only, not with {kind}")
     if sent.group_by and (kind != "MAX" or not sent.bucket_size):
@@ -361,10 +360,7 @@ def check_meter_filters(sent: list[MeterFilterIn], faults: Faults) -> list[Meter
             if not condition.values:
                 faults.add("values", "required", "is required: an array of at least one string")
         checked.append(MeterFilter(condition.key or "", condition.values or []))
-    number = sum(len(condition.values) for condition in checked)
-    if number > MAX_FILTER_VALUES or len(checked) > MAX_FILTER_KEYS:
-        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
-        faults.add("filters", "out_of_range", f"may hold {limits}, got {len(checked)} keys and {number} values")
+    check_filter_limits("filters", [condition.values for condition in checked], faults)
     return checked
 
 
@@ -423,8 +419,7 @@ class Listing(Protocol):
     end_time: str | None
 
 
-@dataclass
-class ListQuery:
+class ListQuery(Struct):
     """A checked list: which rows, in which order, from where."""
 
     clauses: list[str]
@@ -447,35 +442,38 @@ def list_query(table: str, sent: Listing, sorts: list[SortIn], environment: int,
     bounds = {">=": start_us, "<=": end_us}
     clauses = [f"{table}.environment = :environment"]
     clauses += [f"{table}.created_at_us {sign} {limit_us}" for sign, limit_us in bounds.items() if limit_us is not None]
-    if status := faults.check("status", _STATUS, sent.status):
+    if status := faults.check("status", check_status, sent.status):
         of_status = {"published": f"{table}.archived_at_us IS NULL", "archived": f"{table}.archived_at_us IS NOT NULL"}
         clauses.append(of_status.get(status, "FALSE"))
-    default = faults.check("order", _ORDER, sent.order) or "desc"
+    default = faults.check("order", check_order, sent.order) or "desc"
     order = []
     direction = default
     for place, sort in enumerate(sorts or [SortIn("created_at")]):
         with faults.within(f"sort[{place}]"):
-            field = faults.check("field", _SORT, sort.field) or "created_at"
-            direction = faults.check("direction", _ORDER, sort.direction) or default
+            field = faults.check("field", check_sort, sort.field) or "created_at"
+            direction = faults.check("direction", check_order, sort.direction) or default
         column = SORT_COLUMNS[field]
         order.append(f"{'meters' if column == 'event_name' else table}.{column} {direction}")
     return ListQuery(
         clauses,
         [*order, f"{table}.id {direction}"],
-        faults.check("limit", _LIMIT, sent.limit) or DEFAULT_LIMIT,
-        faults.check("offset", _OFFSET, sent.offset) or 0,
+        faults.check("limit", check_limit, sent.limit) or DEFAULT_LIMIT,
+        faults.check("offset", check_offset, sent.offset) or 0,
         {"environment": environment},
     )
 
 
-def add_list_filters(query: ListQuery, filters: Mapping[str, str | list[str] | None]) -> None:
+def is_in(column: str, values: Iterable[str], name: str, parameters: Parameters) -> str:
+    """Does a column have one of the values? They are one parameter, so there may be as many as there are."""
+    parameters[name] = ENCODER.encode(list(values)).decode()
+    return f"{column} IN (SELECT value FROM json_each(:{name}))"
+
+
+def add_list_filters(query: ListQuery, *filters: tuple[str, Iterable[str] | None]) -> None:
     """Of each column that is given, only these values; an empty list, like an absent one, is no condition."""
-    for column, value in filters.items():
-        if value:
-            name = column.replace(".", "_") + ("s" if isinstance(value, list) else "")
-            query.parameters[name] = ENCODER.encode(value).decode() if isinstance(value, list) else value
-            several = f"IN (SELECT value FROM json_each(:{name}))"
-            query.clauses.append(f"{column} {several if isinstance(value, list) else f'= :{name}'}")
+    for place, (column, values) in enumerate(filters):
+        if values:
+            query.clauses.append(is_in(column, values, f"values{place}", query.parameters))
 
 
 # ---------------------------------------------------------------------------------------------- the tables
@@ -572,6 +570,15 @@ def known_meter(conn: sqlite3.Connection, environment: int, identity: str) -> St
     return found[0]
 
 
+def check_is_published(conn: sqlite3.Connection, environment: int, meter_id: str) -> None:
+    """ApiError: not_found, validation_error."""
+    if known_meter(conn, environment, meter_id).archived_at_us is not None:
+        faults = Faults(index=0)
+        problem = f"names a meter that is archived, got {echo(meter_id)}: make a new one"
+        faults.add("meter_id", "invalid_format", problem)
+        faults.refuse()
+
+
 def add_feature(
     conn: sqlite3.Connection, place: Place, ids: tuple[str, str], columns: Columns, meter: Columns | None
 ) -> Feature:
@@ -580,11 +587,8 @@ def add_feature(
     if meter is not None:
         add_meter(conn, place, meter_id, meter)
         columns = columns | {"meter_id": meter_id}
-    elif columns["meter_id"] and known_meter(conn, place.environment, str(columns["meter_id"])).archived_at_us:
-        faults = Faults(index=0)
-        problem = f"names a meter that is archived, got {echo(str(columns['meter_id']))}: make a new one"
-        faults.add("meter_id", "invalid_format", problem)
-        faults.refuse()
+    elif columns["meter_id"]:
+        check_is_published(conn, place.environment, str(columns["meter_id"]))
     try:
         insert_row(conn, "features", place.row(identity, columns))
     except sqlite3.IntegrityError as error:
@@ -715,7 +719,7 @@ def parameters_of(struct: type[T], request: Request, lists: Iterable[str], fault
 
 def sorts_of(names: Iterable[Any], faults: Faults) -> list[SortIn]:
     """What a query string sorts by."""
-    return [SortIn(faults.check("sort", _SORT, name)) for name in names]
+    return [SortIn(faults.check("sort", check_sort, name)) for name in names]
 
 
 async def find_meters(service: Service, request: Request) -> Response:
@@ -725,7 +729,8 @@ async def find_meters(service: Service, request: Request) -> Response:
     sorts = sorts_of([sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, place_of(service, request).environment, faults)
     faults.refuse()
-    add_list_filters(query, {"event_name": (sent.event_name or "").strip(), "id": sent.meter_ids})
+    event_name = (sent.event_name or "").strip()
+    add_list_filters(query, ("event_name", event_name and [event_name]), ("id", sent.meter_ids))
     return JsonResponse(await service.store.read(partial(list_meters, query=query)))
 
 
@@ -747,19 +752,15 @@ async def _find_features(service: Service, request: Request, sent: FeatureSearch
     place = place_of(service, request)
     query = list_query("features", sent, sent.sort or [], place.environment, faults)
     if sent.filters:
-        problem = (
-            "must be empty: this server has no conditions; it takes lookup_keys, name_contains and the other fields"
-        )
-        faults.add("filters", "invalid_format", problem)
+        fields = "lookup_keys, name_contains and the other fields"
+        faults.add("filters", "invalid_format", f"must be empty: this server has no conditions; it takes {fields}")
     faults.refuse()
     add_list_filters(
         query,
-        {
-            "features.id": sent.feature_ids,
-            "features.meter_id": sent.meter_ids,
-            "features.lookup_key": sent.lookup_key,
-            "lookup_key": sent.lookup_keys,
-        },
+        ("features.id", sent.feature_ids),
+        ("features.meter_id", sent.meter_ids),
+        ("lookup_key", sent.lookup_key and [sent.lookup_key]),
+        ("lookup_key", sent.lookup_keys),
     )
     if sent.name_contains:
         query.clauses.append("instr(casefold(features.name), :name_contains)")
@@ -804,20 +805,20 @@ SEARCH_SCHEMAS = {
     "FeatureSearchIn": _LIST | {"filters": {"type": ["array", "null"], "maxItems": 0}},
     "SortIn": {"field": choice(*SORT_COLUMNS), "direction": choice(*ORDERS)},
 }
-_IDS = {"type": "string"}
+_TEXT = {"type": "string"}
 _LIST_PARAMETERS = {name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset")} | {
     "limit": {"type": "integer", "minimum": 0, "maximum": MAX_LIMIT},
     "status": {"enum": [*STATUSES, ""]},
     "sort": {"enum": [*SORT_COLUMNS, ""]},
     "order": PARAMETER_SCHEMAS["order"],
-    "meter_ids": _IDS,
+    "meter_ids": _TEXT,
 }
-_FEATURE_PARAMETERS = dict.fromkeys(("feature_ids", "lookup_key", "lookup_keys", "name_contains", "expand"), _IDS)
+_FEATURE_PARAMETERS = dict.fromkeys(("feature_ids", "lookup_key", "lookup_keys", "name_contains", "expand"), _TEXT)
 
 OPERATIONS = (
     Operation("POST", "/v1/meters", create_meter, Meter, MeterIn, status=201, example=METER_EXAMPLE,
               schemas=METER_SCHEMAS),
-    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS | {"event_name": _IDS}),
+    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS | {"event_name": _TEXT}),
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),

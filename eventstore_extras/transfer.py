@@ -630,7 +630,13 @@ def import_events(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             again = "import the file again to go on, nothing is stored twice"
             raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
-    rejected = f", {importer.rejected:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
+    say_imported(arguments, importer, made, started_s)
+    return 0
+
+
+def say_imported(arguments: argparse.Namespace, importer: Importer, made: str, started_s: float) -> None:
+    path = arguments.skip_invalid
+    rejected = f", {importer.rejected:,} rejected and written to {path}" if path else ""
     ignored = f"; ignored, no field has that name: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
     events = counted(importer.stored, "event")
@@ -639,7 +645,6 @@ def import_events(arguments: argparse.Namespace) -> int:
     else:
         known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
         say(f"imported {events} into {arguments.db}{made}: {known}; {taken_s}")
-    return 0
 
 
 def open_input(arguments: argparse.Namespace, stack: ExitStack) -> io.BufferedReader:

@@ -46,22 +46,15 @@ from conftest import (
     window_start,
     windows_of,
 )
+from eventstore_extras.analytics import OPERATIONS
 
 SECOND_US = 1_000_000
 ABSENT = object()
 
 
-@pytest.fixture
-def client(tmp_path):
-    with metering(tmp_path) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """For tests of what is refused."""
-    with metering(tmp_path_factory.mktemp("shared")) as client:
-        yield client
+def operations():
+    return OPERATIONS
 
 
 def sent(event_id: object, seconds: float, n: object = ABSENT, **fields) -> dict:

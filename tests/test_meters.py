@@ -49,17 +49,9 @@ ULID = "[0-9A-HJKMNP-TV-Z]{26}"
 SECOND_US = 1_000_000
 
 
-@pytest.fixture
-def client(tmp_path):
-    with metering(tmp_path) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """For tests of what is refused or needs no empty list."""
-    with metering(tmp_path_factory.mktemp("shared")) as client:
-        yield client
+def operations():
+    return OPERATIONS
 
 
 @pytest.fixture

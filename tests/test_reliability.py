@@ -1180,38 +1180,42 @@ def request_on(live: Live, one: dict) -> httpx.Response:
         return answer_on(sock)
 
 
-def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path):
+@pytest.fixture
+def many_files():
+    """This process may open the files of a few thousand connections."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] < 2000:
-        pytest.skip("this process may not open 1000 connections")
+    if limits[1] < 2500:
+        pytest.skip("this process may not open 2000 connections")
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path, many_files):
     few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$0" "$@"')  # what the server is given, not what it may ask for
-    try:
-        with ExitStack() as stack:
-            live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=[*few_files, *SCRIPT]))
-            client = stack.enter_context(live.client())
-            crowd_of = [stack.enter_context(live.connect()) for _ in range(1000)]
-            slow, vanishing = crowd_of[:100], crowd_of[100:200]  # the others say nothing
-            body = json.dumps(event()).encode()
-            for sock in slow + vanishing:
-                sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
-            for at_ in range(len(body)):
-                for sock in slow:
-                    sock.sendall(body[at_ : at_ + 1])
-                if at_ < 20:
-                    assert counts(store(client, event(f"{at_}"))) == (1, 0)
-                    assert len(ids(client)) == at_ + 1
-                    for sock in vanishing[at_ * 5 :][:5]:
-                        sock.sendall(body[:-1])
-                        sock.close()
-            assert {answer_on(sock).status_code for sock in slow} == {202}
-            assert total(client) == 120
-            eventually(lambda: live.log.count("client went away") == 100)
-            assert live.stop() == 0
-            assert "Traceback" not in live.log
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=[*few_files, *SCRIPT]))
+        client = stack.enter_context(live.client())
+        crowd_of = [stack.enter_context(live.connect()) for _ in range(1000)]
+        slow, vanishing = crowd_of[:100], crowd_of[100:200]  # the others say nothing
+        body = json.dumps(event()).encode()
+        for sock in slow + vanishing:
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
+        for at_ in range(len(body)):
+            for sock in slow:
+                sock.sendall(body[at_ : at_ + 1])
+            if at_ < 20:
+                assert counts(store(client, event(f"{at_}"))) == (1, 0)
+                assert len(ids(client)) == at_ + 1
+                for sock in vanishing[at_ * 5 :][:5]:
+                    sock.sendall(body[:-1])
+                    sock.close()
+        assert {answer_on(sock).status_code for sock in slow} == {202}
+        assert total(client) == 120
+        eventually(lambda: live.log.count("client went away") == 100)
+        assert live.stop() == 0
+        assert "Traceback" not in live.log
 
 
 def limited_to(seconds: float) -> list[str]:
@@ -1227,27 +1231,19 @@ def threads_and_files(live: Live) -> tuple[int, int]:
     return len(list(counted[0].iterdir())), len(list(counted[1].iterdir()))
 
 
-def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(tmp_path):
-    resource = pytest.importorskip("resource", reason="Windows has no such limit")
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limits[1] < 2500:
-        pytest.skip("this process may not open 2000 connections")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
-    try:
-        with ExitStack() as stack:
-            live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(3), PYTHONPATH=str(ROOT)))
-            client = stack.enter_context(live.client())
-            store(client, event("before"))
-            threads, files = threads_and_files(live)
-            silent = [stack.enter_context(live.connect()) for _ in range(2000)]
-            for number in range(20):
-                assert counts(store(client, event(f"{number}"))) == (1, 0)
-            assert threads_and_files(live)[0] == threads
-            assert [sock.recv(1) for sock in silent] == [b""] * 2000
-            eventually(lambda: threads_and_files(live) == (threads, files))
-            assert (live.stop(), live.log) == (0, "")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(tmp_path, many_files):
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(3), PYTHONPATH=str(ROOT)))
+        client = stack.enter_context(live.client())
+        store(client, event("before"))
+        threads, files = threads_and_files(live)
+        silent = [stack.enter_context(live.connect()) for _ in range(2000)]
+        for number in range(20):
+            assert counts(store(client, event(f"{number}"))) == (1, 0)
+        assert threads_and_files(live)[0] == threads
+        assert [sock.recv(1) for sock in silent] == [b""] * 2000
+        eventually(lambda: threads_and_files(live) == (threads, files))
+        assert (live.stop(), live.log) == (0, "")
 
 
 def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
