@@ -826,7 +826,8 @@ def attach(service: Service, arguments: argparse.Namespace, listening: tuple[Any
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def add_replay_flags(add: AddFlag) -> None:
+def add_flags(_: str, add: AddFlag) -> None:
+    """The flags of `replay`."""
     add_filter_flags(add)
     add("--to", metavar="URL", required=True, help="the base URL of the API, like https://us.api.flexprice.io/v1")
     add("--api-key", metavar="KEY", help="the key there; else FLEXPRICE_API_KEY")
@@ -841,11 +842,6 @@ def batch_size(text: str) -> int:
     if (size := positive(int)(text)) > MAX_BATCH:
         raise argparse.ArgumentTypeError(f"must be 1 to {MAX_BATCH}, got {text!r}")
     return size
-
-
-def add_flags(command: str, add: AddFlag) -> None:
-    """The flags of `replay`."""
-    add_replay_flags(add)
 
 
 def run(arguments: argparse.Namespace) -> int:
