@@ -635,7 +635,7 @@ def forward_events(bench: Bench) -> Figures:
         there = eventstore.connect(f"{folder}/there.db", READER_PRAGMAS)
         with closing(there), our_server(bench.db, "--forward-to", f"http://127.0.0.1:{target.port}"):
             start, sent = time.perf_counter(), 0
-            while sent < bench.size and time.perf_counter() < start + bench.effort.seconds:
+            while sent < bench.size and (not sent or time.perf_counter() < start + bench.effort.seconds):
                 time.sleep(0.001)
                 sent = there.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
             seconds = time.perf_counter() - start
@@ -656,6 +656,57 @@ def insert_into_empty(bench: Bench) -> Figures:
             for at in range(0, len(rows), MAX_BATCH):
                 insert_raw(conn, rows[at : at + MAX_BATCH])
             return (len(rows) / (time.perf_counter() - start),)
+
+
+RETAIN_DAYS = 30
+
+
+def store_old(conn: sqlite3.Connection, bench: Bench) -> range:
+    """The seqs of events that retention deletes, behind those of the table."""
+    at_us = bench.start_us - 2 * RETAIN_DAYS * DAY_US
+    count = bench.effort.batches * MAX_BATCH
+    rows = [make_row(number, str(uuid.uuid4()), bench.customers, at_us) for number in range(count)]
+    insert_raw(conn, [row._replace(ingested_at_us=at_us) for row in rows])
+    (last,) = conn.execute("SELECT max(seq) FROM events").fetchone()
+    conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return range(last + 1 - count, last + 1)
+
+
+def left_of(conn: sqlite3.Connection, old: range) -> int:
+    (count,) = conn.execute("SELECT count(*) FROM events WHERE seq BETWEEN ? AND ?", [old[0], old[-1]]).fetchone()
+    return int(count)
+
+
+def delete_beside_singles(conn: sqlite3.Connection, old: range, bench: Bench, server: Server,
+                          act: Callable[[], object]) -> Figures:  # fmt: skip
+    """How fast old events go while single ones are stored, and how long those take."""
+    start, before = time.perf_counter(), left_of(conn, old)
+    singles = bench.send(server, single_requests(bench.effort.singles), 8, per_second=500)
+    while (left := left_of(conn, old)) and (left == before or not singles.done()):
+        act()
+    return (before - left) / (time.perf_counter() - start), singles.result().percentile_ms(99)
+
+
+def retain(bench: Bench) -> Figures:
+    with bench.added() as conn:
+        old = store_old(conn, bench)
+        with our_server(bench.db, "--retain-days", RETAIN_DAYS) as server:
+            while left_of(conn, old) == len(old):  # it looks through the whole table first
+                time.sleep(0.01)
+            return delete_beside_singles(conn, old, bench, server, lambda: time.sleep(0.01))
+
+
+def delete_raw(bench: Bench) -> Figures:
+    bench.set_floor("", [], b"{}")
+    with bench.added() as conn:
+        old = store_old(conn, bench)
+        steps = itertools.count(old[0], MAX_BATCH)
+
+        def delete_some() -> None:
+            first = next(steps)
+            conn.execute("DELETE FROM events WHERE seq BETWEEN ? AND ?", [first, first + MAX_BATCH - 1])
+
+        return delete_beside_singles(conn, old, bench, bench.floor, delete_some)
 
 
 def start_up(server: Callable[[Path], Server], bench: Bench) -> Figures:
@@ -701,6 +752,12 @@ MEASUREMENTS = (
         SQLITE,
         send_analytics,
         partial(aggregate_raw, [meter_raw(*meter) for meter in METERS]),
+    ),
+    Measurement(
+        {"retention, old events deleted": "events/s", "retention, single events beside it, p99": "ms"},
+        ROUTE_AND_SQLITE,
+        retain,
+        delete_raw,
     ),
     Measurement(
         {"start to the first answer": "ms", "memory, idle": "MB"},
