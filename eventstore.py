@@ -1149,7 +1149,7 @@ def number_expression(name: str, key: str, parameters: Parameters) -> str:
     return f"""(SELECT CASE
         WHEN v BETWEEN '!' AND ':' AND (v || 'e0') {is_number} THEN CAST(v AS REAL)
         WHEN v < '' AND v {is_number} THEN CASE WHEN {is_true} THEN 0.0 ELSE CAST(v AS REAL) END
-        WHEN v {is_number} OR properties LIKE '%\\%' THEN property_number(properties, :{name}_key)
+        WHEN v BETWEEN '!' AND ':' OR properties LIKE '%\\%' THEN property_number(properties, :{name}_key)
         ELSE 0.0 END FROM (SELECT properties ->> :{name}_path AS v))"""
 
 
@@ -1178,27 +1178,40 @@ def property_number(properties: str, key: str) -> float:
 WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :start_us), 1.0)"
 
 
+def sum_of(value: str, condition: str = "") -> str:
+    """The sum of a column, right to the last digit on any SQLite. Before 3.43 each row is rounded: 100,000 times 0.1 is
+    10000.0000000188. Whole numbers and multiples of 2**-26 add up exactly, so these and the rest are summed apart.
+    Since then it is right, but NULL in 3.43 to 3.45 if it overflows, which 2**-60 of it does not."""
+    if sqlite3.sqlite_version_info >= (3, 43):
+        return f"(total({value} * {2.0**-60}){condition} * {2.0**60})"
+    whole, fine = (f"({value} + {grid} - {grid})" for grid in (1.5 * 2**52, 1.5 * 2**26))
+    parts = (f"total({part}){condition}" for part in (whole, f"{fine} - {whole}", f"{value} - {fine}"))
+    return f"({' + '.join(parts)})"
+
+
 def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression("number", query.property_name, parameters)
     within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
-    where = " AND ".join([*filter_clauses(query, parameters), *within])
+    rows = f"FROM events WHERE {' AND '.join([*filter_clauses(query, parameters), *within])}"
+    # Of the newest event, or of the greatest: next to max(), SQLite has the other columns of its row.
+    exact = "property_number(properties, :number_key)"
     aggregate = {
-        "COUNT": "count(*)", "SUM": f"total({number})", "SUM_WITH_MULTIPLIER": f"total({number})", "LATEST": number,
-        "AVG": f"printf('%!.17g %d', total({number}), count(*))", "MAX": f"max({number})",
+        "COUNT": "count(*)", "LATEST": exact, "MAX": f"iif(max({number}) IS NULL, NULL, {exact})",
+        "AVG": f"printf('%!.17g %d', {sum_of('v')}, count(*))",
         # A text may be in two pieces of a range, so a piece names its texts; a window counts its own.
         "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
-        "WEIGHTED_SUM": f"total({number} * {WEIGHT})",
-    }[query.aggregation]  # fmt: skip
-    if query.aggregation == "LATEST":
-        cell = f"SELECT {aggregate} FROM events WHERE {where} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
-    elif query.group_property:
+    }.get(query.aggregation, sum_of("v"))  # fmt: skip
+    if query.group_property:
         group = property_expression("property_text", "group", query.group_property, parameters)
-        per_group = f"SELECT {aggregate} AS value FROM events WHERE {where} GROUP BY ifnull({group}, '')"
-        cell = f"SELECT sum(value) FROM ({per_group})"
-    else:
-        cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END FROM events WHERE {where}"
+        aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
+    elif sum_of("v") in aggregate:
+        number += f" * {WEIGHT}" if query.aggregation == "WEIGHTED_SUM" else ""
+        rows = f"FROM (SELECT {number} AS v {rows} LIMIT -1)"  # which keeps SQLite from reading v again at each mention
+    cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END {rows}"
+    if query.aggregation == "LATEST":
+        cell = f"SELECT {exact} {rows} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
     return f"SELECT ({cell}) FROM json_each(:bounds) AS bound"
 
 
@@ -1366,12 +1379,20 @@ def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tu
     return [row[0] for row in conn.execute(usage_statement(query, parameters), parameters).fetchall()]
 
 
+def added(values: Iterable[float]) -> float:
+    """The sum, right to the last digit; Python's own is so since 3.12 only."""
+    numbers = list(values)
+    with suppress(OverflowError, ValueError):  # too great, or infinite
+        return math.fsum(numbers)
+    return sum(numbers)
+
+
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     """The aggregate of ranges that follow one another; a negative one is answered as 0 (API: Usage)."""
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
-        value = sum(map(float, sums)) / sum(map(int, counts))
+        value = added(map(float, sums)) / sum(map(int, counts))
     elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
         value = len(set().union(*map(TEXTS.decode, found)) - {None})
     elif query.aggregation == "LATEST":
@@ -1379,8 +1400,8 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     elif query.aggregation == "MAX" and not query.bucketed:
         value = max(found, default=0.0)
     else:
-        value = sum(found) * query.multiplier
-    return min(max(float(value), 0.0), sys.float_info.max)  # JSON has no infinity
+        value = added(found) * query.multiplier
+    return min(max(0.0, float(value)), sys.float_info.max)  # JSON has no infinity
 
 
 def usage_answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Usage:

@@ -56,6 +56,7 @@ from eventstore import (
     property_expression,
     read_fields,
     refuse,
+    sum_of,
     time_range,
     usage_answer,
     usage_cells,
@@ -502,17 +503,19 @@ def condition(place: int, one: Metered, extracted: Extracted, parameters: Parame
     return " AND ".join(clauses)
 
 
-def aggregate_of(one: Metered, extracted: Extracted) -> str:
+def aggregate_of(one: Metered, extracted: Extracted, when: str) -> str:
     """What a meter wants of its events, in terms of the innermost SELECT (API: Analytics)."""
     kind, field = one.meter.aggregation.type, one.meter.aggregation.field or ""
     if kind == "COUNT":
-        return "count(*)"
+        return f"count(*){when}"
     if kind == "COUNT_UNIQUE":
-        return f"count(DISTINCT {extracted.column('property_text', field, one.meter.event_name)})"
+        return f"count(DISTINCT {extracted.column('property_text', field, one.meter.event_name)}){when}"
     if kind == "LATEST":
-        return "max(place)"
+        return f"max(place){when}"
     number = extracted.column("number", field, one.meter.event_name)
-    return {"MAX": f"max({number})", "WEIGHTED_SUM": f"total({number} * weight)"}.get(kind, f"total({number})")
+    if kind == "MAX":
+        return f"max({number}){when}"
+    return sum_of(f"({number} * weight)" if kind == "WEIGHTED_SUM" else number, when)
 
 
 # Fixed digits and the id: the greatest is the newest event's. What it holds is looked up then.
@@ -540,7 +543,8 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
     groups = [f"d{place}" for place in range(len(look.dimensions))]
     conditions = Conditions()
     flags = [conditions.column(one, extracted, parameters) for one in look.metered]
-    values = [aggregate_of(one, extracted) for one in look.metered]
+    filters = ["" if look.is_bucketed else f" FILTER (WHERE {flag})" for flag in flags]
+    values = [aggregate_of(one, extracted, when) for one, when in zip(look.metered, filters, strict=True)]
     own_group = [own_group_of(look, extracted)] if look.is_bucketed else []
     names = {one.meter.event_name for one in look.metered}
     columns = extracted.select(names)
@@ -559,11 +563,11 @@ def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -
         by_bucket = f"{by_window}, bucket"
         each = f"SELECT {by_bucket}, count(*) AS n, {values[0]} AS v FROM ({flagged}) WHERE m0"
         each = f"{each} GROUP BY {', '.join([by_bucket, *own_group])}"
-        buckets = f"SELECT {by_window}, sum(n) AS n, sum(v) AS v FROM ({each}) GROUP BY {by_bucket}"
-        return f"SELECT {by_window}, sum(n), sum(v), max(v) FROM ({buckets}) GROUP BY {by_window} LIMIT :most"
+        buckets = f"SELECT {by_window}, sum(n) AS n, {sum_of('v')} AS v FROM ({each}) GROUP BY {by_bucket}"
+        return f"SELECT {by_window}, sum(n), {sum_of('v')}, max(v) FROM ({buckets}) GROUP BY {by_window} LIMIT :most"
     cells = ", ".join(
-        f"count(*) FILTER (WHERE {flag}) AS n{place}, {value} FILTER (WHERE {flag}) AS v{place}"
-        for place, (flag, value) in enumerate(zip(flags, values, strict=True))
+        f"count(*){when} AS n{place}, {value} AS v{place}"
+        for place, (when, value) in enumerate(zip(filters, values, strict=True))
     )
     grouped = f"SELECT {by_window}, {cells} FROM ({flagged}) WHERE {conditions.any} GROUP BY {by_window} LIMIT :most"
     answered = [f"n{place}, {latest_value(place, one, parameters)}" for place, one in enumerate(look.metered)]
