@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FILES = (README, *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
-OPERATING, API = PAGES["docs/operating.md"], PAGES["docs/api.md"]
+OPERATING, API, FIDELITY = (PAGES[f"docs/{name}.md"] for name in ("operating", "api", "fidelity"))
 EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
 KEY = "key-of-the-pages"
 EVENT = {"event_name": "call", "external_customer_id": "cust"}
@@ -252,10 +252,10 @@ def test_the_masks_leave_what_does_not_vary():
 # ---------------------------------------------------------------------------------------------- the pages themselves
 
 
-def anchors(page: str) -> set[str]:
+def anchors(page: str, levels: str = "#+") -> list[str]:
     """The headings as GitHub makes anchors of them."""
-    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    headings = re.findall(rf"^{levels} (.+)$", prose(page), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def links(page: str) -> list[str]:
@@ -273,13 +273,30 @@ def test_every_link_leads_somewhere(name):
             assert anchor in anchors(target.read_text("utf-8")), link
 
 
+@each_page
+def test_no_two_headings_of_a_page_share_an_anchor(name):
+    found = anchors(PAGES[name])
+    assert len(found) == len(set(found)), found  # a link leads to the first of them, whichever was meant
+
+
+@pytest.mark.parametrize("name", ["docs/api.md", "docs/fidelity.md", "docs/operating.md", "docs/testing.md"])
+def test_every_section_is_in_its_pages_table_of_contents(name):
+    contents = PAGES[name].partition("\n## ")[0]
+    assert {f"#{anchor}" for anchor in anchors(PAGES[name], "##")} - set(links(contents)) == set()
+
+
 def test_every_page_is_reached_from_the_readme():
     direct = {Path(link.partition("#")[0]) for link in links(PAGES["README.md"])}
     assert {Path(name) for name in PAGES} - direct == {Path("README.md")}
 
 
-def test_the_readme_takes_ten_minutes():
-    assert len(PAGES["README.md"].splitlines()) <= 215
+def test_the_readmes_first_screen_says_where_to_read_what_differs_from_flexprice():
+    assert "docs/fidelity.md" in links(PAGES["README.md"].partition("\n```")[0])
+
+
+@pytest.mark.parametrize(("name", "most"), [("README.md", 215), ("docs/api.md", 650)])
+def test_a_page_is_no_longer_than_its_reader_has_time_for(name, most):
+    assert len(PAGES[name].splitlines()) <= most
 
 
 @each_page
@@ -350,6 +367,7 @@ def test_every_flag_is_documented_with_its_default(tmp_path):
     assert defaults == shown
 
 
+ROOMS = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
 SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 
 
@@ -357,6 +375,30 @@ SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 def test_every_route_is_documented(operation):
     row = f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}"
     assert re.search(rf"{re.escape(row)}[`?]", section(API, "Endpoints"))
+
+
+def test_the_sections_of_the_api_that_the_code_names_are_there():
+    named = {name for path in ROOMS for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
+             for name in names.split(", ")}  # fmt: skip
+    assert len(named) > 10
+    assert named - set(re.findall(r"^#+ (.+)$", prose(API), re.MULTILINE)) == set()
+
+
+LEFT_OUT = [
+    (route, int(status[0]))
+    for row in section(FIDELITY, "What is left out").splitlines()
+    if (status := re.findall(r"\b40[45]\b", row))
+    for route in re.findall(r"`([A-Z]+ /v1/[^`]+)`", row)
+]
+
+
+@pytest.mark.parametrize(("route", "status"), LEFT_OUT)
+def test_a_route_that_is_left_out_is_refused_as_documented(route, status):
+    method, path = route.split()
+    with running_server() as server:
+        url = server.url.removesuffix("/v1") + path
+        answer = httpx.request(method, url, json={}, headers={"x-api-key": server.api_key})
+    assert answer.status_code == status
 
 
 def wire_types(kind: Any) -> Iterator[type]:
@@ -410,8 +452,7 @@ def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
 def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(OPERATING, "What to watch"), re.MULTILINE)
     assert len(rows) == 13
-    rooms = [ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py")]
-    source = "".join(path.read_text("utf-8") for path in rooms)
+    source = "".join(path.read_text("utf-8") for path in ROOMS)
     for row in rows:
         for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
             part = re.sub(r"\b\d+ (?=requests|MB)", "%d ", re.sub(r"^\d{3} \w+(: )?", "", text))

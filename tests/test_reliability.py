@@ -1505,7 +1505,8 @@ def test_schemathesis_finds_no_failure(tmp_path):
     (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
     with Live(tmp_path / "server", "--api-key", KEY) as live:
         command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
-                   "--checks", "all", "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
+                   "--checks", "all", "--exclude-checks", "use_after_free",  # DELETE archives: GET has it still
+                   "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
         done = run(
             *command, cwd=tmp_path, timeout=300, env=os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
         )
