@@ -1017,8 +1017,7 @@ PRAGMAS = (
     "PRAGMA busy_timeout = 5000",  # another process (an import) may hold a lock for a moment
 )
 WRITER_PRAGMAS = (
-    # 32 MB, for the index pages that random ids touch: into a file of a million events 16 MB take 0.92 times as many,
-    # 64 MB 1.05 times as many.
+    # 32 MB, for the index pages that random ids touch: at a million events 16 MB take 0.92 times as many, 64 MB 1.05.
     "PRAGMA cache_size = -32768",
     "PRAGMA busy_timeout = 5",  # execute_writing asks again: SQLite's own pauses grow to 100 ms
 )
@@ -1048,8 +1047,7 @@ SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 ADD_ENVIRONMENT = "INSERT INTO environments (name) VALUES (:environment) ON CONFLICT DO NOTHING"
 IN_ENVIRONMENT = f"environment = ({SELECT_ENVIRONMENT})"
 SELECT_NAME = f"SELECT event_name FROM events WHERE {IN_ENVIRONMENT} AND id = :id"
-# count(*) of a large file would read a whole index at every start; there the last number tells, too high where events
-# were deleted or sent twice.
+# count(*) of a large file reads a whole index: there the numbers tell, too high if events were deleted or sent twice.
 COUNT_ALL = """SELECT iif(few <= 100000, few, (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1)
     FROM (SELECT count(*) AS few FROM (SELECT 1 FROM events LIMIT 100001))"""
 COUNT_HIDDEN = f"SELECT count(*) FROM events WHERE {IN_ENVIRONMENT} AND ingested_at_us > :visible_us"
@@ -1104,8 +1102,7 @@ def keyset_clauses(query: EventQuery, cursor: Cursor | None, descending: bool, p
     if query.by_name and parameters["cursor_name"] != query.filters.get("event_name"):
         keyset = f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)"
         return [*time_clauses, keyset]
-    # Given two bounds on one side SQLite seeks by one and filters by the other, and a deep page reads all rows before
-    # it. So only the tighter one is given.
+    # Only the tighter of two bounds: SQLite would seek by one, perhaps the other, and a deep page read all before it.
     keyset = f"(timestamp_us, id) {comparison} (:cursor_us, :cursor_id)"
     if descending:
         return [START_CLAUSE, keyset if cursor.timestamp_us <= query.end_us else END_CLAUSE]
@@ -1127,11 +1124,8 @@ def json_texts(values: Sequence[str]) -> list[str]:
 
 
 def property_expression(function: str, name: str, key: str, parameters: Parameters) -> str:
-    """A top-level property as `property_json` or `property_text` has it.
-
-    SQLite's paths cannot hold a quote and, before 3.45, compare a key with its escaped form. Both matter only in
-    properties with a backslash, so those are read by the function itself; all others by `->`, whose answer is JSON.
-    """
+    """A top-level property as `property_json` or `property_text` has it: by `->`, whose answer is JSON, or by these if
+    there is a backslash: SQLite's paths hold no quote and, before 3.45, compare a key with its escaped form."""
     parameters |= {f"{name}_key": key, f"{name}_path": f'$."{key}"'}
     plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
     if function == "property_text":
@@ -1179,9 +1173,9 @@ WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :st
 
 
 def sum_of(value: str, condition: str = "") -> str:
-    """The sum of a column, right to the last digit on any SQLite. Before 3.43 each row is rounded: 100,000 times 0.1 is
-    10000.0000000188. Whole numbers and multiples of 2**-26 add up exactly, so these and the rest are summed apart.
-    Since then it is right, but NULL in 3.43 to 3.45 if it overflows, which 2**-60 of it does not."""
+    """The sum of a column, right to the last digit. SQLite before 3.43 rounds at every row, 100,000 times 0.1 were
+    10000.0000000188: there whole numbers and multiples of 2**-26, whose sums are exact, and the rest are summed apart.
+    From 3.43 to 3.45 a sum that overflows is NULL; that of 2**-60 of the numbers does not overflow."""
     if sqlite3.sqlite_version_info >= (3, 43):
         return f"(total({value} * {2.0**-60}){condition} * {2.0**60})"
     whole, fine = (f"({value} + {grid} - {grid})" for grid in (1.5 * 2**52, 1.5 * 2**26))
@@ -1193,8 +1187,8 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     """One value per pair of :bounds, NULL where there are no events."""
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression("number", query.property_name, parameters)
-    within = ("timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1")
-    rows = f"FROM events WHERE {' AND '.join([*filter_clauses(query, parameters), *within])}"
+    where = " AND ".join(filter_clauses(query, parameters))
+    rows = f"FROM events WHERE {where} AND timestamp_us >= bound.value ->> 0 AND timestamp_us < bound.value ->> 1"
     # Of the newest event, or of the greatest: next to max(), SQLite has the other columns of its row.
     exact = "property_number(properties, :number_key)"
     aggregate = {
@@ -1221,8 +1215,7 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
 def execute_writing(
     conn: sqlite3.Connection, timeout_s: float, statement: str, values: Sequence[object] | Parameters = ()
 ) -> sqlite3.Cursor:
-    """Execute a statement that needs the write lock, asking for it every 5 ms at least: the gaps that a busy writer in
-    another process leaves are short."""
+    """Execute a statement that needs the write lock, asked for every 5 ms: a writer elsewhere leaves short gaps."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -1336,8 +1329,7 @@ def select_events(
 ) -> tuple[str, int, int | None]:
     """The JSON of the events that match a WHERE clause, their number, and that of the events that match `counted`.
 
-    They come as one text: Python's sqlite3 lets go of the GIL and takes it again at every row, and a list of texts
-    takes half as long again as SQLite does.
+    They come as one text: Python's sqlite3 lets go of the GIL at every row, and a list takes half as long again.
     """
     parameters["end"] = end = f',"environment_id":{ENCODER.encode(environment).decode()}}}'
     parameters["separator"] = end + SEPARATOR
@@ -1379,12 +1371,11 @@ def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tu
     return [row[0] for row in conn.execute(usage_statement(query, parameters), parameters).fetchall()]
 
 
-def added(values: Iterable[float]) -> float:
+def added(values: Sequence[float]) -> float:
     """The sum, right to the last digit; Python's own is so since 3.12 only."""
-    numbers = list(values)
     with suppress(OverflowError, ValueError):  # too great, or infinite
-        return math.fsum(numbers)
-    return sum(numbers)
+        return math.fsum(values)
+    return sum(values)
 
 
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
@@ -1392,7 +1383,7 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
-        value = added(map(float, sums)) / sum(map(int, counts))
+        value = added([*map(float, sums)]) / sum(map(int, counts))
     elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
         value = len(set().union(*map(TEXTS.decode, found)) - {None})
     elif query.aggregation == "LATEST":
@@ -1607,9 +1598,8 @@ class Store:
         """Write a WAL that has grown too long into the file, and start it over.
 
         SQLite does so when nobody reads; reads that overlap without end, four clients' sums over 100,000 events, let it
-        grow by 40 MB a second. Here the writer waits for those under way, as long as for a lock. If they take longer it
-        tries again when the WAL is twice as long, so that it does not wait all the time. Its length is that before the
-        last commit, which has looked at the files in any case.
+        grow by 40 MB a second. Here the writer waits for those under way, as long as for a lock; if they take longer,
+        again when the WAL is twice as long, not all the time. Its length is that which the last commit has found.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1833,8 +1823,7 @@ def _write_schema(conn: sqlite3.Connection) -> None:
 
 PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
-# Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
-KEEP_ALIVE_S = 75
+KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s: one closed as they use it is a 502
 HEADERS_TIMEOUT_S = 30.0  # from the connection, or a later request's first byte; uvicorn waits for ever
 # In Starlette's own `path` an id would end at a line break.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
@@ -2104,11 +2093,8 @@ async def monitor_events(service: Service, request: Request) -> Response:
 
 
 async def aggregate(service: Service, query: UsageQuery, answer: Callable[..., object]) -> bytes:
-    """An aggregation's answer as JSON. All reader threads take a part: SQLite reads the JSON of a million events in
-    1.6 s, on each core.
-
-    The windows and the answer are made in such a thread, too: 100,000 of them would hold up the event loop.
-    """
+    """An aggregation's answer as JSON. Each reader thread takes a part: a core reads the JSON of a million events in
+    1.6 s. The windows and the answer are made in such a thread, too: 100,000 of them would hold up the event loop."""
     read = partial(service.store.read, quick=False)
     starts, bounds = await read(lambda _: usage_bounds(query, READER_THREADS))
     cells = await asyncio.gather(*(read(partial(usage_cells, query=query, bounds=part)) for part in parts_of(bounds)))
@@ -2507,8 +2493,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
     "replay": ("forward", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }
-# What a request may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come after it.
-SHUTDOWN_TIMEOUT_S = 5
+SHUTDOWN_TIMEOUT_S = 5  # for a request after SIGTERM; Docker kills after 10 s, writer and checkpoint come after it
 TASK_TIMEOUT_S = 3  # what a task of the service may still take then
 SERVE_ROOMS = {"forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does what it says
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
@@ -2574,11 +2559,9 @@ def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tupl
         texts = [("--api-key", text) for text in flags.api_key]
         texts += read_api_keys(flags.api_key_file) if flags.api_key_file else []
     elif several:
-        source = "EVENTSTORE_API_KEYS"
-        texts = [(source, text) for text in several]
+        source, texts = "EVENTSTORE_API_KEYS", [("EVENTSTORE_API_KEYS", text) for text in several]
     elif single:
-        source = "FLEXPRICE_API_KEY"
-        texts = [(source, single)]
+        source, texts = "FLEXPRICE_API_KEY", [("FLEXPRICE_API_KEY", single)]
         if "=" in single:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
     else:
@@ -2629,12 +2612,9 @@ Send an event, and read it back:
 
 
 def stop_counting_memory() -> None:
-    """Tell SQLite not to keep memory statistics, which it does under one lock for all threads.
-
-    The sum over a million events takes 1.8 s with the lock and 0.95 s without it, when four readers share it on two
-    cores. SQLite takes this only before it is initialised, so it is shut down first, and left alone if it is in use or
-    its library cannot be reached (Windows).
-    """
+    """Tell SQLite not to keep memory statistics, under one lock for all threads: with it four readers on two cores take
+    1.8 s for the sum over a million events, 0.95 s without. It takes this only before it is initialised, so it is shut
+    down first, and left alone if it is in use or its library cannot be reached (Windows)."""
     with suppress(OSError, AttributeError):
         sqlite = ctypes.CDLL(_sqlite3.__file__)
         sqlite.sqlite3_memory_used.restype = ctypes.c_int64

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import json
 import math
 import socket
+import sys
 import threading
 import time
 import urllib.parse
@@ -568,13 +570,17 @@ def running_server(
         server = uvicorn_server(recorder, shutdown_timeout_s=MOCK_SHUTDOWN_TIMEOUT_S)
         thread = threading.Thread(target=server.run, args=[[listening]], name="eventstore-server", daemon=True)
         thread.start()
+        close_store = app.state.service.store.close
+        atexit.register(close_store)  # for who never leaves the block: later than this its threads have been ended
         try:  # the socket listens already: a request that comes before the thread is ready waits for it
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
             yield MockServer(app.state.service.store, mock, recorder, url, api_keys, forwarder=forwarder)
         finally:
+            atexit.unregister(close_store)
             server.should_exit = True
-            thread.join()
-            app.state.service.store.close()
+            if not sys.is_finalizing():  # since Python 3.13 a thread that was ended then is waited for without end
+                thread.join()
+            close_store()
 
 
 def forwarding(service: Service, to: HasAddress, environment: str) -> Forwarder:

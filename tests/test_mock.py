@@ -375,6 +375,15 @@ def test_the_server_does_not_import_pytest():
     assert python(code).stdout == "False\n"
 
 
+def test_a_server_that_is_never_left_ends_with_its_process_and_leaves_no_file(tmp_path):
+    code = ("import sys, tempfile, urllib.request; from eventstore_extras.mock import running_server; "
+            "tempfile.tempdir = sys.argv[1]; server = running_server(); url = server.__enter__().url; "
+            "print(urllib.request.urlopen(url.removesuffix('v1') + 'health').status)")  # fmt: skip
+    ended = python(code, tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "200\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
     pytester.makepyfile(
         """
