@@ -1074,6 +1074,13 @@ def insert_statement(rows: int) -> str:
     return INSERT + ", ".join([f"({', '.join('?' * len(Row._fields))})"] * rows) + ON_KNOWN_ID
 
 
+def index_of(columns: Mapping[str, str] | Sequence[str]) -> str:
+    """Names the index to use where these are given: that of the fewest events, in the order of a page. Left to itself,
+    SQLite 3.50 takes that by time for every page, and looks through all customers' events for those of one."""
+    indexes = {"id": "id", "external_customer_id": "customer", "event_name": "name"}
+    return f"INDEXED BY events_by_{next((index for name, index in indexes.items() if name in columns), 'time')}"
+
+
 def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> list[str]:
     """The WHERE clauses of all but the range and the cursor; every value, the range's too, goes to `parameters`."""
     clauses = [IN_ENVIRONMENT]
@@ -1081,11 +1088,8 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> li
     if query.view.visible_us is not None:
         clauses.append("ingested_at_us <= :visible_us")
         parameters["visible_us"] = query.view.visible_us
-    for column, value in query.filters.items():
-        # The + keeps the planner from the event_name index where the customer's, the narrower one, can serve.
-        plus = "+" if column == "event_name" and "external_customer_id" in query.filters else ""
-        clauses.append(f"{plus}{column} = :{column}")
-        parameters[column] = value
+    clauses += [f"{column} = :{column}" for column in query.filters]
+    parameters.update(query.filters)
     for number, (key, values) in enumerate(query.property_filters.items()):
         clauses.append(property_clause(number, key, values, parameters))
     return clauses
@@ -1093,15 +1097,13 @@ def filter_clauses(query: EventQuery | UsageQuery, parameters: Parameters) -> li
 
 def keyset_clauses(query: EventQuery, cursor: Cursor | None, descending: bool, parameters: Parameters) -> list[str]:
     """The WHERE clauses of the time range and of the cursor, in the direction in which rows are read."""
-    # By name, the + keeps the planner from the index by time, with which it would sort the whole range for a page.
-    time_clauses = [f"+{START_CLAUSE}", f"+{END_CLAUSE}"] if query.spans_names else [START_CLAUSE, END_CLAUSE]
     if cursor is None:
-        return time_clauses
+        return [START_CLAUSE, END_CLAUSE]
     parameters |= {"cursor_us": cursor.timestamp_us, "cursor_id": cursor.id}
     comparison = "<" if descending else ">"
     if query.by_name and parameters["cursor_name"] != query.filters.get("event_name"):
         keyset = f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)"
-        return [*time_clauses, keyset]
+        return [START_CLAUSE, END_CLAUSE, keyset]
     # Only the tighter of two bounds: SQLite would seek by one, perhaps the other, and a deep page read all before it.
     keyset = f"(timestamp_us, id) {comparison} (:cursor_us, :cursor_id)"
     if descending:
@@ -1173,9 +1175,9 @@ WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :st
 
 
 def sum_of(value: str, condition: str = "") -> str:
-    """The sum of a column, right to the last digit. SQLite before 3.43 rounds at every row, 100,000 times 0.1 were
-    10000.0000000188: there whole numbers and multiples of 2**-26, whose sums are exact, and the rest are summed apart.
-    From 3.43 to 3.45 a sum that overflows is NULL; that of 2**-60 of the numbers does not overflow."""
+    """The sum of a column, right to the last digit. SQLite before 3.43 rounds at every row: 100,000 times 0.1 makes
+    10000.0000000188. There whole numbers and multiples of 2**-26, which add up exactly, and the rest are summed apart.
+    Up to 3.45 the next ones answer NULL for a sum that overflows, which 2**-60 of it does not."""
     if sqlite3.sqlite_version_info >= (3, 43):
         return f"(total({value} * {2.0**-60}){condition} * {2.0**60})"
     whole, fine = (f"({value} + {grid} - {grid})" for grid in (1.5 * 2**52, 1.5 * 2**26))
@@ -1188,7 +1190,8 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     text = property_expression("property_text", "property", query.property_name, parameters)
     number = number_expression("number", query.property_name, parameters)
     where = " AND ".join(filter_clauses(query, parameters))
-    rows = f"FROM events WHERE {where} AND timestamp_us >= bound.value ->> 0 AND timestamp_us < bound.value ->> 1"
+    within = "timestamp_us >= bound.value ->> 0 AND timestamp_us < bound.value ->> 1"
+    rows = f"FROM events {index_of(query.filters)} WHERE {where} AND {within}"
     # Of the newest event, or of the greatest: next to max(), SQLite has the other columns of its row.
     exact = "property_number(properties, :number_key)"
     aggregate = {
@@ -1286,8 +1289,9 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     direction = "DESC" if descending else "ASC"
     order = ", ".join(f"{column} {direction}" for column in (NAME_ORDER if query.spans_names else TIME_ORDER))
     parameters |= {"limit": query.page_size + 1, "offset": 0 if cursor else query.offset}
-    clauses = f"{where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
-    counted = f"{where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
+    index = index_of(["event_name"] if query.spans_names and "id" not in query.filters else query.filters)
+    clauses = f"{index} WHERE {where} AND {bounds} ORDER BY {order} LIMIT :limit OFFSET :offset"
+    counted = f"{index_of(query.filters)} WHERE {where} AND {START_CLAUSE} AND {END_CLAUSE}" if query.count else None
     try:
         events, number, total_count = select_events(conn, query.view.environment, clauses, parameters, counted)
     except sqlite3.DataError:  # longer than a page may be: a shorter one, and the rest on the next
@@ -1327,14 +1331,12 @@ def key_of(event: str) -> str | None:
 def select_events(
     conn: sqlite3.Connection, environment: str, clauses: str, parameters: Parameters, counted: str | None = None
 ) -> tuple[str, int, int | None]:
-    """The JSON of the events that match a WHERE clause, their number, and that of the events that match `counted`.
-
-    They come as one text: Python's sqlite3 lets go of the GIL at every row, and a list takes half as long again.
-    """
+    """The JSON of the events that match `clauses`, their number, and that of the events that match `counted`. They come
+    as one text: Python's sqlite3 lets go of the GIL at every row, and a list of texts takes half as long again."""
     parameters["end"] = end = f',"environment_id":{ENCODER.encode(environment).decode()}}}'
     parameters["separator"] = end + SEPARATOR
-    counting = f"(SELECT count(*) FROM events WHERE {counted})" if counted else "NULL"
-    found = f"SELECT {EVENT_JSON} AS event FROM events WHERE {clauses}"
+    counting = f"(SELECT count(*) FROM events {counted})" if counted else "NULL"
+    found = f"SELECT {EVENT_JSON} AS event FROM events {clauses}"
     statement = f"SELECT group_concat(event, :separator) || :end, count(*), {counting} FROM ({found})"
     # A page of one, for which two are read, may be as long as SQLite takes: -1 leaves the limit as it is.
     usual_bytes = conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, -1 if parameters["limit"] == 2 else MAX_PAGE_BYTES)
@@ -1599,8 +1601,7 @@ class Store:
 
         SQLite does so when nobody reads; reads that overlap without end, four clients' sums over 100,000 events, let it
         grow by 40 MB a second. Here the writer waits for those under way, as long as for a lock; if they take longer,
-        again when the WAL is twice as long, not all the time. Its length is that which the last commit has found.
-        """
+        again when the WAL is twice as long, not all the time. Its length is what the last commit has found."""
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
             return
@@ -2250,9 +2251,7 @@ def create_app(
 
     `operations` are served beside its own and stand in its OpenAPI document. `middleware` is run inside its own: what
     needs a key has `scope["environment"]` by then, and is within the rate limits. `app.state.service` is what the
-    handlers work with.
-
-    Raises StartError if the database cannot be used, ValueError without an API key.
+    handlers work with. Raises StartError if the database cannot be used, ValueError without an API key.
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')

@@ -954,6 +954,41 @@ def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(many
     assert max(steps) < 2 * min(steps)
 
 
+@table(
+    ("filters", "index"),
+    [({}, "time"), ({"external_customer_id": "cust"}, "customer"), ({"event_name": "call"}, "name"), ({"source": ""}, "time"),
+     ({"event_name": "call", "external_customer_id": "cust"}, "customer"), ({"external_customer_id": "cust", "id": "0001"}, "id")],
+    ids=str,
+)  # fmt: skip
+def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rather_take(many, filters, index):
+    query = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
+             "property_filters": {}}  # fmt: skip
+    page = {
+        "offset": 0,
+        "page_size": 20,
+        "by_name": False,
+        "descending": True,
+        "after": None,
+        "before": None,
+        "count": True,
+    }
+    statements: list[str] = []
+    with closing(eventstore.connect_reader(many.app.state.service.store.path)) as conn:
+        conn.set_trace_callback(statements.append)
+        eventstore.list_events(conn, eventstore.EventQuery(**query | page))
+        for kind in ("COUNT", "SUM", "MAX", "LATEST"):
+            eventstore.usage_cells(
+                conn, eventstore.UsageQuery(**query, aggregation=kind, property_name="n"), [(0, NOW)]
+            )
+        conn.set_trace_callback(None)
+        selects = [text for text in statements if "FROM events" in text]
+        assert len(selects) == 5
+        for statement in selects:
+            plan = [row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            used = {re.search(r"INDEX (\w+) ", step)[1] for step in plan if "SEARCH events" in step}
+            assert (used, [step for step in plan if "SCAN events" in step]) == ({f"events_by_{index}"}, [])
+
+
 # ---------------------------------------------------------------------------------------------- 6: lookup
 
 ODD_IDS = ["a/b", "/", "//a//", "?", "a?b=c#d", "%", "%2F", "a::b", "::", "lookup", "bulk", "query", "usage",

@@ -69,6 +69,7 @@ from eventstore import (
     event_row,
     excerpt,
     filter_clauses,
+    index_of,
     insert_events,
     keyset_clauses,
     list_events,
@@ -681,7 +682,8 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     while True:
         parameters: Parameters = {}
         clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        page = select_rows(conn, f"WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, id", parameters)
+        where = f"{index_of(query.filters)} WHERE {' AND '.join(clauses)}"
+        page = select_rows(conn, f"{where} ORDER BY timestamp_us, id", parameters)
         if not page:
             return
         yield page

@@ -23,6 +23,7 @@ from unittest.mock import Mock
 
 import pytest
 
+import eventstore
 from conftest import (
     EVER,
     KEY,
@@ -305,6 +306,20 @@ def test_export_filters_as_a_query_does_over_all_time_by_default(tmp_path_factor
     with serving(folder) as client:
         assert found == ids(client, "POST", **(EVER | filters), order="asc")
     assert found
+
+
+def test_an_export_of_one_customer_does_not_look_through_the_others_events(tmp_path):
+    events = [event(f"{n}", external_customer_id=f"cust {n % 100}", timestamp=at(n)) for n in range(1000)]
+    imported(tmp_path, lines_of(*events))
+    steps = []
+    with database(tmp_path) as conn:
+        for flags, number in ([], 1000), (["--external-customer-id", "cust 7"], 10):
+            query = transfer.flag_query(eventstore.parse_arguments(["export", *flags]))
+            counter = itertools.count()
+            conn.set_progress_handler(lambda counter=counter: next(counter) and None, 1)
+            assert sum(map(len, transfer.stored_events(conn, query))) == number
+            steps.append(next(counter))  # of SQLite's machine
+    assert steps[1] < steps[0] / 20
 
 
 def test_pages_of_an_export_meet_whatever_their_size_and_times(tmp_path, monkeypatch):
