@@ -2343,7 +2343,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_server(
-    app: ASGIApp, shutdown_timeout_s: int, keep_alive_s: int = KEEP_ALIVE_S, access_log: bool = False
+    app: ASGIApp | str, shutdown_timeout_s: int, keep_alive_s: int = KEEP_ALIVE_S, access_log: bool = False
 ) -> uvicorn.Server:
     config = uvicorn.Config(
         app, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=access_log, proxy_headers=False,
@@ -2642,9 +2642,11 @@ def serve(arguments: argparse.Namespace) -> int:
         raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
     stop_counting_memory()
     raise_file_limit()
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):  # before the port answers: whoever sees it may stop the server
-        signal.signal(number, lambda *_: stopping.set())
+    server = uvicorn_server("", SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
+    # Before the port answers: whoever sees it may stop the server. After the end, too: uvicorn raises the signal again,
+    # and the default handler would make the exit status -15.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
     with listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
         additions = room("mock", "--mock").additions() if arguments.mock else {"operations": more_operations()}
@@ -2661,8 +2663,9 @@ def serve(arguments: argparse.Namespace) -> int:
                 signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
             base_url = base_url_of(arguments.host, listener.getsockname()[1])
             print(banner(app, base_url, key_source, made_key), flush=True)
-            server = uvicorn_server(app, SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-            run_server(server, listener, stopping)
+            collect_less_garbage()
+            server.config.app = app  # uvicorn looks for it when it runs
+            server.run(sockets=[listener])
     return 0
 
 
@@ -2678,19 +2681,11 @@ def more_operations() -> Sequence[Operation]:
     return ()
 
 
-def run_server(server: uvicorn.Server, listener: socket.socket, stopping: threading.Event) -> None:
-    def stop(signal_number: int, frame: object) -> None:
-        # uvicorn raises the signal again when it is done; the default handler would make the exit status -15.
-        server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    server.should_exit = stopping.is_set()
-    # 64 requests under way are so many new objects that Python, left to itself, looks for cycles all the time, and now
-    # and then through all modules, too. Without that there are 1.05 times as many single events.
+def collect_less_garbage() -> None:
+    """64 requests under way are so many new objects that Python, left to itself, looks for cycles all the time, and now
+    and then through all modules, too. Without that there are 1.05 times as many single events."""
     gc.freeze()
     gc.set_threshold(10_000)
-    server.run(sockets=[listener])
 
 
 def positive(kind: Callable[[str], N], or_zero: bool = False) -> Callable[[str], N]:
