@@ -59,7 +59,7 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -1452,9 +1452,7 @@ class Store:
         self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
         self._writes: _Queue = queue.SimpleQueue()
-        self._operations: deque[_Task] = deque()  # this and the next two are what the writer has taken from there
-        self._few: list[_Task] = []
-        self._many: deque[_Task] = deque()
+        self._waiting: list[_Task] = []  # what the writer has taken from there
         self._short_until_s = 0.0
         self._failure: str | None = None  # of the last commit
         self._trial_s = 0.0  # when it was last tried again
@@ -1608,26 +1606,24 @@ class Store:
     def _next_group(self) -> list[_Task]:
         """The next commit's requests: an operation alone, or all of few events and some others. Empty when closed."""
         self._take_waiting(block=True)
-        if self._operations:
-            return [self._operations.popleft()]
+        for place, task in enumerate(self._waiting):
+            if callable(task.work):
+                return [self._waiting.pop(place)]
+        few = [task for task in self._waiting if len(task.work) <= FEW_EVENTS]
+        many = [task for task in self._waiting if len(task.work) > FEW_EVENTS]
         now_s = time.monotonic()
-        if self._few:
+        if few:
             self._short_until_s = now_s + 1
         limit = SHORT_GROUP_EVENTS if now_s < self._short_until_s else GROUP_EVENTS
-        group, self._few, events = self._few, [], 0
-        while self._many and events < limit:
-            group.append(self._many.popleft())
-            events += len(group[-1].work)
-        return group
+        number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
+        self._waiting = many[number:]
+        return few + many[:number]
 
     def _take_waiting(self, block: bool = False) -> None:
-        """Sort what has come by its size; on request, wait for the first."""
+        """Take what has come; on request, wait for the first."""
         with suppress(queue.Empty):
-            while task := self._writes.get(block=block and not (self._operations or self._few or self._many)):
-                if callable(task.work):
-                    self._operations.append(task)
-                else:
-                    (self._few if len(task.work) <= FEW_EVENTS else self._many).append(task)
+            while task := self._writes.get(block=block and not self._waiting):
+                self._waiting.append(task)
             self._writes.put(None)  # for the next call
 
     def _commit(self, group: list[_Task]) -> list[object]:
@@ -1651,8 +1647,8 @@ class Store:
                 return [ApiError("database_error", message) for _ in group]
             # Whoever waits behind would wait in vain, too, group after group, each as long as this one.
             self._take_waiting()
-            group += [*self._operations, *self._few, *self._many]
-            self._operations, self._few, self._many = deque(), [], deque()
+            group += self._waiting
+            self._waiting = []
             message = "another process has locked the database; nothing was stored, try again"
             return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
         self._failure = None
