@@ -747,10 +747,10 @@ def event_rows(
 ) -> list[Row]:
     """The rows of a request's events, all of them good; else ApiError with every fault (API: Sending events)."""
     rows = []
-    for faults.index, event in enumerate(events):
-        if isinstance(event, Raw):
-            events[faults.index] = decode_members(EventIn, event, faults)
-        rows.append(event_row(events[faults.index], environment, now, make_id, faults))
+    for index, sent in enumerate(events):
+        faults.index = index
+        events[index] = event = decode_members(EventIn, sent, faults) if isinstance(sent, Raw) else sent
+        rows.append(event_row(event, environment, now, make_id, faults))
     faults.refuse(events, bulk)
     return rows
 
@@ -774,7 +774,7 @@ def whole_within(low: float, high: float) -> Callable[[float], int]:
         if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):  # in JSON, 50.0 is one
             raise FieldError("invalid_type", f"must be an integer, got {value}")
         if not low <= value <= high:
-            raise FieldError("out_of_range", f"must be {low} to {high}, got {echo(str(int(value)))[1:-1]}")
+            raise FieldError("out_of_range", f"must be {low} to {high}, got {str(int(value))[:MAX_ECHO_CHARS]}")
         return int(value)
 
     return check
@@ -1975,11 +1975,11 @@ async def read_body(service: Service, request: Request) -> bytes:
         size += len(chunks[-1])
         service.held_bytes += len(chunks[-1])
         request.scope["held_bytes"] = size  # until the answer is made: endpoint
-        if size < service.held_bytes > queue_bytes:
+        if service.held_bytes > max(size, queue_bytes):
             reason = f"{service.held_bytes} bytes of requests are under way, the limit is {queue_bytes}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         if size <= limit and not message.get("more_body"):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            return b"".join(chunks)
     got = max(size, announced)
     raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {got}; nothing was stored")
 
@@ -1995,7 +1995,7 @@ async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
     rows = service.rows(request, [decode(EVENT, body) or Raw(body)], bulk=False)
-    return await _store(service, request, rows, EventAccepted("Event accepted for processing", rows[0].id))
+    return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
 async def ingest_events_bulk(service: Service, request: Request) -> Response:
@@ -2004,10 +2004,10 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     async with service.batch_turn:
         await asyncio.sleep(0)  # who else waits has a turn, too
         rows = service.rows(request, decode_batch(body), bulk=True)
-    return await _store(service, request, rows, BulkAccepted("Events accepted for processing"))
+    return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
-async def _store(service: Service, request: Request, rows: list[Row], answer: object) -> Response:
+async def _store(service: Service, rows: list[Row], answer: object) -> Response:
     inserted = await service.store.insert(rows)
     headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
     return JsonResponse(answer, 202, headers)
@@ -2664,8 +2664,8 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def base_url_of(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{port}/v1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def more_operations() -> Sequence[Operation]:
