@@ -430,8 +430,18 @@ decoder_of = lru_cache(msgspec.json.Decoder)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-MIN_TIME_US = (datetime.min.replace(tzinfo=UTC) - EPOCH) // MICROSECOND  # Go's zero time, "no time" on this wire
-MAX_TIME_US = (datetime.max.replace(tzinfo=UTC) - EPOCH) // MICROSECOND
+
+
+def to_datetime(time_us: int) -> datetime:
+    return EPOCH + time_us * MICROSECOND
+
+
+def to_us(time: datetime) -> int:
+    return (time - EPOCH) // MICROSECOND
+
+
+MIN_TIME_US = to_us(datetime.min.replace(tzinfo=UTC))  # Go's zero time, "no time" on this wire
+MAX_TIME_US = to_us(datetime.max.replace(tzinfo=UTC))
 A_TIME = "2026-11-01T00:00:00Z"  # for who has to write one
 EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 DAY_US = 86_400 * 1_000_000
@@ -453,20 +463,12 @@ def parse_time(text: str) -> int:
     if not _RFC_3339.fullmatch(text):
         raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}; write it like {A_TIME}")
     try:
-        time_us = (datetime.fromisoformat(text.upper()) - EPOCH) // MICROSECOND
+        time_us = to_us(datetime.fromisoformat(text.upper()))
     except ValueError:  # a day that its month does not have, the year 0
         raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {echo(text)}: no such day") from None
     if not MIN_TIME_US <= time_us <= MAX_TIME_US:
         raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {echo(text)}")
     return time_us
-
-
-def to_datetime(time_us: int) -> datetime:
-    return EPOCH + timedelta(microseconds=time_us)
-
-
-def to_us(time: datetime) -> int:
-    return (time - EPOCH) // MICROSECOND
 
 
 class IdMaker:
