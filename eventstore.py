@@ -1811,6 +1811,7 @@ PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 MAX_IGNORED = 20  # names a minute in the log: strangers must not fill it
 # Longer than proxies keep a connection that idles, most for 60 s: one that is closed as they use it again is a 502.
 KEEP_ALIVE_S = 75
+TASK_TIMEOUT_S = 3  # what a task of the service may still take when the server stops
 HEADERS_TIMEOUT_S = 30.0  # from the connection, or a later request's first byte; uvicorn waits for ever
 # In Starlette's own `path` an id would end at a line break.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
@@ -1923,6 +1924,16 @@ class Service:  # what the handlers work with
         # One commit answers several clients, whose next batches come together: checked in a row they hold up whatever
         # comes behind them. Beside 8 such clients p99 of a page is 19 ms with turns, 31 without.
         self.batch_turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(task()) for task in self.tasks]
+        yield
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=TASK_TIMEOUT_S)
+        await asyncio.to_thread(self.store.close)
 
     def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
         """From here on these keys are known, and no others. For any thread but an event loop's."""
@@ -2247,23 +2258,12 @@ def create_app(
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
     show_debugger = debugger_handler()  # before the store: a file that is missing leaves no thread behind
     service = Service(settings, [*OPERATIONS, *operations])
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(task()) for task in service.tasks]
-        yield
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=TASK_TIMEOUT_S)
-        await asyncio.to_thread(service.store.close)
-
     limits = [Middleware(RateLimits, settings=settings)] if settings.rate_limits else []
     layers = [Middleware(Authentication, service=service), *limits, *middleware]
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", endpoint(show_debugger, service)))
-    app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients lose a POST's body on it
     app.state.service = service
     return app
@@ -2484,7 +2484,6 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
 }
 # What a request may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come after it.
 SHUTDOWN_TIMEOUT_S = 5
-TASK_TIMEOUT_S = 3  # what a task of the service may still take then
 SERVE_ROOMS = {"forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does what it says
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
 AddFlag = Callable[..., argparse.Action]
