@@ -2353,6 +2353,10 @@ def uvicorn_server(
 _TIME: dict[str, Any] = {"anyOf": [{"type": "string", "format": "date-time", "pattern": f"^{_RFC_3339.pattern}$"},
                                    {"enum": ["", None]}]}  # fmt: skip
 _TEXT: dict[str, Any] = {"type": "string"}
+_FILTERS: dict[str, Any] = {
+    "type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS, "propertyNames": {"minLength": 1},
+    "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20},
+}  # fmt: skip
 _CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,18}::.+"}, {"enum": ["", None]}]}
 
 
@@ -2370,9 +2374,7 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "EventQueryIn": {
         **dict.fromkeys(("start_time", "end_time"), _TIME),
-        "property_filters": {"type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS,
-                             "propertyNames": {"minLength": 1},
-                             "additionalProperties": {"type": ["array", "null"], "items": _TEXT, "maxItems": 20}},
+        "property_filters": _FILTERS,
         "page_size": {"type": ["integer", "null"]},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
         "sort": choice(*SORTS), "order": choice(*ORDERS),
@@ -2382,14 +2384,13 @@ FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "event_name": {"type": "string", "minLength": 1},
         "aggregation_type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]},
         **dict.fromkeys(("start_time", "end_time", "billing_anchor"), _TIME),
-        **{name: choice(*WINDOW_SIZES) for name in ("window_size", "bucket_size")},
+        **{name: choice(*WINDOW_SIZES) for name in ("window_size", "bucket_size")}, "filters": _FILTERS,
         "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
                                  {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
     },
     "EventPage": {"events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
     "EventLookup": {"event": {"$ref": "#/components/schemas/Event"}},
 }  # fmt: skip
-FIELD_SCHEMAS["UsageIn"]["filters"] = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
 
 PARAMETER_SCHEMAS: dict[str, Any] = {
     **{name: {"anyOf": [_TIME["anyOf"][0], {"enum": [""]}]} for name in ("start_time", "end_time")},
