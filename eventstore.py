@@ -820,7 +820,7 @@ check_offset, check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.
 Parsers = dict[str, Callable[[str], Any]]
 PARAMETER_PARSERS: Parsers = {
     "start_time": parse_query_time, "end_time": parse_query_time, "property_filters": parse_property_filters,
-    "page_size": parse_int, "limit": parse_int, "offset": parse_int, "count_total": parse_bool,
+    "page_size": parse_int, "offset": parse_int, "count_total": parse_bool,
 }  # fmt: skip
 
 
