@@ -955,21 +955,15 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         faults.add("event_name", "required", "is required")
     if not sent.aggregation_type:
         faults.add("aggregation_type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
-    kind = faults.check("aggregation_type", check_kind, (sent.aggregation_type or "").upper()) or "COUNT"
-    has_multiplier = sent.multiplier not in (None, "")
-    if has_multiplier and kind != "SUM_WITH_MULTIPLIER":
-        problem = f"goes with SUM_WITH_MULTIPLIER only, not with {excerpt((sent.aggregation_type or 'none').encode())}"
-        faults.add("multiplier", "invalid_format", problem)
-    elif kind == "SUM_WITH_MULTIPLIER" and not has_multiplier:
-        faults.add("multiplier", "required", "is required for SUM_WITH_MULTIPLIER")
-    multiplier = faults.check("multiplier", check_positive, sent.multiplier)
+    kind = faults.check("aggregation_type", check_kind, (sent.aggregation_type or "").upper())
+    multiplier = usage_multiplier(sent, kind, faults)
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     faults.check("billing_anchor", parse_time, sent.billing_anchor)
     property_filters = check_property_filters("filters", sent.filters, faults)
     faults.refuse()
-    kind = kind if sent.property_name else "COUNT"
+    kind = kind if kind and sent.property_name else "COUNT"
     bucketed = bool(bucket_size) and kind in ("MAX", "SUM")
     first_group = (sent.group_by or [f"properties.{sent.group_by_property or ''}"])[0]
     grouped = bucketed and kind == "MAX" and first_group.startswith("properties.")
@@ -979,10 +973,20 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     return UsageQuery(
         view=view, start_us=start_us, end_us=end_us, aggregation=kind, property_name=sent.property_name or "",
         filters={column: value for column in columns if (value := getattr(sent, column))},
-        property_filters=property_filters, multiplier=multiplier if multiplier and kind != "COUNT" else 1.0,
+        property_filters=property_filters, multiplier=1.0 if kind == "COUNT" else multiplier,
         windows=Windows(size, parse_zone(sent.timezone or "UTC"), month_day) if size else None, bucketed=bucketed,
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )  # fmt: skip
+
+
+def usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
+    """What a sum is multiplied by, 1 for all types but the one that needs it."""
+    is_given = sent.multiplier not in (None, "")
+    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
+        faults.add("multiplier", "required", f"is required for {kind}")
+    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
+        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+    return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
 
 
 def monitoring_query(query_string: bytes, view: View) -> UsageQuery:
