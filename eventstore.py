@@ -2487,7 +2487,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
 }
 # What a request may still take after SIGTERM. Docker kills after 10 s, and the writer and the checkpoint come after it.
 SHUTDOWN_TIMEOUT_S = 5
-SERVE_ROOMS = {"forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does what it says
+SERVE_ROOMS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does it
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
 AddFlag = Callable[..., argparse.Action]
 
@@ -2565,7 +2565,7 @@ def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tupl
 
 
 def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
-    """What SIGHUP asks for; if the file cannot be used, the keys stay as they were."""
+    """If the file cannot be used, the keys stay as they were."""
     try:
         keys, source, _ = find_api_keys(arguments, {})
         service.replace_api_keys(keys)
@@ -2575,6 +2575,13 @@ def read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None
         log.info("%s from %s", counted(len(keys), "API key"), source)
         for name in service.outboxes.keys() - {key.environment for key in keys}:
             log.warning("no API key is for the environment %s any more, whose events are sent on", echo(name))
+
+
+def read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) -> None:
+    """In a thread: a new environment waits for the write lock, for which no request shall wait."""
+    again = partial(read_api_keys_again, service, arguments)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
 
 
 def is_loopback(host: str) -> bool:
@@ -2650,15 +2657,12 @@ def serve(arguments: argparse.Namespace) -> int:
         additions = room("mock", "--mock").additions() if arguments.mock else {"operations": more_operations()}
         app = create_app(Settings(api_keys=api_keys, **chosen), **additions)
         service: Service = app.state.service
-        service.notices += ["mock         /_mock/events, /_mock/meters and /_mock/faults are open"] * arguments.mock
         with closing(service.store):
             for flag, its_room in SERVE_ROOMS.items():
                 if getattr(arguments, flag):
                     room(its_room, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
-            if arguments.api_key_file and hasattr(signal, "SIGHUP"):
-                again = partial(read_api_keys_again, service, arguments)
-                # In a thread: a new environment waits for the write lock, for which no request shall wait.
-                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
+            if arguments.api_key_file:
+                read_api_keys_on_sighup(service, arguments)
             base_url = base_url_of(arguments.host, listener.getsockname()[1])
             print(banner(app, base_url, key_source, made_key), flush=True)
             collect_less_garbage()
