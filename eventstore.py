@@ -1829,15 +1829,15 @@ class JsonResponse(Response):
         return content if isinstance(content, bytes) else ENCODER.encode(content)
 
 
-def raw_path(request: Request) -> str:
-    """The path as it was sent, for the log: percent-encoded, no line breaks are in it."""
-    return str(request.scope.get("raw_path", b"").decode("latin-1"))
+def logged(request: Request) -> str:
+    """A request as the log names it. Its path is the one that was sent: percent-encoded, no line breaks are in it."""
+    return f"{request.method} {request.scope.get('raw_path', b'').decode('latin-1')}"
 
 
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """The error body of API: Common rules, and the one line that every refused request leaves in the log."""
     status = STATUS_OF_CODE[error.code]
-    log.warning("%s %s: %d %s: %s", request.method, raw_path(request), status, error.code, error.message)
+    log.warning("%s: %d %s: %s", logged(request), status, error.code, error.message)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return JsonResponse(error_body(error), status, {**(headers or {}), **retry_after})
 
@@ -1955,13 +1955,11 @@ class Service:  # what the handlers work with
 
     def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
         """Name in the log what nothing has, so that a slip is found: each once a minute, and at most twenty."""
-        if not (names := list(names)):
-            return
         minute = self.settings.clock() // MINUTE_US
         if minute != self._ignored_minute:
             self._ignored_minute, self._ignored = minute, set()
         for name in names:
-            place = f"{request.method} {raw_path(request)}: {echo(name)} is ignored, {problem}"
+            place = f"{logged(request)}: {echo(name)} is ignored, {problem}"
             if place not in self._ignored and len(self._ignored) < MAX_IGNORED:
                 self._ignored.add(place)
                 log.warning("%s; there are: %s", place, ", ".join(known) or "none here")
@@ -2001,7 +1999,7 @@ async def read_body(service: Service, request: Request) -> bytes:
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
     sent = decode_fields(decoder, await read_body(service, request), faults)
-    known = [field.name for field in msgspec.structs.fields(decoder.type)]  # type: ignore[arg-type]
+    known = decoder.type.__struct_fields__  # type: ignore[attr-defined]
     service.warn_of_ignored(request, faults.ignored, "no field has that name", known)
     return sent
 
@@ -2237,7 +2235,7 @@ async def on_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(request: Request, error: Exception) -> None:
-    log.warning("%s %s: the client went away before its request was complete", request.method, request["path"])
+    log.warning("%s: the client went away before its request was complete", logged(request))
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
