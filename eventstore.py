@@ -1408,6 +1408,15 @@ READER_THREADS = 4
 TRIAL_PAUSE_S = 1.0  # between two trials of a commit, after one that failed
 QUICK_S = 0.001  # what a read may take on the event loop itself, about as long as it parses a batch
 PROGRESS_STEPS = 10_000  # of SQLite's machine between two looks at the clock, more than a page of 50 takes
+SQLITE_PROBLEMS: dict[int, tuple[str, ...]] = {  # what is wrong, and what to do about it
+    sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
+    sqlite3.SQLITE_IOERR: ("the disk answered with an error", "look at the system's log"),
+    sqlite3.SQLITE_BUSY: ("another process has locked the database", "end that process"),
+    sqlite3.SQLITE_READONLY: ("the database is read-only", "make it and its folder writable"),
+    sqlite3.SQLITE_CANTOPEN: ("the database cannot be opened for writing", "check it and its folder"),
+    sqlite3.SQLITE_CORRUPT: ("the database is damaged", "restore it from a copy"),
+    sqlite3.SQLITE_NOTADB: ("the file is not a SQLite database",),
+}
 _Queue = queue.SimpleQueue["_Task | None"]  # None: close
 
 
@@ -1669,11 +1678,8 @@ def failure_reason(error: Exception) -> str:
     """Why a commit failed, in words that may be told to anyone: no path is in them."""
     if isinstance(error, OSError):
         return "the database file was removed or replaced, or cannot be looked at"
-    reasons = {
-        sqlite3.SQLITE_FULL: "the disk is full", sqlite3.SQLITE_BUSY: "another process has locked the database",
-        sqlite3.SQLITE_READONLY: "the database is read-only", sqlite3.SQLITE_IOERR: "the disk answered with an error",
-    }  # fmt: skip
-    return reasons.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "the database refused a write")
+    known = SQLITE_PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    return known[0] if known else "the database refused a write"
 
 
 def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
@@ -1758,15 +1764,7 @@ def _start_errors(path: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        reasons = {
-            sqlite3.SQLITE_NOTADB: "it is not a SQLite database",
-            sqlite3.SQLITE_CORRUPT: "it is damaged: restore it from a copy",
-            sqlite3.SQLITE_READONLY: "it is read-only: make it and its folder writable",
-            sqlite3.SQLITE_CANTOPEN: "it cannot be opened for writing: check it and its folder",
-            sqlite3.SQLITE_BUSY: "another process holds its write lock: end that process",
-            sqlite3.SQLITE_IOERR: "the disk answered with an error: look at the system's log",
-        }
-        reason = reasons.get(error.sqlite_errorcode & 0xFF, str(error))
+        reason = ": ".join(SQLITE_PROBLEMS.get(error.sqlite_errorcode & 0xFF, (str(error),)))
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
