@@ -2535,6 +2535,12 @@ def read_api_keys(path: str) -> list[tuple[str, str]]:
     return found
 
 
+def is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
+
+
 def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
     """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
     several = [part for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
@@ -2553,6 +2559,9 @@ def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tupl
         if "=" in single:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
     else:
+        if not is_loopback(flags.host):
+            problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
+            raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
         made = f"evs_{secrets.token_urlsafe(18)}"
         return (ApiKey.hashed(made),), "made for this run", made
     return parse_api_keys(texts), source, None
@@ -2576,12 +2585,6 @@ def read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) -> 
     again = partial(read_api_keys_again, service, arguments)
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
-
-
-def is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
 
 
 def banner(app: Starlette, base_url: str, key_source: str, made_key: str | None) -> str:
@@ -2636,9 +2639,6 @@ def serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
     api_keys, key_source, made_key = find_api_keys(arguments, os.environ)
-    if made_key and not is_loopback(arguments.host):
-        problem = f"--host {arguments.host} can be reached from other machines, and no API key was given"
-        raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
     stop_counting_memory()
     raise_file_limit()
     server = uvicorn_server("", SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
