@@ -1422,8 +1422,20 @@ _Queue = queue.SimpleQueue["_Task | None"]  # None: close
 
 class _Task(NamedTuple):
     work: Any  # rows, for the writer only, or a function of a connection
-    loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Any]
+
+    def settle(self, outcome: object) -> None:
+        """Hand the outcome to whoever waits for it. For any thread."""
+        with suppress(RuntimeError):  # a loop that is closed has nobody waiting
+            self.answer.get_loop().call_soon_threadsafe(self._set, outcome)
+
+    def _set(self, outcome: object) -> None:
+        if self.answer.done():  # its client has gone
+            return
+        if isinstance(outcome, Exception):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
 
 
 class Reader:
@@ -1548,17 +1560,16 @@ class Store:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _ask(self, tasks: _Queue, work: object) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
+        answer = asyncio.get_running_loop().create_future()
         with self._gate:  # what is put in after the threads' None would never be answered
             if self._closing:
                 raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
-            tasks.put(_Task(work, loop, answer))
+            tasks.put(_Task(work, answer))
         return answer
 
     def _read_until_closed(self, reader: Reader) -> None:
         while task := self._reads.get():
-            _answer([task], [self._read(reader, task.work)])
+            task.settle(self._read(reader, task.work))
 
     def _read(self, reader: Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
         limit_s = self._settings.query_timeout_s
@@ -1576,7 +1587,8 @@ class Store:
 
     def _write_until_closed(self) -> None:
         while group := self._next_group():
-            _answer(group, self._commit(group))
+            for task, outcome in zip(group, self._commit(group), strict=True):
+                task.settle(outcome)
             self._shorten_wal()
         with suppress(sqlite3.Error):
             self._conn.execute("PRAGMA busy_timeout = 0")  # another process may be in the way; the WAL is as safe
@@ -1680,24 +1692,6 @@ def failure_reason(error: Exception) -> str:
         return "the database file was removed or replaced, or cannot be looked at"
     known = SQLITE_PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
     return known[0] if known else "the database refused a write"
-
-
-def _answer(tasks: list[_Task], outcomes: list[object]) -> None:
-    """Hand each task's outcome to whoever waits for it: one wake-up of the event loop for all of them."""
-
-    def settle(settled: list[tuple[_Task, object]]) -> None:
-        for task, outcome in settled:
-            if task.answer.done():  # its client has gone
-                continue
-            if isinstance(outcome, Exception):
-                task.answer.set_exception(outcome)
-            else:
-                task.answer.set_result(outcome)
-
-    for loop in {task.loop for task in tasks}:
-        its_tasks = [pair for pair in zip(tasks, outcomes, strict=True) if pair[0].loop is loop]
-        with suppress(RuntimeError):  # a loop that is closed has nobody waiting
-            loop.call_soon_threadsafe(settle, its_tasks)
 
 
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
