@@ -49,7 +49,6 @@ import queue
 import random
 import re
 import secrets
-import shutil
 import signal
 import socket
 import sqlite3
@@ -1466,11 +1465,11 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._temporary = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
-        self.path = os.path.join(self._temporary, "events.db") if self._temporary else settings.db
-        self.events_at_start = prepare_file(self.path)
+        self._folder = tempfile.TemporaryDirectory(prefix="eventstore-") if settings.db == ":memory:" else None
+        self.path = os.path.join(self._folder.name, "events.db") if self._folder else settings.db
         # What is removed at exit need not be on the disk before the answer.
-        self.writer_pragmas = (*WRITER_PRAGMAS, *["PRAGMA synchronous = OFF"] * bool(self._temporary))
+        self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if self._folder else WRITER_PRAGMAS
+        self.events_at_start = prepare_file(self.path)
         self._closing = False
         self._gate = threading.Lock()
         self._pending_events = 0  # touched by the event loop only
@@ -1556,8 +1555,8 @@ class Store:
             reader.conn.close()
         self._writes.put(None)
         self._writer.join()  # last: the last connection to close removes the WAL
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._folder:
+            self._folder.cleanup()
 
     def _ask(self, tasks: _Queue, work: object) -> asyncio.Future[Any]:
         answer = asyncio.get_running_loop().create_future()
