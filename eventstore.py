@@ -189,7 +189,6 @@ class Faults:
             self._found.setdefault((self.index, name), (code, f"{name} {problem}"))
 
     def ignore(self, fields: Iterable[str]) -> None:
-        """Note fields that nothing has."""
         self.ignored |= {self._path + field for field in fields}
 
     @contextmanager
