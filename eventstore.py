@@ -39,7 +39,6 @@ import errno
 import gc
 import hashlib
 import importlib.util
-import ipaddress
 import itertools
 import json
 import logging
@@ -2475,6 +2474,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
 SHUTDOWN_TIMEOUT_S = 5
 SERVE_ROOMS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the room that does it
 MAX_FLAG = 1_000_000_000_000  # more would overflow somewhere: a buffer's size, a time in microseconds
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine can reach
 AddFlag = Callable[..., argparse.Action]
 
 
@@ -2527,12 +2527,6 @@ def read_api_keys(path: str) -> list[tuple[str, str]]:
     return found
 
 
-def is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
-
-
 def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tuple[tuple[ApiKey, ...], str, str | None]:
     """The keys, where they came from, and the key itself if it had to be made: flags win over the environment."""
     several = [part for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
@@ -2551,7 +2545,7 @@ def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> tupl
         if "=" in single:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
     else:
-        if not is_loopback(flags.host):
+        if flags.host not in LOOPBACK:
             problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
             raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
         made = f"evs_{secrets.token_urlsafe(18)}"
