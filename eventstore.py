@@ -235,6 +235,16 @@ def refuse(field: str, code: str, problem: str) -> NoReturn:
     raise AssertionError("unreachable")
 
 
+def echo(value: str) -> str:
+    """A caller's value as an error message shows it: quoted, escaped, and cut to 100 characters."""
+    return json.dumps(value[:MAX_ECHO_CHARS], ensure_ascii=False)
+
+
+def excerpt(raw: bytes) -> str:
+    """The start of a JSON text as an error message shows it."""
+    return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
+
+
 class StartError(Exception):
     """A command cannot start; the message says what is wrong and what to do."""
 
@@ -448,11 +458,6 @@ _RFC_3339 = re.compile(
 )
 
 
-def echo(value: str) -> str:
-    """A caller's value as an error message shows it: quoted, escaped, and cut to 100 characters."""
-    return json.dumps(value[:MAX_ECHO_CHARS], ensure_ascii=False)
-
-
 def parse_time(text: str) -> int:
     """Microseconds since 1970 of an RFC 3339 time with a zone; finer digits are cut off. FieldError (API: Times)."""
     if not _RFC_3339.fullmatch(text):
@@ -664,11 +669,6 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
     expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
     faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
     return None
-
-
-def excerpt(raw: bytes) -> str:
-    """The start of a JSON text as an error message shows it."""
-    return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
 
 
 def check_properties(raw: bytes) -> str:
