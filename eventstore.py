@@ -590,6 +590,7 @@ DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                   "source": "source"}  # fmt: skip
 EVENT_FILTERS = (*FILTER_COLUMNS, "start_time", "end_time", "property_filters")
+LOOKUP_FILTERS = ("external_customer_id", "start_time", "end_time")
 
 _TYPE_NAMES = {
     "str | None": "a string", "bool | None": "true or false", "list[str] | None": "an array of strings",
@@ -1232,15 +1233,14 @@ def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s:
     """
     if not rows:
         return 0
-    alone = len(rows) <= INSERT_ROWS
-    if not alone:
+    if len(rows) > INSERT_ROWS:
         execute_writing(conn, lock_timeout_s, "BEGIN IMMEDIATE")
     inserted = 0
     for at in range(0, len(rows), INSERT_ROWS):
         chunk = rows[at : at + INSERT_ROWS]
         values = list(itertools.chain.from_iterable(chunk))
         inserted += execute_writing(conn, lock_timeout_s, insert_statement(len(chunk)), values).rowcount
-    if not alone:
+    if conn.in_transaction:
         conn.execute("COMMIT")
     return inserted
 
@@ -2042,9 +2042,9 @@ async def look_up_event(service: Service, request: Request) -> Response:
     event_id = request.path_params.get("id", sent.get("id"))
     if not event_id:
         faults.add("id", "required", "is required: the event_id to look up")
-    wanted = EventQueryIn(event_id=event_id, external_customer_id=sent.get("external_customer_id"))
-    wanted.start_time = parse_query_time(sent.get("start_time") or EARLIEST)
-    wanted.end_time = parse_query_time(sent.get("end_time") or LATEST)
+    wanted = query_of_parameters(EventQueryIn, sent, LOOKUP_FILTERS, faults)
+    wanted.event_id = event_id
+    wanted.start_time, wanted.end_time = wanted.start_time or EARLIEST, wanted.end_time or LATEST
     query = event_query(wanted, service.view(request), 1, faults)
     others = [operation.method for operation in service.operations if operation.path == request["path"]]
     hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
@@ -2167,7 +2167,6 @@ class Operation(NamedTuple):
         return Route(self.path, endpoint(self.handler, service, self.parameters), methods=[self.method])
 
 
-_LOOKUP = ("external_customer_id", "start_time", "end_time")
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 OPERATIONS = (
@@ -2183,8 +2182,8 @@ OPERATIONS = (
               example=_API_CALL | {"aggregation_type": "SUM", "property_name": "tokens", "window_size": "DAY",
                                    "timezone": "America/New_York"}),
     Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
-    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP), refusals=[404]),
-    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP, refusals=[404]),
+    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *LOOKUP_FILTERS), refusals=[404]),
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, LOOKUP_FILTERS, refusals=[404]),
     Operation("GET", "/health", health, Health),
     Operation("POST", "/health", health, Health),
     Operation("GET", "/openapi.json", describe_api, dict[str, Any]),
@@ -2500,11 +2499,10 @@ def parse_api_keys(texts: Iterable[tuple[str, str]]) -> tuple[ApiKey, ...]:
         key, separator, environment = (part.strip() for part in text.partition("="))
         if separator and not environment:
             raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
-        for sign in "=;,":
-            if sign in environment or sign in key:
-                several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
-                problem = f"an API key or its environment has a {sign!r} in it, which neither may"
-                raise StartError(f"{source}: {problem}: are several keys meant? {several}")
+        if sign := re.search("[=;,]", key + environment):
+            several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
+            problem = f"an API key or its environment has a {sign[0]!r} in it, which neither may"
+            raise StartError(f"{source}: {problem}: are several keys meant? {several}")
         found = ApiKey.hashed(check_key(key, f"{source}: "), environment or "development")
         for known, place in keys.items():
             if known.digest == found.digest:
