@@ -1942,10 +1942,10 @@ class Service:  # what the handlers work with
 
     def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
         """Name in the log what nothing has, so that a slip is found: each once a minute, and at most twenty."""
-        minute = self.settings.clock() // MINUTE_US
-        if minute != self._ignored_minute:
-            self._ignored_minute, self._ignored = minute, set()
         for name in names:
+            minute = self.settings.clock() // MINUTE_US
+            if minute != self._ignored_minute:
+                self._ignored_minute, self._ignored = minute, set()
             place = f"{logged(request)}: {echo(name)} is ignored, {problem}"
             if place not in self._ignored and len(self._ignored) < MAX_IGNORED:
                 self._ignored.add(place)
