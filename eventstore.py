@@ -255,11 +255,9 @@ MAX_BATCH = 1000
 PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; without any, it may be any
 
 
+# An unknown field is forbidden here and in the next types so that decode_members notes it, and then ignored.
 class EventIn(Struct, forbid_unknown_fields=True):
-    """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same.
-
-    A field of another name is ignored, as are those of the next types: decode_members notes it.
-    """
+    """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same."""
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -267,7 +265,7 @@ class EventIn(Struct, forbid_unknown_fields=True):
     customer_id: str | None = None
     source: str | None = None
     timestamp: str | None = None
-    properties: Raw = Raw()
+    properties: Raw = msgspec.field(default_factory=Raw)  # a Raw itself could be no default in a JSON Schema
 
 
 def _batch_of(item: type) -> Any:
@@ -2391,12 +2389,9 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
 
 def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
     """The routes as OpenAPI 3.1, made from their table and the wire types."""
-    # Two types need help: a Raw has no schema as a default, and a batch is an array to everyone but its decoder.
-    fields = [(field.name, field.type, None) for field in msgspec.structs.fields(EventIn)]
-    event_in = msgspec.defstruct("EventIn", fields)
-    bodies = [operation.body for operation in operations if operation.body not in (None, EventIn, BulkIn)]
+    bodies = [operation.body for operation in operations if operation.body not in (None, BulkIn)]
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
-    types = dict.fromkeys([event_in, *bodies, ErrorBody, Event, *answers])
+    types = dict.fromkeys([*bodies, ErrorBody, Event, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
     for more in (FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
         for name in more:
@@ -2405,6 +2400,7 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
             schemas[name]["required"] = [*dict.fromkeys([*schemas[name].get("required", ()), *needed])]
     for schema in schemas.values():
         schema.pop("additionalProperties", None)  # they are ignored
+    # A batch is an array to everyone but its decoder.
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     paths: dict[str, Any] = {}
