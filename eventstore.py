@@ -1722,10 +1722,8 @@ def _files_of(path: str) -> list[os.stat_result]:
 
 
 def data_file(name: str) -> str:
-    """The text of a file that comes with this one: beside it in a checkout, in a folder of its own in a wheel."""
-    here = Path(__file__).resolve().parent
-    installed = here / "eventstore_data" / name
-    return (installed if installed.exists() else here / name).read_text("utf-8")
+    """The text of a file that stands beside this one, in a wheel too."""
+    return (Path(__file__).resolve().parent / name).read_text("utf-8")
 
 
 def prepare_file(path: str) -> int:
