@@ -803,17 +803,17 @@ def parse_property_filters(text: str) -> PropertyFilters:
     return filters
 
 
-def one_of(*allowed: str) -> Callable[[str], str]:
+def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
             case = " (case-sensitive)" if text.lower() in map(str.lower, allowed) else ""
-            raise FieldError("invalid_format", f"must be one of {', '.join(allowed)}{case}, got {echo(text)}")
+            raise FieldError("invalid_format", f"must be one of {', '.join(allowed)}{case}, got {echo(text)}{hint}")
         return text
 
     return check
 
 
-check_sort = one_of(*SORTS)
+check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
 check_kind = one_of(*AGGREGATIONS)
 check_window_size = one_of(*WINDOW_SIZES)

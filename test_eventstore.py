@@ -731,6 +731,12 @@ def test_every_bad_parameter_is_named_at_once(many):
     assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
 
 
+def test_a_direction_in_sort_is_told_where_it_goes(many):
+    (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
+    allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
+    assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
+
+
 CONTRADICTIONS = {
     "end before start": {"start_time": at(0), "end_time": at(-1)},
     "start after now": {"start_time": at(1)},
