@@ -1306,6 +1306,7 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
     row = conn.execute(SELECT_NAME, {"environment": environment, "id": cursor.id}).fetchone()
     if row is None:
         problem = f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}"
+        problem += ": if it was deleted since, begin anew without a cursor"
         refuse("iter_first_key" if before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
