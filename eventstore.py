@@ -796,17 +796,17 @@ def parse_property_filters(text: str) -> PropertyFilters:
     return filters
 
 
-def one_of(*allowed: str) -> Callable[[str], str]:
+def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
     def check(text: str) -> str:
         if text not in allowed:
             case = " (case-sensitive)" if text.lower() in map(str.lower, allowed) else ""
-            raise FieldError("invalid_format", f"must be one of {', '.join(allowed)}{case}, got {echo(text)}")
+            raise FieldError("invalid_format", f"must be one of {', '.join(allowed)}{case}, got {echo(text)}{hint}")
         return text
 
     return check
 
 
-check_sort = one_of(*SORTS)
+check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
 check_kind = one_of(*AGGREGATIONS)
 check_window_size = one_of(*WINDOW_SIZES)
@@ -1302,6 +1302,7 @@ def name_of_cursor(conn: sqlite3.Connection, environment: str, cursor: Cursor, b
     row = conn.execute(SELECT_NAME, {"environment": environment, "id": cursor.id}).fetchone()
     if row is None:
         problem = f"must end in the id of a stored event to sort by event_name, got {echo(cursor.id)}"
+        problem += ": if it was deleted since, begin anew without a cursor"
         refuse("iter_first_key" if before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
@@ -1714,10 +1715,8 @@ def _files_of(path: str) -> list[os.stat_result]:
 
 
 def data_file(name: str) -> str:
-    """The text of a file that comes with this one: beside it in a checkout, in a folder of its own in a wheel."""
-    here = Path(__file__).resolve().parent
-    installed = here / "eventstore_data" / name
-    return (installed if installed.exists() else here / name).read_text("utf-8")
+    """The text of a file that stands beside this one, in a wheel too."""
+    return (Path(__file__).resolve().parent / name).read_text("utf-8")
 
 
 def prepare_file(path: str) -> int:

@@ -739,6 +739,12 @@ def test_every_bad_parameter_is_named_at_once(many):
     assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
 
 
+def test_a_direction_in_sort_is_told_where_it_goes(many):
+    (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
+    allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
+    assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
+
+
 CONTRADICTIONS = {
     "end before start": {"start_time": at(0), "end_time": at(-1)},
     "start after now": {"start_time": at(1)},
@@ -928,7 +934,8 @@ def test_iter_first_key_polls_for_what_is_new(client, sort, order):
 def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(many, method, side, neighbour):
     query = {"page_size": 1, side: f"{NOW - 1500}000::0500x"}
     assert ids(many, method, **query) == [neighbour]
-    refused(ask(many, method, **query, sort="event_name"), part=side)
+    begin_anew = "if it was deleted since, begin anew without a cursor"
+    refused(ask(many, method, **query, sort="event_name"), part=f'by event_name, got "0500x": {begin_anew}')
 
 
 @table("descending", [True, False], ids=["desc", "asc"])

@@ -184,7 +184,9 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
             log.warning("retention: this server does not forward to %s, and what is not accepted there is kept; %s",
                         progress.target, gone(service.store.path, progress))  # fmt: skip
     service.tasks.append(Retention(service, arguments.retain_days).run)
-    service.notices.append(f"keeps        events for {arguments.retain_days:,.15g} days after they were stored")
+    days = arguments.retain_days
+    unit = "day" if days == 1 else "days"
+    service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
 
 
 # ---------------------------------------------------------------------------------------------- prune

@@ -231,9 +231,10 @@ def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
 
 
 def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp_path):
-    with Live(tmp_path, "--retain-days", "0.5", "--api-key", KEY) as live:
-        assert "\n  keeps        events for 0.5 days after they were stored\n" in live.banner
-        assert live.stop() == 0
+    for days, said in (("0.5", "0.5 days"), ("1", "1 day")):
+        with Live(tmp_path, "--retain-days", days, "--api-key", KEY) as live:
+            assert f"\n  keeps        events for {said} after they were stored\n" in live.banner
+            assert live.stop() == 0
     for days in ("0", "-1", "x"):
         done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", days, cwd=tmp_path)
         assert done.returncode == 2

@@ -250,6 +250,23 @@ def test_a_file_that_cannot_be_read_on_stops_even_an_import_that_skips(tmp_path,
     assert stored_ids(tmp_path) == ["1"]
 
 
+NOTHING_IN_IT = {
+    "a text": b"Dear all,\n",
+    "a csv of something else": b"name,city\na,b\n",
+    "a bad event": b'{"event_name": "call"}\n' + GOOD % 1,
+    "an array that ends at once": b"[",
+    "an object that ends at once": b'{"events": [{"event_name": ',
+    "gzip of nothing whole": gzip.compress(GOOD % 1)[:12],
+}
+
+
+@table("content", NOTHING_IN_IT.values(), ids=NOTHING_IN_IT)
+def test_an_import_without_a_good_event_to_begin_with_leaves_no_database_behind(tmp_path, capsys, content):
+    imported(tmp_path, content, status=1)
+    assert "; stored before it: 0 events, 0 of them new; " in capsys.readouterr().err
+    assert sorted(sizes_in(tmp_path)) == ["in"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 @table("form", ["json", "ndjson", "csv"])
 def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path, form):
@@ -386,6 +403,7 @@ CANNOT_RUN = [  # arguments, what the message names
     ("import in --db text.db", "not a SQLite database"),
     ("import in --skip-invalid in", "overwrite"),
     ("import in --skip-invalid missing/rejects", "--skip-invalid"),
+    ("import in --skip-invalid rejects --db missing/new.db", "the folder"),
     ("export --db missing.db", "missing.db"),
     ("export --start-time yesterday", "--start-time must be RFC 3339"),
     (
