@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import email.utils
 import hashlib
 import importlib.util
@@ -19,7 +20,7 @@ import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import datetime
 from enum import Enum
@@ -90,29 +91,41 @@ MAX_MESSAGE_CHARS = 300
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 30.0
 RETRY_AFTER_CAP_S = 3600.0  # some ask for years
-SAVE_INTERVAL_S = 0.5
+MOST_BREAKS = 2  # in one batch, before it is sent in parts: a bad line breaks some, whatever their size
+GROW_AFTER = 20  # parts that were accepted: where there is a limit, to try for more costs three requests
+SAVE_INTERVAL_S = 0.5  # a crash sends the batches of so long again
 
 
 class Batch(NamedTuple):
-    body: bytes
     rows: list[StoredRow]
+    events: list[bytes]  # the same, as they are sent
+
+    @property
+    def body(self) -> bytes:
+        return b'{"events":[' + b",".join(self.events) + b"]}"
+
+    def part(self, start: int, end: int | None = None) -> Batch:
+        return Batch(self.rows[start:end], self.events[start:end])
+
+    def first(self, most_bytes: int) -> Batch:
+        """As many of its first events as fit, and one at least."""
+        ends = list(itertools.accumulate(len(event) + 1 for event in self.events))
+        return self.part(0, max(bisect.bisect_right(ends, most_bytes), 1))
 
 
 def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
-    rows: list[StoredRow] = []
-    events: list[bytes] = []
-    size = 0
+    """For /events/bulk, of at most so many events, and of 10 MB unless one event is longer."""
+    batch, size = Batch([], []), 0
     for row in itertools.chain.from_iterable(pages):
         event = ENCODER.encode(exported_event(row[1]))
-        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-            rows, events, size = [], [], 0
-        rows.append(row)
-        events.append(event)
+        if batch.rows and (len(batch.rows) == batch_size or size + len(event) > BATCH_BYTES):
+            yield batch
+            batch, size = Batch([], []), 0
+        batch.rows.append(row)
+        batch.events.append(event)
         size += len(event) + 1
-    if rows:
-        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+    if batch.rows:
+        yield batch
 
 
 class Outcome(Enum):
@@ -120,7 +133,9 @@ class Outcome(Enum):
 
     ACCEPTED = "it is the target's"
     AGAIN = "it may be accepted if it is sent again"
+    BROKEN = "as AGAIN, but if it breaks off again and again, it may be too large"
     BLOCKED = "nothing is accepted until somebody mends something"
+    TOO_LARGE = "as REFUSED, but fewer of its events may be accepted"
     REFUSED = "some event in it is refused"
 
 
@@ -146,6 +161,7 @@ class Target:
         import httpx  # noqa: PLC0415 - only the extra `cli` has it
 
         self.url = url
+        self.bulk_url = bulk_url(url)
         self._key = key
         self._key_source = key_source
         self._flag = flag
@@ -164,22 +180,30 @@ class Target:
     async def post(self, body: bytes) -> Answer:
         import httpx  # noqa: PLC0415 - only the extra `cli` has it
 
-        url = f"{self.url}/events/bulk"
-        response: httpx.Response | None = None
-        start, problem = b"", ""
+        status, headers, start = 0, httpx.Headers(), b""
+        outcome, problem = Outcome.AGAIN, ""
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S), self._client.stream("POST", url, content=body) as response:
+            async with (
+                asyncio.timeout(REQUEST_TIMEOUT_S),
+                self._client.stream("POST", self.bulk_url, content=body) as response,
+            ):
+                status, headers = response.status_code, response.headers
                 async for chunk in response.aiter_raw():
                     start += chunk
                     if len(start) > ANSWER_BYTES:
                         break
         except httpx.InvalidURL as error:
-            return Answer(Outcome.BLOCKED, f"{url} is no URL: {error}")
+            return Answer(Outcome.BLOCKED, f"{self.bulk_url} is no URL: {error}")
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+            reason = str(error) or type(error).__name__
+            outcome, problem = Outcome.BROKEN, f"broke off a request of {len(body):,} bytes: {reason}"
         except (httpx.RequestError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-        if response is None:  # else the status is known, and that is all that counts
-            return Answer(Outcome.AGAIN, self._line(f"cannot be reached: {problem}"))
-        status, headers = response.status_code, response.headers
+            problem = f"cannot be reached: {str(error) or type(error).__name__}"
+        if status:  # what came after it, or did not come, does not count
+            return self._answer(status, headers, start)
+        return Answer(outcome, self._line(problem))
+
+    def _answer(self, status: int, headers: Mapping[str, str], start: bytes) -> Answer:
         if status == 202:
             duplicates = headers.get("x-events-duplicate", "")
             return Answer(Outcome.ACCEPTED, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
@@ -195,12 +219,55 @@ class Target:
     def _line(self, text: str) -> str:
         """One line of a log, whatever the target says; some echo the key."""
         printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***"))
-        return f"{self.url}/events/bulk {' '.join(printable.split())}"
+        return f"{self.bulk_url} {' '.join(printable.split())}"
+
+
+class Sender:
+    """Sends batches until the target has accepted or refused them, in parts while it takes only smaller ones."""
+
+    def __init__(self, target: Target, wait: Callable[[Answer, int], Awaitable[None]]) -> None:
+        self._target = target
+        self._wait = wait  # before events are sent again, having waited for them so many times; or it fails
+        self._most_bytes = BATCH_BYTES
+        self._accepted = 0  # parts, since that changed
+
+    async def send_first(self, batch: Batch) -> tuple[Batch, Answer]:
+        """All of its events, or as many of the first as the target takes, one at least, and whether they are accepted.
+        Those that are not are REFUSED, or one alone is TOO_LARGE."""
+        waits = breaks = 0
+        while True:
+            part = batch.first(self._most_bytes)
+            answer = await self._target.post(part.body)
+            if answer.outcome is Outcome.TOO_LARGE and len(part.rows) > 1:
+                self._shrink(part)
+                continue
+            if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED, Outcome.TOO_LARGE):
+                self._grow(answer)
+                return part, answer
+            breaks += answer.outcome is Outcome.BROKEN
+            if answer.outcome is Outcome.BROKEN and breaks > MOST_BREAKS and len(part.rows) > 1:
+                self._shrink(part)
+            await self._wait(answer, waits)  # longer each time: a proxy before a target that is away breaks off, too
+            waits += 1
+
+    def _shrink(self, part: Batch) -> None:
+        self._most_bytes = min(self._most_bytes, len(part.body) // 2)  # others under way may have come to less
+        self._accepted = 0
+
+    def _grow(self, answer: Answer) -> None:
+        self._accepted += answer.outcome is Outcome.ACCEPTED
+        if self._accepted >= GROW_AFTER:
+            self._most_bytes = min(self._most_bytes * 2, BATCH_BYTES)
+            self._accepted = 0
+
+
+def bulk_url(url: str) -> str:
+    return f"{url}/events/bulk"
 
 
 def outcome_of(status: int) -> Outcome:
     if status in (400, 413, 422):
-        return Outcome.REFUSED
+        return Outcome.TOO_LARGE if status == 413 else Outcome.REFUSED
     return Outcome.AGAIN if status in (408, 429) or status >= 500 else Outcome.BLOCKED
 
 
@@ -299,7 +366,11 @@ PROGRESS = msgspec.json.Decoder(ReplayProgress)
 
 
 class RefusedError(Exception):
-    """A batch that there is no sense in sending again."""
+    """There is no sense in sending a batch again, or this part of it."""
+
+    def __init__(self, problem: str, part: Batch | None = None) -> None:
+        super().__init__(problem)
+        self.part = part
 
 
 class Replay:
@@ -322,12 +393,13 @@ class Replay:
         concurrency = self._arguments.concurrency
         source = replay_key_source(self._arguments.api_key)
         async with Target(self.progress.target, key, source, "--to", concurrency) as target:
+            sender = Sender(target, self._wait)
             try:
                 for pages in self.passes(conn, query):
                     for batch in batches(pages, self._arguments.batch_size):
                         if len(self._pending) == concurrency:
                             advance(await self._settle_oldest())
-                        self._pending.append((batch, asyncio.create_task(self._send(target, batch))))
+                        self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
                     while self._pending:
                         advance(await self._settle_oldest())
             finally:
@@ -352,21 +424,23 @@ class Replay:
 
     async def _settle_oldest(self) -> int:
         batch, task = self._pending[0]
-        first, last = batch.rows[0][1], batch.rows[-1][1]
         try:
             await task
         except RefusedError as refusal:
-            batch_ids = f"the batch of {counted(len(batch.rows), 'event')} from {echo(first.id)} to {echo(last.id)}"
+            rows = (refusal.part or batch).rows
+            ids = f"from {echo(rows[0][1].id)} to {echo(rows[-1][1].id)}"
+            batch_ids = f"the batch of {counted(len(rows), 'event')} {ids}"
             sure = f"everything before it is accepted ({self.progress.place})"
             again = f"when that is mended, {again_command(self._arguments)} goes on from there"
             raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
         self._pending.popleft()
+        seq, last = batch.rows[-1]
         self.progress.accepted += len(batch.rows)
         if self.progress.is_caught_up:
-            self.progress.arrived = batch.rows[-1][0]
+            self.progress.arrived = seq
         else:
             self.progress.cursor = Cursor(last.timestamp_us, last.id).text
-        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
+        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
             self.save()
         return len(batch.rows)
 
@@ -374,27 +448,31 @@ class Replay:
         save_progress(self._path, self.progress)
         self._saved_s = time.monotonic()
 
-    async def _send(self, target: Target, batch: Batch) -> None:
+    async def _send(self, sender: Sender, batch: Batch) -> None:
         """Until it is accepted. RefusedError."""
         self.sent += len(batch.rows)
-        for attempt in itertools.count():
-            answer = await target.post(batch.body)
-            if answer.outcome is Outcome.ACCEPTED:
-                self._success_s = time.monotonic()
-                self.accepted += len(batch.rows)
-                self.known += answer.duplicates
-                return
-            if answer.outcome is not Outcome.AGAIN:
-                raise RefusedError(answer.problem)
-            wait_s, limit_s = answer.pause_s(attempt), self._arguments.give_up_after_s
-            if time.monotonic() + wait_s - self._success_s > limit_s:
-                given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
-                raise RefusedError(f"{given_up}: {answer.problem}")
-            self.retried += 1
-            if time.monotonic() > self._said_s + SAY_INTERVAL_S:
-                self._said_s = time.monotonic()
-                say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
-            await asyncio.sleep(wait_s)
+        while batch.rows:
+            part, answer = await sender.send_first(batch)
+            if answer.outcome is not Outcome.ACCEPTED:
+                raise RefusedError(answer.problem, part)
+            self._success_s = time.monotonic()
+            self.accepted += len(part.rows)
+            self.known += answer.duplicates
+            batch = batch.part(len(part.rows))
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """RefusedError."""
+        if answer.outcome is Outcome.BLOCKED:
+            raise RefusedError(answer.problem)
+        wait_s, limit_s = answer.pause_s(waits), self._arguments.give_up_after_s
+        if time.monotonic() + wait_s - self._success_s > limit_s:
+            given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
+            raise RefusedError(f"{given_up}: {answer.problem}")
+        self.retried += 1
+        if time.monotonic() > self._said_s + SAY_INTERVAL_S:
+            self._said_s = time.monotonic()
+            say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        await asyncio.sleep(wait_s)
 
 
 def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
@@ -434,7 +512,7 @@ def replay_events(arguments: argparse.Namespace) -> int:
                 for pages in replay.passes(conn, query)
                 for batch in batches(pages, arguments.batch_size)
             ]
-            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {target}/events/bulk"
+            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {bulk_url(target)}"
             elsewhere = "" if sizes else other_environments(conn, arguments.environment)
             say(f"would send {would}; nothing was sent{elsewhere}")
             return 0
@@ -529,7 +607,7 @@ def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
     batch = next(batches([rows], MAX_BATCH), None)
     if batch is None:
         return Page(None, max(last, after), last < newest)
-    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.body) >= BATCH_BYTES
+    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.events[0]) >= BATCH_BYTES
     return Page(batch, batch.rows[-1][0], is_full or last < newest)
 
 
@@ -555,6 +633,7 @@ class Forwarder:
         self._clock = service.settings.clock
         self._started_us = self._clock()
         self._target = target
+        self._sender = Sender(target, self._wait)
         self._path = path
         self._interval_s = interval_s
         self._is_saved = True
@@ -623,43 +702,43 @@ class Forwarder:
 
     async def _deliver(self, batch: Batch) -> None:
         """Until the target has accepted it; what it refuses is put aside, event by event."""
-        answer = await self._send(batch)
-        if answer.outcome is Outcome.REFUSED and len(batch.rows) > 1:
-            middle = len(batch.rows) // 2
-            for half in batches([batch.rows[:middle]], MAX_BATCH), batches([batch.rows[middle:]], MAX_BATCH):
-                await self._deliver(next(half))
-            return
-        if answer.outcome is Outcome.REFUSED:
-            await self._put_aside(batch.rows[0][1], answer.problem)
-        else:
-            self.progress.accepted += len(batch.rows)
-        self.progress.seq, last = batch.rows[-1]
-        self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
-        self._is_saved = False
-        await self._save_now_and_then()
-
-    async def _send(self, batch: Batch) -> Answer:
-        """Until it is accepted or refused."""
-        for attempt in itertools.count():
-            if self._stopping.is_set():
-                raise StoppingError
-            answer = await self._target.post(batch.body)
-            if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED):
-                return answer
-            if answer.outcome is Outcome.AGAIN:
-                self._say(logging.WARNING, f"{answer.problem}; trying again")
-                await self._pause(answer.pause_s(attempt))
+        while batch.rows:
+            self._end_if_stopping()
+            part, answer = await self._sender.send_first(batch)
+            batch = batch.part(len(part.rows))
+            if answer.outcome is not Outcome.ACCEPTED and len(part.rows) > 1:
+                middle = len(part.rows) // 2
+                await self._deliver(part.part(0, middle))
+                await self._deliver(part.part(middle))
+                continue
+            if answer.outcome is Outcome.ACCEPTED:
+                self.progress.accepted += len(part.rows)
             else:
-                every = f"trying again every {BLOCKED_PAUSE_S:g} s"
-                self._say(logging.ERROR, f"{answer.problem}; nothing is forwarded until that is mended, {every}")
-                await self._pause(BLOCKED_PAUSE_S)
-        raise AssertionError("unreachable")
+                await self._put_aside(part.rows[0][1], answer.problem)
+            self.progress.seq, last = part.rows[-1]
+            self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
+            self._is_saved = False
+            await self._save_now_and_then()
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """StoppingError as soon as the server stops."""
+        if answer.outcome is Outcome.BLOCKED:
+            every = f"trying again every {BLOCKED_PAUSE_S:g} s"
+            self._say(logging.ERROR, f"{answer.problem}; nothing is forwarded until that is mended, {every}")
+            await self._pause(BLOCKED_PAUSE_S)
+        else:
+            self._say(logging.WARNING, f"{answer.problem}; trying again")
+            await self._pause(answer.pause_s(waits))
 
     async def _pause(self, seconds: float) -> None:
         """StoppingError as soon as the server stops."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+        self._end_if_stopping()
+
+    def _end_if_stopping(self) -> None:
+        """StoppingError."""
         if self._stopping.is_set():
             raise StoppingError
 
@@ -687,7 +766,6 @@ class Forwarder:
         log.error("forwarding: event %s is refused and was written to %s: %s", echo(row.id), path, problem)
 
     async def _save_now_and_then(self) -> None:
-        # A crash sends half a second's batches again.
         if not self._is_saved and time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
             await self._save()
 
