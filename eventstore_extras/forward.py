@@ -26,7 +26,7 @@ from datetime import datetime
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct, structs
@@ -39,18 +39,17 @@ from eventstore import (
     IN_ENVIRONMENT,
     MAX_BATCH,
     MINUTE_US,
-    SELECT_NAME,
     START_CLAUSE,
     AddFlag,
     ApiError,
     Cursor,
     EventQuery,
-    FieldError,
     Outbox,
     Parameters,
     Row,
     Service,
     StartError,
+    T,
     __version__,
     check_key,
     connect_reader,
@@ -60,7 +59,6 @@ from eventstore import (
     filter_clauses,
     list_events,
     log,
-    parse_cursor,
     positive,
     say,
     to_datetime,
@@ -227,13 +225,13 @@ class Sender:
 
     def __init__(self, target: Target, wait: Callable[[Answer, int], Awaitable[None]]) -> None:
         self._target = target
-        self._wait = wait  # before events are sent again, having waited for them so many times; or it fails
+        self._wait = wait  # until events may be sent again that have waited so many times before; or it fails
         self._most_bytes = BATCH_BYTES
         self._accepted = 0  # parts, since that changed
 
     async def send_first(self, batch: Batch) -> tuple[Batch, Answer]:
-        """All of its events, or as many of the first as the target takes, one at least, and whether they are accepted.
-        Those that are not are REFUSED, or one alone is TOO_LARGE."""
+        """As many of its first events as the target takes at a time, one at least, and what it said to them: ACCEPTED,
+        REFUSED, or to one alone TOO_LARGE."""
         waits = breaks = 0
         while True:
             part = batch.first(self._most_bytes)
@@ -323,15 +321,49 @@ def progress_file(db: str, kind: str, identity: Any) -> Path:
     return Path(f"{db}.{kind}-{hashlib.sha256(ENCODER.encode(identity)).hexdigest()[:16]}.json")
 
 
-def save_progress(path: Path, progress: Struct) -> None:
+class Progress(Struct, kw_only=True):
+    """How far it is sure, as the file beside the database holds it."""
+
+    target: str
+    environment: str
+    last_seq: int = 0  # of the last event that is accepted or put aside, by which the database is known again
+    last_id: str = ""
+    accepted: int = 0
+
+
+P = TypeVar("P", bound=Progress)
+NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
+
+
+def save_progress(path: Path, progress: Progress) -> None:
     with whole_file(path, f"cannot keep the progress in {path}", "make room for it") as file:
         file.write(ENCODER.encode(progress) + b"\n")
+
+
+def read_progress(path: Path, decoder: msgspec.json.Decoder[P], again: str) -> P:
+    """StartError says how to begin again if the file is damaged."""
+    try:
+        return decoder.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise StartError(f"cannot read how far sending is in {path}: {error}; {again}") from error
+
+
+def check_database(conn: sqlite3.Connection, path: Path, progress: Progress, seq: int, again: str) -> None:
+    """StartError if the progress, which is as far as seq, is of another database. An event that was deleted since makes
+    none: what comes after the place is found without it."""
+    found = conn.execute("SELECT id FROM events WHERE seq = ?", [progress.last_seq]).fetchone()
+    if max(seq, progress.last_seq) > newest_seq(conn) or (found and found[0] != progress.last_id):
+        raise StartError(f"{path} is of another database of that name, or of a newer state of this one: {again}")
+
+
+def newest_seq(conn: sqlite3.Connection) -> int:
+    """Of the event that came last, which may have been deleted since: its number is not used again."""
+    return int(conn.execute(NEWEST_SEQ).fetchone()[0])
 
 
 # ---------------------------------------------------------------------------------------------- replay
 
 SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
-NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
 
 
 def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
@@ -346,23 +378,19 @@ def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last
         after = page[-1][0]
 
 
-class ReplayProgress(Struct):
-    """How far a replay is sure, as the file beside the database holds it."""
-
-    target: str
-    environment: str
+class ReplayProgress(Progress, kw_only=True):
     filters: dict[str, str | None]
     arrived: int  # the newest seq when the replay began; what came later is sent in the order in which it came
-    cursor: str | None = None  # everything up to it is accepted, in (timestamp, id) order
+    cursor: Cursor | None = None  # everything up to it is accepted, in (timestamp, id) order
     is_caught_up: bool = False  # the pass in (timestamp, id) order is done
-    accepted: int = 0
 
     @property
     def place(self) -> str:
-        return f"cursor {self.cursor or 'at the start'}{f', row {self.arrived}' if self.is_caught_up else ''}"
+        cursor = self.cursor.text if self.cursor else "at the start"
+        return f"cursor {cursor}{f', row {self.arrived}' if self.is_caught_up else ''}"
 
 
-PROGRESS = msgspec.json.Decoder(ReplayProgress)
+REPLAY_PROGRESS = msgspec.json.Decoder(ReplayProgress)
 
 
 class RefusedError(Exception):
@@ -415,10 +443,9 @@ class Replay:
         cursor."""
         progress = self.progress
         if not progress.is_caught_up:
-            after = parse_cursor(progress.cursor) if progress.cursor else None
-            yield stored_events(conn, replace(query, after=after))
+            yield stored_events(conn, replace(query, after=progress.cursor))
         progress.is_caught_up = True
-        newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
+        newest = newest_seq(conn)
         yield arrived_events(conn, query, progress.arrived, newest)
         progress.arrived = newest
 
@@ -436,10 +463,11 @@ class Replay:
         self._pending.popleft()
         seq, last = batch.rows[-1]
         self.progress.accepted += len(batch.rows)
+        self.progress.last_seq, self.progress.last_id = seq, last.id
         if self.progress.is_caught_up:
             self.progress.arrived = seq
         else:
-            self.progress.cursor = Cursor(last.timestamp_us, last.id).text
+            self.progress.cursor = Cursor(last.timestamp_us, last.id)
         if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
             self.save()
         return len(batch.rows)
@@ -478,19 +506,13 @@ class Replay:
 def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
     """The progress of the same replay, if it ran before, and its file. StartError."""
     filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
-    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
-    fresh = ReplayProgress(target, arguments.environment, filters, newest)
-    path = progress_file(arguments.db, "replay", [target, arguments.environment, filters])
+    environment, arrived = arguments.environment, newest_seq(conn)
+    path = progress_file(arguments.db, "replay", [target, environment, filters])
     if arguments.restart or not path.exists():
-        return fresh, path
-    try:
-        progress = PROGRESS.decode(path.read_bytes())
-        cursor = progress.cursor and parse_cursor(progress.cursor)
-    except (OSError, msgspec.DecodeError, FieldError) as error:
-        raise StartError(f"cannot read the progress in {path}: {error}; --restart starts over") from error
-    parameters = {"environment": arguments.environment, "id": cursor.id if cursor else ""}
-    if progress.arrived > newest or (cursor and conn.execute(SELECT_NAME, parameters).fetchone() is None):
-        raise StartError(f"{path} is the progress of another database of that name; --restart starts over")
+        return ReplayProgress(target=target, environment=environment, filters=filters, arrived=arrived), path
+    again = "with --restart all events are sent again, which does no harm"
+    progress = read_progress(path, REPLAY_PROGRESS, again)
+    check_database(conn, path, progress, progress.arrived, again)
     if progress.accepted:
         accepted = counted(progress.accepted, "event")
         say(f"going on at {progress.place}: {accepted} were accepted before (--restart starts over)")
@@ -507,14 +529,7 @@ def replay_events(arguments: argparse.Namespace) -> int:
         progress, path = load_progress(arguments, conn, target)
         replay = Replay(arguments, progress, path)
         if arguments.dry_run:
-            sizes = [
-                len(batch.rows)
-                for pages in replay.passes(conn, query)
-                for batch in batches(pages, arguments.batch_size)
-            ]
-            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {bulk_url(target)}"
-            elsewhere = "" if sizes else other_environments(conn, arguments.environment)
-            say(f"would send {would}; nothing was sent{elsewhere}")
+            say(would_send(conn, query, replay, arguments))
             return 0
         key = replay_key(arguments.api_key, os.environ)
         try:
@@ -530,6 +545,14 @@ def replay_events(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def would_send(conn: sqlite3.Connection, query: EventQuery, replay: Replay, arguments: argparse.Namespace) -> str:
+    every = (batches(pages, arguments.batch_size) for pages in replay.passes(conn, query))
+    sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(every)]
+    would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {bulk_url(replay.progress.target)}"
+    elsewhere = "" if sizes else other_environments(conn, arguments.environment)
+    return f"would send {would}; nothing was sent{elsewhere}"
+
+
 def again_command(arguments: argparse.Namespace) -> str:
     return f"the same command{' without --restart' if arguments.restart else ''}"
 
@@ -538,7 +561,7 @@ def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayPro
     """How many events a progress bar has before it, if that can be told quickly."""
     if progress.is_caught_up:
         return None
-    start_us = parse_cursor(progress.cursor).timestamp_us if progress.cursor else query.start_us
+    start_us = progress.cursor.timestamp_us if progress.cursor else query.start_us
     return list_events(conn, replace(query, start_us=start_us)).total_count or 0
 
 
@@ -560,19 +583,14 @@ GRACE_S = 2.0  # for the request under way when the server stops; less than TASK
 WATCH_INTERVAL_S = 5.0
 BEHIND_EVENTS, BEHIND_S = 10_000, 60.0
 START_S = 15.0  # after a start, in which many events that came before it are no news
+REMOVE_IT = "remove it, and all events are sent again, which does no harm"
 SPAN = 100_000  # rows that one query looks at: those of another environment are passed over
 
 
-class ForwardProgress(Struct):
-    """How far forwarding is sure, as the file beside the database holds it."""
-
-    target: str
-    environment: str
+class ForwardProgress(Progress, kw_only=True):
     seq: int = 0  # all events up to it are accepted or put aside, or of another environment
-    last_seq: int = 0  # the last of them, by which the database is known again
-    last_id: str = ""
-    accepted: int = 0
     refused: int = 0
+    late_s: int = 0  # how long servers have had time to send the first that waits
 
 
 FORWARD_PROGRESS = msgspec.json.Decoder(ForwardProgress)
@@ -599,7 +617,7 @@ BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
 
 
 def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
-    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])  # first: what is committed meanwhile comes with the next page
+    newest = newest_seq(conn)  # first: what is committed meanwhile comes with the next page
     last = min(newest, after + SPAN)
     parameters: Parameters = {"environment": environment, "after": after, "last": last}
     where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last ORDER BY seq"
@@ -636,6 +654,8 @@ class Forwarder:
         self._sender = Sender(target, self._wait)
         self._path = path
         self._interval_s = interval_s
+        self._late_before_s = progress.late_s
+        self._saving = asyncio.Lock()
         self._is_saved = True
         self._saved_s = 0.0
         self._said_us = -MINUTE_US
@@ -654,22 +674,18 @@ class Forwarder:
             self._stopping.set()
             await asyncio.wait([work], timeout=GRACE_S)
         finally:
-            for task in (work, watch):
+            for task in (work, watch):  # one after the other: each may be writing the progress
                 task.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+                await asyncio.gather(task, return_exceptions=True)
 
     async def behind(self) -> int:
         """How many events are stored and not accepted; of more than 100,000 see `backlog`."""
-        return (await self._backlog())[0]
+        return (await self._look(backlog))[0]
 
     def behind_now(self) -> int:
         """The same for any thread, also while the server is not running."""
         with closing(connect_reader(self._store.path)) as conn:
             return backlog(conn, self.progress.environment, self.progress.seq)[0]
-
-    async def _backlog(self) -> tuple[int, int]:
-        read = partial(backlog, environment=self.progress.environment, after=self.progress.seq)
-        return await self._store.read(read, quick=False)
 
     async def _work(self) -> None:
         try:
@@ -687,18 +703,19 @@ class Forwarder:
 
     async def _turn(self) -> None:
         """Send the next batch, once it is full or has waited for more."""
-        page = await self._read()
+        page = await self._look(next_page)
         if not page.has_more:
             await self._save_now_and_then()
             await self._pause(self._interval_s)
-            page = await self._read()
+            page = await self._look(next_page)
         if page.batch:
             await self._deliver(page.batch)
         self.progress.seq = page.through
 
-    async def _read(self) -> Page:
-        read = partial(next_page, environment=self.progress.environment, after=self.progress.seq)
-        return await self._store.read(read, quick=False)
+    async def _look(self, read: Callable[..., T]) -> T:
+        """At what comes after the place that is sure."""
+        place = {"environment": self.progress.environment, "after": self.progress.seq}
+        return await self._store.read(partial(read, **place), quick=False)
 
     async def _deliver(self, batch: Batch) -> None:
         """Until the target has accepted it; what it refuses is put aside, event by event."""
@@ -770,28 +787,34 @@ class Forwarder:
             await self._save()
 
     async def _save(self) -> None:
-        progress = replace(self.progress)
-        try:
-            await asyncio.to_thread(save_progress, self._path, progress)
-            self._is_saved = True
-        except StopError as error:  # what is not noted is sent again, which does no harm
-            self._say(logging.ERROR, str(error))
-        self._saved_s = time.monotonic()
+        async with self._saving:
+            progress = replace(self.progress)
+            try:
+                await asyncio.to_thread(save_progress, self._path, progress)
+                self._is_saved = progress == self.progress
+            except StopError as error:  # what is not noted is sent again, which does no harm
+                self._say(logging.ERROR, str(error))
+            self._saved_s = time.monotonic()
 
     async def _watch(self) -> None:
         """Say when it falls behind, and when it has caught up."""
         while True:
             with suppress(ApiError):
-                self._judge(*await self._backlog())
+                self._judge(*await self._look(backlog))
+            await self._save_now_and_then()
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _judge(self, events: int, oldest_us: int) -> None:
-        """What waited while no server ran is no news: the time counts from the start at the earliest."""
+        """What waited while no server ran is no news: the time counts from the start, and from earlier starts if those
+        servers left something late."""
         now = self._clock()
-        running_s = (now - self._started_us) / 1e6
+        running_s = self._late_before_s + (now - self._started_us) / 1e6
         waited_s = (now - oldest_us) / 1e6 - self._interval_s if events else 0.0
+        late_s = min(waited_s, running_s)
+        if self.progress.late_s != (seconds := max(int(late_s), 0)):
+            self.progress.late_s, self._is_saved = seconds, False
         has_many = events > BEHIND_EVENTS and running_s >= START_S
-        if not self.is_behind and (has_many or min(waited_s, running_s) > BEHIND_S):
+        if not self.is_behind and (has_many or late_s > BEHIND_S):
             self.is_behind = True
             waiting = f"{counted(events, 'event')} wait, the first for {waited_s:.0f} s"
             log.warning("forwarding to %s has fallen behind: %s", self.host, waiting)
@@ -820,11 +843,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 def read_forward_progress(path: Path) -> ForwardProgress:
     """StartError says what to do with a damaged file."""
-    try:
-        return FORWARD_PROGRESS.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        again = "remove it, and all events are sent again, which does no harm"
-        raise StartError(f"cannot read how far forwarding is in {path}: {error}; {again}") from error
+    return read_progress(path, FORWARD_PROGRESS, REMOVE_IT)
 
 
 def load_forward_progress(
@@ -833,13 +852,9 @@ def load_forward_progress(
     """How far forwarding came before, and the file that says so. StartError."""
     path = progress_file(db, "forward", [target, environment])
     if not path.exists():
-        return ForwardProgress(target, environment), path
+        return ForwardProgress(target=target, environment=environment), path
     progress = read_forward_progress(path)
-    ever = conn.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'").fetchone()[0]
-    found = conn.execute("SELECT id FROM events WHERE seq = ?", [progress.last_seq]).fetchone()
-    if progress.seq > ever or (found and found[0] != progress.last_id):  # not found: it was deleted
-        again = "remove it, and all events are sent, those that were sent before, too, which does no harm"
-        raise StartError(f"{path} is of another database of that name, or of a newer state of this one: {again}")
+    check_database(conn, path, progress, progress.seq, REMOVE_IT)
     return progress, path
 
 

@@ -191,7 +191,7 @@ def test_everything_is_sent_on_as_it_was_stored_in_the_order_of_arrival(tmp_path
     assert max(map(len, target.batches)) == 1000
     assert set(target.paths) == {"/v1/events/bulk"}
     assert progress_of(tmp_path) == {"target": target.url, "environment": "development", "seq": 2503, "last_seq": 2502,
-                                     "last_id": "later", "accepted": 2502, "refused": 0} | {"seq": progress_of(tmp_path)["seq"]}  # fmt: skip
+                                     "last_id": "later", "accepted": 2502, "refused": 0, "late_s": 0} | {"seq": progress_of(tmp_path)["seq"]}  # fmt: skip
 
 
 def test_what_is_not_accepted_yet_is_counted(tmp_path):
@@ -453,7 +453,7 @@ def test_it_is_behind_from_10000_events_or_a_minute_on_but_not_at_once_after_a_s
     clock = SimpleNamespace(us=NOW - running_s * 1_000_000)
     service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: clock.us))
     target = SimpleNamespace(url="https://host/v1")
-    forwarder = forward.Forwarder(service, target, forward.ForwardProgress("", ""), tmp_path, 0.0)
+    forwarder = forward.Forwarder(service, target, forward.ForwardProgress(target="", environment=""), tmp_path, 0.0)
     clock.us = NOW
     events, seconds = waiting
     for _ in range(3):
@@ -465,6 +465,39 @@ def test_it_is_behind_from_10000_events_or_a_minute_on_but_not_at_once_after_a_s
     forwarder._judge(1000, NOW)
     forwarder._judge(1000, NOW)
     assert caplog.text.count("has caught up") == is_told
+
+
+@table(
+    ("late_before_s", "down_s", "running_s", "is_told"),
+    [(0, 604_800, 60, False), (0, 604_800, 61, True), (50, 604_800, 10, False), (50, 604_800, 11, True), (50, 1, 11, True)],
+    ids=str,
+)  # fmt: skip
+def test_time_in_which_no_server_ran_is_none_that_it_is_behind(tmp_path, caplog, late_before_s, down_s, running_s, is_told):  # fmt: skip
+    clock = SimpleNamespace(us=NOW)
+    service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: clock.us))
+    progress = forward.ForwardProgress(target="", environment="")
+    for number, seconds in enumerate((late_before_s, running_s)):
+        forwarder = forward.Forwarder(service, SimpleNamespace(url="https://host/v1"), progress, tmp_path, 0.0)
+        clock.us += seconds * 1_000_000
+        forwarder._judge(1, NOW)
+        clock.us += down_s * 1_000_000
+        assert ("has fallen behind" in caplog.text) == (is_told and number == 1)
+    forwarder._judge(0, 0)
+    assert progress.late_s == 0
+
+
+def test_it_is_behind_though_the_server_restarts_each_minute(tmp_path, caplog):
+    clock, path = SimpleNamespace(us=NOW), str(tmp_path / "events.db")
+    silence = threading.Event()
+    with Target(lambda *_: silence.wait(30)) as target:
+        for late_s in (50, 101):
+            with an_edge(target, db=path, clock=lambda: clock.us) as (_, client):
+                store(client, event("a"))
+                clock.us += 51 * 1_000_000
+                eventually(lambda late_s=late_s: progress_of(tmp_path)["late_s"] == late_s)  # as a SIGKILL leaves it
+                assert ("has fallen behind" in caplog.text) == (late_s == 101)
+            clock.us += 3600 * 1_000_000
+        silence.set()
 
 
 # ---------------------------------------------------------------------------------------------- refused events
@@ -660,8 +693,8 @@ def test_what_cannot_be_forwarded_to_is_refused_at_the_start(tmp_path, flags, en
 @table(
     ("content", "part"),
     [
-        (b"{", "cannot read how far forwarding is"),
-        (b'{"target": 1}', "cannot read how far forwarding is"),
+        (b"{", "cannot read how far sending is"),
+        (b'{"target": 1}', "cannot read how far sending is"),
         (b'{"target": "T", "environment": "development", "seq": 4, "last_seq": 4, "last_id": "d"}', "of another database of that name"),
         (b'{"target": "T", "environment": "development", "seq": 2, "last_seq": 2, "last_id": "x"}', "of another database of that name"),
     ],

@@ -658,6 +658,29 @@ def test_events_stored_after_a_replay_began_are_sent_whatever_their_time(tmp_pat
     assert exported(tmp_path / "target") == exported(source)
 
 
+@table("deleted", ["the last one sent", "all that was sent", "all"])
+def test_a_replay_goes_on_though_events_were_deleted_meanwhile(tmp_path, capsys, deleted):
+    source = a_source(tmp_path)
+    flags = ("--batch-size", 10, "--concurrency", 1)
+    where = {"the last one sent": "id = '00049'", "all that was sent": "id < '00050'", "all": "true"}[deleted]
+
+    def poisoned(handler, body: bytes) -> bool:
+        return b'"00050"' in body and reply(handler, 400)
+
+    with Target(tmp_path / "target", poisoned) as target:
+        assert replayed(source, target.url, *flags) == 1
+        with database(source) as conn:
+            conn.execute(f"DELETE FROM events WHERE {where}")
+            conn.commit()
+        target.bodies.clear()
+        for new in ([], ["new"]):
+            imported(source, lines_of(*map(event, new)))
+            assert replayed(source, target.url, *flags) == 0
+        expected = [] if deleted == "all" else [f"{n:05}" for n in range(50, 100)]
+        assert list(itertools.chain(*target.ids_sent())) == [*expected, "new"]
+    assert "50 events were accepted before" in capsys.readouterr().err
+
+
 def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(tmp_path, capsys):
     source = a_source(tmp_path)
     imported(source, lines_of(event("other", event_name="other", timestamp=at(1))))
@@ -671,10 +694,11 @@ def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(t
         assert replayed(source, target.url) == 0
         assert len(target.bodies) == 2
         assert len([*source.glob("events.db.replay-????????????????.json")]) == 2
-        (source / "events.db").unlink()
-        imported(source, lines_of(event("new")))
-        assert replayed(source, target.url) == 2
-        assert "another database" in capsys.readouterr().err
+        for others in 1, 200:
+            (source / "events.db").unlink()
+            imported(source, lines_of(*[event(f"new {n}") for n in range(others)]))
+            assert replayed(source, target.url) == 2
+            assert "another database" in capsys.readouterr().err
 
 
 def test_a_request_holds_at_most_10_mb(tmp_path):
