@@ -333,6 +333,7 @@ class Progress(Struct, kw_only=True):
 
 P = TypeVar("P", bound=Progress)
 NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
+ARRIVED = "seq > :after AND seq <= :last"
 
 
 def save_progress(path: Path, progress: Progress) -> None:
@@ -370,7 +371,7 @@ def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last
     """The events that match with a seq in (after, last], in the order in which they were stored, in pages."""
     while True:
         parameters: Parameters = {"after": after, "last": last}
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "seq > :after", "seq <= :last"]
+        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, ARRIVED]
         page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY seq", parameters)
         if not page:
             return
@@ -613,14 +614,14 @@ class Page(NamedTuple):
 
 
 BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
-    FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last"""
+    FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED}"""
 
 
 def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
     newest = newest_seq(conn)  # first: what is committed meanwhile comes with the next page
     last = min(newest, after + SPAN)
     parameters: Parameters = {"environment": environment, "after": after, "last": last}
-    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last ORDER BY seq"
+    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED} ORDER BY seq"
     rows = select_rows(conn, where, parameters)
     batch = next(batches([rows], MAX_BATCH), None)
     if batch is None:
