@@ -37,7 +37,7 @@ from eventstore import (
     say,
     to_datetime,
 )
-from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, progress_file, read_forward_progress
+from eventstore_extras.forward import ForwardProgress, newest_seq, progress_file, read_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 
 HOUR_US = 3600 * 1_000_000
@@ -105,7 +105,7 @@ class Sweep:
         """Through the whole file if thorough, else until 100,000 rows have nothing to delete: `ingested_at` rises with
         seq, but for events that were imported with an older one."""
         read = partial(self._database.read, quick=False)
-        newest = await read(lambda conn: int(conn.execute(NEWEST_SEQ).fetchone()[0]))
+        newest = await read(newest_seq)
         after = await read(lambda conn: int(conn.execute("SELECT coalesce(min(seq), 1) - 1 FROM events").fetchone()[0]))
         rows = FIRST_ROWS
         while after < newest:
