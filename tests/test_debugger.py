@@ -820,6 +820,24 @@ def test_a_meter_is_grouped_by_source_or_a_property(debugger, group_by, heads, t
 
 
 @no_browser
+def test_of_a_meter_with_a_feature_analytics_is_asked_for_no_other(debugger):
+    store_tokens(debugger, 1, source="app")
+    alone = make_meter(debugger, name="Alone")
+    feature = {"name": "Tokens", "type": "metered", "meter_id": make_meter(debugger)}
+    feature_id = debugger.client.post("/v1/features", json=feature).json()["id"]
+    debugger.visit(view="usage")
+    debugger.opens("#ask h2", "Which events")
+    debugger.ask("(window.bodies = [], window.sent = request, request = (path, body, signal) => "
+                 "(path.endsWith('analytics') && bodies.push(JSON.parse(body)), sent(path, body, signal)))")  # fmt: skip
+    for meter_id, feature_ids in ((feature["meter_id"], [feature_id]), (alone, [])):
+        debugger.ask("(bodies.length = 0, change({ meter_id: arguments[0], group_by: 'source' }))", meter_id)
+        debugger.opens("#groups", "app")
+        eventually(lambda: debugger.ask("bodies.length") == 2)
+        assert debugger.ask("bodies.map(({ feature_ids }) => feature_ids)") == [feature_ids] * 2
+        assert debugger.text("#sum") == "1"
+
+
+@no_browser
 def test_a_meter_s_events_are_counted_and_added_up_once(debugger):
     store_tokens(debugger, 1, 2)
     store_tokens(debugger, 4, event_name="other")
