@@ -773,6 +773,9 @@ MEASUREMENTS = (
 ROWS = [(name, unit, it.floor_name) for it in MEASUREMENTS for name, unit in it.units.items()]
 
 
+ENOUGH_S = 120  # for all rounds of a measurement: what takes longer is not for chance to decide, and has no other round
+
+
 class Compared(NamedTuple):
     ours: float
     floor: float
@@ -785,7 +788,10 @@ def cost_ratio(unit: str, value: float, base: float) -> float:
 
 def compare(measurement: Measurement, bench: Bench) -> list[Compared]:
     """Floor, ours, floor, ours, ...: the medians for each row of the measurement."""
-    rounds = [(measurement.floor(bench), measurement.ours(bench)) for _ in range(bench.effort.rounds)]
+    rounds: list[tuple[Figures, Figures]] = []
+    start = time.perf_counter()
+    while len(rounds) < bench.effort.rounds and (not rounds or time.perf_counter() - start < ENOUGH_S):
+        rounds.append((measurement.floor(bench), measurement.ours(bench)))
     compared = []
     for i, unit in enumerate(measurement.units.values()):
         pairs = [(ours[i], floor[i]) for floor, ours in rounds]

@@ -251,6 +251,14 @@ def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
     assert {(fault["index"], fault["event_id"]) for fault in details["errors"][2:]} == {(999, None)}
 
 
+def test_a_batch_of_one_event_is_refused_in_the_words_of_a_single_event(shared):
+    bad = event("evt_1", timestamp="yesterday")
+    with stores_nothing(shared):
+        batch, single = shared.post("/v1/events/bulk", json={"events": [bad]}), shared.post("/v1/events", json=bad)
+        assert refused(batch, part="timestamp must be RFC 3339") == refused(single)
+    assert batch.json() == single.json()
+
+
 def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client):
     with stores_nothing(client):
         details = refused(client.post("/v1/events/bulk", json={"events": [event(), None, 5, event(), [event()], "x"]}))
@@ -732,6 +740,12 @@ def test_every_bad_parameter_is_named_at_once(many):
     assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
 
 
+def test_a_direction_in_sort_is_told_where_it_goes(many):
+    (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
+    allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
+    assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
+
+
 CONTRADICTIONS = {
     "end before start": {"start_time": at(0), "end_time": at(-1)},
     "start after now": {"start_time": at(1)},
@@ -921,7 +935,8 @@ def test_iter_first_key_polls_for_what_is_new(client, sort, order):
 def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(many, method, side, neighbour):
     query = {"page_size": 1, side: f"{NOW - 1500}000::0500x"}
     assert ids(many, method, **query) == [neighbour]
-    refused(ask(many, method, **query, sort="event_name"), part=side)
+    begin_anew = "if it was deleted since, begin anew without a cursor"
+    refused(ask(many, method, **query, sort="event_name"), part=f'by event_name, got "0500x": {begin_anew}')
 
 
 @table("descending", [True, False], ids=["desc", "asc"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import email.utils
 import hashlib
 import importlib.util
@@ -19,13 +20,13 @@ import sys
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from datetime import datetime
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct, structs
@@ -38,18 +39,17 @@ from eventstore import (
     IN_ENVIRONMENT,
     MAX_BATCH,
     MINUTE_US,
-    SELECT_NAME,
     START_CLAUSE,
     AddFlag,
     ApiError,
     Cursor,
     EventQuery,
-    FieldError,
     Outbox,
     Parameters,
     Row,
     Service,
     StartError,
+    T,
     __version__,
     check_key,
     connect_reader,
@@ -59,7 +59,6 @@ from eventstore import (
     filter_clauses,
     list_events,
     log,
-    parse_cursor,
     positive,
     say,
     to_datetime,
@@ -90,29 +89,41 @@ MAX_MESSAGE_CHARS = 300
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 30.0
 RETRY_AFTER_CAP_S = 3600.0  # some ask for years
-SAVE_INTERVAL_S = 0.5
+MOST_BREAKS = 2  # in one batch, before it is sent in parts: a bad line breaks some, whatever their size
+GROW_AFTER = 20  # parts that were accepted: where there is a limit, to try for more costs three requests
+SAVE_INTERVAL_S = 0.5  # a crash sends the batches of so long again
 
 
 class Batch(NamedTuple):
-    body: bytes
     rows: list[StoredRow]
+    events: list[bytes]  # the same, as they are sent
+
+    @property
+    def body(self) -> bytes:
+        return b'{"events":[' + b",".join(self.events) + b"]}"
+
+    def part(self, start: int, end: int | None = None) -> Batch:
+        return Batch(self.rows[start:end], self.events[start:end])
+
+    def first(self, most_bytes: int) -> Batch:
+        """As many of its first events as fit, and one at least."""
+        ends = list(itertools.accumulate(len(event) + 1 for event in self.events))
+        return self.part(0, max(bisect.bisect_right(ends, most_bytes), 1))
 
 
 def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Bodies for /events/bulk of at most so many events, and of 10 MB unless one event is longer."""
-    rows: list[StoredRow] = []
-    events: list[bytes] = []
-    size = 0
+    """For /events/bulk, of at most so many events, and of 10 MB unless one event is longer."""
+    batch, size = Batch([], []), 0
     for row in itertools.chain.from_iterable(pages):
         event = ENCODER.encode(exported_event(row[1]))
-        if rows and (len(rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
-            rows, events, size = [], [], 0
-        rows.append(row)
-        events.append(event)
+        if batch.rows and (len(batch.rows) == batch_size or size + len(event) > BATCH_BYTES):
+            yield batch
+            batch, size = Batch([], []), 0
+        batch.rows.append(row)
+        batch.events.append(event)
         size += len(event) + 1
-    if rows:
-        yield Batch(b'{"events":[' + b",".join(events) + b"]}", rows)
+    if batch.rows:
+        yield batch
 
 
 class Outcome(Enum):
@@ -120,7 +131,9 @@ class Outcome(Enum):
 
     ACCEPTED = "it is the target's"
     AGAIN = "it may be accepted if it is sent again"
+    BROKEN = "as AGAIN, but if it breaks off again and again, it may be too large"
     BLOCKED = "nothing is accepted until somebody mends something"
+    TOO_LARGE = "as REFUSED, but fewer of its events may be accepted"
     REFUSED = "some event in it is refused"
 
 
@@ -146,6 +159,7 @@ class Target:
         import httpx  # noqa: PLC0415 - only the extra `cli` has it
 
         self.url = url
+        self.bulk_url = bulk_url(url)
         self._key = key
         self._key_source = key_source
         self._flag = flag
@@ -164,22 +178,30 @@ class Target:
     async def post(self, body: bytes) -> Answer:
         import httpx  # noqa: PLC0415 - only the extra `cli` has it
 
-        url = f"{self.url}/events/bulk"
-        response: httpx.Response | None = None
-        start, problem = b"", ""
+        status, headers, start = 0, httpx.Headers(), b""
+        outcome, problem = Outcome.AGAIN, ""
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S), self._client.stream("POST", url, content=body) as response:
+            async with (
+                asyncio.timeout(REQUEST_TIMEOUT_S),
+                self._client.stream("POST", self.bulk_url, content=body) as response,
+            ):
+                status, headers = response.status_code, response.headers
                 async for chunk in response.aiter_raw():
                     start += chunk
                     if len(start) > ANSWER_BYTES:
                         break
         except httpx.InvalidURL as error:
-            return Answer(Outcome.BLOCKED, f"{url} is no URL: {error}")
+            return Answer(Outcome.BLOCKED, f"{self.bulk_url} is no URL: {error}")
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+            reason = str(error) or type(error).__name__
+            outcome, problem = Outcome.BROKEN, f"broke off a request of {len(body):,} bytes: {reason}"
         except (httpx.RequestError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-        if response is None:  # else the status is known, and that is all that counts
-            return Answer(Outcome.AGAIN, self._line(f"cannot be reached: {problem}"))
-        status, headers = response.status_code, response.headers
+            problem = f"cannot be reached: {str(error) or type(error).__name__}"
+        if status:  # what came after it, or did not come, does not count
+            return self._answer(status, headers, start)
+        return Answer(outcome, self._line(problem))
+
+    def _answer(self, status: int, headers: Mapping[str, str], start: bytes) -> Answer:
         if status == 202:
             duplicates = headers.get("x-events-duplicate", "")
             return Answer(Outcome.ACCEPTED, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
@@ -195,12 +217,55 @@ class Target:
     def _line(self, text: str) -> str:
         """One line of a log, whatever the target says; some echo the key."""
         printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key, "***"))
-        return f"{self.url}/events/bulk {' '.join(printable.split())}"
+        return f"{self.bulk_url} {' '.join(printable.split())}"
+
+
+class Sender:
+    """Sends batches until the target has accepted or refused them, in parts while it takes only smaller ones."""
+
+    def __init__(self, target: Target, wait: Callable[[Answer, int], Awaitable[None]]) -> None:
+        self._target = target
+        self._wait = wait  # until events may be sent again that have waited so many times before; or it fails
+        self._most_bytes = BATCH_BYTES
+        self._accepted = 0  # parts, since that changed
+
+    async def send_first(self, batch: Batch) -> tuple[Batch, Answer]:
+        """As many of its first events as the target takes at a time, one at least, and what it said to them: ACCEPTED,
+        REFUSED, or to one alone TOO_LARGE."""
+        waits = breaks = 0
+        while True:
+            part = batch.first(self._most_bytes)
+            answer = await self._target.post(part.body)
+            if answer.outcome is Outcome.TOO_LARGE and len(part.rows) > 1:
+                self._shrink(part)
+                continue
+            if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED, Outcome.TOO_LARGE):
+                self._grow(answer)
+                return part, answer
+            breaks += answer.outcome is Outcome.BROKEN
+            if answer.outcome is Outcome.BROKEN and breaks > MOST_BREAKS and len(part.rows) > 1:
+                self._shrink(part)
+            await self._wait(answer, waits)  # longer each time: a proxy before a target that is away breaks off, too
+            waits += 1
+
+    def _shrink(self, part: Batch) -> None:
+        self._most_bytes = min(self._most_bytes, len(part.body) // 2)  # others under way may have come to less
+        self._accepted = 0
+
+    def _grow(self, answer: Answer) -> None:
+        self._accepted += answer.outcome is Outcome.ACCEPTED
+        if self._accepted >= GROW_AFTER:
+            self._most_bytes = min(self._most_bytes * 2, BATCH_BYTES)
+            self._accepted = 0
+
+
+def bulk_url(url: str) -> str:
+    return f"{url}/events/bulk"
 
 
 def outcome_of(status: int) -> Outcome:
     if status in (400, 413, 422):
-        return Outcome.REFUSED
+        return Outcome.TOO_LARGE if status == 413 else Outcome.REFUSED
     return Outcome.AGAIN if status in (408, 429) or status >= 500 else Outcome.BLOCKED
 
 
@@ -256,22 +321,57 @@ def progress_file(db: str, kind: str, identity: Any) -> Path:
     return Path(f"{db}.{kind}-{hashlib.sha256(ENCODER.encode(identity)).hexdigest()[:16]}.json")
 
 
-def save_progress(path: Path, progress: Struct) -> None:
+class Progress(Struct, kw_only=True):
+    """How far it is sure, as the file beside the database holds it."""
+
+    target: str
+    environment: str
+    last_seq: int = 0  # of the last event that is accepted or put aside, by which the database is known again
+    last_id: str = ""
+    accepted: int = 0
+
+
+P = TypeVar("P", bound=Progress)
+NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
+ARRIVED = "seq > :after AND seq <= :last"
+
+
+def save_progress(path: Path, progress: Progress) -> None:
     with whole_file(path, f"cannot keep the progress in {path}", "make room for it") as file:
         file.write(ENCODER.encode(progress) + b"\n")
+
+
+def read_progress(path: Path, decoder: msgspec.json.Decoder[P], again: str) -> P:
+    """StartError says how to begin again if the file is damaged."""
+    try:
+        return decoder.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise StartError(f"cannot read how far sending is in {path}: {error}; {again}") from error
+
+
+def check_database(conn: sqlite3.Connection, path: Path, progress: Progress, seq: int, again: str) -> None:
+    """StartError if the progress, which is as far as seq, is of another database. An event that was deleted since makes
+    none: what comes after the place is found without it."""
+    found = conn.execute("SELECT id FROM events WHERE seq = ?", [progress.last_seq]).fetchone()
+    if max(seq, progress.last_seq) > newest_seq(conn) or (found and found[0] != progress.last_id):
+        raise StartError(f"{path} is of another database of that name, or of a newer state of this one: {again}")
+
+
+def newest_seq(conn: sqlite3.Connection) -> int:
+    """Of the event that came last, which may have been deleted since: its number is not used again."""
+    return int(conn.execute(NEWEST_SEQ).fetchone()[0])
 
 
 # ---------------------------------------------------------------------------------------------- replay
 
 SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
-NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM events"
 
 
 def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
     """The events that match with a seq in (after, last], in the order in which they were stored, in pages."""
     while True:
         parameters: Parameters = {"after": after, "last": last}
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, "seq > :after", "seq <= :last"]
+        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, ARRIVED]
         page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY seq", parameters)
         if not page:
             return
@@ -279,27 +379,27 @@ def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last
         after = page[-1][0]
 
 
-class ReplayProgress(Struct):
-    """How far a replay is sure, as the file beside the database holds it."""
-
-    target: str
-    environment: str
+class ReplayProgress(Progress, kw_only=True):
     filters: dict[str, str | None]
     arrived: int  # the newest seq when the replay began; what came later is sent in the order in which it came
-    cursor: str | None = None  # everything up to it is accepted, in (timestamp, id) order
+    cursor: Cursor | None = None  # everything up to it is accepted, in (timestamp, id) order
     is_caught_up: bool = False  # the pass in (timestamp, id) order is done
-    accepted: int = 0
 
     @property
     def place(self) -> str:
-        return f"cursor {self.cursor or 'at the start'}{f', row {self.arrived}' if self.is_caught_up else ''}"
+        cursor = self.cursor.text if self.cursor else "at the start"
+        return f"cursor {cursor}{f', row {self.arrived}' if self.is_caught_up else ''}"
 
 
-PROGRESS = msgspec.json.Decoder(ReplayProgress)
+REPLAY_PROGRESS = msgspec.json.Decoder(ReplayProgress)
 
 
 class RefusedError(Exception):
-    """A batch that there is no sense in sending again."""
+    """There is no sense in sending a batch again, or this part of it."""
+
+    def __init__(self, problem: str, part: Batch | None = None) -> None:
+        super().__init__(problem)
+        self.part = part
 
 
 class Replay:
@@ -322,12 +422,13 @@ class Replay:
         concurrency = self._arguments.concurrency
         source = replay_key_source(self._arguments.api_key)
         async with Target(self.progress.target, key, source, "--to", concurrency) as target:
+            sender = Sender(target, self._wait)
             try:
                 for pages in self.passes(conn, query):
                     for batch in batches(pages, self._arguments.batch_size):
                         if len(self._pending) == concurrency:
                             advance(await self._settle_oldest())
-                        self._pending.append((batch, asyncio.create_task(self._send(target, batch))))
+                        self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
                     while self._pending:
                         advance(await self._settle_oldest())
             finally:
@@ -343,30 +444,32 @@ class Replay:
         cursor."""
         progress = self.progress
         if not progress.is_caught_up:
-            after = parse_cursor(progress.cursor) if progress.cursor else None
-            yield stored_events(conn, replace(query, after=after))
+            yield stored_events(conn, replace(query, after=progress.cursor))
         progress.is_caught_up = True
-        newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
+        newest = newest_seq(conn)
         yield arrived_events(conn, query, progress.arrived, newest)
         progress.arrived = newest
 
     async def _settle_oldest(self) -> int:
         batch, task = self._pending[0]
-        first, last = batch.rows[0][1], batch.rows[-1][1]
         try:
             await task
         except RefusedError as refusal:
-            batch_ids = f"the batch of {counted(len(batch.rows), 'event')} from {echo(first.id)} to {echo(last.id)}"
+            rows = (refusal.part or batch).rows
+            ids = f"from {echo(rows[0][1].id)} to {echo(rows[-1][1].id)}"
+            batch_ids = f"the batch of {counted(len(rows), 'event')} {ids}"
             sure = f"everything before it is accepted ({self.progress.place})"
             again = f"when that is mended, {again_command(self._arguments)} goes on from there"
             raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
         self._pending.popleft()
+        seq, last = batch.rows[-1]
         self.progress.accepted += len(batch.rows)
+        self.progress.last_seq, self.progress.last_id = seq, last.id
         if self.progress.is_caught_up:
-            self.progress.arrived = batch.rows[-1][0]
+            self.progress.arrived = seq
         else:
-            self.progress.cursor = Cursor(last.timestamp_us, last.id).text
-        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:  # a crash sends half a second's batches again
+            self.progress.cursor = Cursor(last.timestamp_us, last.id)
+        if time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
             self.save()
         return len(batch.rows)
 
@@ -374,45 +477,43 @@ class Replay:
         save_progress(self._path, self.progress)
         self._saved_s = time.monotonic()
 
-    async def _send(self, target: Target, batch: Batch) -> None:
+    async def _send(self, sender: Sender, batch: Batch) -> None:
         """Until it is accepted. RefusedError."""
         self.sent += len(batch.rows)
-        for attempt in itertools.count():
-            answer = await target.post(batch.body)
-            if answer.outcome is Outcome.ACCEPTED:
-                self._success_s = time.monotonic()
-                self.accepted += len(batch.rows)
-                self.known += answer.duplicates
-                return
-            if answer.outcome is not Outcome.AGAIN:
-                raise RefusedError(answer.problem)
-            wait_s, limit_s = answer.pause_s(attempt), self._arguments.give_up_after_s
-            if time.monotonic() + wait_s - self._success_s > limit_s:
-                given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
-                raise RefusedError(f"{given_up}: {answer.problem}")
-            self.retried += 1
-            if time.monotonic() > self._said_s + SAY_INTERVAL_S:
-                self._said_s = time.monotonic()
-                say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
-            await asyncio.sleep(wait_s)
+        while batch.rows:
+            part, answer = await sender.send_first(batch)
+            if answer.outcome is not Outcome.ACCEPTED:
+                raise RefusedError(answer.problem, part)
+            self._success_s = time.monotonic()
+            self.accepted += len(part.rows)
+            self.known += answer.duplicates
+            batch = batch.part(len(part.rows))
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """RefusedError."""
+        if answer.outcome is Outcome.BLOCKED:
+            raise RefusedError(answer.problem)
+        wait_s, limit_s = answer.pause_s(waits), self._arguments.give_up_after_s
+        if time.monotonic() + wait_s - self._success_s > limit_s:
+            given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
+            raise RefusedError(f"{given_up}: {answer.problem}")
+        self.retried += 1
+        if time.monotonic() > self._said_s + SAY_INTERVAL_S:
+            self._said_s = time.monotonic()
+            say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        await asyncio.sleep(wait_s)
 
 
 def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, target: str) -> tuple[ReplayProgress, Path]:
     """The progress of the same replay, if it ran before, and its file. StartError."""
     filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
-    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])
-    fresh = ReplayProgress(target, arguments.environment, filters, newest)
-    path = progress_file(arguments.db, "replay", [target, arguments.environment, filters])
+    environment, arrived = arguments.environment, newest_seq(conn)
+    path = progress_file(arguments.db, "replay", [target, environment, filters])
     if arguments.restart or not path.exists():
-        return fresh, path
-    try:
-        progress = PROGRESS.decode(path.read_bytes())
-        cursor = progress.cursor and parse_cursor(progress.cursor)
-    except (OSError, msgspec.DecodeError, FieldError) as error:
-        raise StartError(f"cannot read the progress in {path}: {error}; --restart starts over") from error
-    parameters = {"environment": arguments.environment, "id": cursor.id if cursor else ""}
-    if progress.arrived > newest or (cursor and conn.execute(SELECT_NAME, parameters).fetchone() is None):
-        raise StartError(f"{path} is the progress of another database of that name; --restart starts over")
+        return ReplayProgress(target=target, environment=environment, filters=filters, arrived=arrived), path
+    again = "with --restart all events are sent again, which does no harm"
+    progress = read_progress(path, REPLAY_PROGRESS, again)
+    check_database(conn, path, progress, progress.arrived, again)
     if progress.accepted:
         accepted = counted(progress.accepted, "event")
         say(f"going on at {progress.place}: {accepted} were accepted before (--restart starts over)")
@@ -429,14 +530,7 @@ def replay_events(arguments: argparse.Namespace) -> int:
         progress, path = load_progress(arguments, conn, target)
         replay = Replay(arguments, progress, path)
         if arguments.dry_run:
-            sizes = [
-                len(batch.rows)
-                for pages in replay.passes(conn, query)
-                for batch in batches(pages, arguments.batch_size)
-            ]
-            would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {target}/events/bulk"
-            elsewhere = "" if sizes else other_environments(conn, arguments.environment)
-            say(f"would send {would}; nothing was sent{elsewhere}")
+            say(would_send(conn, query, replay, arguments))
             return 0
         key = replay_key(arguments.api_key, os.environ)
         try:
@@ -452,6 +546,14 @@ def replay_events(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def would_send(conn: sqlite3.Connection, query: EventQuery, replay: Replay, arguments: argparse.Namespace) -> str:
+    every = (batches(pages, arguments.batch_size) for pages in replay.passes(conn, query))
+    sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(every)]
+    would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {bulk_url(replay.progress.target)}"
+    elsewhere = "" if sizes else other_environments(conn, arguments.environment)
+    return f"would send {would}; nothing was sent{elsewhere}"
+
+
 def again_command(arguments: argparse.Namespace) -> str:
     return f"the same command{' without --restart' if arguments.restart else ''}"
 
@@ -460,7 +562,7 @@ def events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayPro
     """How many events a progress bar has before it, if that can be told quickly."""
     if progress.is_caught_up:
         return None
-    start_us = parse_cursor(progress.cursor).timestamp_us if progress.cursor else query.start_us
+    start_us = progress.cursor.timestamp_us if progress.cursor else query.start_us
     return list_events(conn, replace(query, start_us=start_us)).total_count or 0
 
 
@@ -482,19 +584,14 @@ GRACE_S = 2.0  # for the request under way when the server stops; less than TASK
 WATCH_INTERVAL_S = 5.0
 BEHIND_EVENTS, BEHIND_S = 10_000, 60.0
 START_S = 15.0  # after a start, in which many events that came before it are no news
+REMOVE_IT = "remove it, and all events are sent again, which does no harm"
 SPAN = 100_000  # rows that one query looks at: those of another environment are passed over
 
 
-class ForwardProgress(Struct):
-    """How far forwarding is sure, as the file beside the database holds it."""
-
-    target: str
-    environment: str
+class ForwardProgress(Progress, kw_only=True):
     seq: int = 0  # all events up to it are accepted or put aside, or of another environment
-    last_seq: int = 0  # the last of them, by which the database is known again
-    last_id: str = ""
-    accepted: int = 0
     refused: int = 0
+    late_s: int = 0  # how long servers have had time to send the first that waits
 
 
 FORWARD_PROGRESS = msgspec.json.Decoder(ForwardProgress)
@@ -517,19 +614,19 @@ class Page(NamedTuple):
 
 
 BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
-    FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last"""
+    FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED}"""
 
 
 def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
-    newest = int(conn.execute(NEWEST_SEQ).fetchone()[0])  # first: what is committed meanwhile comes with the next page
+    newest = newest_seq(conn)  # first: what is committed meanwhile comes with the next page
     last = min(newest, after + SPAN)
     parameters: Parameters = {"environment": environment, "after": after, "last": last}
-    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND seq > :after AND seq <= :last ORDER BY seq"
+    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED} ORDER BY seq"
     rows = select_rows(conn, where, parameters)
     batch = next(batches([rows], MAX_BATCH), None)
     if batch is None:
         return Page(None, max(last, after), last < newest)
-    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.body) >= BATCH_BYTES
+    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.events[0]) >= BATCH_BYTES
     return Page(batch, batch.rows[-1][0], is_full or last < newest)
 
 
@@ -555,8 +652,11 @@ class Forwarder:
         self._clock = service.settings.clock
         self._started_us = self._clock()
         self._target = target
+        self._sender = Sender(target, self._wait)
         self._path = path
         self._interval_s = interval_s
+        self._late_before_s = progress.late_s
+        self._saving = asyncio.Lock()
         self._is_saved = True
         self._saved_s = 0.0
         self._said_us = -MINUTE_US
@@ -575,22 +675,18 @@ class Forwarder:
             self._stopping.set()
             await asyncio.wait([work], timeout=GRACE_S)
         finally:
-            for task in (work, watch):
+            for task in (work, watch):  # one after the other: each may be writing the progress
                 task.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+                await asyncio.gather(task, return_exceptions=True)
 
     async def behind(self) -> int:
         """How many events are stored and not accepted; of more than 100,000 see `backlog`."""
-        return (await self._backlog())[0]
+        return (await self._look(backlog))[0]
 
     def behind_now(self) -> int:
         """The same for any thread, also while the server is not running."""
         with closing(connect_reader(self._store.path)) as conn:
             return backlog(conn, self.progress.environment, self.progress.seq)[0]
-
-    async def _backlog(self) -> tuple[int, int]:
-        read = partial(backlog, environment=self.progress.environment, after=self.progress.seq)
-        return await self._store.read(read, quick=False)
 
     async def _work(self) -> None:
         try:
@@ -608,58 +704,59 @@ class Forwarder:
 
     async def _turn(self) -> None:
         """Send the next batch, once it is full or has waited for more."""
-        page = await self._read()
+        page = await self._look(next_page)
         if not page.has_more:
             await self._save_now_and_then()
             await self._pause(self._interval_s)
-            page = await self._read()
+            page = await self._look(next_page)
         if page.batch:
             await self._deliver(page.batch)
         self.progress.seq = page.through
 
-    async def _read(self) -> Page:
-        read = partial(next_page, environment=self.progress.environment, after=self.progress.seq)
-        return await self._store.read(read, quick=False)
+    async def _look(self, read: Callable[..., T]) -> T:
+        """At what comes after the place that is sure."""
+        place = {"environment": self.progress.environment, "after": self.progress.seq}
+        return await self._store.read(partial(read, **place), quick=False)
 
     async def _deliver(self, batch: Batch) -> None:
         """Until the target has accepted it; what it refuses is put aside, event by event."""
-        answer = await self._send(batch)
-        if answer.outcome is Outcome.REFUSED and len(batch.rows) > 1:
-            middle = len(batch.rows) // 2
-            for half in batches([batch.rows[:middle]], MAX_BATCH), batches([batch.rows[middle:]], MAX_BATCH):
-                await self._deliver(next(half))
-            return
-        if answer.outcome is Outcome.REFUSED:
-            await self._put_aside(batch.rows[0][1], answer.problem)
-        else:
-            self.progress.accepted += len(batch.rows)
-        self.progress.seq, last = batch.rows[-1]
-        self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
-        self._is_saved = False
-        await self._save_now_and_then()
-
-    async def _send(self, batch: Batch) -> Answer:
-        """Until it is accepted or refused."""
-        for attempt in itertools.count():
-            if self._stopping.is_set():
-                raise StoppingError
-            answer = await self._target.post(batch.body)
-            if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED):
-                return answer
-            if answer.outcome is Outcome.AGAIN:
-                self._say(logging.WARNING, f"{answer.problem}; trying again")
-                await self._pause(answer.pause_s(attempt))
+        while batch.rows:
+            self._end_if_stopping()
+            part, answer = await self._sender.send_first(batch)
+            batch = batch.part(len(part.rows))
+            if answer.outcome is not Outcome.ACCEPTED and len(part.rows) > 1:
+                middle = len(part.rows) // 2
+                await self._deliver(part.part(0, middle))
+                await self._deliver(part.part(middle))
+                continue
+            if answer.outcome is Outcome.ACCEPTED:
+                self.progress.accepted += len(part.rows)
             else:
-                every = f"trying again every {BLOCKED_PAUSE_S:g} s"
-                self._say(logging.ERROR, f"{answer.problem}; nothing is forwarded until that is mended, {every}")
-                await self._pause(BLOCKED_PAUSE_S)
-        raise AssertionError("unreachable")
+                await self._put_aside(part.rows[0][1], answer.problem)
+            self.progress.seq, last = part.rows[-1]
+            self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
+            self._is_saved = False
+            await self._save_now_and_then()
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """StoppingError as soon as the server stops."""
+        if answer.outcome is Outcome.BLOCKED:
+            every = f"trying again every {BLOCKED_PAUSE_S:g} s"
+            self._say(logging.ERROR, f"{answer.problem}; nothing is forwarded until that is mended, {every}")
+            await self._pause(BLOCKED_PAUSE_S)
+        else:
+            self._say(logging.WARNING, f"{answer.problem}; trying again")
+            await self._pause(answer.pause_s(waits))
 
     async def _pause(self, seconds: float) -> None:
         """StoppingError as soon as the server stops."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+        self._end_if_stopping()
+
+    def _end_if_stopping(self) -> None:
+        """StoppingError."""
         if self._stopping.is_set():
             raise StoppingError
 
@@ -687,33 +784,38 @@ class Forwarder:
         log.error("forwarding: event %s is refused and was written to %s: %s", echo(row.id), path, problem)
 
     async def _save_now_and_then(self) -> None:
-        # A crash sends half a second's batches again.
         if not self._is_saved and time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
             await self._save()
 
     async def _save(self) -> None:
-        progress = replace(self.progress)
-        try:
-            await asyncio.to_thread(save_progress, self._path, progress)
-            self._is_saved = True
-        except StopError as error:  # what is not noted is sent again, which does no harm
-            self._say(logging.ERROR, str(error))
-        self._saved_s = time.monotonic()
+        async with self._saving:
+            progress = replace(self.progress)
+            try:
+                await asyncio.to_thread(save_progress, self._path, progress)
+                self._is_saved = progress == self.progress
+            except StopError as error:  # what is not noted is sent again, which does no harm
+                self._say(logging.ERROR, str(error))
+            self._saved_s = time.monotonic()
 
     async def _watch(self) -> None:
         """Say when it falls behind, and when it has caught up."""
         while True:
             with suppress(ApiError):
-                self._judge(*await self._backlog())
+                self._judge(*await self._look(backlog))
+            await self._save_now_and_then()
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def _judge(self, events: int, oldest_us: int) -> None:
-        """What waited while no server ran is no news: the time counts from the start at the earliest."""
+        """What waited while no server ran is no news: the time counts from the start, and from earlier starts if those
+        servers left something late."""
         now = self._clock()
-        running_s = (now - self._started_us) / 1e6
+        running_s = self._late_before_s + (now - self._started_us) / 1e6
         waited_s = (now - oldest_us) / 1e6 - self._interval_s if events else 0.0
+        late_s = min(waited_s, running_s)
+        if self.progress.late_s != (seconds := max(int(late_s), 0)):
+            self.progress.late_s, self._is_saved = seconds, False
         has_many = events > BEHIND_EVENTS and running_s >= START_S
-        if not self.is_behind and (has_many or min(waited_s, running_s) > BEHIND_S):
+        if not self.is_behind and (has_many or late_s > BEHIND_S):
             self.is_behind = True
             waiting = f"{counted(events, 'event')} wait, the first for {waited_s:.0f} s"
             log.warning("forwarding to %s has fallen behind: %s", self.host, waiting)
@@ -742,11 +844,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 def read_forward_progress(path: Path) -> ForwardProgress:
     """StartError says what to do with a damaged file."""
-    try:
-        return FORWARD_PROGRESS.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        again = "remove it, and all events are sent again, which does no harm"
-        raise StartError(f"cannot read how far forwarding is in {path}: {error}; {again}") from error
+    return read_progress(path, FORWARD_PROGRESS, REMOVE_IT)
 
 
 def load_forward_progress(
@@ -755,13 +853,9 @@ def load_forward_progress(
     """How far forwarding came before, and the file that says so. StartError."""
     path = progress_file(db, "forward", [target, environment])
     if not path.exists():
-        return ForwardProgress(target, environment), path
+        return ForwardProgress(target=target, environment=environment), path
     progress = read_forward_progress(path)
-    ever = conn.execute("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'").fetchone()[0]
-    found = conn.execute("SELECT id FROM events WHERE seq = ?", [progress.last_seq]).fetchone()
-    if progress.seq > ever or (found and found[0] != progress.last_id):  # not found: it was deleted
-        again = "remove it, and all events are sent, those that were sent before, too, which does no harm"
-        raise StartError(f"{path} is of another database of that name, or of a newer state of this one: {again}")
+    check_database(conn, path, progress, progress.seq, REMOVE_IT)
     return progress, path
 
 

@@ -42,6 +42,7 @@ from eventstore import (
     choice,
     echo,
     one_of,
+    parse_int,
     parse_parameters,
     parse_time,
     query_of_parameters,
@@ -711,7 +712,7 @@ async def _archive(
 
 
 def parameters_of(struct: type[T], request: Request, lists: Iterable[str], faults: Faults) -> T:
-    parsers = PARAMETER_PARSERS | {name: lambda text: text.split(",") for name in lists}
+    parsers = PARAMETER_PARSERS | {"limit": parse_int} | {name: lambda text: text.split(",") for name in lists}
     parameters = parse_parameters(request["query_string"], faults, lists)
     names = [name for name in struct.__struct_fields__ if name != "filters"]  # type: ignore[attr-defined]
     return query_of_parameters(struct, parameters, names, faults, parsers)

@@ -365,6 +365,11 @@ def additions() -> dict[str, Any]:
     return Mock().additions
 
 
+def attach(service: Service, _arguments: object, _address: object) -> None:
+    """What `serve --mock` says in its banner."""
+    service.notices.append("mock         /_mock/events, /_mock/meters and /_mock/faults are open")
+
+
 class ReceivedRequest(Struct, frozen=True):
     """A request as it came to a mock, and what became of it."""
 

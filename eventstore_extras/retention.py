@@ -37,7 +37,7 @@ from eventstore import (
     say,
     to_datetime,
 )
-from eventstore_extras.forward import NEWEST_SEQ, ForwardProgress, progress_file, read_forward_progress
+from eventstore_extras.forward import ForwardProgress, newest_seq, progress_file, read_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 
 HOUR_US = 3600 * 1_000_000
@@ -105,7 +105,7 @@ class Sweep:
         """Through the whole file if thorough, else until 100,000 rows have nothing to delete: `ingested_at` rises with
         seq, but for events that were imported with an older one."""
         read = partial(self._database.read, quick=False)
-        newest = await read(lambda conn: int(conn.execute(NEWEST_SEQ).fetchone()[0]))
+        newest = await read(newest_seq)
         after = await read(lambda conn: int(conn.execute("SELECT coalesce(min(seq), 1) - 1 FROM events").fetchone()[0]))
         rows = FIRST_ROWS
         while after < newest:
@@ -184,7 +184,9 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
             log.warning("retention: this server does not forward to %s, and what is not accepted there is kept; %s",
                         progress.target, gone(service.store.path, progress))  # fmt: skip
     service.tasks.append(Retention(service, arguments.retain_days).run)
-    service.notices.append(f"keeps        events for {arguments.retain_days:,.15g} days after they were stored")
+    days = arguments.retain_days
+    unit = "day" if days == 1 else "days"
+    service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
 
 
 # ---------------------------------------------------------------------------------------------- prune

@@ -324,16 +324,6 @@ def parquet_room() -> ModuleType:
         raise StartError(f"Parquet needs {(error.name or '').partition('.')[0]}: {install}") from None
 
 
-def need_parquet_room(source: io.BufferedReader, arguments: argparse.Namespace) -> None:
-    """StartError, before a database is made, if a file is Parquet and the library for it is not there."""
-    head = b""
-    with suppress(OSError):  # whoever reads it says why it cannot be read
-        if arguments.format == "auto" and source.seekable():  # a pipe may have nothing yet, and cannot be Parquet
-            head = source.peek()
-    if arguments.format == "parquet" or input_format(head) == "parquet":
-        parquet_room()
-
-
 READERS: dict[str, Callable[[io.BufferedReader, argparse.Namespace], Iterator[Entry]]] = {
     "ndjson": lambda stream, arguments: json_lines(stream, arguments.max_body_bytes),
     "json": lambda stream, arguments: json_array(stream, arguments.max_body_bytes),
@@ -474,15 +464,20 @@ def time_us(value: int | str) -> int:
 
 
 class Importer:
-    """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction."""
+    """Checks entries as if they came over HTTP and stores them, a few thousand in one transaction.
+
+    The database is opened, and made if absent, for the first good event: no file without one leaves it behind.
+    """
 
     def __init__(
-        self, arguments: argparse.Namespace, conn: sqlite3.Connection | None, rejects: BinaryIO | None
+        self, arguments: argparse.Namespace, connect: Callable[[], sqlite3.Connection] | None, rejects: BinaryIO | None
     ) -> None:
-        """Without a connection nothing is stored: a dry run."""
+        """Without connect nothing is stored: a dry run."""
+        self._arguments = arguments
         self._name = "standard input" if arguments.file == "-" else arguments.file
-        self._environment = environment_number(conn, arguments.environment) if conn else 0
-        self._conn = conn
+        self._environment = 0
+        self._connect = connect
+        self._conn: sqlite3.Connection | None = None
         self._rejects = rejects
         self._make_id = IdMaker()
         self._rows: list[Row] = []
@@ -491,6 +486,12 @@ class Importer:
         self.stored = self.new = self.rejected = 0
         self.ignored: set[str] = set()  # fields that nothing has
 
+    def open(self) -> None:
+        """Open the database, unless it is open or this is a dry run. StartError."""
+        if self._connect:
+            self._conn, self._connect = self._connect(), None
+            self._environment = environment_number(self._conn, self._arguments.environment)
+
     def add(self, entry: Entry) -> bool:
         """Whether this entry completed a group, which is now stored. StopError if it is bad and nobody takes those."""
         try:
@@ -498,6 +499,9 @@ class Importer:
         except ApiError as error:
             self._reject(entry, error)
             return False
+        if self._connect:
+            self.open()
+            row = row._replace(environment=self._environment)
         self._rows.append(row)
         self._bytes += len(row.properties)
         if len(self._rows) < IMPORT_EVENTS and self._bytes < GROUP_BYTES:
@@ -520,7 +524,7 @@ class Importer:
 
     @property
     def so_far(self) -> str:
-        if self._conn is None:
+        if self._arguments.dry_run:
             return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
         return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
 
@@ -610,13 +614,11 @@ def import_events(arguments: argparse.Namespace) -> int:
         size = os.fstat(source.fileno()).st_size if source.seekable() else None
         if arguments.db == ":memory:":
             raise StartError("--db :memory: would be gone after the import: name a file")
-        need_parquet_room(source, arguments)
         made = "" if os.path.exists(arguments.db) else ", which was made for them"
-        if not arguments.dry_run or not made:
-            prepare_file(arguments.db)
+        if not made or not os.path.isdir(os.path.dirname(os.path.abspath(arguments.db))):
+            prepare_file(arguments.db)  # says what is wrong with it before anything is read, or made
         rejects = stack.enter_context(open_rejects(arguments)) if arguments.skip_invalid else None
-        conn = None if arguments.dry_run else stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
-        importer = Importer(arguments, conn, rejects)
+        importer = Importer(arguments, None if arguments.dry_run else partial(open_database, arguments, stack), rejects)
         advance = stack.enter_context(progress_bar(lambda: size, "event" if size is None else "B"))
         done = 0
         try:
@@ -624,6 +626,7 @@ def import_events(arguments: argparse.Namespace) -> int:
                 if importer.add(entry):  # Parquet is not read from start to end
                     done, before = importer.stored if size is None else max(done, source.tell()), done
                     advance(done - before)
+            importer.open()
             importer.commit()
             advance(importer.stored - done if size is None else size - done)
         except UnreadableError as error:
@@ -655,6 +658,11 @@ def open_input(arguments: argparse.Namespace, stack: ExitStack) -> io.BufferedRe
         return stack.enter_context(open(arguments.file, "rb"))
     except OSError as error:
         raise StartError(f"cannot read {arguments.file}: {error.strerror}") from error
+
+
+def open_database(arguments: argparse.Namespace, stack: ExitStack) -> sqlite3.Connection:
+    prepare_file(arguments.db)
+    return stack.enter_context(closing(connect(arguments.db, WRITER_PRAGMAS)))
 
 
 def open_rejects(arguments: argparse.Namespace) -> BinaryIO:

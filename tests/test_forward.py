@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections import Counter
@@ -37,13 +39,18 @@ class Target:
         """Each trick is asked about one request, with its ids; one that says False lets it through."""
         self.api_key, self.tricks, self.batches, self.accepted, self.paths = api_key, [*tricks], [], [], []
         self.sizes: list[int] = []
+        self.most_bytes, self.resets = 1 << 40, 0  # the connection of a larger body is reset
         target = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version, wbufsize = "HTTP/1.1", 65_536
 
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["content-length"]))
+                if (size := int(self.headers["content-length"])) > target.most_bytes:
+                    target.resets += 1
+                    reset(self)
+                    return
+                body = self.rfile.read(size)
                 events = json.loads(body)["events"]
                 ids = [one["event_id"] for one in events]
                 target.paths.append(self.path)
@@ -100,6 +107,14 @@ def cut(handler: BaseHTTPRequestHandler, _: object) -> bool:
     handler.connection.shutdown(socket.SHUT_RDWR)
     handler.close_connection = True
     return True
+
+
+def reset(handler: BaseHTTPRequestHandler) -> None:
+    """As a proxy does that has read enough."""
+    handler.rfile.read(1000)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    socket.close(handler.connection.detach())
+    handler.close_connection = True
 
 
 def cut_after_the_status(handler: BaseHTTPRequestHandler, _: object) -> bool:
@@ -176,7 +191,7 @@ def test_everything_is_sent_on_as_it_was_stored_in_the_order_of_arrival(tmp_path
     assert max(map(len, target.batches)) == 1000
     assert set(target.paths) == {"/v1/events/bulk"}
     assert progress_of(tmp_path) == {"target": target.url, "environment": "development", "seq": 2503, "last_seq": 2502,
-                                     "last_id": "later", "accepted": 2502, "refused": 0} | {"seq": progress_of(tmp_path)["seq"]}  # fmt: skip
+                                     "last_id": "later", "accepted": 2502, "refused": 0, "late_s": 0} | {"seq": progress_of(tmp_path)["seq"]}  # fmt: skip
 
 
 def test_what_is_not_accepted_yet_is_counted(tmp_path):
@@ -242,7 +257,7 @@ ECHOED = json.dumps({"message": f"the key {KEY} is not\nmine \x1b[31m"}).encode(
         (answering(500, b"<html>oops"), "WARNING", "answered 500: <html>oops"),
         (answering(503, b"x" * 10_000_000), "WARNING", "answered 503: xxx"),
         (answering(500, b'{"message": "' + b"m" * 60_000 + b'"}'), "WARNING", "answered 500: mmm"),
-        (cut, "WARNING", "cannot be reached"),
+        (cut, "WARNING", " bytes: Server disconnected without sending a response.; trying again"),
         (answering(200, b"<p>hello"), "ERROR", "answered 200: <p>hello - 202 was expected. Is forward_to the URL"),
         (answering(301, location="http://127.0.0.1:1/"), "ERROR", 'It redirects to "http://127.0.0.1:1/", where the key'),
         (answering(401, ECHOED), "ERROR", "answered 401: the key *** is not mine [31m (the key came from forward_to)"),
@@ -264,6 +279,71 @@ def test_nothing_is_skipped_whatever_else_than_202_a_target_answers(caplog, tric
     assert part in line.message
     assert KEY not in line.message
     assert (len(line.message) < 700, line.message.isprintable()) == (True, True)
+
+
+def test_a_target_that_resets_large_bodies_gets_smaller_ones_and_larger_ones_once_it_takes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(forward, "GROW_AFTER", 2)
+    path = str(tmp_path / "events.db")
+    with Target() as target, an_edge(target, db=path) as (edge, client):
+        target.most_bytes = 100_000
+        store(client, *numbered(1000, properties={"x": "y" * 4000}))
+        edge.wait_until_forwarded()
+        assert target.sizes
+        assert 50_000 < max(target.sizes) <= 100_000
+        assert target.resets < len(target.sizes) * 2
+        target.most_bytes = 2_000_000
+        store(client, *numbered(1000, 1000, properties={"x": "y" * 4000}))
+        edge.wait_until_forwarded()
+        assert 1_000_000 < max(target.sizes) <= 2_000_000
+    assert target.ids == [f"{number:05}" for number in range(2000)]
+    assert not (tmp_path / "events.db.refused.ndjson").exists()
+
+
+def test_one_event_whose_connection_is_reset_each_time_is_neither_dropped_nor_passed_by(tmp_path, caplog):
+    path = str(tmp_path / "events.db")
+    with Target() as target, an_edge(target, db=path) as (edge, client):
+        target.most_bytes = 100_000
+        store(client, event("a"), event("large", properties={"x": "y" * 3_000_000}), event("b"))
+        eventually(lambda: target.resets > 8)
+        assert (target.ids, behind(client)[0]) == (["a"], 2)
+        target.most_bytes = 4_000_000
+        edge.wait_until_forwarded()
+    assert target.ids == ["a", "large", "b"]
+    assert "broke off a request of 3,000," in caplog.text
+    assert not (tmp_path / "events.db.refused.ndjson").exists()
+
+
+A, B, L, OK, NO = (forward.Outcome[name] for name in ("AGAIN", "BROKEN", "TOO_LARGE", "ACCEPTED", "REFUSED"))
+
+
+@table(
+    ("outcomes", "sizes", "waits"),
+    [
+        ([A] * 6 + [OK], [8] * 7, [0, 1, 2, 3, 4, 5]),
+        ([B, B, A, OK], [8] * 4, [0, 1, 2]),
+        ([B, B, B, A, OK], [8, 8, 8, 4, 4], [0, 1, 2, 3]),
+        ([B, A, B, A, B, OK], [8] * 5 + [4], [0, 1, 2, 3, 4]),
+        ([B] * 8 + [OK], [8, 8, 8, 4, 2, 1, 1, 1, 1], [0, 1, 2, 3, 4, 5, 6, 7]),
+        ([L, OK], [8, 4], []),
+        ([L, L, L, L], [8, 4, 2, 1], []),
+        ([B, NO], [8, 8], [0]),
+    ],
+    ids=["away", "broken twice", "three times", "among others", "for ever", "413", "413 for one event", "400"],
+)
+def test_a_batch_is_sent_in_parts_only_if_it_breaks_off_again_and_again_or_is_too_large(outcomes, sizes, waits):
+    sent, waited, answers = [], [], iter(outcomes)
+
+    async def post(body: bytes) -> forward.Answer:
+        sent.append(len(json.loads(body)["events"]))
+        return forward.Answer(next(answers))
+
+    async def wait(_: forward.Answer, waits: int) -> None:
+        waited.append(waits)
+
+    batch = forward.Batch([(number, None) for number in range(8)], [b'{"event_id":"1"}'] * 8)
+    part, answer = asyncio.run(forward.Sender(SimpleNamespace(post=post), wait).send_first(batch))
+    assert (sent, waited) == (sizes, waits)
+    assert (len(part.rows), answer.outcome) == (sizes[-1], outcomes[-1])
 
 
 def test_a_target_that_never_answers_is_asked_again(caplog, monkeypatch):
@@ -373,7 +453,7 @@ def test_it_is_behind_from_10000_events_or_a_minute_on_but_not_at_once_after_a_s
     clock = SimpleNamespace(us=NOW - running_s * 1_000_000)
     service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: clock.us))
     target = SimpleNamespace(url="https://host/v1")
-    forwarder = forward.Forwarder(service, target, forward.ForwardProgress("", ""), tmp_path, 0.0)
+    forwarder = forward.Forwarder(service, target, forward.ForwardProgress(target="", environment=""), tmp_path, 0.0)
     clock.us = NOW
     events, seconds = waiting
     for _ in range(3):
@@ -385,6 +465,39 @@ def test_it_is_behind_from_10000_events_or_a_minute_on_but_not_at_once_after_a_s
     forwarder._judge(1000, NOW)
     forwarder._judge(1000, NOW)
     assert caplog.text.count("has caught up") == is_told
+
+
+@table(
+    ("late_before_s", "down_s", "running_s", "is_told"),
+    [(0, 604_800, 60, False), (0, 604_800, 61, True), (50, 604_800, 10, False), (50, 604_800, 11, True), (50, 1, 11, True)],
+    ids=str,
+)  # fmt: skip
+def test_time_in_which_no_server_ran_is_none_that_it_is_behind(tmp_path, caplog, late_before_s, down_s, running_s, is_told):  # fmt: skip
+    clock = SimpleNamespace(us=NOW)
+    service = SimpleNamespace(store=None, settings=SimpleNamespace(clock=lambda: clock.us))
+    progress = forward.ForwardProgress(target="", environment="")
+    for number, seconds in enumerate((late_before_s, running_s)):
+        forwarder = forward.Forwarder(service, SimpleNamespace(url="https://host/v1"), progress, tmp_path, 0.0)
+        clock.us += seconds * 1_000_000
+        forwarder._judge(1, NOW)
+        clock.us += down_s * 1_000_000
+        assert ("has fallen behind" in caplog.text) == (is_told and number == 1)
+    forwarder._judge(0, 0)
+    assert progress.late_s == 0
+
+
+def test_it_is_behind_though_the_server_restarts_each_minute(tmp_path, caplog):
+    clock, path = SimpleNamespace(us=NOW), str(tmp_path / "events.db")
+    silence = threading.Event()
+    with Target(lambda *_: silence.wait(30)) as target:
+        for late_s in (50, 101):
+            with an_edge(target, db=path, clock=lambda: clock.us) as (_, client):
+                store(client, event("a"))
+                clock.us += 51 * 1_000_000
+                eventually(lambda late_s=late_s: progress_of(tmp_path)["late_s"] == late_s)  # as a SIGKILL leaves it
+                assert ("has fallen behind" in caplog.text) == (late_s == 101)
+            clock.us += 3600 * 1_000_000
+        silence.set()
 
 
 # ---------------------------------------------------------------------------------------------- refused events
@@ -580,8 +693,8 @@ def test_what_cannot_be_forwarded_to_is_refused_at_the_start(tmp_path, flags, en
 @table(
     ("content", "part"),
     [
-        (b"{", "cannot read how far forwarding is"),
-        (b'{"target": 1}', "cannot read how far forwarding is"),
+        (b"{", "cannot read how far sending is"),
+        (b'{"target": 1}', "cannot read how far sending is"),
         (b'{"target": "T", "environment": "development", "seq": 4, "last_seq": 4, "last_id": "d"}', "of another database of that name"),
         (b'{"target": "T", "environment": "development", "seq": 2, "last_seq": 2, "last_id": "x"}', "of another database of that name"),
     ],

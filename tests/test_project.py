@@ -152,9 +152,20 @@ def test_the_fixture(flexprice: MockServer) -> None:
     with pytest.raises(TypeError):
         flexprice.fail(500)  # type: ignore[call-arg]  # where MockServer is Any, strict mypy calls this unused
 """
+USES_THE_LIBRARY = """
+import eventstore
+from eventstore_extras import analytics
+
+settings = eventstore.Settings(db=":memory:", api_keys=(eventstore.ApiKey.hashed("key"),))
+eventstore.create_app(settings, operations=analytics.OPERATIONS)
+store: eventstore.Store = eventstore.Store(settings)
+eventstore.Settings(db=5)  # type: ignore[arg-type]
+eventstore.create_app("events.db")  # type: ignore[arg-type]
+store.closed()  # type: ignore[attr-defined]
+"""
 
 
-def test_the_wheel_serves_from_a_clean_environment(tmp_path):
+def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tmp_path):
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
@@ -165,17 +176,19 @@ def test_the_wheel_serves_from_a_clean_environment(tmp_path):
         done = run(*command, timeout=600, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    works(sys.executable, "-m", "build", "--wheel", "--outdir", wheel.parent, tmp_path / "checkout")
+    works(sys.executable, "-m", "build", "--outdir", wheel.parent, tmp_path / "checkout")
     works(sys.executable, "-m", "venv", tmp_path / "venv")
     works(programs / "python", "-m", "pip", "install", wheel)
-    (site_packages,) = (path.parent for path in (tmp_path / "venv").rglob("eventstore.py"))
-    assert [path.name for pattern in ("*.sql", "*.html") for path in site_packages.glob(pattern)] == []
-    with Live(elsewhere, "--api-key", KEY, command=installed) as live:
-        with live.client() as client:
-            store(client, event("from the wheel"))
-            assert ids(client) == ["from the wheel"]
-            assert client.get("/").text == DEBUGGER
-        assert live.stop() == 0
+    (package,) = (path.parent for path in (tmp_path / "venv").rglob("debugger.html"))
+    assert {path.name for path in package.parent.iterdir() if "eventstore" in path.name or path.suffix == ".sql"} == {
+        "eventstore", "eventstore_extras", f"flexprice_eventstore-{eventstore.__version__}.dist-info"}  # fmt: skip
+    for command in (installed, [programs / "python", "-m", "eventstore"]):
+        with Live(elsewhere, "--api-key", KEY, command=command) as live:
+            with live.client() as client:
+                store(client, event("from the wheel"))
+                assert ids(client) == ["from the wheel"]
+                assert client.get("/").text == DEBUGGER
+            assert live.stop() == 0
     works(programs / "python", "-m", "pip", "install", f"{wheel}[cli]", "pytest")
     with Live(tmp_path / "target", "--api-key", KEY, command=installed) as target, target.client() as client:
         works(*installed, "export", "-o", "out.gz", cwd=elsewhere)
@@ -183,14 +196,12 @@ def test_the_wheel_serves_from_a_clean_environment(tmp_path):
         works(*installed, "replay", "--db", "copy.db", "--to", target.url, "--api-key", KEY, cwd=elsewhere)
         assert ids(client) == ["from the wheel"]
     (elsewhere / "test_it.py").write_text(USES_THE_FIXTURE)
+    (elsewhere / "library.py").write_text(USES_THE_LIBRARY)
     works(programs / "python", "-m", "pytest", cwd=elsewhere)
-    works(
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--python-executable",
-        programs / "python",
-        "test_it.py",
-        cwd=elsewhere,
-    )
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", programs / "python")
+    works(*mypy, "test_it.py", "library.py", cwd=elsewhere)
+    # What an editable install copied would hide the checkout, and the next change to it.
+    works(programs / "python", "-m", "pip", "install", "--no-deps", "-e", tmp_path / "checkout")
+    found = run(programs / "python", "-c", "import eventstore; print(eventstore.__file__)", cwd=elsewhere)
+    assert found.stdout == f"{tmp_path / 'checkout' / 'eventstore.py'}\n"
+    works(programs / "python", "-m", "eventstore", "--version", cwd=elsewhere)

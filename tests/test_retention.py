@@ -63,7 +63,7 @@ def stored(folder: Path, ingested: list[tuple[int, int]]) -> str:
 def progress(path: str, target: str, environment: str, seq: int) -> Path:
     """A file that says that everything up to seq is forwarded."""
     file = forward.progress_file(path, "forward", [target, environment])
-    forward.save_progress(file, forward.ForwardProgress(target, environment, seq))
+    forward.save_progress(file, forward.ForwardProgress(target=target, environment=environment, seq=seq))
     return file
 
 
@@ -231,9 +231,10 @@ def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
 
 
 def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp_path):
-    with Live(tmp_path, "--retain-days", "0.5", "--api-key", KEY) as live:
-        assert "\n  keeps        events for 0.5 days after they were stored\n" in live.banner
-        assert live.stop() == 0
+    for days, said in (("0.5", "0.5 days"), ("1", "1 day")):
+        with Live(tmp_path, "--retain-days", days, "--api-key", KEY) as live:
+            assert f"\n  keeps        events for {said} after they were stored\n" in live.banner
+            assert live.stop() == 0
     for days in ("0", "-1", "x"):
         done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", days, cwd=tmp_path)
         assert done.returncode == 2
@@ -241,7 +242,7 @@ def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp
     Path(progress(str(tmp_path / "events.db"), "http://x", "development", 0)).write_text("{")
     done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", "1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot read how far forwarding is in" in done.stderr
+    assert "cannot read how far sending is in" in done.stderr
     with Live(tmp_path / "long", "--retain-days", "1000000000", "--api-key", KEY) as live, live.client() as client:
         assert "\n  keeps        events for 1,000,000,000 days after they were stored\n" in live.banner
         store(client, event())

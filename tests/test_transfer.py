@@ -251,6 +251,23 @@ def test_a_file_that_cannot_be_read_on_stops_even_an_import_that_skips(tmp_path,
     assert stored_ids(tmp_path) == ["1"]
 
 
+NOTHING_IN_IT = {
+    "a text": b"Dear all,\n",
+    "a csv of something else": b"name,city\na,b\n",
+    "a bad event": b'{"event_name": "call"}\n' + GOOD % 1,
+    "an array that ends at once": b"[",
+    "an object that ends at once": b'{"events": [{"event_name": ',
+    "gzip of nothing whole": gzip.compress(GOOD % 1)[:12],
+}
+
+
+@table("content", NOTHING_IN_IT.values(), ids=NOTHING_IN_IT)
+def test_an_import_without_a_good_event_to_begin_with_leaves_no_database_behind(tmp_path, capsys, content):
+    imported(tmp_path, content, status=1)
+    assert "; stored before it: 0 events, 0 of them new; " in capsys.readouterr().err
+    assert sorted(sizes_in(tmp_path)) == ["in"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 @table("form", ["json", "ndjson", "csv"])
 def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path, form):
@@ -401,6 +418,7 @@ CANNOT_RUN = [  # arguments, what the message names
     ("import in --db text.db", "not a SQLite database"),
     ("import in --skip-invalid in", "overwrite"),
     ("import in --skip-invalid missing/rejects", "--skip-invalid"),
+    ("import in --skip-invalid rejects --db missing/new.db", "the folder"),
     ("export --db missing.db", "missing.db"),
     ("export --start-time yesterday", "--start-time must be RFC 3339"),
     (
@@ -447,12 +465,16 @@ class Target:
     def __init__(self, folder: Path, *tricks: Callable[[BaseHTTPRequestHandler, bytes], bool]):
         """A trick is asked about each request and says whether it dealt with it; one that did is not asked again."""
         folder.mkdir(exist_ok=True)
+        self.most_bytes, self.too_large = 1 << 40, reset  # what becomes of a larger body
         self.folder, self.tricks, self.bodies, self.times, self.lock = folder, [*tricks], [], [], threading.Lock()
         target = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["content-length"]))
+                if (size := int(self.headers["content-length"])) > target.most_bytes:
+                    target.too_large(self, size)
+                    return
+                body = self.rfile.read(size)
                 with target.lock:
                     target.bodies.append(body)
                     target.times.append(time.monotonic())
@@ -491,6 +513,19 @@ def reply(handler, status: int, body: bytes = b"", **headers: str) -> bool:
     handler.end_headers()
     handler.wfile.write(body)
     return True
+
+
+def reset(handler, size: int) -> None:
+    """As a proxy does that has read enough."""
+    time.sleep(0.001)
+    handler.rfile.read(size // 2)
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    socket.close(handler.connection.detach())
+
+
+def answer_413(handler, size: int) -> None:
+    handler.rfile.read(size)
+    reply(handler, 413)
 
 
 def drop(handler, _: bytes) -> bool:
@@ -570,6 +605,27 @@ def test_what_does_not_answer_202_is_no_target_and_a_redirect_gets_no_key(tmp_pa
         assert len(target.bodies) == 1
 
 
+def test_a_replay_sends_less_at_a_time_to_a_target_that_resets_large_bodies_or_answers_413(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    source = imported(
+        tmp_path / "source", lines_of(*[event(f"{n:05}", properties={"x": "y" * 4000}) for n in range(500)])
+    )
+    with Target(tmp_path / "target") as target:
+        target.most_bytes = 100_000
+        for target.too_large in reset, answer_413:
+            assert replayed(source, target.url, "--restart") == 0
+            assert "sent 500 events: 500 accepted" in capsys.readouterr().err
+            assert 50_000 < max(map(len, target.bodies)) <= 100_000
+            assert sorted(itertools.chain(*target.ids_sent())) == [f"{n:05}" for n in range(500)]
+            del target.bodies[:]
+        target.most_bytes = 4_000
+        assert replayed(source, target.url, "--restart", "--concurrency", 1) == 1
+        assert 'answered 413:; it is the batch of 1 event from "00000" to "00000"; ' in capsys.readouterr().err
+    assert exported(tmp_path / "target") == exported(source)
+
+
 def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
     source = a_source(tmp_path)
@@ -635,6 +691,29 @@ def test_events_stored_after_a_replay_began_are_sent_whatever_their_time(tmp_pat
     assert exported(tmp_path / "target") == exported(source)
 
 
+@table("deleted", ["the last one sent", "all that was sent", "all"])
+def test_a_replay_goes_on_though_events_were_deleted_meanwhile(tmp_path, capsys, deleted):
+    source = a_source(tmp_path)
+    flags = ("--batch-size", 10, "--concurrency", 1)
+    where = {"the last one sent": "id = '00049'", "all that was sent": "id < '00050'", "all": "true"}[deleted]
+
+    def poisoned(handler, body: bytes) -> bool:
+        return b'"00050"' in body and reply(handler, 400)
+
+    with Target(tmp_path / "target", poisoned) as target:
+        assert replayed(source, target.url, *flags) == 1
+        with database(source) as conn:
+            conn.execute(f"DELETE FROM events WHERE {where}")
+            conn.commit()
+        target.bodies.clear()
+        for new in ([], ["new"]):
+            imported(source, lines_of(*map(event, new)))
+            assert replayed(source, target.url, *flags) == 0
+        expected = [] if deleted == "all" else [f"{n:05}" for n in range(50, 100)]
+        assert list(itertools.chain(*target.ids_sent())) == [*expected, "new"]
+    assert "50 events were accepted before" in capsys.readouterr().err
+
+
 def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(tmp_path, capsys):
     source = a_source(tmp_path)
     imported(source, lines_of(event("other", event_name="other", timestamp=at(1))))
@@ -648,10 +727,11 @@ def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(t
         assert replayed(source, target.url) == 0
         assert len(target.bodies) == 2
         assert len([*source.glob("events.db.replay-????????????????.json")]) == 2
-        (source / "events.db").unlink()
-        imported(source, lines_of(event("new")))
-        assert replayed(source, target.url) == 2
-        assert "another database" in capsys.readouterr().err
+        for others in 1, 200:
+            (source / "events.db").unlink()
+            imported(source, lines_of(*[event(f"new {n}") for n in range(others)]))
+            assert replayed(source, target.url) == 2
+            assert "another database" in capsys.readouterr().err
 
 
 def test_a_request_holds_at_most_10_mb(tmp_path):
