@@ -1172,14 +1172,10 @@ WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :st
 
 
 def sum_of(value: str, condition: str = "") -> str:
-    """The sum of a column, right to the last digit. SQLite before 3.43 rounds at every row: 100,000 times 0.1 makes
-    10000.0000000188. There whole numbers and multiples of 2**-26, which add up exactly, and the rest are summed apart.
-    Up to 3.45 the next ones answer NULL for a sum that overflows, which 2**-60 of it does not."""
-    if sqlite3.sqlite_version_info >= (3, 43):
+    """The sum of a column. One that overflows is NULL in SQLite 3.43 to 3.45, that of 2**-60 of each does not."""
+    if (3, 43) <= sqlite3.sqlite_version_info < (3, 46):
         return f"(total({value} * {2.0**-60}){condition} * {2.0**60})"
-    whole, fine = (f"({value} + {grid} - {grid})" for grid in (1.5 * 2**52, 1.5 * 2**26))
-    parts = (f"total({part}){condition}" for part in (whole, f"{fine} - {whole}", f"{value} - {fine}"))
-    return f"({' + '.join(parts)})"
+    return f"total({value}){condition}"
 
 
 def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
@@ -1193,16 +1189,14 @@ def usage_statement(query: UsageQuery, parameters: Parameters) -> str:
     exact = "property_number(properties, :number_key)"
     aggregate = {
         "COUNT": "count(*)", "LATEST": exact, "MAX": f"iif(max({number}) IS NULL, NULL, {exact})",
-        "AVG": f"printf('%!.17g %d', {sum_of('v')}, count(*))",
+        "AVG": f"printf('%!.17g %d', {sum_of(number)}, count(*))",
         # A text may be in two pieces of a range, so a piece names its texts; a window counts its own.
         "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
-    }.get(query.aggregation, sum_of("v"))  # fmt: skip
+        "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
+    }.get(query.aggregation, sum_of(number))  # fmt: skip
     if query.group_property:
         group = property_expression("property_text", "group", query.group_property, parameters)
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
-    elif sum_of("v") in aggregate:
-        number += f" * {WEIGHT}" if query.aggregation == "WEIGHTED_SUM" else ""
-        rows = f"FROM (SELECT {number} AS v {rows} LIMIT -1)"  # which keeps SQLite from reading v again at each mention
     cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END {rows}"
     if query.aggregation == "LATEST":
         cell = f"SELECT {exact} {rows} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
@@ -1370,19 +1364,12 @@ def usage_cells(conn: sqlite3.Connection, query: UsageQuery, bounds: Sequence[tu
     return [row[0] for row in conn.execute(usage_statement(query, parameters), parameters).fetchall()]
 
 
-def added(values: Sequence[float]) -> float:
-    """The sum, right to the last digit; Python's own is so since 3.12 only."""
-    with suppress(OverflowError, ValueError):  # too great, or infinite
-        return math.fsum(values)
-    return sum(values)
-
-
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     """The aggregate of ranges that follow one another; a negative one is answered as 0 (API: Usage)."""
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
-        value = added([*map(float, sums)]) / sum(map(int, counts))
+        value = sum(map(float, sums)) / sum(map(int, counts))
     elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
         value = len(set().union(*map(TEXTS.decode, found)) - {None})
     elif query.aggregation == "LATEST":
@@ -1390,7 +1377,7 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     elif query.aggregation == "MAX" and not query.bucketed:
         value = max(found, default=0.0)
     else:
-        value = added(found) * query.multiplier
+        value = sum(found) * query.multiplier
     return min(max(0.0, float(value)), sys.float_info.max)  # JSON has no infinity
 
 
