@@ -251,14 +251,6 @@ def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
     assert {(fault["index"], fault["event_id"]) for fault in details["errors"][2:]} == {(999, None)}
 
 
-def test_a_batch_of_one_event_is_refused_in_the_words_of_a_single_event(shared):
-    bad = event("evt_1", timestamp="yesterday")
-    with stores_nothing(shared):
-        batch, single = shared.post("/v1/events/bulk", json={"events": [bad]}), shared.post("/v1/events", json=bad)
-        assert refused(batch, part="timestamp must be RFC 3339") == refused(single)
-    assert batch.json() == single.json()
-
-
 def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client):
     with stores_nothing(client):
         details = refused(client.post("/v1/events/bulk", json={"events": [event(), None, 5, event(), [event()], "x"]}))
