@@ -210,7 +210,7 @@ class Faults:
             self.add(field, error.code, str(error))
             return None
 
-    def refuse(self, events: Sequence[Any] = ()) -> None:
+    def refuse(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
         """ApiError if there is a fault; it lists the first 100 (API: Errors). `events` are those sent, if any were."""
         if not self._found:
             return
@@ -220,7 +220,7 @@ class Faults:
             faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
         rejected = len({index for index, _ in self._found})
         message = "; ".join(fault.message for fault in faults)
-        if len(events) > 1:
+        if bulk:
             are = "is" if rejected == 1 else "are"
             message = f"{rejected} of {len(events)} events {are} invalid; nothing was stored"
         truncated = len(self._found) > MAX_FAULTS
@@ -738,14 +738,16 @@ def _refuse_batch(body: bytes) -> NoReturn:
     refuse("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
 
-def event_rows(events: list[Any], environment: int, now: int, make_id: IdMaker, faults: Faults) -> list[Row]:
+def event_rows(
+    events: list[Any], bulk: bool, environment: int, now: int, make_id: IdMaker, *, faults: Faults
+) -> list[Row]:
     """The rows of a request's events, all of them good; else ApiError with every fault (API: Sending events)."""
     rows = []
     for index, sent in enumerate(events):
         faults.index = index
         events[index] = event = decode_members(EventIn, sent, faults) if isinstance(sent, Raw) else sent
         rows.append(event_row(event, environment, now, make_id, faults))
-    faults.refuse(events)
+    faults.refuse(events, bulk)
     return rows
 
 
@@ -1928,10 +1930,10 @@ class Service:  # what the handlers work with
     def description(self) -> bytes:
         return ENCODER.encode(openapi_document(self.operations))
 
-    def rows(self, request: Request, events: list[Any]) -> list[Row]:
+    def rows(self, request: Request, events: list[Any], bulk: bool) -> list[Row]:
         environment = self.store.environments[request["environment"]]
         faults = Faults(whole="event")
-        rows = event_rows(events, environment, self.settings.clock(), self.make_id, faults)
+        rows = event_rows(events, bulk, environment, self.settings.clock(), self.make_id, faults=faults)
         self.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
         return rows
 
@@ -1989,7 +1991,7 @@ async def read_fields(service: Service, request: Request, decoder: msgspec.json.
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
-    rows = service.rows(request, [decode(EVENT, body) or Raw(body)])
+    rows = service.rows(request, [decode(EVENT, body) or Raw(body)], bulk=False)
     return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
@@ -1998,7 +2000,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     body = await read_body(service, request)
     async with service.batch_turn:
         await asyncio.sleep(0)  # who else waits has a turn, too
-        rows = service.rows(request, decode_batch(body))
+        rows = service.rows(request, decode_batch(body), bulk=True)
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
