@@ -377,13 +377,13 @@ def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(tmp_
 
 
 AHEAD = """
-send = forward.Forwarder._send
+deliver = forward.Forwarder._deliver
 async def ahead(self, batch):
     self.progress.seq, last = batch.rows[-1]
     self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
     await self._save()
-    return await send(self, batch)
-forward.Forwarder._send = ahead
+    await deliver(self, batch)
+forward.Forwarder._deliver = ahead
 """
 CARELESS = """
 forward.os.fsync = lambda _: None
