@@ -561,7 +561,7 @@ class Windows(Struct, frozen=True):
     def _floor(self, wall: datetime) -> datetime:
         """What they show at the start of the window."""
         if minutes := WINDOW_MINUTES.get(self.size):
-            return wall - (wall - A_SUNDAY) % timedelta(minutes=minutes)
+            return wall - min((wall - A_SUNDAY) % timedelta(minutes=minutes), wall - datetime.min)  # none in year 0
         shift = timedelta(days=self.month_day - 1)
         return (wall - shift).replace(day=1, hour=0, minute=0, second=0, microsecond=0) + shift
 
