@@ -369,7 +369,7 @@ class Bench:
         fill(self.db, self.size, self.customers, self.start_us, self.end_us)
         self.bytes_per_event = self.db.stat().st_size / self.size
         with ExitStack() as stack:  # Ctrl-C in here stops what has been started
-            self.ours = stack.enter_context(our_server(self.db))
+            self.ours = stack.enter_context(our_server(self.db, "--query-timeout-s", 600))  # 10 M events, 20 meters
             self.floor = stack.enter_context(floor_server(self.db))
             self._servers = stack.pop_all()
         return self
