@@ -1777,13 +1777,13 @@ _EVENT_COLUMNS = f"""id, external_customer_id, customer_id, event_name, source,
 _SINCE_START, _UNTIL_END = "timestamp_us >= :start_us", "timestamp_us <= :end_us"
 
 
-def _in_range(query: Selection) -> Sql:
+def in_range(query: Selection) -> Sql:
     return sql(f"{_SINCE_START} AND {_UNTIL_END}", start_us=query.start_us, end_us=query.end_us)
 
 
 def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, descending: bool) -> Sql:
     """Build the condition for the range of time and the cursor, in the direction in which rows are read."""
-    in_range = _in_range(query)
+    in_range = in_range(query)
     if cursor is None:
         return in_range
     comparison = "<" if descending else ">"
@@ -1816,7 +1816,7 @@ def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
 
 
 def count_statement(query: Selection) -> Sql:
-    where = all_of([matching(query), _in_range(query)])
+    where = all_of([matching(query), in_range(query)])
     return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
 
 
@@ -1835,17 +1835,11 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     keys = [Cursor(timestamp_us, event_id).text for event_id, *_, timestamp_us, _total in rows[:1] + rows[-1:]]
     environment = query.view.environment
     return EventPage(
-        events=[_event_of(row, environment) for row in rows],
+        events=[Event(*[*row[:7], Raw(row[7]), environment]) for row in rows],
         has_more=has_more, iter_first_key=keys[0] if keys else None, iter_last_key=keys[-1] if keys else None,
         total_count=UNSET if query.count is None else total_count,
         offset=None if cursor else query.offset + (len(rows) if is_cut else query.page_size),
     )  # fmt: skip
-
-
-def _event_of(row: Sequence[Any], environment: str) -> Event:
-    """Make an event from the columns of _EVENT_COLUMNS."""
-    *texts, properties = row[:8]
-    return Event(*texts, properties=Raw(properties), environment_id=environment)
 
 
 def _fetch_page(conn: sqlite3.Connection, statement: Sql) -> tuple[list[tuple[Any, ...]], bool]:

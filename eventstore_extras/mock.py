@@ -29,8 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eventstore
 from eventstore import (
-    DOCUMENTED_RATE_LIMITS,
     EARLIEST,
+    ENCODER,
     EVENT_FILTERS,
     EXCEPTION_HANDLERS,
     IN_ENVIRONMENT,
@@ -54,11 +54,9 @@ from eventstore import (
     View,
     connect,
     connect_reader,
-    counted,
     create_app,
     decode,
     decode_fields,
-    echo,
     error_response,
     event_query,
     execute_writing,
@@ -66,12 +64,15 @@ from eventstore import (
     listen,
     one_of,
     parse_cursor,
+    plural,
+    quoted,
     read_body,
     uvicorn_server,
     whole_within,
 )
 from eventstore_extras import analytics
 from eventstore_extras.meters import select_meters
+from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 
 if TYPE_CHECKING:
     from eventstore_extras.forward import Forwarder
@@ -113,7 +114,7 @@ FAULT_SCHEMA: dict[str, Any] = {
 }
 
 
-OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # of the API, to which the mock's own are added
+OPERATIONS = (*eventstore.own_operations(), *analytics.OPERATIONS)  # of the API, to which the mock's own are added
 MOCK_API_KEY = "eventstore-test-key"
 MOCK_SHUTDOWN_TIMEOUT_S = 1
 MOCK_FORWARD_INTERVAL_S = 0.01
@@ -150,14 +151,14 @@ def check_fault(sent: InjectedFault, faults: Faults) -> InjectedFault:
     if sent.stored is False and sent.status is None:
         faults.add("stored", "invalid_format", "must not be false without a status: 202 accepts an event and loses it")
     check_that_some_request_matches(checked, faults)
-    faults.refuse()
+    faults.raise_any()
     return checked
 
 
 def check_fault_path(path: str) -> str:
     """A path as requests are compared with it: decoded, without a query string."""
     if "?" in path or "{" in path:
-        problem = f"must be one path, no query string, an id in place of {{id}}, got {echo(path)}"
+        problem = f"must be one path, no query string, an id in place of {{id}}, got {quoted(path)}"
         raise FieldError("invalid_format", problem)
     return urllib.parse.unquote(path)
 
@@ -169,10 +170,10 @@ def check_that_some_request_matches(fault: InjectedFault, faults: Faults) -> Non
     methods |= {"HEAD"} if "GET" in methods else set()
     if not there:
         served = ", ".join(sorted({operation.public_path for operation in served_here}))
-        faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {echo(fault.path or '')}")
+        faults.add("path", "invalid_format", f"must be a path of this API ({served}), got {quoted(fault.path or '')}")
     elif fault.method and fault.method not in methods:
         allowed = ", ".join(sorted(methods))
-        problem = f"must be one that this path takes ({allowed}), got {echo(fault.method)}"
+        problem = f"must be one that this path takes ({allowed}), got {quoted(fault.method)}"
         faults.add("method", "invalid_format", problem)
     elif needs_ingest(fault) and not any(is_for(fault, "POST", path) for path in INGEST_PATHS):
         name, value = ("stored", "true") if fault.stored else ("status", "202")
@@ -480,7 +481,7 @@ class MockServer:
         with closing(reader.conn):
             while True:
                 page = reader.run(partial(list_events, query=query), math.inf)
-                found += json.loads(bytes(page.events))
+                found += json.loads(ENCODER.encode(page.events))
                 if not page.has_more:
                     return found
                 query = replace(query, after=parse_cursor(page.iter_last_key or ""))
@@ -516,7 +517,7 @@ class MockServer:
         deadline_s = time.monotonic() + timeout_s
         while self._forwarder and (behind := self._forwarder.behind_now()):
             if time.monotonic() > deadline_s:
-                waiting = f"{counted(behind, 'event')} not forwarded to {self._forwarder.host} yet"
+                waiting = f"{plural(behind, 'event')} not forwarded to {self._forwarder.host} yet"
                 raise TimeoutError(f"after {timeout_s:g} s: {waiting}")
             time.sleep(0.005)
 

@@ -24,7 +24,7 @@ import msgspec
 from arro3.core import Array, DataType, Field, RecordBatch, RecordBatchReader, Schema, struct_array
 from arro3.io import read_parquet, write_ndjson, write_parquet
 
-from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, echo
+from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, quoted
 from eventstore_extras.transfer import (
     EXPORTED_COLUMNS,
     PROPERTY_COLUMN,
@@ -132,7 +132,7 @@ def check_schema(schema: Schema, assume_utc: bool) -> None:
     for field in fields_of(schema):
         if problem := type_problem(field, assume_utc):
             kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
-            raise UnreadableError(None, f"the column {echo(field.name)} {problem}; it is {kind[:MAX_REASON_CHARS]}")
+            raise UnreadableError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:MAX_REASON_CHARS]}")
 
 
 def fields_of(schema: Schema) -> list[Field]:
@@ -189,7 +189,7 @@ def row_of(batch: RecordBatch) -> tuple[TypedRow, str]:
         return decoded(batch)[0], ""
     except UNWRITABLE as error:
         names = [name for name in batch.schema.names if is_unwritable(batch.select([name]))]
-        return TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(echo, names))} ({reason(error)})"
+        return TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(quoted, names))} ({reason(error)})"
 
 
 UNWRITABLE = (UnreadableError, RecursionError, msgspec.DecodeError)

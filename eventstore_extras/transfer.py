@@ -39,7 +39,6 @@ from eventstore import (
     MAX_TIME_US,
     MEMBERS,
     MIN_TIME_US,
-    STRING,
     WRITER_PRAGMAS,
     AddFlag,
     ApiError,
@@ -51,35 +50,37 @@ from eventstore import (
     Faults,
     FieldError,
     IdMaker,
-    Parameters,
     Row,
     Settings,
+    Sql,
     StartError,
     View,
     add_db_flag,
+    after_cursor,
+    all_of,
     check_properties,
     connect,
     connect_reader,
-    counted,
     decode,
     decode_fields,
-    echo,
     environment_number,
     event_query,
     event_row,
     excerpt,
-    filter_clauses,
     index_of,
     insert_events,
-    keyset_clauses,
     list_events,
+    matching,
     now_us,
     parse_property_filters,
     parse_time,
+    plural,
     positive,
     prepare_file,
-    refuse,
+    quoted,
+    raise_fault,
     say,
+    sql,
     to_datetime,
 )
 from eventstore_extras.job import StopError, run_job
@@ -360,7 +361,7 @@ def table_rows(stream: io.BufferedReader, limit_bytes: int) -> Iterator[Entry]:
         if columns is None:
             columns = check_columns(cells, line)
         elif len(cells) not in (len(columns), 0):
-            problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
+            problem = f"has {plural(len(cells), 'cell')}, the header has {len(columns)}"
             yield Entry(line, None, dict(enumerate(cells)), problem)
         elif cells:
             null = "\\N" if "id" in columns else ""  # ClickHouse's
@@ -375,13 +376,13 @@ def check_columns(columns: list[str], line: int | None, head: str = "the header"
     missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
     twice = [name for name, number in Counter(columns).items() if number > 1]
     if len(unknown) == len(columns) and line:
-        start = echo(readable(",".join(columns))[:40])
+        start = quoted(readable(",".join(columns))[:40])
         raise UnreadableError(
             line, f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
         )
     if unknown:
         problem = (
-            f"unknown columns: {', '.join(map(echo, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
+            f"unknown columns: {', '.join(map(quoted, unknown[:10]))}; known are {', '.join(known)}, properties.NAME"
         )
         raise UnreadableError(line, f"{head} has {problem}")
     if missing:
@@ -399,7 +400,7 @@ def table_event(row: dict[str, str]) -> TableEvent:
     try:
         "".join(row.values()).encode()
     except UnicodeEncodeError:
-        refuse("line", "invalid_format", "is not UTF-8")
+        raise_fault("line", "invalid_format", "is not UTF-8")
     event = TableEvent(properties=Raw(table_properties(row)))
     for name in row.keys() & {*TableEvent.__struct_fields__} - {"properties"}:
         setattr(event, name, row[name])
@@ -428,7 +429,9 @@ def with_named(raw: bytes, named: dict[str, Raw]) -> bytes:
         return raw  # whoever stores it says what is wrong
     for name in sorted(named.keys() & members.keys()):
         if not is_same(named[name], members[name]):
-            refuse(PROPERTY_COLUMN + name, "invalid_format", "is in the column properties, too, with another value")
+            raise_fault(
+                PROPERTY_COLUMN + name, "invalid_format", "is in the column properties, too, with another value"
+            )
     if named.keys() <= members.keys():
         return raw  # as it is, spaces and all
     return ENCODER.encode(members | named | members)
@@ -525,8 +528,8 @@ class Importer:
     @property
     def so_far(self) -> str:
         if self._arguments.dry_run:
-            return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
-        return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
+            return f"good before it: {plural(self.stored, 'event')}; nothing was stored"
+        return f"stored before it: {plural(self.stored, 'event')}, {self.new:,} of them new"
 
     def stop(self, place: str, problem: str) -> NoReturn:
         """Store what came before the place, and say so."""
@@ -535,7 +538,7 @@ class Importer:
 
     def _row(self, entry: Entry) -> Row:
         if entry.problem:
-            refuse(entry.unit, "invalid_format", entry.problem)
+            raise_fault(entry.unit, "invalid_format", entry.problem)
         faults = Faults(whole="event")
         if isinstance(entry.content, dict):
             event: EventIn = table_event(entry.content)
@@ -547,12 +550,12 @@ class Importer:
             if faults.ignored and len(self.ignored) < 100:
                 self.ignored |= faults.ignored
             if not entry.content.startswith(b"{"):
-                faults.refuse()
+                faults.raise_any()
         event.event_id = event.event_id or content_id(entry)
         row = event_row(event, self._environment, self._now, self._make_id, faults)
         ingested_at = event.ingested_at if isinstance(event, TableEvent) else None
         ingested_at_us = faults.check("ingested_at", parse_time, ingested_at)
-        faults.refuse()
+        faults.raise_any()
         return row if ingested_at_us is None else row._replace(ingested_at_us=ingested_at_us)
 
     def _typed_row(self, entry: Entry, found: TypedRow, faults: Faults) -> Row:
@@ -561,7 +564,7 @@ class Importer:
         row = event_row(event, self._environment, self._now, self._make_id, faults)
         timestamp_us = faults.check("timestamp", time_us, found.timestamp)
         ingested_at_us = faults.check("ingested_at", time_us, found.ingested_at)
-        faults.refuse()
+        faults.raise_any()
         at_us = self._now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
         stored_us = self._now if ingested_at_us is None else ingested_at_us
         return Row(*row[:-3], at_us, stored_us, row.properties)  # in half of _replace's time
@@ -633,7 +636,7 @@ def import_events(arguments: argparse.Namespace) -> int:
             importer.stop(error.place, str(error))
         except KeyboardInterrupt:
             again = "import the file again to go on, nothing is stored twice"
-            raise StopError(f"interrupted; at least {counted(importer.stored, 'event')} stored; {again}") from None
+            raise StopError(f"interrupted; at least {plural(importer.stored, 'event')} stored; {again}") from None
     say_imported(arguments, importer, made, started_s)
     return 0
 
@@ -641,9 +644,9 @@ def import_events(arguments: argparse.Namespace) -> int:
 def say_imported(arguments: argparse.Namespace, importer: Importer, made: str, started_s: float) -> None:
     path = arguments.skip_invalid
     rejected = f", {importer.rejected:,} rejected and written to {path}" if path else ""
-    ignored = f"; ignored, no field has that name: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
+    ignored = f"; ignored, no field has that name: {', '.join(map(quoted, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
-    events = counted(importer.stored, "event")
+    events = plural(importer.stored, "event")
     if arguments.dry_run:
         say(f"would import {events} into {arguments.db}{rejected}; nothing was stored; {taken_s}")
     else:
@@ -688,21 +691,20 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     """The events that match, oldest first, in pages. No cursor stays open between them: it would keep a server's WAL
     from being checkpointed."""
     while True:
-        parameters: Parameters = {}
-        clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        where = f"{index_of(query.filters)} WHERE {' AND '.join(clauses)}"
-        page = select_rows(conn, f"{where} ORDER BY timestamp_us, id", parameters)
+        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        text = f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id"
+        page = select_rows(conn, sql(text, where))
         if not page:
             return
         yield page
         query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
-def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
+def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
     """The first thousand rows, fewer if they are large: a thousand of 32 MiB would fill any memory."""
     page: list[StoredRow] = []
     size = 0
-    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", parameters)) as found:
+    with closing(conn.execute(f"{SELECT_ROWS} {clauses} LIMIT {PAGE_EVENTS}", clauses.values)) as found:
         for *columns, seq in found:
             page.append((seq, Row(*columns)))
             size += len(columns[-1])
@@ -780,7 +782,7 @@ def csv_lines(rows: Iterable[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")  # with "\n", a lone \r in a cell would not be quoted
     for row in rows:
-        time_text = STRING.decode(ENCODER.encode(to_datetime(row.timestamp_us)))
+        time_text = msgspec.to_builtins(to_datetime(row.timestamp_us))
         writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
                          row.properties])  # fmt: skip
     return text.getvalue().encode()
@@ -857,7 +859,7 @@ def export_events(arguments: argparse.Namespace) -> int:
         with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
             write(pages(), output)
         elsewhere = "" if done else other_environments(conn, arguments.environment)
-    say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    say(f"exported {plural(done, 'event')}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
 
 
