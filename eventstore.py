@@ -50,7 +50,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -64,6 +63,7 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
@@ -820,11 +820,15 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 READER_THREADS = 4
 # A commit takes up to about this many waiting events: 32 clients of batches are 1.4 times as fast with 16,000 as with
-# 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients of batches p99 of a single event is
-# 0.15 s this way, 1.2 s in the order of arrival.
+# 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients of batches p99 of a single
+# event is 0.15 s this way, and 1.2 s in the order of arrival.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _FEW_EVENTS = 10
 _TRIAL_PAUSE_S = 1.0  # pause between two trial commits after a failed one
+
+
+def _shutting_down() -> ApiError:
+    return ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
 
 
 class _Task(NamedTuple):
@@ -845,36 +849,6 @@ class _Task(NamedTuple):
             self.answer.set_result(outcome)
 
 
-class _TaskQueue:
-    """Tasks from an event loop to threads. After `close`, `take` returns the remaining tasks and then None for ever."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()
-        self.is_closed = False
-
-    def submit(self, work: object) -> asyncio.Future[Any]:
-        """Queue a task; return the future of its result. Raises ApiError service_unavailable if the queue is closed."""
-        answer = asyncio.get_running_loop().create_future()
-        with self._gate:  # a task behind the closing None would never be answered
-            if self.is_closed:
-                raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
-            self._tasks.put(_Task(work, answer))
-        return answer
-
-    def take(self, block: bool = True) -> _Task | None:
-        """Return the next task. Raises queue.Empty if there is none and `block` is false."""
-        task = self._tasks.get(block=block)
-        if task is None:
-            self._tasks.put(None)  # for the next call
-        return task
-
-    def close(self) -> None:
-        with self._gate:
-            self.is_closed = True
-            self._tasks.put(None)
-
-
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
@@ -887,8 +861,9 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._queue = _TaskQueue()
-        self._waiting: list[_Task] = []  # taken from the queue; only the thread uses it
+        self._arrival = threading.Condition()  # guards the next two
+        self._waiting: list[_Task] = []
+        self._is_closed = False
         self._short_until_s = 0.0
         self._pending_events = 0  # only the event loop uses it
         self.failure: str | None = None  # why the last commit failed
@@ -905,16 +880,25 @@ class Writer:
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         self._pending_events += len(rows)
         try:
-            return int(await self._queue.submit(rows))
+            return int(await self.run(rows))
         finally:
             self._pending_events -= len(rows)
 
-    def run(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        return self._queue.submit(operation)
+    def run(self, work: Sequence[Row] | Callable[[sqlite3.Connection], T]) -> asyncio.Future[Any]:
+        """Queue rows or an operation; return the future of its result."""
+        task = _Task(work, asyncio.get_running_loop().create_future())
+        with self._arrival:
+            if self._is_closed:
+                raise _shutting_down()
+            self._waiting.append(task)
+            self._arrival.notify()
+        return task.answer
 
     def close(self) -> None:
         """Commit everything that waits, checkpoint, and close the connection."""
-        self._queue.close()
+        with self._arrival:
+            self._is_closed = True
+            self._arrival.notify()
         self._thread.join()
 
     def _write_until_closed(self) -> None:
@@ -928,26 +912,21 @@ class Writer:
         self._conn.close()
 
     def _next_group(self) -> list[_Task]:
-        """Return the next commit's tasks: one operation alone, or all small requests and some of the others."""
-        self._take_waiting(block=True)
-        for position, task in enumerate(self._waiting):
-            if callable(task.work):
-                return [self._waiting.pop(position)]
-        few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
-        many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
-        now_s = time.monotonic()
-        if few:
-            self._short_until_s = now_s + 1
-        limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
-        number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
-        self._waiting = many[number:]
-        return few + many[:number]
-
-    def _take_waiting(self, block: bool = False) -> None:
-        """Move everything from the queue to `_waiting`; if `block` is true, wait for the first task."""
-        with suppress(queue.Empty):
-            while task := self._queue.take(block=block and not self._waiting):
-                self._waiting.append(task)
+        """Wait for tasks; return those of the next commit, which are none after `close`."""
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._waiting or self._is_closed)
+            for position, task in enumerate(self._waiting):
+                if callable(task.work):  # an operation has a commit of its own
+                    return [self._waiting.pop(position)]
+            few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
+            many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
+            now_s = time.monotonic()
+            if few:
+                self._short_until_s = now_s + 1
+            limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
+            number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
+            self._waiting = many[number:]
+            return few + many[:number]
 
     def _commit(self, group: list[_Task]) -> list[object]:
         """Return the outcome of each task; a failed commit stores nothing of any of them."""
@@ -981,9 +960,9 @@ class Writer:
                 log.exception("a commit failed; none of its %d requests was stored", len(group))
             message = "the database refused the write; nothing was stored, the server's log says why"
             return [ApiError("database_error", message) for _ in group]
-        self._take_waiting()  # fail everything queued; otherwise each group would wait out the same timeout
-        group += self._waiting
-        self._waiting = []
+        with self._arrival:  # fail everything queued; otherwise each group would wait out the same timeout
+            group += self._waiting
+            self._waiting = []
         message = "another process has locked the database; nothing was stored, try again"
         return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
 
@@ -1056,47 +1035,43 @@ class Reader:
 
 
 class ReaderPool:
-    """Threads that run reading operations, each on a Reader of its own. `run` is for the event loop."""
+    """Threads that run reading operations, each with a Reader. `run` is for the event loop, `close` for any thread."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._queue = _TaskQueue()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
-        thread = partial(threading.Thread, target=self._read_until_closed, name="eventstore-reader", daemon=True)
-        self._threads = [thread(args=[reader]) for reader in self._readers]
+        self._free = list(self._readers)
+        self._threads = ThreadPoolExecutor(READER_THREADS, "eventstore-reader")
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        return self._queue.submit(operation)
+    async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            answer = asyncio.get_running_loop().run_in_executor(self._threads, self._read, operation)
+        except RuntimeError:
+            raise _shutting_down() from None
+        return await answer
 
     def close(self) -> None:
-        """End the running queries, refuse the waiting ones, and close the connections."""
+        """End the running queries, cancel the waiting ones, and close the connections."""
         for reader in self._readers:
             reader.is_closing = True
-        self._queue.close()
-        for thread, reader in zip(self._threads, self._readers, strict=True):
-            thread.join()
+        self._threads.shutdown(cancel_futures=True)
+        for reader in self._readers:
             reader.conn.close()
 
-    def _read_until_closed(self, reader: Reader) -> None:
-        while task := self._queue.take():
-            task.settle(self._outcome(reader, task.work))
-
-    def _outcome(self, reader: Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
+    def _read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        reader = self._free.pop()  # there are as many readers as threads
         try:
             return reader.run(operation, self._timeout_s)
         except TimeoutError:
             limit = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
-            reason = "the server is shutting down" if self._queue.is_closed else limit
-            return ApiError("service_unavailable", reason, retry_after_s=1)
-        except sqlite3.Error:
+            reason = "the server is shutting down" if reader.is_closing else limit
+            raise ApiError("service_unavailable", reason, retry_after_s=1) from None
+        except sqlite3.Error as error:
             log.exception("reading failed")
-            return ApiError("database_error", "the events could not be read; the server's log says why")
-        except Exception as error:
-            return error
+            message = "the events could not be read; the server's log says why"
+            raise ApiError("database_error", message) from error
+        finally:
+            self._free.append(reader)
 
 
 class Store:
@@ -1121,7 +1096,6 @@ class Store:
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop must not wait for a lock
             self._readers = ReaderPool(self.path, settings.query_timeout_s)
         self._writer.start()
-        self._readers.start()
 
     def add_environments(self, names: Iterable[str]) -> None:
         """Make environments known. For any thread but an event loop's. Raises sqlite3.Error."""
@@ -2023,7 +1997,8 @@ def _monitor(conn: sqlite3.Connection, selection: Selection, size: str | None, b
     if size and start_us < end_us:
         spans = spans_of_windows(utc_windows(size, start_us, end_us), start_us, end_us, size, "window_size")
     matched = matching(selection)
-    counted = sql(f"SELECT count(*) FROM events {index_of(selection.filters)} WHERE {matched} AND {IN_SPAN}", matched)
+    index = index_of(selection.filters)
+    counted = sql(f"SELECT count(*) FROM events {index} WHERE {matched} AND {IN_SPAN}", matched)
     counts = select_per_span(conn, counted, spans)
     points = [(span.window_us, count) for span, count in zip(spans, counts, strict=True) if size and count]
     hidden = 0
