@@ -1803,6 +1803,7 @@ KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s: one
 TASK_TIMEOUT_S = 3  # what a task of the service may still take when the server stops
 HEADERS_TIMEOUT_S = 30.0  # from the connection or a request's first byte; uvicorn has no limit
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
+PIECE_BYTES = 16_384  # parsed at a time: a head without an end may exceed the limit by so much before it is noticed
 LINGER_S = 2.0  # between the last answer and closing the connection, unless the client closes it first
 # In Starlette's own `path` an id would end at a line break.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
@@ -2275,10 +2276,12 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._last_answer is not None:
             return
-        self._framing_bytes += len(data)
         try:
-            self._parse(data)
-            self._require_short_head(self._framing_bytes)
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
+                self._framing_bytes += len(piece)
+                self._parse(piece)
+                self._require_short_head(self._framing_bytes)
         except (httptools.HttpParserError, ApiError) as error:
             self._refuse(error)
         else:
