@@ -2276,49 +2276,52 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._last_answer is not None:
             return
+        if not (self._framing_bytes or self._in_body):
+            self._unset_keepalive_if_required()
         try:
             for start in range(0, len(data), PIECE_BYTES):
-                piece = data[start : start + PIECE_BYTES]
-                self._framing_bytes += len(piece)
-                self._parse(piece)
-                self._require_short_head(self._framing_bytes)
+                self._parse(data[start : start + PIECE_BYTES])
         except (httptools.HttpParserError, ApiError) as error:
             self._refuse(error)
         else:
             if self._framing_bytes and not self._in_body and self.timeout_keep_alive_task is None:
                 self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
-    def _parse(self, data: bytes) -> None:
-        """Feed `data` to the parser, which stops after the head of each request to upgrade: feed that head to a new
+    def _parse(self, piece: bytes) -> None:
+        """Feed a piece to the parser, which stops after the head of each request to upgrade: feed that head to a new
         parser without the header `upgrade`, then the rest (RFC 9110, 7.8: a server may ignore it)."""
-        rest: bytes | memoryview = data
-        while True:
+        self._framing_bytes += len(piece)
+        while piece:
             try:
-                return self.parser.feed_data(rest)
+                self.parser.feed_data(piece)
+                break
             except httptools.HttpParserUpgrade as upgrade:
+                piece = piece[upgrade.args[0] :]
                 method, version = self.parser.get_method(), self.parser.get_http_version()
                 if method == b"CONNECT":
                     raise ApiError("method_not_allowed", "CONNECT is not allowed: this is not a proxy") from None
                 lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-                rest = memoryview(rest)[upgrade.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            raise self._head_too_long()
 
-    def _require_short_head(self, length: int) -> None:
-        if length > MAX_HEAD_BYTES:
-            part, code = ("URL", "uri_too_long") if len(self.url) > length // 2 else ("headers", "headers_too_large")
-            raise ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
-
-    def on_message_begin(self) -> None:
-        self._unset_keepalive_if_required()  # not for any data: line breaks between requests must not stop it
-        super().on_message_begin()
+    def _head_too_long(self) -> ApiError:
+        part, code = "headers", "headers_too_large"
+        if len(self.url) > MAX_HEAD_BYTES // 2:
+            part, code = "URL", "uri_too_long"
+        return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        self._require_short_head(len(self.url) + sum(map(len, itertools.chain(*self.headers))) + 4 * len(self.headers))
-        self._unset_keepalive_if_required()
+        if self._framing_bytes > MAX_HEAD_BYTES - PIECE_BYTES:  # plus what came with the end of the request before
+            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if length > MAX_HEAD_BYTES:
+                raise self._head_too_long()
         if not self.parser.should_upgrade():
+            if self.timeout_keep_alive_task is not None:
+                self._unset_keepalive_if_required()
             super().on_headers_complete()
             self._in_body = True
 
@@ -2327,15 +2330,15 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
+        if self._in_body:  # not after the head of a request to upgrade, which is fed again
             self._framing_bytes = 0
             self._in_body = False
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        idle = not self.pipeline
+        was_last = self._last_answer is not None and not self.pipeline
         super().on_response_complete()
-        if idle and self._last_answer is not None:
+        if was_last:
             self._close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
