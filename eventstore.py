@@ -67,10 +67,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
+from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args
 
+import httptools
 import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -129,6 +131,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 STATUS_OF_CODE = {
     "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
     "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
+    "uri_too_long": 414, "headers_too_large": 431,
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, in the name of a proxy
 }  # fmt: skip
 
@@ -2132,31 +2135,150 @@ def create_app(
 # ---------------------------------------------------------------------------------------------- Listening
 
 _KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s; one closed while they use it is a 502
-HEADERS_TIMEOUT_S = 30.0  # from the connection, or a later request's first byte; uvicorn would wait for ever
+HEADERS_TIMEOUT_S = 30.0  # from the connection or a request's first byte; uvicorn has no limit
+_MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
+_PIECE_BYTES = 16_384  # parsed at a time: an endless head may exceed the limit by this much before it is noticed
+_LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a time limit for headers, and with the error body for malformed requests."""
+    """uvicorn's HTTP/1.1, except that it ignores requests to upgrade, limits the size of a request's head, answers
+    clients that have shut down their sending side, and refuses malformed requests with the JSON error body.
+
+    `timeout_keep_alive_task` is the only timer of a connection: for a head, between requests, or before it closes.
+    """
+
+    url = b""
+    _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
+    _in_body = False  # between the end of a request's head and the end of the request
+    _last_answer: bytes | None = None  # set as soon as nothing more is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+        self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._headers_timeout.cancelled():  # by the headers of the request before
-            self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_keepalive_if_required()  # otherwise the timer holds this object until it expires
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._last_answer is not None:
+            return
+        if not (self._framing_bytes or self._in_body):
+            self._unset_keepalive_if_required()
+        try:
+            for start in range(0, len(data), _PIECE_BYTES):
+                self._parse(data[start : start + _PIECE_BYTES])
+        except (httptools.HttpParserError, ApiError) as error:
+            self._refuse(error)
+        else:
+            if self._framing_bytes and not self._in_body and self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+
+    def _parse(self, piece: bytes) -> None:
+        """Feed a piece to the parser, which stops after the head of each request to upgrade: feed that head to a new
+        parser without the header `upgrade`, then the rest (RFC 9110, 7.8: a server may ignore it)."""
+        self._framing_bytes += len(piece)
+        while piece:
+            try:
+                self.parser.feed_data(piece)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                piece = piece[upgrade.args[0] :]
+                method, version = self.parser.get_method(), self.parser.get_http_version()
+                if method == b"CONNECT":
+                    raise ApiError("method_not_allowed", "CONNECT is not allowed: this is not a proxy") from None
+                lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+        if self._framing_bytes > _MAX_HEAD_BYTES:
+            raise self._head_too_long()
+
+    def _head_too_long(self) -> ApiError:
+        part, code = "headers", "headers_too_large"
+        if len(self.url) > _MAX_HEAD_BYTES // 2:
+            part, code = "URL", "uri_too_long"
+        return ApiError(code, f"the request's {part} must be shorter: a head may have {_MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        self._headers_timeout.cancel()
-        super().on_headers_complete()
+        if self._framing_bytes > _MAX_HEAD_BYTES - _PIECE_BYTES:  # plus what came with the end of the request before
+            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if length > _MAX_HEAD_BYTES:
+                raise self._head_too_long()
+        if not self.parser.should_upgrade():
+            if self.timeout_keep_alive_task is not None:
+                self._unset_keepalive_if_required()
+            super().on_headers_complete()
+            self._in_body = True
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer malformed HTTP with the JSON error body; uvicorn would send plain text."""
-        body = ENCODER.encode(ApiError("validation_error", f"the request is not valid HTTP/1.1: {msg}").body)
-        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._in_body:  # not after the head of a request to upgrade, which is fed again
+            self._framing_bytes = 0
+            self._in_body = False
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        was_last = self._last_answer is not None and not self.pipeline
+        super().on_response_complete()
+        if was_last:
+            self._close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open until the requests that arrived in full are answered."""
+        if self._last_answer is None:
+            self._end(b"")
+        elif self.timeout_keep_alive_task is not None:  # the last answer has been sent
+            self.transport.close()
+        return True
+
+    def _refuse(self, error: BaseException | None) -> None:
+        if isinstance(error, httptools.HttpParserCallbackError):
+            error = error.__context__  # what the callback raised
+        if not isinstance(error, ApiError):
+            hint = f"the request is not valid HTTP/1.1: {error}"
+            if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
+                hint += "; spaces and characters outside ASCII in a URL must be percent-encoded: %20, and %C3%BC for ü"
+            error = ApiError("validation_error", hint)
+        status = HTTPStatus(error.status)
+        log.warning("a request from %s: %d %s: %s", (self.client or ["?"])[0], status, error.code, error.message)
+        body = ENCODER.encode(error.body)
+        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self._end(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def _end(self, answer: bytes) -> None:
+        """Read nothing more. Once the requests that arrived in full are answered, send `answer` and close."""
+        self._last_answer = answer
+        self._unset_keepalive_if_required()
+        if self._in_body:  # the newest request will never be complete
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.pipeline:
+                self.pipeline.popleft()
+                return
+            if self.cycle.response_started:
+                self._last_answer = b""
+        if self._in_body or self.cycle is None or self.cycle.response_complete:
+            self._close()
+
+    def _close(self) -> None:
+        """Send the last answer. Closing at once would reset the connection if data are unread, and the client could
+        lose the answer, so read and drop what it still sends for _LINGER_S."""
+        self._unset_keepalive_if_required()
+        if self.transport.is_closing():
+            return
+        if not self._last_answer:
+            self.transport.close()
+            return
+        self.transport.write(self._last_answer)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.timeout_keep_alive_task = self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 def listen(host: str, port: int) -> socket.socket:
