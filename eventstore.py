@@ -2136,7 +2136,7 @@ def create_app(
 
 _KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s; one closed while they use it is a 502
 HEADERS_TIMEOUT_S = 30.0  # from the connection or a request's first byte; uvicorn has no limit
-_MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
+MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
 _PIECE_BYTES = 16_384  # parsed at a time: an endless head may exceed the limit by this much before it is noticed
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 
@@ -2193,19 +2193,19 @@ class _Protocol(HttpToolsProtocol):
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > _MAX_HEAD_BYTES:
+        if self._framing_bytes > MAX_HEAD_BYTES:
             raise self._head_too_long()
 
     def _head_too_long(self) -> ApiError:
         part, code = "headers", "headers_too_large"
-        if len(self.url) > _MAX_HEAD_BYTES // 2:
+        if len(self.url) > MAX_HEAD_BYTES // 2:
             part, code = "URL", "uri_too_long"
-        return ApiError(code, f"the request's {part} must be shorter: a head may have {_MAX_HEAD_BYTES} bytes")
+        return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        if self._framing_bytes > _MAX_HEAD_BYTES - _PIECE_BYTES:  # plus what came with the end of the request before
+        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # plus what came with the end of the request before
             length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if length > _MAX_HEAD_BYTES:
+            if length > MAX_HEAD_BYTES:
                 raise self._head_too_long()
         if not self.parser.should_upgrade():
             if self.timeout_keep_alive_task is not None:

@@ -398,7 +398,7 @@ def test_a_lost_connection_leaves_no_timer_behind():
         config = eventstore.uvicorn_server(lambda *_: None, 1).config
         config.load()
         state = ServerState()
-        listening = await loop.create_server(lambda: eventstore.Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        listening = await loop.create_server(lambda: eventstore._Protocol(config, state, {}, loop), "127.0.0.1", 0)
         address = listening.sockets[0].getsockname()
         made = weakref.WeakSet()
         for sent in (b"", b"GET / HT", b"garbage\r\n"):
