@@ -51,6 +51,16 @@ def choose(request, capsys) -> random.Random:
     return random.Random(f"{SEED} {request.node.name}")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite with one xdist worker per core. Files and tests named on the command line, `-n 0` and
+    `-p no:xdist` run in one process. `-n` in addopts would be an unknown option with `-p no:xdist`."""
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if is_whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
+
+
 def pytest_configure() -> None:
     """A script starts `pytest &` with SIGINT ignored, and what the tests start and interrupt would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
