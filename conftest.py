@@ -56,7 +56,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite with one xdist worker per core. Files and tests named on the command line, `-n 0` and
     `-p no:xdist` run in one process. `-n` in addopts would be an unknown option with `-p no:xdist`."""
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if is_whole and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
+    if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = "auto"
         config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 

@@ -349,7 +349,9 @@ def test_a_descriptor_belongs_to_a_file_from_the_moment_when_openat_returned_it(
     def hexadecimal(path: Path) -> str:
         return "".join(f"\\x{byte:02x}" for byte in bytes(path))
 
-    paths = {name: hexadecimal(path) for name, path in (("folder", tmp_path), ("a", tmp_path / "a"), ("b", tmp_path / "b"))}
+    paths = {
+        name: hexadecimal(path) for name, path in (("folder", tmp_path), ("a", tmp_path / "a"), ("b", tmp_path / "b"))
+    }
     trace = tmp_path / "trace.txt"
     trace.write_text(REUSED_DESCRIPTOR.format(**paths))
     recording = Recording(tmp_path)
@@ -390,6 +392,7 @@ def check_that_much_happened(a_run: Run) -> None:
     assert a_run.kept()
 
 
+@pytest.mark.slow
 def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(tmp_path, record, target, choose):
     a_run = record()
     check_that_much_happened(a_run)
@@ -427,6 +430,7 @@ retention.checkpoint = lambda _: None  # it syncs, and so soon that little is lo
 """
 
 
+@pytest.mark.slow
 @table(
     ("lines", "says"),
     [

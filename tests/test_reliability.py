@@ -411,6 +411,7 @@ def every(client, path: str) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
     senders = [Sender(choose.getrandbits(64), features=0.2) for _ in range(6)]
     with sending(senders) as stop:
@@ -812,6 +813,7 @@ class Model(RuleBasedStateMachine):
         self.client = metering(Path(self.folder.name)).__enter__()
 
 
+@pytest.mark.slow
 def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
     options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
                        suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -1011,10 +1013,11 @@ def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(tmp_pa
     assert set(written) <= set(rewritten)
 
 
-def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
+def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(eventstore, "WRITE_LOCK_TIMEOUT_S", 0.5)
     with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
         store(client, event("before"))
-        with write_lock(tmp_path):  # longer than busy_timeout, and for more than one commit takes
+        with write_lock(tmp_path):  # for longer than a commit waits, and for more than one commit takes
             many = {"events": [event()] * 1000}
             waiting = [pool.submit(client.post, "/v1/events/bulk", json=many) for _ in range(32)]
             waiting.append(pool.submit(client.post, "/v1/events", json=event("single")))
@@ -1408,6 +1411,7 @@ def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within
     check_ledgers(tmp_path, senders)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path):
     body = json.dumps(event()).encode()
     with (
@@ -1501,6 +1505,7 @@ def is_feature(sent):
 '''
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_failure(tmp_path):
     (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
     with Live(tmp_path / "server", "--api-key", KEY) as live:

@@ -211,6 +211,7 @@ def test_a_sweep_that_fails_says_so_and_the_next_one_comes_in_an_hour(tmp_path, 
     assert caplog.text.count("the next try is in an hour") == 1
 
 
+@pytest.mark.slow
 def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
     path, sizes = stored(tmp_path, []), []
     choose = random.Random(7)
