@@ -65,6 +65,7 @@ from conftest import (
     event,
     eventually,
     feature_of,
+    free_port,
     ids,
     is_root,
     listed,
@@ -1074,7 +1075,7 @@ def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp
 
 def refused_to_start(folder: Path, *prefix: str) -> str:
     """The one line with which the server says why it does not start."""
-    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder, timeout=10)
+    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: .+\n", done.stderr)
     return done.stderr
@@ -1252,17 +1253,18 @@ def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_c
 def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
     one = posting(BODY)
     with (
-        Live(tmp_path, "--api-key", KEY, command=limited_to(1), PYTHONPATH=str(ROOT)) as live,
-        live.connect() as idle,
+        Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)) as live,
         live.connect() as slow,
+        live.connect() as idle,
         live.connect() as half,
         live.connect() as later_half,
         live.connect() as silent,
     ):
+        slow.sendall(one[:-10])  # its headers are there
         for sock in (idle, later_half):
             sock.sendall(one)
+        for sock in (idle, later_half):
             assert answer_on(sock).status_code == 202
-        slow.sendall(one[:-10])  # its headers are there
         for sock in (half, later_half):
             sock.sendall(one[:30])
         assert [sock.recv(1) for sock in (half, later_half, silent)] == [b""] * 3
@@ -1366,8 +1368,7 @@ def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path,
 
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*SCRIPT, "serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
 
