@@ -183,13 +183,16 @@ def here(command: str) -> str:
     return re.sub(r"^python3 ", f"{shlex.quote(sys.executable)} ", command)
 
 
+LONG_TO_PASTE = ("docs/operating.md", "docs/testing.md")  # they wait for servers, backups and a test run
+PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE)) for name, page in PAGES.items()
+          if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
+
+
 @needs_shell
-@each_page
+@pytest.mark.parametrize("name", PASTED)
 def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path):
     pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
     python = blocks(PAGES[name], "python")
-    if not (pasted or python):
-        pytest.skip("nothing to paste")
     ports = {"8080": free_port()}
     started, missing, ids = [], set(), {}
     with serving(tmp_path, ports["8080"]):
