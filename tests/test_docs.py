@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -32,12 +31,13 @@ import msgspec
 import pytest
 
 import eventstore
+from conftest import free_port
 from eventstore_extras import analytics, meters
 from eventstore_extras.mock import MockServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-FILES = (README, *sorted((ROOT / "docs").glob("*.md")))
+FILES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
 OPERATING, API, FIDELITY = (PAGES[f"docs/{name}.md"] for name in ("operating", "api", "fidelity"))
 EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
@@ -80,14 +80,10 @@ def run(folder: Path, *command: object, **variables: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def wait_for(port: int, process: subprocess.Popen) -> None:
     """Until the server has opened its database, which locks it for a moment: the port takes connections before."""
-    for _ in range(300):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         try:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
             return
@@ -187,13 +183,16 @@ def here(command: str) -> str:
     return re.sub(r"^python3 ", f"{shlex.quote(sys.executable)} ", command)
 
 
+LONG_TO_PASTE = ("docs/operating.md", "docs/testing.md")  # they wait for servers, backups and a test run
+PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE)) for name, page in PAGES.items()
+          if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
+
+
 @needs_shell
-@each_page
+@pytest.mark.parametrize("name", PASTED)
 def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path):
     pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
     python = blocks(PAGES[name], "python")
-    if not (pasted or python):
-        pytest.skip("nothing to paste")
     ports = {"8080": free_port()}
     started, missing, ids = [], set(), {}
     with serving(tmp_path, ports["8080"]):
