@@ -114,7 +114,7 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
 
     script = (sys.executable, "-v", ROOT / "eventstore.py")
     with Live(tmp_path, "--mock", command=script) as live:
-        served = ("", ".meters", ".analytics", ".mock")
+        served = ("", ".meters", ".analytics", ".faults", ".mock")
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
     for command, needed in (("import -", {"job", "transfer"}), ("export", {"job", "transfer"}),
                             ("prune --before 2025-01-01T00:00:00Z", {"job", "transfer", "forward", "retention"}),
