@@ -57,6 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("flexprice_real", text, type="bool", default=False)
 
 
+def _reserve_port(config: pytest.Config) -> None:
+    if _RESERVED_PORT in config.stash:
+        return
+    reserved = config.stash[_RESERVED_PORT] = _ReservedPort()
+    if not (config.known_args_namespace.flexprice_real or config.getini("flexprice_real")):
+        reserved.set_variables()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     _reserve_port(early_config)
@@ -65,14 +73,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Reserve the port if the hook above has not: a conftest.py that names the plugin loads it after that hook."""
     _reserve_port(config)
-
-
-def _reserve_port(config: pytest.Config) -> None:
-    if _RESERVED_PORT in config.stash:
-        return
-    reserved = config.stash[_RESERVED_PORT] = _ReservedPort()
-    if not (config.known_args_namespace.flexprice_real or config.getini("flexprice_real")):
-        reserved.set_variables()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

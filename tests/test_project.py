@@ -1,4 +1,4 @@
-"""The project around the code: the benchmark and the wheel."""
+"""The project around the code: benchmarks, imports, and the wheel."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import sysconfig
 
 import pytest
 
-import benchmark
 import eventstore
+from benchmarks import compare, soak
 from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
 
 # ---------------------------------------------------------------------------------------------- the benchmark
 
-QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
+QUICK_BENCHMARK = (sys.executable, "-m", "benchmarks", "--quick", "--dir")
 
 
 @pytest.mark.slow
 def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
-    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
+    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
     assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
-    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in benchmark.ROWS]
+    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in compare.ROWS]
     assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -36,7 +36,7 @@ def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
 @pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
-    process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*QUICK_BENCHMARK, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with process:
         assert any("single events" in line for line in process.stderr)
         (folder,) = tmp_path.iterdir()
@@ -70,9 +70,9 @@ def test_the_soak_names_what_did_not_stay_flat(later, verdict):
         "file MB": 500,
         "behind": 1000,
         "handles": 40,
-    } | dict.fromkeys(benchmark.P99S, 20)
+    } | dict.fromkeys(soak.P99S, 20)
     cold = dict.fromkeys(warm, 1)
-    assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
+    assert soak.changes([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 
 
 # ---------------------------------------------------------------------------------------------- the rooms
