@@ -31,7 +31,8 @@ from starlette.responses import Response
 from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
+from eventstore import ApiError, ApiKey, Settings, Store, create_app
+from helpers import (
     BODY,
     DAY_US,
     EVER,
@@ -45,13 +46,11 @@ from conftest import (
     ask,
     at,
     counts,
-    cursor,
     database,
     event,
     eventually,
     ids,
     page,
-    place_by,
     refused,
     rows_of,
     rows_to_insert,
@@ -62,7 +61,7 @@ from conftest import (
     total,
     write_lock,
 )
-from eventstore import ApiError, ApiKey, Settings, Store, create_app
+from oracle import cursor, sort_key
 
 # ---------------------------------------------------------------------------------------------- 2: one event
 
@@ -865,7 +864,7 @@ def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client,
         if new := list(itertools.islice(arriving, 2)):
             store(client, *new)
             known += new
-    in_order = [one["event_id"] for one in sorted(known, key=place_by(sort), reverse=order == "desc")]
+    in_order = [one["event_id"] for one in sorted(known, key=sort_key(sort), reverse=order == "desc")]
     assert visited == [event_id for event_id in in_order if event_id in set(visited)]
     assert {one["event_id"] for one in originals} <= set(visited)
 
@@ -873,7 +872,7 @@ def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client,
 @four_orders
 @both_ways
 def test_every_page_is_the_one_that_the_rules_describe(client, sort, order, method):
-    randomness, place, descending = random.Random(4), place_by(sort), order == "desc"
+    randomness, place, descending = random.Random(4), sort_key(sort), order == "desc"
     events = crowd(randomness, 40)
     store(client, *events)
     for _ in range(60):

@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import (
+from eventstore import ApiError
+from eventstore_extras.mock import running_server
+from helpers import (
     BODY,
     DAY_US,
     KEY,
@@ -34,8 +36,6 @@ from conftest import (
     table,
     total,
 )
-from eventstore import ApiError
-from eventstore_extras.mock import running_server
 
 pytest_plugins = "pytester"
 

@@ -14,7 +14,7 @@ import pytest
 
 import eventstore
 from benchmarks import compare, soak
-from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
+from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
 
 # ---------------------------------------------------------------------------------------------- the benchmark
 

@@ -38,8 +38,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
-    AGGREGATIONS,
+from eventstore_extras.analytics import OPERATIONS
+from helpers import (
     BODY,
     DAY_US,
     EVER,
@@ -53,14 +53,10 @@ from conftest import (
     ZONES,
     Live,
     analytics,
-    analytics_by_hand,
     answer_on,
     ask,
     at,
-    brute_force,
-    check_items,
     counts,
-    cursor,
     database,
     event,
     eventually,
@@ -74,7 +70,6 @@ from conftest import (
     metering,
     monitored,
     page,
-    place_by,
     posting,
     python,
     refuse_to_write,
@@ -86,15 +81,22 @@ from conftest import (
     store,
     stores_nothing,
     table,
-    text_of,
-    time_us,
     total,
     usage,
-    usage_by_hand,
     windows_of,
     write_lock,
 )
-from eventstore_extras.analytics import OPERATIONS
+from oracle import (
+    AGGREGATIONS,
+    check_items,
+    cursor,
+    expected_analytics,
+    expected_meter_usage,
+    expected_usage,
+    sort_key,
+    text_of,
+    time_us,
+)
 
 # ---------------------------------------------------------------------------------------------- commits
 
@@ -543,7 +545,7 @@ class Model(RuleBasedStateMachine):
     def teardown(self) -> None:
         for environment, stored in self.stored.items():
             found = page(self.enter(environment), "POST", **EVER, page_size=1000, order="asc")
-            in_order = sorted(stored.values(), key=place_by("timestamp"))
+            in_order = sorted(stored.values(), key=sort_key("timestamp"))
             assert literally(map(as_sent, found["events"])) == literally(in_order)
             self.list_meters_and_features(environment, "")
         self.client.__exit__(None, None, None)
@@ -622,7 +624,7 @@ class Model(RuleBasedStateMachine):
             refused(ask(self.enter(environment), method, **sent), part="start_time")
             return None
         answer = page(self.enter(environment), method, **sent)
-        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
+        place, descending, size = sort_key(query["sort"]), query["order"] == "desc", query["page_size"]
         rows = sorted(
             (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
         )
@@ -670,7 +672,7 @@ class Model(RuleBasedStateMachine):
             query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
         if kind == "SUM_WITH_MULTIPLIER":
             query["multiplier"] = "2.5"
-        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
+        value, per_window = expected_usage([*self.stored[environment].values()], kind, query)
         answer = usage(self.enter(environment), kind, **query)
         expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
         assert (answer["type"], answer["value"]) == (kind, expected)
@@ -786,7 +788,7 @@ class Model(RuleBasedStateMachine):
         query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
         if min(times) == max(times) and meter["aggregation"]["type"] == "WEIGHTED_SUM":
             return  # a share of nothing
-        value, per_window = usage_by_hand(meter, [*self.stored[environment].values()], query)
+        value, per_window = expected_meter_usage(meter, [*self.stored[environment].values()], query)
         answer = metered_usage(self.enter(environment), meter["id"], **query)
         has_value = "window_size" not in query or meter["aggregation"]["bucket_size"]
         assert answer["value"] == (pytest.approx(value, rel=1e-9, abs=1e-9) if has_value else None)
@@ -804,7 +806,7 @@ class Model(RuleBasedStateMachine):
         events, meters = [*self.stored[environment].values()], self.meters[environment]
         items = analytics(self.enter(environment), **query)
         expected = {(meter["id"], group): item for meter in meters.values() if self.is_published(meter)
-                    for group, item in analytics_by_hand(meter, events, query).items()}  # fmt: skip
+                    for group, item in expected_analytics(meter, events, query).items()}  # fmt: skip
         check_items([item for item in items if self.is_published(meters[item["meter_id"]])], query, expected)
 
     @rule()

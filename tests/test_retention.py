@@ -19,7 +19,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
+from eventstore import Row, Settings, create_app
+from eventstore_extras import forward, retention
+from eventstore_extras.mock import running_server
+from helpers import (
     DAY_US,
     EVER,
     KEY,
@@ -39,9 +42,6 @@ from conftest import (
     store,
     table,
 )
-from eventstore import Row, Settings, create_app
-from eventstore_extras import forward, retention
-from eventstore_extras.mock import running_server
 
 ENVIRONMENTS = ("development", "staging")
 HOUR_US = 3_600_000_000

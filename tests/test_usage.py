@@ -17,18 +17,15 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from conftest import (
-    AGGREGATIONS,
+from eventstore import Windows, to_us
+from helpers import (
     DAY_US,
     LEDGER_START,
-    MINUTES,
     NAMES,
     NOW,
-    SIZES,
     STAGING_KEY,
     ZONES,
     at,
-    brute_force,
     counts,
     event,
     ids,
@@ -43,7 +40,7 @@ from conftest import (
     usage,
     windows_of,
 )
-from eventstore import Windows, to_us
+from oracle import AGGREGATIONS, MINUTES, SIZES, expected_usage
 
 # ---------------------------------------------------------------------------------------------- 7: usage
 
@@ -89,7 +86,7 @@ def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
                 query[name] = choose.choice(values)
         if choose.random() < 0.3:
             query["filters"] = {"region": choose.choice([["eu", "us"], ["5"], ["true"], ['e"u', "nowhere"]])}
-        value, per_window = brute_force(events, kind, query)
+        value, per_window = expected_usage(events, kind, query)
         answer = usage(client, kind, **query)
         windowed = "window_size" in query and "bucket_size" not in query
         assert answer["type"] == kind
