@@ -108,10 +108,10 @@ class Bench:
 
     @contextmanager
     def temporary_events(self) -> Iterator[sqlite3.Connection]:
-        """Open a connection that writes. Afterwards delete all events stored inside the block, also by the server."""
+        """Yield a connection that writes. After the block, delete all events that it or the server stored meanwhile."""
         with closing(connect(str(self.db), WRITER_PRAGMAS)) as conn:
             yield conn
-        # On another connection: the cache of this one would be warm in the next round, the server's would not.
+        # Close the connection first: otherwise its cache would be warm in the next round, unlike the server's.
         with closing(connect(str(self.db), WRITER_PRAGMAS)) as conn:
             conn.execute("DELETE FROM events WHERE seq > ?", [self.size])
             conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")

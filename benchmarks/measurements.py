@@ -113,7 +113,7 @@ _INGEST = [
 # ---------------------------------------------------------------------------------------------- pages
 
 _PAGE_COLUMNS = ", ".join(column for column in Row._fields if column != "environment")
-_REQUESTS = 20  # different ones for each kind of page
+_REQUESTS = 20  # different requests for each kind of page
 
 
 class _Page(NamedTuple):
