@@ -406,7 +406,7 @@ class Model(RuleBasedStateMachine):
         meter = data.draw(st.sampled_from([*self.meters[environment].values()]))
         query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **fields}
         if min(times) == max(times) and meter["aggregation"]["type"] == "WEIGHTED_SUM":
-            return  # an empty range has no weights
+            return  # WEIGHTED_SUM divides by the length of the range
         value, windows = expected_meter_usage(meter, self.events[environment].values(), query)
         answer = metered_usage(self.client_of(environment), meter["id"], **query)
         has_value = "window_size" not in query or meter["aggregation"]["bucket_size"]
