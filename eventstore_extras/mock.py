@@ -399,8 +399,7 @@ def running_server(
     `api_keys` maps keys to environments. `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
     The server listens on a free port of this machine, or on `listener`, a bound socket, which it closes at the end.
     With `forward_to`, another MockServer or any object with a `url` and an `api_key`, it forwards the events of its
-    first key's environment as soon as they are stored. Raises TypeError for an unknown field, and StartError where
-    `serve` does.
+    first key's environment at once. Raises TypeError for an unknown field, and StartError where `serve` does.
     """
     _check_names("running_server", settings, ("listener", "forward_to", *Settings.__struct_fields__))
     if forward_to and not (hasattr(forward_to, "url") and hasattr(forward_to, "api_key")):
