@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import importlib
 import os
 import re
 import shutil
@@ -122,6 +125,42 @@ def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
+
+
+EXTRAS = {f"eventstore_extras.{path.stem}": path for path in (ROOT / "eventstore_extras").glob("[!_]*.py")}
+
+
+def imported_names(name: str) -> dict[str, set[str]]:
+    """Return the modules of the project that an extra imports, each with the names that it uses of it."""
+    used: dict[str, set[str]] = {}
+    aliases: dict[str, str] = {}
+    tree = ast.parse(EXTRAS[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "eventstore_extras":
+            aliases |= {alias.asname or alias.name: f"eventstore_extras.{alias.name}" for alias in node.names}
+            used |= {f"eventstore_extras.{alias.name}": set() for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in EXTRAS:
+            used.setdefault(node.module, set()).update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and node.value in EXTRAS:  # for importlib.import_module
+            used.setdefault(node.value, set())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            used.setdefault(aliases[node.value.id], set()).add(node.attr)
+    return used
+
+
+def test_imports_form_no_circle():
+    [*graphlib.TopologicalSorter({name: imported_names(name) for name in EXTRAS}).static_order()]  # raises CycleError
+
+
+@table("name", sorted(EXTRAS))
+def test_modules_use_only_public_names_of_each_other(name):
+    for module, names in imported_names(name).items():
+        assert names <= {*getattr(importlib.import_module(module), "__all__", ())}, module
+
+
+def test_the_packaging_folder_does_not_hide_the_library_of_that_name():
+    assert python("import packaging.version").returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------- the tests themselves
