@@ -19,13 +19,13 @@ import eventstore
 from benchmarks import compare, soak
 from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
 
-# ---------------------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------------------- benchmarks
 
 QUICK_BENCHMARK = (sys.executable, "-m", "benchmarks", "--quick", "--dir")
 
 
 @pytest.mark.slow
-def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
+def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path):
     done = run(*QUICK_BENCHMARK, tmp_path, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
@@ -38,14 +38,14 @@ def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
 
 @pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
+def test_an_interrupted_benchmark_leaves_no_files(tmp_path, number):
     process = subprocess.Popen([*QUICK_BENCHMARK, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with process:
         assert any("single events" in line for line in process.stderr)
         (folder,) = tmp_path.iterdir()
         assert [path.suffix for path in folder.glob("*.db")] == [".db"]
         process.send_signal(number)
-        process.stderr.read()  # ends when its servers have ended, too
+        process.stderr.read()  # ends with the last of its servers
         assert process.wait(60) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -65,7 +65,7 @@ def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number)
         ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
     ],
 )
-def test_the_soak_names_what_did_not_stay_flat(later, verdict):
+def test_the_soak_names_the_figures_that_did_not_stay_flat(later, verdict):
     warm = {
         "events/s": 2000,
         "RSS MB": 100,
@@ -78,10 +78,10 @@ def test_the_soak_names_what_did_not_stay_flat(later, verdict):
     assert soak.changes([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 
 
-# ---------------------------------------------------------------------------------------------- the rooms
+# ---------------------------------------------------------------------------------------------- imports
 
 
-def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(tmp_path):
+def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path):
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
     alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
@@ -100,7 +100,7 @@ def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(
         assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
 
 
-def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
+def test_the_service_imports_no_extras_and_no_pytest():
     code = """if True:
         import sys, eventstore
         eventstore.parse_arguments(["serve"])
@@ -111,7 +111,7 @@ def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
     assert python(code).stdout == "set()\n"
 
 
-def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
+def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path):
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
 
@@ -166,14 +166,14 @@ def test_the_packaging_folder_does_not_hide_the_library_of_that_name():
 # ---------------------------------------------------------------------------------------------- the tests themselves
 
 SENDING_SIGINT = (
-    "tests/test_project.py::test_a_benchmark_that_is_interrupted_leaves_nothing_behind",
+    "tests/test_project.py::test_an_interrupted_benchmark_leaves_no_files",
     "tests/test_transfer.py::test_a_replay_that_is_killed_goes_on_where_it_was_sure",
 )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
-def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_still_interrupt():
+def test_tests_can_send_sigint_in_a_script_that_ignores_it():
     pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *SENDING_SIGINT)
     done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
@@ -208,7 +208,7 @@ store.closed()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
-def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tmp_path):
+def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path):
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
@@ -243,7 +243,7 @@ def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tm
     works(programs / "python", "-m", "pytest", cwd=elsewhere)
     mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", programs / "python")
     works(*mypy, "test_it.py", "library.py", cwd=elsewhere)
-    # What an editable install copied would hide the checkout, and the next change to it.
+    # An editable install must not copy the service: a copy would hide later changes in the checkout.
     works(programs / "python", "-m", "pip", "install", "--no-deps", "-e", tmp_path / "checkout")
     found = run(programs / "python", "-c", "import eventstore; print(eventstore.__file__)", cwd=elsewhere)
     assert found.stdout == f"{tmp_path / 'checkout' / 'eventstore.py'}\n"
