@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ QUICK_BENCHMARK = (sys.executable, "-m", "benchmarks", "--quick", "--dir")
 
 
 @pytest.mark.slow
-def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path):
+def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path: Path) -> None:
     done = run(*QUICK_BENCHMARK, tmp_path, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
@@ -38,9 +40,10 @@ def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path):
 
 @pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_benchmark_leaves_no_files(tmp_path, number):
+def test_an_interrupted_benchmark_leaves_no_files(tmp_path: Path, number: Any) -> None:
     process = subprocess.Popen([*QUICK_BENCHMARK, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with process:
+        assert process.stderr
         assert any("single events" in line for line in process.stderr)
         (folder,) = tmp_path.iterdir()
         assert [path.suffix for path in folder.glob("*.db")] == [".db"]
@@ -65,23 +68,24 @@ def test_an_interrupted_benchmark_leaves_no_files(tmp_path, number):
         ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
     ],
 )
-def test_the_soak_names_the_figures_that_did_not_stay_flat(later, verdict):
-    warm = {
+def test_the_soak_names_the_figures_that_did_not_stay_flat(later: dict[str, Any], verdict: list[str]) -> None:
+    warm: dict[str, float] = {
         "events/s": 2000,
         "RSS MB": 100,
         "WAL MB": 64,
         "file MB": 500,
         "behind": 1000,
         "handles": 40,
-    } | dict.fromkeys(soak.P99S, 20)
-    cold = dict.fromkeys(warm, 1)
+        **dict.fromkeys(soak.P99S, 20),
+    }
+    cold = dict.fromkeys(warm, 1.0)
     assert soak.changes([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 
 
 # ---------------------------------------------------------------------------------------------- imports
 
 
-def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path):
+def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: Path) -> None:
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
     alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
@@ -100,7 +104,7 @@ def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path):
         assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
 
 
-def test_the_service_imports_no_extras_and_no_pytest():
+def test_the_service_imports_no_extras_and_no_pytest() -> None:
     code = """if True:
         import sys, eventstore
         eventstore.parse_arguments(["serve"])
@@ -111,7 +115,7 @@ def test_the_service_imports_no_extras_and_no_pytest():
     assert python(code).stdout == "set()\n"
 
 
-def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path):
+def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path: Path) -> None:
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
 
@@ -149,17 +153,17 @@ def imported_names(name: str) -> dict[str, set[str]]:
     return used
 
 
-def test_imports_form_no_circle():
+def test_imports_form_no_circle() -> None:
     [*graphlib.TopologicalSorter({name: imported_names(name) for name in EXTRAS}).static_order()]  # raises CycleError
 
 
 @table("name", sorted(EXTRAS))
-def test_modules_use_only_public_names_of_each_other(name):
+def test_modules_use_only_public_names_of_each_other(name: str) -> None:
     for module, names in imported_names(name).items():
         assert names <= {*getattr(importlib.import_module(module), "__all__", ())}, module
 
 
-def test_the_packaging_folder_does_not_hide_the_library_of_that_name():
+def test_the_packaging_folder_does_not_hide_the_library_of_that_name() -> None:
     assert python("import packaging.version").returncode == 0
 
 
@@ -173,7 +177,7 @@ SENDING_SIGINT = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
-def test_tests_can_send_sigint_in_a_script_that_ignores_it():
+def test_tests_can_send_sigint_in_a_script_that_ignores_it() -> None:
     pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *SENDING_SIGINT)
     done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
@@ -208,14 +212,14 @@ store.closed()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
-def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path):
+def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     wheel = tmp_path / "dist" / f"flexprice_eventstore-{eventstore.__version__}-py3-none-any.whl"
     installed, elsewhere = [programs / "eventstore"], tmp_path / "elsewhere"
 
-    def works(*command: object, cwd=tmp_path) -> None:
+    def works(*command: object, cwd: Path = tmp_path) -> None:
         done = run(*command, timeout=600, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -29,6 +29,7 @@ from helpers import (
     NOW,
     STAGING_KEY,
     ZONES,
+    Json,
     analytics,
     ask,
     at,
@@ -126,7 +127,7 @@ GROUPINGS = st.lists(
 # ---------------------------------------------------------------------------------------------- comparisons
 
 
-def as_sent(answered: dict[str, Any]) -> dict[str, Any]:
+def as_sent(answered: Json) -> Json:
     """Return an event of an answer as its sender would write it."""
     assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
     timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
@@ -134,20 +135,20 @@ def as_sent(answered: dict[str, Any]) -> dict[str, Any]:
     return {"event_id": answered["id"], "timestamp": timestamp} | {name: answered[name] for name in names}
 
 
-def json_texts(events: Iterable[dict[str, Any]]) -> list[str]:
+def json_texts(events: Iterable[Json]) -> list[str]:
     """Return each event as JSON: Python takes 1 and True for equal, JSON does not."""
     return [json.dumps(event, sort_keys=True) for event in events]
 
 
-def ends_before_it_starts(query: dict[str, Any]) -> bool:
+def ends_before_it_starts(query: Json) -> bool:
     return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
 
 
-def is_published(meter_or_feature: dict[str, Any]) -> bool:
+def is_published(meter_or_feature: Json) -> bool:
     return bool(meter_or_feature["status"] == "published")
 
 
-def check_windows(answer: dict[str, Any], expected: list[tuple[datetime, float]]) -> None:
+def check_windows(answer: Json, expected: list[tuple[datetime, float]]) -> None:
     assert [time for time, _ in windows_of(answer)] == [time for time, _ in expected]
     values = [value for _, value in expected]
     assert [value for _, value in windows_of(answer)] == pytest.approx(values, rel=1e-9, abs=1e-9)
@@ -159,13 +160,13 @@ def check_windows(answer: dict[str, Any], expected: list[tuple[datetime, float]]
 class Model(RuleBasedStateMachine):
     """The application and what it should hold: for each environment, the first event that was sent with each id."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.events: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.meters: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.features: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.walks: list[dict] = []  # through pages, not finished yet
+        self.events: dict[str, dict[str, Json]] = {"development": {}, "staging": {}}
+        self.meters: dict[str, dict[str, Json]] = {"development": {}, "staging": {}}
+        self.features: dict[str, dict[str, Json]] = {"development": {}, "staging": {}}
+        self.walks: list[Json] = []  # through pages, not finished yet
         self.client = metering(Path(self.folder.name)).__enter__()
 
     def teardown(self) -> None:
@@ -182,13 +183,13 @@ class Model(RuleBasedStateMachine):
         return self.client
 
     @rule()
-    def restart(self):
+    def restart(self) -> None:
         self.client.__exit__(None, None, None)
         self.client = metering(Path(self.folder.name)).__enter__()
 
     # Events
 
-    def add_events(self, environment: str, sent: list[dict]) -> tuple[int, int]:
+    def add_events(self, environment: str, sent: list[Json]) -> tuple[int, int]:
         """Add events to the model and return the counts that the answer should have: new events and duplicates."""
         events = self.events[environment]
         before = len(events)
@@ -197,7 +198,7 @@ class Model(RuleBasedStateMachine):
         return len(events) - before, len(sent) - len(events) + before
 
     @rule(environment=ENVIRONMENTS, sent=EVENTS, has_id=st.booleans())
-    def send_single_event(self, environment, sent, has_id):
+    def send_single_event(self, environment: str, sent: Json, has_id: bool) -> None:
         response = self.client_of(environment).post("/v1/events", json=sent if has_id else sent | {"event_id": ""})
         assert response.status_code == 202
         stored = sent | {"event_id": response.json()["event_id"]}
@@ -205,26 +206,26 @@ class Model(RuleBasedStateMachine):
         assert counts(response) == self.add_events(environment, [stored])
 
     @initialize(sent=st.lists(EVENTS, min_size=10, max_size=20), environment=ENVIRONMENTS)
-    def send_first_batch(self, environment, sent):
+    def send_first_batch(self, environment: str, sent: list[Json]) -> None:
         self.send_batch(environment, sent)
 
     @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
-    def send_batch(self, environment, sent):
+    def send_batch(self, environment: str, sent: list[Json]) -> None:
         assert counts(store(self.client_of(environment), *sent)) == self.add_events(environment, sent)
 
     @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
-    def send_known_ids_with_other_content(self, environment, sent, data):
+    def send_known_ids_with_other_content(self, environment: str, sent: list[Json], data: st.DataObject) -> None:
         if known_ids := list(self.events[environment]):
             again = [each | {"event_id": data.draw(st.sampled_from(known_ids))} for each in sent]
             assert counts(store(self.client_of(environment), *again)) == (0, len(again))
 
     @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), index=st.integers(0, 4), bad_field=BAD_FIELDS)
-    def send_batch_with_bad_event(self, environment, sent, index, bad_field):
+    def send_batch_with_bad_event(self, environment: str, sent: list[Json], index: int, bad_field: Json) -> None:
         sent.insert(index, event("bad") | bad_field)
         refused(self.client_of(environment).post("/v1/events/bulk", json={"events": sent}))
 
     @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
-    def look_up_event(self, environment, event_id, is_known, data):
+    def look_up_event(self, environment: str, event_id: str, is_known: bool, data: st.DataObject) -> None:
         events = self.events[environment]
         event_id = data.draw(st.sampled_from([*events])) if events and is_known else event_id
         response = self.client_of(environment).get("/v1/events/lookup", params={"id": event_id})
@@ -236,8 +237,8 @@ class Model(RuleBasedStateMachine):
     # Pages
 
     def check_page(
-        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
-    ) -> dict | None:
+        self, environment: str, method: str, query: Json, side: str = "", mark: Json | None = None, offset: int = 0
+    ) -> Json | None:
         """Compare one page with the model. Return the expected page, or None if the query must be refused."""
         sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
         if ends_before_it_starts(query):
@@ -249,7 +250,7 @@ class Model(RuleBasedStateMachine):
         assert answer | {"events": None} == expected | {"events": None}
         return expected
 
-    def check_pages_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
+    def check_pages_around(self, environment: str, filters: Json, page_size: int, offset: int, mark: Json) -> None:
         """Compare the pages before and after the event `mark` in all orders."""
         events = self.events[environment]
         if known := events.get(mark["event_id"]):  # its name comes from the table, its time from the cursor
@@ -267,7 +268,9 @@ class Model(RuleBasedStateMachine):
 
     @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=PAGE_SIZES, offset=st.integers(0, 5), unknown=EVENTS,
           data=st.data())  # fmt: skip
-    def list_pages(self, environment, filters, page_size, offset, unknown, data):
+    def list_pages(
+        self, environment: str, filters: Json, page_size: int, offset: int, unknown: Json, data: st.DataObject
+    ) -> None:
         """Compare pages around known events and an unknown one, over the filters' time range and over all times."""
         known = [*self.events[environment].values()]
         marks = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=2)) if known else []
@@ -275,12 +278,12 @@ class Model(RuleBasedStateMachine):
             self.check_pages_around(environment, filters | time_range, page_size, offset, mark)
 
     @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_walk(self, environment, filters, order):
+    def begin_walk(self, environment: str, filters: Json, order: Json) -> None:
         present = {each["event_id"] for each in self.events[environment].values() if matches(each, filters)}
         self.walks.append({"query": (environment, filters | order), "present": present, "seen": [], "mark": None})
 
     @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
-    def continue_walk(self, method, data, pages):
+    def continue_walk(self, method: str, data: st.DataObject, pages: int) -> None:
         """Fetch further pages. A finished walk has seen each event once that was present when it began."""
         for _ in range(pages if self.walks else 0):
             walk = self.walks[index := data.draw(st.integers(0, len(self.walks) - 1))]
@@ -301,7 +304,9 @@ class Model(RuleBasedStateMachine):
           fields=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
               "external_customer_id": SOME_CUSTOMER, "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
           size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
-    def compute_usage(self, environment, kind, times, fields, size, zone, in_buckets):
+    def compute_usage(
+        self, environment: str, kind: str, times: tuple[str, str], fields: Json, size: str, zone: str, in_buckets: bool
+    ) -> None:
         query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **fields}
         if size:
             query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
@@ -314,7 +319,7 @@ class Model(RuleBasedStateMachine):
         check_windows(answer, windows)
 
     @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
-    def monitor(self, environment, times):
+    def monitor(self, environment: str, times: tuple[str, str]) -> None:
         start, end = sorted(times, key=time_us)
         within = [
             each for each in self.events[environment].values() if matches(each, {"start_time": start, "end_time": end})
@@ -324,7 +329,7 @@ class Model(RuleBasedStateMachine):
 
     # Meters and features
 
-    def add_meter(self, environment: str, sent: dict, answered: dict) -> None:
+    def add_meter(self, environment: str, sent: Json, answered: Json) -> None:
         """Compare a new meter with its request and add it to the model."""
         defaults = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"))
         aggregation = defaults | sent["aggregation"]
@@ -335,14 +340,16 @@ class Model(RuleBasedStateMachine):
         self.meters[environment][answered["id"]] = answered
 
     @rule(environment=ENVIRONMENTS, sent=METERS)
-    def create_meter(self, environment, sent):
+    def create_meter(self, environment: str, sent: Json) -> None:
         self.add_meter(environment, sent, make(self.client_of(environment), "meters", sent))
 
     @rule(environment=ENVIRONMENTS, name=st.sampled_from([*LOOKUP_KEYS]), sent=METERS, has_known_meter=st.booleans(),
           data=st.data())  # fmt: skip
-    def create_feature(self, environment, name, sent, has_known_meter, data):
+    def create_feature(
+        self, environment: str, name: str, sent: Json, has_known_meter: bool, data: st.DataObject
+    ) -> None:
         meters, features = self.meters[environment], self.features[environment]
-        fields: dict = {"meter": sent}
+        fields: Json = {"meter": sent}
         if has_known_meter and meters:
             fields = {"meter_id": data.draw(st.sampled_from([*meters]))}
         response = self.client_of(environment).post("/v1/features", json=feature_of(name, **fields))
@@ -364,7 +371,7 @@ class Model(RuleBasedStateMachine):
             features[answered.pop("id")] = {key: value for key, value in answered.items() if key != "meter"}
 
     @rule(environment=ENVIRONMENTS, is_deleted=st.booleans(), data=st.data())
-    def archive_meter(self, environment, is_deleted, data):
+    def archive_meter(self, environment: str, is_deleted: bool, data: st.DataObject) -> None:
         if meters := self.meters[environment]:
             meter_id = data.draw(st.sampled_from([*meters]))
             method, path = ("DELETE", "") if is_deleted else ("POST", "/disable")
@@ -372,7 +379,7 @@ class Model(RuleBasedStateMachine):
             meters[meter_id]["status"] = "archived"
 
     @rule(environment=ENVIRONMENTS, data=st.data())
-    def delete_feature(self, environment, data):
+    def delete_feature(self, environment: str, data: st.DataObject) -> None:
         """A feature's meter is archived with it, unless another published feature has the meter as well."""
         if published := {key: each for key, each in self.features[environment].items() if is_published(each)}:
             feature_id = data.draw(st.sampled_from([*published]))
@@ -383,7 +390,7 @@ class Model(RuleBasedStateMachine):
                 self.meters[environment][deleted["meter_id"]]["status"] = "archived"
 
     @rule(environment=ENVIRONMENTS, status=st.sampled_from(["", "published", "archived"]))
-    def list_meters_and_features(self, environment, status):
+    def list_meters_and_features(self, environment: str, status: str) -> None:
         client, meters = self.client_of(environment), self.meters[environment]
         features = [
             {"id": feature_id, **feature, "meter": meters[feature["meter_id"]]}
@@ -400,7 +407,9 @@ class Model(RuleBasedStateMachine):
     @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), zone=st.sampled_from(ZONES), data=st.data(),
           fields=st.fixed_dictionaries({}, optional={"external_customer_id": SOME_CUSTOMER, "customer_id": st.just("c1"),
                                                      "filters": PROPERTY_FILTERS, "window_size": st.sampled_from(["HOUR", "DAY", "WEEK"])}))  # fmt: skip
-    def compute_meter_usage(self, environment, times, zone, data, fields):
+    def compute_meter_usage(
+        self, environment: str, times: tuple[str, str], zone: str, data: st.DataObject, fields: Json
+    ) -> None:
         if not self.meters[environment]:
             return
         meter = data.draw(st.sampled_from([*self.meters[environment].values()]))
@@ -417,7 +426,7 @@ class Model(RuleBasedStateMachine):
           fields=st.fixed_dictionaries({}, optional={
               "external_customer_id": SOME_CUSTOMER, "property_filters": PROPERTY_FILTERS, "expand": st.just(["source"]),
               "sources": st.just(["a", "::"]), "window_size": st.sampled_from(["HOUR", "3HOUR", "DAY", "WEEK", "MONTH"])}))  # fmt: skip
-    def compute_analytics(self, environment, times, group_by, fields):
+    def compute_analytics(self, environment: str, times: tuple[str, str], group_by: list[str], fields: Json) -> None:
         """Leaves out archived meters: the clock stands still, so no event came before or after they were archived."""
         query = {"start_time": min(times), "end_time": max(times), "group_by": group_by, **fields}
         events, meters = self.events[environment].values(), self.meters[environment]
@@ -428,7 +437,7 @@ class Model(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_random_operations_match_a_plain_python_model(choose):
+def test_random_operations_match_a_plain_python_model(choose: random.Random) -> None:
     options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
                        suppress_health_check=list(HealthCheck))  # fmt: skip
     run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
