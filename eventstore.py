@@ -609,7 +609,7 @@ def time_sql(column: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- Store: connections
 
-_PRAGMAS = (
+PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not block each other
     "PRAGMA synchronous = FULL",  # sync every commit, as 202 promises (API: Sending events)
     "PRAGMA fullfsync = ON",  # macOS: fsync alone leaves the data in the drive's cache
@@ -640,7 +640,7 @@ _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wron
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     """Open a connection in autocommit mode: transactions begin and end explicitly."""
     conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # close() closes the readers'
-    for pragma in (*_PRAGMAS, *pragmas):
+    for pragma in (*PRAGMAS, *pragmas):
         conn.execute(pragma)
     return conn
 
@@ -727,7 +727,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
         other = f"{path} was written by another eventstore (format {version}, not this one's {SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
-    for pragma in _PRAGMAS:
+    for pragma in PRAGMAS:
         conn.execute(pragma)
     if not tables:
         _write_schema(conn)

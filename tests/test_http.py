@@ -20,7 +20,7 @@ import pytest
 from uvicorn.server import ServerState
 
 import eventstore
-from conftest import KEY, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
+from helpers import KEY, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
 
 UPGRADES = {
     "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",

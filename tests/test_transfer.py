@@ -24,7 +24,8 @@ from unittest.mock import Mock
 import pytest
 
 import eventstore
-from conftest import (
+from eventstore_extras import forward, transfer
+from helpers import (
     EVER,
     KEY,
     NASTY_PROPERTIES,
@@ -55,7 +56,6 @@ from conftest import (
     table,
     total,
 )
-from eventstore_extras import forward, transfer
 
 # ---------------------------------------------------------------------------------------------- import and export
 

@@ -17,18 +17,16 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from conftest import (
-    AGGREGATIONS,
+from eventstore import Windows, to_us
+from eventstore_extras.usage import Windows
+from helpers import (
     DAY_US,
     LEDGER_START,
-    MINUTES,
     NAMES,
     NOW,
-    SIZES,
     STAGING_KEY,
     ZONES,
     at,
-    brute_force,
     counts,
     event,
     ids,
@@ -43,8 +41,7 @@ from conftest import (
     usage,
     windows_of,
 )
-from eventstore import to_us
-from eventstore_extras.usage import Windows
+from oracle import AGGREGATIONS, MINUTES, SIZES, expected_usage
 
 # ---------------------------------------------------------------------------------------------- 7: usage
 
@@ -90,7 +87,7 @@ def test_usage_is_what_python_computes_over_the_same_events(ledger, kind):
                 query[name] = choose.choice(values)
         if choose.random() < 0.3:
             query["filters"] = {"region": choose.choice([["eu", "us"], ["5"], ["true"], ['e"u', "nowhere"]])}
-        value, per_window = brute_force(events, kind, query)
+        value, per_window = expected_usage(events, kind, query)
         answer = usage(client, kind, **query)
         windowed = "window_size" in query and "bucket_size" not in query
         assert answer["type"] == kind
@@ -387,7 +384,10 @@ def test_short_windows_start_when_clocks_first_show_it_or_jump_over_it(size, ste
         ], change
         for after_s in (-3600.5, -1800, -0.000001, 0, 1, 899, 900, 1800, 3599.5, 3600, 5400):  # wherever a range starts
             start_us = change.moment_s * 10**6 + int(after_s * 10**6)
-            assert [*windows.bounds(start_us, end_us)] == bounds[bisect_right(bounds, start_us) - 1 :], (change, after_s)
+            assert [*windows.bounds(start_us, end_us)] == bounds[bisect_right(bounds, start_us) - 1 :], (
+                change,
+                after_s,
+            )
 
 
 def following(label: datetime, month_day: int | None) -> datetime:
