@@ -71,7 +71,7 @@ from eventstore import (
     whole_within,
 )
 from eventstore_extras import analytics
-from eventstore_extras.meters import select_meters
+from eventstore_extras.meters import all_meters
 from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 
 if TYPE_CHECKING:
@@ -488,9 +488,8 @@ class MockServer:
 
     def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
         """All meters, oldest first, those that came with a feature too: dicts as GET /v1/meters has them."""
-        parameters: dict[str, object] = {"environment": environment or self.api_keys[self.api_key]}
         with closing(connect_reader(self._store.path)) as conn:
-            found = select_meters(conn, f"{IN_ENVIRONMENT} ORDER BY created_at_us, meters.id", parameters)
+            found = all_meters(conn, environment or self.api_keys[self.api_key])
         return [msgspec.to_builtins(stored.meter) for stored in found]
 
     def reset(self) -> None:

@@ -97,7 +97,7 @@ def check_decimal(value: str | float) -> float:
 
 
 def check_positive_decimal(value: str | float) -> float:
-    """Check a number or its text. Raises FieldError: invalid_format for other text, out_of_range unless it is above 0."""
+    """Check a number or its text. Raises FieldError: invalid_format for other texts, out_of_range for 0 or less."""
     check_decimal(value)
     return check_positive(value)
 
