@@ -1783,14 +1783,14 @@ def in_range(query: Selection) -> Sql:
 
 def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, descending: bool) -> Sql:
     """Build the condition for the range of time and the cursor, in the direction in which rows are read."""
-    in_range = in_range(query)
+    whole = in_range(query)
     if cursor is None:
-        return in_range
+        return whole
     comparison = "<" if descending else ">"
-    parts = in_range, sql("", cursor_us=cursor.timestamp_us, cursor_id=cursor.id, cursor_name=cursor_name)
+    parts = whole, sql("", cursor_us=cursor.timestamp_us, cursor_id=cursor.id, cursor_name=cursor_name)
     if query.by_name and cursor_name != query.filters.get("event_name"):
         keyset = f"(event_name, timestamp_us, id) {comparison} (:cursor_name, :cursor_us, :cursor_id)"
-        return sql(f"{in_range} AND {keyset}", *parts)
+        return sql(f"{whole} AND {keyset}", *parts)
     # Emit only the tighter bound; otherwise SQLite may seek on the looser one and scan everything before a deep page.
     keyset = f"(timestamp_us, id) {comparison} (:cursor_us, :cursor_id)"
     if descending:
@@ -1959,7 +1959,10 @@ def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
     if size in WINDOW_MINUTES:
         step_us = WINDOW_MINUTES[size] * MINUTE_US
         first_us = start_us - (start_us - to_us(A_SUNDAY.replace(tzinfo=UTC))) % step_us
-        yield from range(first_us, end_us + step_us, step_us)
+        bounds = range(first_us, end_us + step_us, step_us)
+        if step_us >= DAY_US:
+            to_datetime(bounds[-1])  # raises OverflowError, as a month would
+        yield from bounds
         return
     month = to_datetime(start_us).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     yield to_us(month)
