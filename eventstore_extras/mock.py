@@ -57,7 +57,7 @@ from eventstore import (
 )
 from eventstore_extras import analytics
 from eventstore_extras.faults import FIELDS, FaultInjection, FaultQueue, InjectedFault, check_fault, decode_fault
-from eventstore_extras.meters import select_meters
+from eventstore_extras.meters import all_meters
 
 if TYPE_CHECKING:
     from eventstore_extras.forward import Forwarder
@@ -301,9 +301,8 @@ class MockServer:
 
     def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
         """Return all meters, oldest first, also those made with a feature, as dicts in the form of GET /v1/meters."""
-        parameters: dict[str, object] = {"environment": environment or self.api_keys[self.api_key]}
         with closing(connect_reader(self._store.path)) as conn:
-            found = select_meters(conn, f"{IN_ENVIRONMENT} ORDER BY created_at_us, meters.id", parameters)
+            found = all_meters(conn, environment or self.api_keys[self.api_key])
         return [msgspec.to_builtins(stored.meter) for stored in found]
 
     def reset(self) -> None:
