@@ -2454,8 +2454,8 @@ def _describe(operation: Operation) -> dict[str, Any]:
 
 COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it does
     "serve": ("", "serve the API"),
-    "import": ("transfer", "store the events of a file"),
-    "export": ("transfer", "write events to a file"),
+    "import": ("importing", "store the events of a file"),
+    "export": ("exporting", "write events to a file"),
     "replay": ("forward", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }
