@@ -203,11 +203,14 @@ def _with_zone(text: Any) -> Any:
     return f"{match[1]}T{match[2]}Z" if match else text
 
 
+_NULL = Raw(b"null")
+
+
 def _table_event(row: TableRow) -> EventIn:
     """Return the event of a table's row, without its times. Raises ApiError if a property has two values."""
     properties = row.properties.encode() if row.properties else bytes(row.members)
     named: dict[str, Raw] = MEMBERS.decode(row.named) if row.named else {}
-    if named := {name: value for name, value in named.items() if value != b"null"}:
+    if named := {name: value for name, value in named.items() if value != _NULL}:
         properties = _merged_properties(properties, named)
     return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
                    Raw(properties))  # fmt: skip
