@@ -69,7 +69,8 @@ def exported_event(row: Row) -> ExportedEvent:
 class TableRow(Struct, omit_defaults=True):
     """A row of a table with typed columns. Times are microseconds since 1970, or text.
 
-    The id of an event without one is a hash of this struct as JSON, so names and order of the fields must stay.
+    A Parquet row without an event_id gets a hash of this struct's JSON as its id. If the fields had other names or
+    another order, a file that is imported again would be stored twice.
     """
 
     event_name: str | None = None
@@ -88,7 +89,7 @@ Content = bytes | dict[str, str] | TableRow  # JSON; the non-empty cells of a CS
 
 
 class Entry(NamedTuple):
-    """One event of a file, unchecked."""
+    """One event of a file, before it is checked."""
 
     number: int  # of the line or row, from 1
     content: Content
@@ -156,17 +157,18 @@ def entry_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Row:
     """Return the row to store for an entry, with 0 as its environment. Raises ApiError listing all its faults."""
     if entry.problem:
         refuse(entry.unit, "invalid_format", entry.problem)
+    columns = None
     if isinstance(entry.content, bytes):
         event = decode_fields(EVENT, entry.content, faults)
         if not entry.content.startswith(b"{"):
             faults.refuse()
-        event.event_id = event.event_id or _content_id(entry)
-        row = event_row(event, 0, now, make_id, faults)
     else:
-        columns = _csv_columns(entry.content) if isinstance(entry.content, dict) else entry.content
+        columns = _csv_row(entry.content) if isinstance(entry.content, dict) else entry.content
         event = _table_event(columns)
-        event.event_id = event.event_id or _content_id(entry)
-        row = _with_times(event_row(event, 0, now, make_id, faults), columns, faults)
+    event.event_id = event.event_id or _content_id(entry)
+    row = event_row(event, 0, now, make_id, faults)
+    if columns:
+        row = _with_times(row, columns, faults)
     faults.refuse()
     return row
 
@@ -181,8 +183,8 @@ def _content_id(entry: Entry) -> str:
 _SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
 
 
-def _csv_columns(cells: dict[str, str]) -> TableRow:
-    """Give the cells of a CSV row the types of a table's columns. Raises ApiError if a cell is not UTF-8."""
+def _csv_row(cells: dict[str, str]) -> TableRow:
+    """Sort the cells of a CSV row into the fields of TableRow. Raises ApiError if a cell is not UTF-8."""
     try:
         "".join(cells.values()).encode()
     except UnicodeEncodeError:
@@ -217,14 +219,14 @@ def _table_event(row: TableRow) -> EventIn:
 
 
 def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
-    """Add the properties that have columns of their own. Raises ApiError if one has another value in `properties`."""
+    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value for one."""
     try:
         members = MEMBERS.decode(check_properties(properties))
     except FieldError:
         return properties  # event_row() finds the same fault and reports it
     for name in sorted(named.keys() & members.keys()):
         if not _is_same_value(named[name], members[name]):
-            refuse(PROPERTY_PREFIX + name, "invalid_format", "is in the column properties, too, with another value")
+            refuse(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
     if named.keys() <= members.keys():
         return properties  # unchanged, including its white space
     return ENCODER.encode(members | named | members)

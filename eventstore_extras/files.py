@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import itertools
 import os
@@ -88,13 +89,11 @@ def progress_bar(
 
     The bar is shown on a terminal where tqdm is installed, unless data goes to the same terminal (among_data).
     """
-    try:
-        if not sys.stderr.isatty() or (among_data and sys.stdout.isatty()):
-            raise ImportError
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
-    except ImportError:
+    if not sys.stderr.isatty() or (among_data and sys.stdout.isatty()) or importlib.util.find_spec("tqdm") is None:
         yield lambda _: None
         return
+    from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415 - only the extra `cli` has it
+
     with tqdm(total=total(), unit=unit, unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
         yield bar.update
 

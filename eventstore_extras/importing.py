@@ -60,7 +60,7 @@ def _read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
         if not is_whole:
             yield Entry(number, line[:1000], f"is longer than {limit_bytes} bytes")
         elif content := line.strip():
-            problem = "is { alone: each event is one whole line" if content == b"{" else ""
+            problem = "is a lone {: put each event on one line" if content == b"{" else ""
             yield Entry(number, content, problem)
 
 
@@ -82,7 +82,7 @@ _BULK = msgspec.json.Decoder(_Bulk)
 
 
 def _read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the elements of an array, or of the array `events` in an object. Raises InputError before the first one."""
+    """Yield the elements of an array, or of the array `events` in an object. Raises InputError if it is not JSON."""
     text = bytearray()
     while chunk := stream.read(_BUFFER_BYTES):
         text += chunk
@@ -140,7 +140,7 @@ def _read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
             problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
             yield Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
         elif cells:
-            absent = ("", "\\N") if "id" in columns else ("",)  # \N in exports of FlexPrice's own ClickHouse table
+            absent = ("", "\\N") if "id" in columns else ("",)  # ClickHouse writes \N for null
             row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in absent}
             yield Entry(line, row)
 
@@ -202,13 +202,14 @@ def _read_entries(file: io.BufferedReader, arguments: argparse.Namespace) -> Ite
 # ---------------------------------------------------------------------------------------------- storing
 
 _LOCK_TIMEOUT_S = 60.0
-_GROUP_EVENTS = 4000  # events in a transaction; a server on the same database waits for one that long
-_GROUP_BYTES = 16 * 1024 * 1024  # of properties held in memory before they are stored
+_GROUP_EVENTS = 4000  # events in a transaction, during which a server on the same database cannot write
+_GROUP_BYTES = 16 * 1024 * 1024  # bytes of properties held in memory before a transaction stores them
 _MAX_IGNORED = 100  # names of unknown fields kept for the summary
 
 
 class _Database:
-    """Where the events go. Opened, and created if absent, for the first good event: a bad file leaves none behind."""
+    """The database to import into. It is opened, and created if absent, when there are events to store, so that a file
+    without a good event does not leave an empty database."""
 
     def __init__(self, path: str, environment: str) -> None:
         self._path = path
@@ -282,12 +283,13 @@ class _Importer:
 
     @property
     def so_far(self) -> str:
-        """What the message of a stopped import says about the events before the place where it stopped."""
+        """Describe the events before the one that stopped the import, for its message."""
         if self._database is None:
             return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
         return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
 
     def _reject(self, entry: Entry, error: ApiError) -> None:
+        """Write a bad entry to the file of rejects. Raises InputError without such a file."""
         message = f"event {error.message.removeprefix('the body ')}"
         faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
         if self._rejects is None:
@@ -318,7 +320,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
         try:
             _import_file(file, arguments, importer)
             if database:
-                database.open()  # a file without events makes a database, too
+                database.open()  # creates the database even for a file without events
         except InputError as error:
             importer.commit()
             name = "standard input" if arguments.file == "-" else arguments.file
@@ -341,7 +343,7 @@ def _open_input(path: str, stack: ExitStack) -> io.BufferedReader:
 
 
 def _check_database(path: str) -> bool:
-    """Return whether the database is still to be created. Raises StartError if it cannot be, or is not a database."""
+    """Check the database file, and return whether it is still to be created. Raises StartError."""
     if path == ":memory:":
         raise StartError("--db :memory: would be gone after the import: name a file")
     is_new = not os.path.exists(path)
@@ -384,14 +386,14 @@ def _import_file(file: io.BufferedReader, arguments: argparse.Namespace, importe
 def _say_imported(arguments: argparse.Namespace, importer: _Importer, is_new: bool, started_s: float) -> None:
     path = arguments.skip_invalid
     rejected = f", {importer.rejected:,} rejected and written to {path}" if path else ""
-    ignored = f"; ignored, no field has that name: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
+    ignored = f"; ignored unknown fields: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
     events = counted(importer.stored, "event")
     if arguments.dry_run:
         say(f"would import {events} into {arguments.db}{rejected}; nothing was stored; {taken_s}")
     else:
         known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
-        made = ", which was made for them" if is_new else ""
+        made = " (created)" if is_new else ""
         say(f"imported {events} into {arguments.db}{made}: {known}; {taken_s}")
 
 
@@ -403,12 +405,12 @@ def add_flags(_: str, add: AddFlag) -> None:
     add_db_flag(add, "database file, created if absent")
     add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each of which may be gzipped, or as Parquet; "
         "- is standard input")  # fmt: skip
-    add("--environment", default="development", help="where to store them")
-    add("--format", choices=["auto", *_READERS], default="auto", help="by default the content tells")
+    add("--environment", default="development", help="environment to store them in")
+    add("--format", choices=["auto", *_READERS], default="auto", help="format of FILE; auto looks at its content")
     add("--skip-invalid", metavar="REJECTS", help="continue after a bad event, and write it to this file with reasons")
-    add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event")
+    add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event, in bytes")
     add("--assume-utc", action="store_true", help="read Parquet's times that have no zone as UTC")
-    add("--dry-run", action="store_true", help="say what would be imported, and store nothing")
+    add("--dry-run", action="store_true", help="check the file and say what would be imported, but store nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:

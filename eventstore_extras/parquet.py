@@ -77,7 +77,7 @@ def _open_reader(file: BinaryIO) -> RecordBatchReader:
 
     def open_unless_too_large() -> RecordBatchReader | str:
         reader = read_parquet(file, batch_size=_BATCH_ROWS)
-        return _size_problem(reader.schema) or reader  # freeing a deep schema recurses, too: do it in this thread
+        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
 
     threading.stack_size(_STACK_BYTES)
     try:
@@ -314,9 +314,10 @@ def _write(pages: Iterator[list[Row]], file: BinaryIO, environment: str, columns
 
 
 class _ErrorGuard:
-    """Stands between the library and its source and file: the library panics at an exception from either one.
+    """Hands batches to the library, and the library's output to the file.
 
-    The first exception is kept in `error`; after it no more batches are read, and nothing more is written.
+    An exception from either side would make the library panic. So the first one is kept in `error`; after it no more
+    batches are read, and nothing more is written.
     """
 
     def __init__(self, batches: Iterable[RecordBatch], file: BinaryIO) -> None:

@@ -372,7 +372,7 @@ BAD_ROWS = {  # columns of three rows, of which the second is bad; the field and
     "a time beyond": ({"timestamp": pa.array([0, 2**62, 0], pa.timestamp("ms", "UTC"))}, "row: has a value that cannot be written as JSON in \"timestamp\" (a time out of range)"),
     "before 1": ({"timestamp": pa.array([0, -(2**56), 0], UTC_TIME)}, "timestamp: must lie in the years 1 to 9999 in UTC, got -72057594037927936 micro"),
     "two values": ({"properties": ["{}", '{"a": 1, "b": 2.0}', "{}"], "properties.a": [None, 2, 3], "properties.b": [None, 2, 3]},
-                   "properties.a: is in the column properties, too, with another value"),
+                   "properties.a: has another value in the column properties"),
     "too long": ({"properties": ["{}", json.dumps({"a": "x" * 3000}), "{}"]}, "row: is longer than 1000 bytes"),
     "too long beside": ({"properties.a": ["", "x" * 3000, ""]}, "row: is longer than 1000 bytes"),
 }  # fmt: skip
