@@ -180,6 +180,7 @@ def _content_id(entry: Entry) -> str:
     return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
 
 
+_TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
 _SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
 
 
@@ -190,7 +191,7 @@ def _csv_row(cells: dict[str, str]) -> TableRow:
     except UnicodeEncodeError:
         refuse("line", "invalid_format", "is not UTF-8")
     row = TableRow()
-    for name in cells.keys() & {*TableRow.__struct_fields__}:
+    for name in cells.keys() & _TABLE_FIELDS:
         setattr(row, name, cells[name])
     named = {name.removeprefix(PROPERTY_PREFIX): cell for name, cell in cells.items() if _is_property(name)}
     row.named = Raw(ENCODER.encode(named) if named else b"")

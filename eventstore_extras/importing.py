@@ -236,18 +236,50 @@ class _Database:
             self._conn.close()
 
 
+def _faults(error: ApiError) -> list[Fault]:
+    """Return the faults of an event. An event that is not JSON has one fault, which names no field."""
+    message = f"event {error.message.removeprefix('the body ')}"
+    return error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
+
+
+def _problem(entry: Entry, faults: list[Fault]) -> str:
+    """Return the faults of an event as text."""
+    prefix = "" if entry.array_index is None else f"events[{entry.array_index}]."
+    return "; ".join(f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults)
+
+
+class _Rejects:
+    """The file of --skip-invalid: bad entries, each as a line of JSON with its location and its faults."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.number = 0
+
+    def write(self, entry: Entry, faults: list[Fault]) -> None:
+        location = {entry.unit: entry.number}
+        if entry.array_index is not None:
+            location["index"] = entry.array_index
+        errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
+        reject = {**location, "errors": errors, "event": shown_content(entry.content)}
+        self._file.write(ENCODER.encode(reject) + b"\n")
+        self.number += 1
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 class _Importer:
     """Checks entries like events that came over HTTP, and stores the good ones in groups."""
 
-    def __init__(self, database: _Database | None, rejects: BinaryIO | None) -> None:
-        """Without a database nothing is stored. Without a file for rejects the first bad entry raises InputError."""
+    def __init__(self, database: _Database | None, rejects: _Rejects | None) -> None:
+        """Without a database nothing is stored. Without `rejects` the first bad entry raises InputError."""
         self._database = database
         self._rejects = rejects
         self._make_id = IdMaker()
         self._rows: list[Row] = []
         self._bytes = 0
         self._now = now_us()
-        self.stored = self.new = self.rejected = 0
+        self.stored = self.new = 0
         self.ignored: set[str] = set()  # unknown fields
 
     def add(self, entry: Entry) -> bool:
@@ -256,7 +288,9 @@ class _Importer:
         try:
             row = entry_row(entry, self._now, self._make_id, faults)
         except ApiError as error:
-            self._reject(entry, error)
+            if self._rejects is None:
+                raise InputError(entry.location, _problem(entry, _faults(error))) from error
+            self._rejects.write(entry, _faults(error))
             return False
         finally:
             if faults.ignored and len(self.ignored) < _MAX_IGNORED:
@@ -288,20 +322,6 @@ class _Importer:
             return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
         return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
 
-    def _reject(self, entry: Entry, error: ApiError) -> None:
-        """Write a bad entry to the file of rejects. Raises InputError without such a file."""
-        message = f"event {error.message.removeprefix('the body ')}"
-        faults = error.details.errors or [Fault(None, None, "event", "invalid_format", message)]
-        if self._rejects is None:
-            prefix = "" if entry.array_index is None else f"events[{entry.array_index}]."
-            problems = [f"{prefix}{fault.field}: {fault.message.removeprefix(fault.field + ' ')}" for fault in faults]
-            raise InputError(entry.location, "; ".join(problems))
-        location = {entry.unit: entry.number} | ({} if entry.array_index is None else {"index": entry.array_index})
-        errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
-        reject = {**location, "errors": errors, "event": shown_content(entry.content)}
-        self._rejects.write(ENCODER.encode(reject) + b"\n")
-        self.rejected += 1
-
 
 # ---------------------------------------------------------------------------------------------- the command
 
@@ -312,7 +332,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         file = _open_input(arguments.file, stack)
         is_new = _check_database(arguments.db)
-        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
+        rejects = _Rejects(_open_rejects(arguments, stack)) if arguments.skip_invalid else None
         database = None
         if not arguments.dry_run:
             database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
@@ -329,7 +349,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             done = f"at least {counted(importer.stored, 'event')} stored"
             raise StopError(f"interrupted; {done}; import the file again: nothing is stored twice") from None
-    _say_imported(arguments, importer, is_new, started_s)
+    _say_imported(arguments, importer, rejects, is_new, started_s)
     return 0
 
 
@@ -383,9 +403,10 @@ def _import_file(file: io.BufferedReader, arguments: argparse.Namespace, importe
         advance_to(importer.stored if size is None else size)
 
 
-def _say_imported(arguments: argparse.Namespace, importer: _Importer, is_new: bool, started_s: float) -> None:
-    path = arguments.skip_invalid
-    rejected = f", {importer.rejected:,} rejected and written to {path}" if path else ""
+def _say_imported(
+    arguments: argparse.Namespace, importer: _Importer, rejects: _Rejects | None, is_new: bool, started_s: float
+) -> None:
+    rejected = f", {rejects.number:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
     ignored = f"; ignored unknown fields: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
     events = counted(importer.stored, "event")
