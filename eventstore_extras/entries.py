@@ -27,10 +27,10 @@ from eventstore import (
     check_properties,
     decode,
     decode_fields,
-    echo,
     event_row,
     parse_time,
-    refuse,
+    quoted,
+    raise_fault,
     to_datetime,
 )
 
@@ -127,10 +127,10 @@ def check_columns(columns: list[str], line: int | None = None) -> None:
     if {"id", "event_id"} <= {*columns}:
         twice.append("id and event_id")
     if line and len(unknown) == len(columns):
-        start = echo(_printable(",".join(columns))[:40])
+        start = quoted(_printable(",".join(columns))[:40])
         problem = f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
     elif unknown:
-        names, known = ", ".join(map(echo, unknown[:10])), ", ".join(_KNOWN_COLUMNS)
+        names, known = ", ".join(map(quoted, unknown[:10])), ", ".join(_KNOWN_COLUMNS)
         problem = f"{table} has unknown columns: {names}; known are {known}, properties.NAME"
     elif missing:
         problem = f"{table} has no column {missing[0]}"
@@ -156,12 +156,12 @@ def _printable(text: str) -> str:
 def entry_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Row:
     """Return the row to store for an entry, with 0 as its environment. Raises ApiError listing all its faults."""
     if entry.problem:
-        refuse(entry.unit, "invalid_format", entry.problem)
+        raise_fault(entry.unit, "invalid_format", entry.problem)
     columns = None
     if isinstance(entry.content, bytes):
         event = decode_fields(EVENT, entry.content, faults)
         if not entry.content.startswith(b"{"):
-            faults.refuse()
+            faults.raise_any()
     else:
         columns = _csv_row(entry.content) if isinstance(entry.content, dict) else entry.content
         event = _table_event(columns)
@@ -169,7 +169,7 @@ def entry_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Row:
     row = event_row(event, 0, now, make_id, faults)
     if columns:
         row = _with_times(row, columns, faults)
-    faults.refuse()
+    faults.raise_any()
     return row
 
 
@@ -189,7 +189,7 @@ def _csv_row(cells: dict[str, str]) -> TableRow:
     try:
         "".join(cells.values()).encode()
     except UnicodeEncodeError:
-        refuse("line", "invalid_format", "is not UTF-8")
+        raise_fault("line", "invalid_format", "is not UTF-8")
     row = TableRow()
     for name in cells.keys() & _TABLE_FIELDS:
         setattr(row, name, cells[name])
@@ -227,7 +227,7 @@ def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
         return properties  # event_row() finds the same fault and reports it
     for name in sorted(named.keys() & members.keys()):
         if not _is_same_value(named[name], members[name]):
-            refuse(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
+            raise_fault(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
     if named.keys() <= members.keys():
         return properties  # unchanged, including its white space
     return ENCODER.encode(members | named | members)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import BinaryIO, cast
 
-from eventstore import ENCODER, STRING, AddFlag, Row, StartError, counted, list_events, say, to_datetime
+import msgspec
+
+from eventstore import ENCODER, AddFlag, Row, StartError, list_events, plural, say, to_datetime
 from eventstore_extras.entries import ExportedEvent, exported_event
 from eventstore_extras.files import explain_missing_parquet, progress_bar, whole_file
 from eventstore_extras.job import run_job
@@ -53,7 +55,7 @@ def _csv_lines(rows: list[Row]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")  # with "\n" the writer would not quote a cell's lone \r
     for row in rows:
-        time_text = STRING.decode(ENCODER.encode(to_datetime(row.timestamp_us)))
+        time_text = msgspec.to_builtins(to_datetime(row.timestamp_us))
         writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
                          row.properties])  # fmt: skip
     return text.getvalue().encode()
@@ -131,7 +133,7 @@ def _export_events(arguments: argparse.Namespace) -> int:
         with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
             write(pages(), output)
         hint = "" if done else no_events_hint(conn, arguments.environment)
-    say(f"exported {counted(done, 'event')}; {time.monotonic() - started_s:.1f} s{hint}")
+    say(f"exported {plural(done, 'event')}; {time.monotonic() - started_s:.1f} s{hint}")
     return 0
 
 

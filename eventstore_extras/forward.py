@@ -34,33 +34,33 @@ from msgspec.structs import replace
 
 from eventstore import (
     ENCODER,
-    END_CLAUSE,
     EVENT_FILTERS,
     IN_ENVIRONMENT,
     MAX_BATCH,
     MINUTE_US,
-    START_CLAUSE,
     AddFlag,
     ApiError,
     Cursor,
     EventQuery,
     Outbox,
-    Parameters,
     Row,
     Service,
     StartError,
     T,
     __version__,
+    all_of,
     check_key,
     connect_reader,
-    counted,
-    echo,
     excerpt,
-    filter_clauses,
+    in_range,
     list_events,
     log,
+    matching,
+    plural,
     positive,
+    quoted,
     say,
+    sql,
     to_datetime,
 )
 from eventstore_extras.entries import ExportedEvent, exported_event
@@ -207,7 +207,7 @@ class Target:
             problem += f" (the key came from {self._key_source})"
         if status < 400:
             location = headers.get("location", "")
-            where = f" It redirects to {echo(location)}, where the key is not sent." if location else ""
+            where = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
             problem += f" - 202 was expected.{where} Is {self._flag} the URL of the API?"
         return Answer(outcome_of(status), self._line(problem), retry_after_s(headers.get("retry-after", "")))
 
@@ -296,13 +296,15 @@ def target_url(text: str, flag: str) -> str:
         valid = False
     if not valid:
         example = "https://us.api.flexprice.io/v1 or http://host:8080"
-        raise StartError(f"{flag} must be a URL like {example}, got {echo(text)}")
+        raise StartError(f"{flag} must be a URL like {example}, got {quoted(text)}")
     if "@" in parts.netloc:
-        raise StartError(f"{flag} must not hold a user or a password before {echo(parts.hostname or '')}: logs show it")
+        raise StartError(
+            f"{flag} must not hold a user or a password before {quoted(parts.hostname or '')}: logs show it"
+        )
     url = text.strip().rstrip("/")
     segments = parts.path.rstrip("/").removesuffix("/v1").split("/")
     if any(re.fullmatch(r"v\d.*|events", segment, re.IGNORECASE) for segment in segments):
-        raise StartError(f"{flag} must be the base URL, with or without /v1 at its end, got {echo(text)}")
+        raise StartError(f"{flag} must be the base URL, with or without /v1 at its end, got {quoted(text)}")
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
@@ -367,9 +369,8 @@ SAY_INTERVAL_S = 30.0  # between two lines that say why it does not go on
 def arrived_events(conn: sqlite3.Connection, query: EventQuery, after: int, last: int) -> Iterator[list[StoredRow]]:
     """The events that match with a seq in (after, last], in the order in which they were stored, in pages."""
     while True:
-        parameters: Parameters = {"after": after, "last": last}
-        clauses = [*filter_clauses(query, parameters), START_CLAUSE, END_CLAUSE, ARRIVED]
-        page = select_rows(conn, f"NOT INDEXED WHERE {' AND '.join(clauses)} ORDER BY seq", parameters)
+        where = all_of([matching(query), in_range(query), sql(ARRIVED, after=after, last=last)])
+        page = select_rows(conn, sql(f"NOT INDEXED WHERE {where} ORDER BY seq", where))
         if not page:
             return
         yield page
@@ -453,8 +454,8 @@ class Replay:
             await task
         except RefusedError as refusal:
             rows = (refusal.part or batch).rows
-            ids = f"from {echo(rows[0][1].id)} to {echo(rows[-1][1].id)}"
-            batch_ids = f"the batch of {counted(len(rows), 'event')} {ids}"
+            ids = f"from {quoted(rows[0][1].id)} to {quoted(rows[-1][1].id)}"
+            batch_ids = f"the batch of {plural(len(rows), 'event')} {ids}"
             sure = f"everything before it is accepted ({self.progress.place})"
             again = f"when that is mended, {again_command(self._arguments)} goes on from there"
             raise StopError(f"{refusal}; it is {batch_ids}; {sure}; {again}") from None
@@ -512,7 +513,7 @@ def load_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, targe
     progress = read_progress(path, REPLAY_PROGRESS, again)
     check_database(conn, path, progress, progress.arrived, again)
     if progress.accepted:
-        accepted = counted(progress.accepted, "event")
+        accepted = plural(progress.accepted, "event")
         say(f"going on at {progress.place}: {accepted} were accepted before (--restart starts over)")
     return progress, path
 
@@ -534,11 +535,11 @@ def replay_events(arguments: argparse.Namespace) -> int:
             with progress_bar(lambda: events_left(conn, query, progress), "event") as advance:
                 asyncio.run(until_sigterm(replay.run(conn, query, key, advance)))
         except (KeyboardInterrupt, asyncio.CancelledError):
-            sure = f"{counted(progress.accepted, 'event')} are accepted ({progress.place})"
+            sure = f"{plural(progress.accepted, 'event')} are accepted ({progress.place})"
             raise StopError(f"interrupted; {sure}; {again_command(arguments)} goes on from there") from None
         elsewhere = "" if replay.sent else no_events_hint(conn, arguments.environment)
     known = f" ({replay.known:,} of them it had)" if replay.known else ""
-    counts = f"sent {counted(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
+    counts = f"sent {plural(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
     say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
 
@@ -546,7 +547,7 @@ def replay_events(arguments: argparse.Namespace) -> int:
 def would_send(conn: sqlite3.Connection, query: EventQuery, replay: Replay, arguments: argparse.Namespace) -> str:
     every = (batches(pages, arguments.batch_size) for pages in replay.passes(conn, query))
     sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(every)]
-    would = f"{counted(sum(sizes), 'event')} in {counted(len(sizes), 'request')} to {bulk_url(replay.progress.target)}"
+    would = f"{plural(sum(sizes), 'event')} in {plural(len(sizes), 'request')} to {bulk_url(replay.progress.target)}"
     elsewhere = "" if sizes else no_events_hint(conn, arguments.environment)
     return f"would send {would}; nothing was sent{elsewhere}"
 
@@ -617,9 +618,8 @@ BACKLOG = f"""SELECT count(*), min(ingested_at_us), ({NEWEST_SEQ})
 def next_page(conn: sqlite3.Connection, environment: str, after: int) -> Page:
     newest = newest_seq(conn)  # first: what is committed meanwhile comes with the next page
     last = min(newest, after + SPAN)
-    parameters: Parameters = {"environment": environment, "after": after, "last": last}
-    where = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED} ORDER BY seq"
-    rows = select_rows(conn, where, parameters)
+    text = f"NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED} ORDER BY seq"
+    rows = select_rows(conn, sql(text, environment=environment, after=after, last=last))
     batch = next(batches([rows], MAX_BATCH), None)
     if batch is None:
         return Page(None, max(last, after), last < newest)
@@ -774,11 +774,11 @@ class Forwarder:
                 await asyncio.to_thread(append_line, path, ENCODER.encode(refused) + b"\n")
                 break
             except OSError as error:
-                reason = f"the refused event {echo(row.id)} cannot be written to {path}: {error.strerror or error}"
+                reason = f"the refused event {quoted(row.id)} cannot be written to {path}: {error.strerror or error}"
                 self._say(logging.ERROR, f"{reason}; make room for it, nothing is forwarded until then")
                 await self._pause(BLOCKED_PAUSE_S)
         self.progress.refused += 1
-        log.error("forwarding: event %s is refused and was written to %s: %s", echo(row.id), path, problem)
+        log.error("forwarding: event %s is refused and was written to %s: %s", quoted(row.id), path, problem)
 
     async def _save_now_and_then(self) -> None:
         if not self._is_saved and time.monotonic() - self._saved_s > SAVE_INTERVAL_S:
@@ -814,7 +814,7 @@ class Forwarder:
         has_many = events > BEHIND_EVENTS and running_s >= START_S
         if not self.is_behind and (has_many or late_s > BEHIND_S):
             self.is_behind = True
-            waiting = f"{counted(events, 'event')} wait, the first for {waited_s:.0f} s"
+            waiting = f"{plural(events, 'event')} wait, the first for {waited_s:.0f} s"
             log.warning("forwarding to %s has fallen behind: %s", self.host, waiting)
         elif self.is_behind and events <= MAX_BATCH and waited_s <= BEHIND_S:
             self.is_behind = False
@@ -883,7 +883,7 @@ def forward(service: Service, target: Target, environment: str = "development", 
         known = [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
         if environment not in known:
             there = f"no key and no event has that environment, there are {', '.join(known)}"
-            raise StartError(f"--forward-environment is {echo(environment)}: {there}")
+            raise StartError(f"--forward-environment is {quoted(environment)}: {there}")
         progress, path = load_forward_progress(conn, db, target.url, environment)
         events, _ = backlog(conn, environment, progress.seq)
     try:
@@ -893,7 +893,7 @@ def forward(service: Service, target: Target, environment: str = "development", 
     forwarder = Forwarder(service, target, progress, path, interval_s)
     service.outboxes[environment] = Outbox(forwarder.host, forwarder.behind)
     service.tasks.append(forwarder.run)
-    service.notices.append(f"forwards to  {target.url}, environment {environment} ({counted(events, 'event')} behind)")
+    service.notices.append(f"forwards to  {target.url}, environment {environment} ({plural(events, 'event')} behind)")
     return forwarder
 
 

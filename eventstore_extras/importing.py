@@ -33,13 +33,13 @@ from eventstore import (
     StartError,
     add_db_flag,
     connect,
-    counted,
-    echo,
     environment_number,
     insert_events,
     now_us,
+    plural,
     positive,
     prepare_file,
+    quoted,
     say,
 )
 from eventstore_extras.entries import Entry, InputError, check_columns, entry_row, shown_content
@@ -137,7 +137,7 @@ def _read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
             check_columns(cells, line)
             columns = cells
         elif len(cells) not in (len(columns), 0):
-            problem = f"has {counted(len(cells), 'cell')}, the header has {len(columns)}"
+            problem = f"has {plural(len(cells), 'cell')}, the header has {len(columns)}"
             yield Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
         elif cells:
             absent = ("", "\\N") if "id" in columns else ("",)  # ClickHouse writes \N for null
@@ -319,8 +319,8 @@ class _Importer:
     def so_far(self) -> str:
         """Describe the events before the one that stopped the import, for its message."""
         if self._database is None:
-            return f"good before it: {counted(self.stored, 'event')}; nothing was stored"
-        return f"stored before it: {counted(self.stored, 'event')}, {self.new:,} of them new"
+            return f"good before it: {plural(self.stored, 'event')}; nothing was stored"
+        return f"stored before it: {plural(self.stored, 'event')}, {self.new:,} of them new"
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -347,7 +347,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
             problem = f"{name}{error.location}: {error}; {importer.so_far}"
             raise StopError(f"{problem}; correct it and import the file again") from error
         except KeyboardInterrupt:
-            done = f"at least {counted(importer.stored, 'event')} stored"
+            done = f"at least {plural(importer.stored, 'event')} stored"
             raise StopError(f"interrupted; {done}; import the file again: nothing is stored twice") from None
     _say_imported(arguments, importer, rejects, is_new, started_s)
     return 0
@@ -407,9 +407,9 @@ def _say_imported(
     arguments: argparse.Namespace, importer: _Importer, rejects: _Rejects | None, is_new: bool, started_s: float
 ) -> None:
     rejected = f", {rejects.number:,} rejected and written to {arguments.skip_invalid}" if rejects else ""
-    ignored = f"; ignored unknown fields: {', '.join(map(echo, sorted(importer.ignored)))}"[:500]
+    ignored = f"; ignored unknown fields: {', '.join(map(quoted, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
-    events = counted(importer.stored, "event")
+    events = plural(importer.stored, "event")
     if arguments.dry_run:
         say(f"would import {events} into {arguments.db}{rejected}; nothing was stored; {taken_s}")
     else:

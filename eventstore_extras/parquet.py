@@ -23,7 +23,7 @@ import msgspec
 from arro3.core import Array, DataType, Field, RecordBatch, RecordBatchReader, Schema, struct_array
 from arro3.io import read_parquet, write_ndjson, write_parquet
 
-from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, echo
+from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, quoted
 from eventstore_extras.entries import EXPORTED_COLUMNS, PROPERTY_PREFIX, Entry, InputError, TableRow, check_columns
 
 __all__ = ["parquet_writer", "read_rows"]
@@ -150,7 +150,7 @@ def _check_schema(schema: Schema, assume_utc: bool) -> None:
     for field in _fields(schema):
         if problem := _type_problem(field, assume_utc):
             kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
-            raise InputError(None, f"the column {echo(field.name)} {problem}; it is {kind[:_MAX_REASON_CHARS]}")
+            raise InputError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:_MAX_REASON_CHARS]}")
 
 
 def _type_problem(field: Field, assume_utc: bool) -> str:
@@ -198,7 +198,7 @@ def _single_row(batch: RecordBatch) -> tuple[TableRow, str]:
     try:
         return _decoded(batch)[0], ""
     except _UNWRITABLE as error:
-        names = [echo(name) for name in batch.schema.names if _is_unwritable(batch.select([name]))]
+        names = [quoted(name) for name in batch.schema.names if _is_unwritable(batch.select([name]))]
         return TableRow(), f"has a value that cannot be written as JSON in {', '.join(names)} ({_reason(error)})"
 
 

@@ -22,17 +22,16 @@ from eventstore import (
     AddFlag,
     ApiError,
     FieldError,
-    Parameters,
     Service,
     StartError,
     T,
     add_db_flag,
     connect,
-    counted,
     execute_writing,
     log,
     now_us,
     parse_time,
+    plural,
     prepare_file,
     say,
     to_datetime,
@@ -68,7 +67,7 @@ class Doomed(NamedTuple):
     after: int = 0  # of these seqs
     through: int = 2**63 - 1
 
-    def where(self, parameters: Parameters) -> str:
+    def where(self, parameters: dict[str, object]) -> str:
         parameters |= {"before_us": self.before_us, "after": self.after, "through": self.through}
         clauses = ["seq > :after", "seq <= :through", "ingested_at_us < :before_us"]
         for number, progress in enumerate(self.forwarded):
@@ -79,7 +78,7 @@ class Doomed(NamedTuple):
 
     def first(self, conn: sqlite3.Connection, rows: int) -> tuple[int, int]:
         """How many of them there are, counting as far as that, and the last one's seq."""
-        parameters: Parameters = {"rows": rows}
+        parameters: dict[str, object] = {"rows": rows}
         statement = SELECT_DOOMED.format(where=self.where(parameters))
         count, last = conn.execute(statement, parameters).fetchone()
         return count, last or 0
@@ -87,7 +86,7 @@ class Doomed(NamedTuple):
     def delete(self, conn: sqlite3.Connection) -> float:
         """All of them; how long it took, without waiting for a lock and for the disk."""
         started_s = time.perf_counter()
-        parameters: Parameters = {}
+        parameters: dict[str, object] = {}
         conn.execute(f"DELETE FROM events NOT INDEXED WHERE {self.where(parameters)}", parameters)
         return time.perf_counter() - started_s
 
@@ -173,7 +172,7 @@ class Retention:
         else:
             if sweep.deleted:
                 before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
-                log.info("retention: deleted %s, stored before %s", counted(sweep.deleted, "event"), before)
+                log.info("retention: deleted %s, stored before %s", plural(sweep.deleted, "event"), before)
 
 
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
@@ -225,11 +224,11 @@ def prune_events(arguments: argparse.Namespace) -> int:
             try:
                 asyncio.run(until_sigterm(sweep.run(thorough=True)))
             except (KeyboardInterrupt, asyncio.CancelledError):
-                done = f"{counted(sweep.deleted, 'event')} deleted"
+                done = f"{plural(sweep.deleted, 'event')} deleted"
                 raise StopError(f"interrupted; {done}; the same command goes on from there") from None
             deleted = sweep.deleted
     did = "would delete" if arguments.dry_run else "deleted"
-    events = f"{did} {counted(deleted, 'event')} stored before {arguments.before} from {arguments.db}"
+    events = f"{did} {plural(deleted, 'event')} stored before {arguments.before} from {arguments.db}"
     say(f"{events}; {time.monotonic() - started_s:.1f} s{not_yet(kept - deleted, arguments.db, doomed.forwarded)}")
     return 0
 
@@ -253,7 +252,7 @@ def not_yet(events: int, db: str, forwarded: Sequence[ForwardProgress]) -> str:
     if events <= 0:
         return ""
     targets = ", ".join(f"{progress.target} ({gone(db, progress)})" for progress in forwarded)
-    return f"; {counted(events, 'event')} of that time stay until accepted by {targets}"
+    return f"; {plural(events, 'event')} of that time stay until accepted by {targets}"
 
 
 def add_flags(_: str, add: AddFlag) -> None:

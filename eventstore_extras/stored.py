@@ -20,18 +20,20 @@ from eventstore import (
     EventQuery,
     EventQueryIn,
     Faults,
-    Parameters,
     Row,
+    Sql,
     StartError,
     View,
     add_db_flag,
+    after_cursor,
+    all_of,
     connect_reader,
     event_query,
-    filter_clauses,
     index_of,
-    keyset_clauses,
+    matching,
     parse_property_filters,
     prepare_file,
+    sql,
 )
 
 __all__ = [
@@ -52,21 +54,19 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
     """
     while True:
-        parameters: Parameters = {}
-        clauses = [*filter_clauses(query, parameters), *keyset_clauses(query, query.after, False, parameters)]
-        where = f"{index_of(query.filters)} WHERE {' AND '.join(clauses)}"
-        page = select_rows(conn, f"{where} ORDER BY timestamp_us, id", parameters)
+        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
         if not page:
             return
         yield page
         query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
-def select_rows(conn: sqlite3.Connection, clauses: str, parameters: Parameters) -> list[StoredRow]:
+def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
     """Return the first thousand rows, or fewer if they are large."""
     page: list[StoredRow] = []
     size_bytes = 0
-    with closing(conn.execute(f"{_SELECT} {clauses} LIMIT {_PAGE_EVENTS}", parameters)) as found:
+    with closing(conn.execute(f"{_SELECT} {clauses} LIMIT {_PAGE_EVENTS}", clauses.values)) as found:
         for *columns, seq in found:
             row = Row(*columns)
             page.append((seq, row))

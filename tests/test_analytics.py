@@ -14,21 +14,17 @@ import httpx
 import pytest
 
 import eventstore
-from conftest import (
-    AGGREGATIONS,
+from eventstore_extras.analytics import OPERATIONS
+from helpers import (
     DAY_US,
     KEY,
     LEDGER_START,
     NAMES,
     NOW,
-    SIZES,
     STAGING_KEY,
     ZONES,
-    Item,
     analytics,
-    analytics_by_hand,
     at,
-    check_items,
     event,
     faulty_fields,
     listed,
@@ -42,11 +38,9 @@ from conftest import (
     store,
     table,
     usage,
-    usage_by_hand,
-    window_start,
     windows_of,
 )
-from eventstore_extras.analytics import OPERATIONS
+from oracle import AGGREGATIONS, SIZES, Item, check_items, expected_analytics, expected_meter_usage, window_start
 
 SECOND_US = 1_000_000
 ABSENT = object()
@@ -923,25 +917,25 @@ def test_the_rules_in_python_give_what_was_worked_by_hand():
     events = [one | {"source": ""} for one in FEW]
     for kind, values in LIFETIME.items():
         for reset, value in zip(("BILLING_PERIOD", "NEVER"), values, strict=True):
-            by_hand = usage_by_hand(meter(kind, reset, **kind_with_multiplier(kind)), events, RANGE)
+            by_hand = expected_meter_usage(meter(kind, reset, **kind_with_multiplier(kind)), events, RANGE)
             assert by_hand == (pytest.approx(value), [])
-        items = analytics_by_hand(meter(kind, **kind_with_multiplier(kind)), events, RANGE)
+        items = expected_analytics(meter(kind, **kind_with_multiplier(kind)), events, RANGE)
         assert items == {(): Item(pytest.approx(float(CLAMPED[kind])), 5, {})}
     for how, buckets, value, lifetime in BUCKETED.values():
         for reset, expected in (("BILLING_PERIOD", value), ("NEVER", lifetime)):
             bucketed = meter(how["kind"], reset, bucket_size="MINUTE", group_by=how.get("group_by"))
-            whole, results = usage_by_hand(bucketed, events, RANGE)
+            whole, results = expected_meter_usage(bucketed, events, RANGE)
             assert (whole, [each for _, each in results]) == (expected, buckets)
     of_two_hours = [one | {"source": "", "event_id": f"{number}"} for number, one in enumerate(OF_TWO_HOURS)]
     for kind, (points, total) in POINTS.items():
-        (item,) = analytics_by_hand(
+        (item,) = expected_analytics(
             meter(kind, **kind_with_multiplier(kind)), of_two_hours, TWO_HOURS | {"window_size": "HOUR"}
         ).values()
         assert (item.usage, item.width) == (pytest.approx(float(total)), "HOUR")
         assert [point.usage for point in item.points.values()] == pytest.approx([float(point) for point in points])
     for how, query, total, width, points in BUCKETED_ITEMS.values():
         bucketed = meter(how["kind"], bucket_size="HOUR", group_by=how.get("group_by"))
-        (item,) = analytics_by_hand(bucketed, of_two_hours, TWO_HOURS | query).values()
+        (item,) = expected_analytics(bucketed, of_two_hours, TWO_HOURS | query).values()
         assert (item.usage, item.width, [point.usage for point in item.points.values()]) == (
             float(total),
             width,
@@ -1051,7 +1045,7 @@ def test_analytics_is_what_python_computes_over_the_same_events(ledger, group_by
             query["expand"] = ["source", "meter"]
         items = analytics(client, **query)
         expected = {(meter["id"], group): item for meter in meters
-                    for group, item in analytics_by_hand(meter, countable[meter["id"]], query).items()}  # fmt: skip
+                    for group, item in expected_analytics(meter, countable[meter["id"]], query).items()}  # fmt: skip
         check_items(items, query, expected)
         compared += sum(item.usage > 0 for item in expected.values())
     assert compared > 50
@@ -1073,7 +1067,7 @@ def test_usage_by_meter_is_what_python_computes_over_the_same_events(ledger, kin
                 query["filters"] = choose.choice(
                     [{"region": ["eu", "us"]}, {"region": ["5"]}, {"region": ["true"], "nothing": []}]
                 )
-            value, results = usage_by_hand(meter, events, query)
+            value, results = expected_meter_usage(meter, events, query)
             answer, bucket = metered_usage(client, meter["id"], **query), meter["aggregation"]["bucket_size"]
             assert answer["type"] == kind
             assert answer["value"] == (

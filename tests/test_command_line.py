@@ -15,7 +15,7 @@ from contextlib import closing
 import pytest
 
 import eventstore
-from conftest import (
+from helpers import (
     KEY,
     SCRIPT,
     TEXT_FILE,

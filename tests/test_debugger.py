@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from conftest import DEBUGGER, ROOT, Live, event, eventually, run, serving, store, table
 from eventstore import ApiKey
+from helpers import DEBUGGER, ROOT, Live, event, eventually, run, serving, store, table
 
 no_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),

@@ -24,12 +24,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from test_reliability import Sender, check_ledgers, known_row, sending
 
 import eventstore
-from conftest import KEY, NOW, SCRIPT, Live, database, event, eventually, python, rows_of, run, serving, store, table
 from eventstore_extras import forward
 from eventstore_extras.mock import running_server
+from helpers import KEY, NOW, SCRIPT, Live, database, event, eventually, python, rows_of, run, serving, store, table
+from test_reliability import Sender, check_ledgers, known_row, sending
 
 
 class Target:

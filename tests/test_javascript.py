@@ -15,7 +15,7 @@ import pytest
 from flexprice import Flexprice
 from flexprice.models.errors import FlexpriceError
 
-from conftest import KEY, ROOT, run
+from helpers import KEY, ROOT, run
 
 SDK = "@flexprice/sdk@^2.0.1"
 CLIENT = """

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
-from conftest import (
+from eventstore_extras import parquet
+from helpers import (
     EVER,
     SCRIPT,
     at,
@@ -43,7 +44,6 @@ from conftest import (
     stored_ids,
     table,
 )
-from eventstore_extras import parquet
 
 UTC_TIME = pa.timestamp("us", "UTC")
 COLUMNS = [(name, pa.string()) for name in ("event_name", "event_id", "external_customer_id", "customer_id", "source")]

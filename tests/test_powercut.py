@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from powercut import Disk, Entry, Recording, strace
-from test_forward import Target, behind, reply
 
-from conftest import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from eventstore import ENCODER, StartError
 from eventstore_extras import forward, meters
+from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
+from powercut import Disk, Entry, Recording, strace
+from test_forward import Target, behind, reply
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 

@@ -18,49 +18,36 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import Mock
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
-    AGGREGATIONS,
+from eventstore_extras import openapi
+from eventstore_extras.analytics import OPERATIONS
+from helpers import (
     BODY,
     DAY_US,
     EVER,
     KEY,
-    LEDGER_START,
     NOW,
     POST,
     ROOT,
     SCRIPT,
-    STAGING_KEY,
-    ZONES,
     Live,
-    analytics,
-    analytics_by_hand,
     answer_on,
     ask,
     at,
-    brute_force,
-    check_items,
     counts,
-    cursor,
     database,
     event,
     eventually,
@@ -68,14 +55,9 @@ from conftest import (
     free_port,
     ids,
     is_root,
-    listed,
-    make,
     meter_of,
-    metered_usage,
     metering,
-    monitored,
     page,
-    place_by,
     posting,
     python,
     refuse_to_write,
@@ -87,15 +69,11 @@ from conftest import (
     store,
     stores_nothing,
     table,
-    text_of,
-    time_us,
     total,
     usage,
-    usage_by_hand,
-    windows_of,
     write_lock,
 )
-from eventstore_extras.analytics import OPERATIONS
+from oracle import cursor
 
 # ---------------------------------------------------------------------------------------------- commits
 
@@ -247,7 +225,6 @@ def test_the_wal_is_synced_between_its_last_write_and_the_answer(tmp_path, path,
 # ---------------------------------------------------------------------------------------------- a storm of kills
 
 STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
-EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
 
 
 def known_event(event_id: str) -> dict:
@@ -436,389 +413,6 @@ def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, ch
     assert outcomes[201] > STORM_KILLS  # features were made
     check_ledgers(tmp_path, senders)
     check_features(tmp_path, senders)
-
-
-# ---------------------------------------------------------------------------------------------- a model in plain Python
-
-# What chance chooses from: few of each, so that they meet, and each with a way to go wrong.
-NASTY = ["a", "A", "\x1e", '","', "}", "b", "a::b", "::", "1::2", "é", "e\u0301", "\uffff", "😀", "\0", "a\0b", '"', "\\", "%", "' --", "a\nb", " ",
-         "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
-TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
-PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
-SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
-                           "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
-HOUR_US = 3_600_000_000
-
-# Where listings, windows and the nights on which clocks change begin and end, to the microsecond.
-BORDERS_US = [
-    NOW,
-    NOW - 7 * DAY_US,
-    *(eventstore.to_us(LEDGER_START) + hours * HOUR_US for hours in (0, 46, 47, 48, 49, 240)),
-]
-MOMENTS = st.sampled_from(
-    [eventstore.to_datetime(border + step).isoformat() for border in BORDERS_US for step in (-1, 0, 1)]
-)
-ANY_TIMES = MOMENTS | st.sampled_from(
-    ["0001-01-01T00:00:00.000001+00:00", "1969-12-31T23:59:59.999999+00:00", "9999-12-31T23:59:59.999999+00:00"]
-)
-EVENTS = st.fixed_dictionaries({
-    "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
-    "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
-    "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
-    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
-PROPERTY_FILTERS = st.dictionaries(
-    PROPERTY_NAMES, st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8), min_size=1, max_size=2
-)
-FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events are left; "" is none
-    "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
-    "source": st.sampled_from(["", "", "", "::"]), "property_filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}, optional={
-    "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
-ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
-                                "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
-ENVIRONMENTS = st.sampled_from(["development", "staging"])
-METHODS = st.sampled_from(["GET", "POST"])
-METER_FIELDS = {"name": st.sampled_from(["m", "é", '"']), "event_name": st.sampled_from(["call", "call", "Call", " é "]), "field": PROPERTY_NAMES,
-                "filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}  # fmt: skip
-RESETS = st.sampled_from(["BILLING_PERIOD", "NEVER"])
-BUCKETS = {"bucket_size": st.sampled_from(["HOUR", "6HOUR", "DAY", "MONTH"]), "reset_usage": st.just("BILLING_PERIOD")}
-METERS = st.one_of(
-    st.builds(meter_of, st.sampled_from([kind for kind in AGGREGATIONS if kind != "SUM_WITH_MULTIPLIER"]), reset_usage=RESETS, **METER_FIELDS),
-    st.builds(meter_of, st.just("SUM_WITH_MULTIPLIER"), multiplier=st.sampled_from(["2.5", 3, "1e-3"]), reset_usage=RESETS, **METER_FIELDS),
-    st.builds(meter_of, st.sampled_from(["SUM", "MAX"]), **BUCKETS, **METER_FIELDS),
-    st.builds(meter_of, st.just("MAX"), group_by=PROPERTY_NAMES, **BUCKETS, **METER_FIELDS),
-)  # fmt: skip
-FEATURE_NAMES = {
-    "Tokens": "tokens",
-    "tokens!": "tokens",
-    "API calls": "api_calls",
-    "日本": "",
-    "é": "",
-}  # and their keys
-DIMENSIONS = st.lists(
-    st.sampled_from(["source", "properties.n", "properties.a.b", "external_customer_id", "feature_id"]), max_size=3
-)
-
-
-def as_sent(answered: dict) -> dict:
-    """An answered event as its sender would write it."""
-    assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
-    timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
-    kept = {
-        name: answered[name] for name in ("event_name", "external_customer_id", "customer_id", "source", "properties")
-    }
-    return {"event_id": answered["id"], "timestamp": timestamp, **kept}
-
-
-def literally(events: Iterable[dict]) -> list[str]:
-    """As JSON, in which 1 and true are not the same."""
-    return [json.dumps(one, sort_keys=True) for one in events]
-
-
-def is_upside_down(query: dict) -> bool:
-    """Whether a range ends before it starts."""
-    return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
-
-
-def matches(one: dict, query: dict) -> bool:
-    """The filters and the range of a listing, by the words of SPEC 4. The times of both are written alike."""
-    end_us = time_us(query.get("end_time", at()))
-    start_us = time_us(query["start_time"]) if "start_time" in query else end_us - 7 * DAY_US
-    fields = [name for name in ("external_customer_id", "event_name", "source") if query.get(name)]
-    texts = {key: text_of(value) for key, value in one["properties"].items() if not isinstance(value, (dict, list))}
-    return (start_us <= time_us(one["timestamp"]) <= end_us and all(one[name] == query[name] for name in fields)
-            and all(texts.get(key) in values for key, values in query.get("property_filters", {}).items()))  # fmt: skip
-
-
-class Model(RuleBasedStateMachine):
-    """The server beside what it should be: for each environment a dict from an id to the event that came first."""
-
-    def __init__(self):
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.meters: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}  # by id
-        self.features: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.walks: list[dict] = []
-        self.client = metering(Path(self.folder.name)).__enter__()
-
-    def teardown(self) -> None:
-        for environment, stored in self.stored.items():
-            found = page(self.enter(environment), "POST", **EVER, page_size=1000, order="asc")
-            in_order = sorted(stored.values(), key=place_by("timestamp"))
-            assert literally(map(as_sent, found["events"])) == literally(in_order)
-            self.list_meters_and_features(environment, "")
-        self.client.__exit__(None, None, None)
-        self.folder.cleanup()
-
-    def enter(self, environment: str) -> TestClient:
-        self.client.headers["x-api-key"] = {"development": KEY, "staging": STAGING_KEY}[environment]
-        return self.client
-
-    def note(self, environment: str, events: list[dict]) -> tuple[int, int]:
-        """What storing them should count: the first with an id stays."""
-        stored = self.stored[environment]
-        before = len(stored)
-        for one in events:
-            stored.setdefault(one["event_id"], one | {"event_name": one["event_name"].strip()})
-        return len(stored) - before, len(events) - len(stored) + before
-
-    @rule(environment=ENVIRONMENTS, sent=EVENTS, names_itself=st.booleans())
-    def send_one(self, environment, sent, names_itself):
-        response = self.enter(environment).post("/v1/events", json=sent if names_itself else sent | {"event_id": ""})
-        assert response.status_code == 202
-        stored = sent | {"event_id": response.json()["event_id"]}
-        assert not names_itself or stored == sent
-        assert counts(response) == self.note(environment, [stored])
-
-    @initialize(sent=st.lists(EVENTS, min_size=10, max_size=20), environment=ENVIRONMENTS)
-    def send_many(self, environment, sent):
-        self.send_a_batch(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
-    def send_a_batch(self, environment, sent):
-        assert counts(store(self.enter(environment), *sent)) == self.note(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
-    def send_known_ids_with_other_content(self, environment, sent, data):
-        if known := list(self.stored[environment]):
-            again = [one | {"event_id": data.draw(st.sampled_from(known))} for one in sent]
-            assert counts(store(self.enter(environment), *again)) == (0, len(again))
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), place=st.integers(0, 4),
-          bad=st.sampled_from([{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]))  # fmt: skip
-    def send_a_batch_with_a_bad_event(self, environment, sent, place, bad):
-        sent.insert(place, event("bad") | bad)
-        refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=st.sampled_from([1, 2, 3, 50]), offset=st.integers(0, 5),
-          stranger=EVENTS, data=st.data())  # fmt: skip
-    def list_pages(self, environment, filters, page_size, offset, stranger, data):
-        """In all orders, from the start and to both sides of some places, over all time and over a part of it."""
-        known = self.stored[environment]
-        marks = data.draw(st.lists(st.sampled_from([*known.values()]), min_size=1, max_size=2)) if known else []
-        for mark, span in itertools.product([*marks, stranger], [{}, EVER]):
-            self.list_around(environment, filters | span, page_size, offset, mark)
-
-    def list_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
-        known = self.stored[environment]
-        if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
-            mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
-        methods = itertools.cycle(["GET", "POST", "POST", "GET", "GET"])
-        for sort, order in itertools.product(["timestamp", "event_name"], ["asc", "desc"]):
-            query = filters | {"sort": sort, "order": order, "page_size": page_size}
-            self.check_page(environment, next(methods), query, offset=offset)
-            for side in ("iter_last_key", "iter_first_key"):
-                if sort == "event_name" and mark["event_id"] not in known:
-                    response = ask(self.enter(environment), next(methods), **query, **{side: cursor(mark)})
-                    refused(response, part="start_time" if is_upside_down(query) else side)
-                else:
-                    self.check_page(environment, next(methods), query, side, mark, offset)
-
-    def check_page(
-        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
-    ) -> dict | None:
-        """One page against the model: the events, their order, the cursors and the counts."""
-        sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
-        if is_upside_down(query):
-            refused(ask(self.enter(environment), method, **sent), part="start_time")
-            return None
-        answer = page(self.enter(environment), method, **sent)
-        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
-        rows = sorted(
-            (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
-        )
-        after = descending is (side == "iter_first_key")  # which neighbours of the cursor are greater
-        left = (
-            [one for one in rows if (place(one) > place(mark) if after else place(one) < place(mark))]
-            if mark
-            else rows[offset:]
-        )
-        expected = left[-size:] if side == "iter_first_key" else left[:size]
-        assert literally(map(as_sent, answer.pop("events"))) == literally(expected)
-        first, last = (cursor(expected[0]), cursor(expected[-1])) if expected else (None, None)
-        assert answer == {"has_more": len(left) > size, "total_count": len(rows), "offset": None if mark else offset + size,
-                          "iter_first_key": first, "iter_last_key": last}  # fmt: skip
-        return {"events": expected, "has_more": answer["has_more"]}
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_to_page(self, environment, filters, order):
-        there = {one["event_id"] for one in self.stored[environment].values() if matches(one, filters)}
-        self.walks.append({"query": (environment, filters | order), "there": there, "seen": [], "mark": None})
-
-    @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
-    def go_on_paging(self, method, data, pages):
-        """In between, anything may have happened."""
-        for _ in range(pages if self.walks else 0):
-            walk = self.walks[at_ := data.draw(st.integers(0, len(self.walks) - 1))]
-            environment, query = walk["query"]
-            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
-            walk["seen"] += [one["event_id"] for one in found["events"]] if found else []
-            if found and found["has_more"]:
-                walk["mark"] = found["events"][-1]
-                continue
-            assert len(walk["seen"]) == len(set(walk["seen"]))
-            assert walk["there"] <= set(walk["seen"])
-            if not self.walks.pop(at_) or not self.walks:
-                return
-
-    @rule(environment=ENVIRONMENTS, kind=st.sampled_from(AGGREGATIONS), times=st.tuples(MOMENTS, MOMENTS),
-          narrow=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
-              "external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
-          size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
-    def compute_usage(self, environment, kind, times, narrow, size, zone, in_buckets):
-        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
-        if size:
-            query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
-        if kind == "SUM_WITH_MULTIPLIER":
-            query["multiplier"] = "2.5"
-        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
-        answer = usage(self.enter(environment), kind, **query)
-        expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
-        assert (answer["type"], answer["value"]) == (kind, expected)
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(
-            [each for _, each in per_window], rel=1e-9, abs=1e-9
-        )
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
-    def count_by_monitoring(self, environment, times):
-        start, end = sorted(times, key=time_us)
-        between = [
-            one for one in self.stored[environment].values() if matches(one, {"start_time": start, "end_time": end})
-        ]
-        expected = sum(time_us(one["timestamp"]) < time_us(end) for one in between)
-        assert monitored(self.enter(environment), start_time=start, end_time=end) == (expected, [])
-
-    @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
-    def look_one_up(self, environment, event_id, is_known, data):
-        known = self.stored[environment]
-        event_id = data.draw(st.sampled_from([*known])) if known and is_known else event_id
-        response = self.enter(environment).get("/v1/events/lookup", params={"id": event_id})
-        if event_id in known:
-            assert literally([as_sent(response.json()["event"])]) == literally([known[event_id]])
-        else:
-            refused(response, 404, "not_found")
-
-    @rule(environment=ENVIRONMENTS, sent=METERS)
-    def make_a_meter(self, environment, sent):
-        self.note_meter(environment, sent, make(self.enter(environment), "meters", sent))
-
-    def note_meter(self, environment: str, sent: dict, made: dict) -> None:
-        how = {"field": None, "expression": None, "multiplier": None, "bucket_size": None, "group_by": None} | sent[
-            "aggregation"
-        ]
-        if how["multiplier"] is not None:
-            how["multiplier"] = {"2.5": "2.5", 3: "3", "1e-3": "0.001"}[how["multiplier"]]
-        expected = sent | {"aggregation": how, "event_name": sent["event_name"].strip(), "status": "published"}
-        assert made.items() >= expected.items()
-        self.meters[environment][made["id"]] = made
-
-    @rule(
-        environment=ENVIRONMENTS,
-        name=st.sampled_from([*FEATURE_NAMES]),
-        sent=METERS,
-        has_one=st.booleans(),
-        data=st.data(),
-    )
-    def make_a_feature(self, environment, name, sent, has_one, data):
-        meters, features = self.meters[environment], self.features[environment]
-        fields: dict = {"meter": sent}
-        if has_one and meters:
-            fields = {"meter_id": data.draw(st.sampled_from([*meters]))}
-        response = self.enter(environment).post("/v1/features", json=feature_of(name, **fields))
-        if "meter_id" in fields and meters[fields["meter_id"]]["status"] == "archived":
-            refused(response, part="meter_id")
-        elif (key := FEATURE_NAMES[name]) and any(
-            self.is_published(one) and one["lookup_key"] == key for one in features.values()
-        ):
-            refused(response, 409, "already_exists", key)
-        else:
-            assert response.status_code == 201, response.text
-            made = response.json()
-            assert (made["name"], made["lookup_key"], made["meter_id"]) == (name, key, made["meter"]["id"])
-            if "meter_id" in fields:
-                assert made["meter"] == meters[fields["meter_id"]]
-            else:
-                self.note_meter(environment, sent, made["meter"])
-            features[made.pop("id")] = {key: value for key, value in made.items() if key != "meter"}
-
-    @staticmethod
-    def is_published(one: dict) -> bool:
-        return one["status"] == "published"
-
-    @rule(environment=ENVIRONMENTS, is_deleted=st.booleans(), data=st.data())
-    def archive_a_meter(self, environment, is_deleted, data):
-        if known := self.meters[environment]:
-            meter_id = data.draw(st.sampled_from([*known]))
-            method, path = ("DELETE", "") if is_deleted else ("POST", "/disable")
-            assert self.enter(environment).request(method, f"/v1/meters/{meter_id}{path}").status_code == 200
-            known[meter_id]["status"] = "archived"
-
-    @rule(environment=ENVIRONMENTS, data=st.data())
-    def delete_a_feature(self, environment, data):
-        if published := {key: one for key, one in self.features[environment].items() if self.is_published(one)}:
-            feature_id = data.draw(st.sampled_from([*published]))
-            assert self.enter(environment).delete(f"/v1/features/{feature_id}").status_code == 200
-            deleted = published.pop(feature_id)
-            deleted["status"] = "archived"
-            if all(one["meter_id"] != deleted["meter_id"] for one in published.values()):
-                self.meters[environment][deleted["meter_id"]]["status"] = "archived"
-
-    @rule(environment=ENVIRONMENTS, status=st.sampled_from(["", "published", "archived"]))
-    def list_meters_and_features(self, environment, status):
-        client, meters = self.enter(environment), self.meters[environment]
-        features = [
-            {"id": key, **one, "meter": meters[one["meter_id"]]} for key, one in self.features[environment].items()
-        ]
-        for path, known in (("meters", [*meters.values()]), ("features", features)):
-            in_order = sorted(known, key=lambda one: one["id"], reverse=True)  # all are of one moment
-            expected = [one for one in in_order if status in ("", one["status"])]
-            assert listed(client, path, status=status) == expected
-        for meter_id in {*self.meters["development"], *self.meters["staging"]} - meters.keys():
-            refused(client.get(f"/v1/meters/{meter_id}"), 404, "not_found")
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), zone=st.sampled_from(ZONES), data=st.data(),
-          narrow=st.fixed_dictionaries({}, optional={"external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"),
-                                                     "filters": PROPERTY_FILTERS, "window_size": st.sampled_from(["HOUR", "DAY", "WEEK"])}))  # fmt: skip
-    def compute_usage_of_a_meter(self, environment, times, zone, data, narrow):
-        if not self.meters[environment]:
-            return
-        meter = data.draw(st.sampled_from([*self.meters[environment].values()]))
-        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
-        if min(times) == max(times) and meter["aggregation"]["type"] == "WEIGHTED_SUM":
-            return  # a share of nothing
-        value, per_window = usage_by_hand(meter, [*self.stored[environment].values()], query)
-        answer = metered_usage(self.enter(environment), meter["id"], **query)
-        has_value = "window_size" not in query or meter["aggregation"]["bucket_size"]
-        assert answer["value"] == (pytest.approx(value, rel=1e-9, abs=1e-9) if has_value else None)
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
-        expected = [each for _, each in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), group_by=DIMENSIONS,
-          narrow=st.fixed_dictionaries({}, optional={
-              "external_customer_id": st.sampled_from(["a", "é"]), "property_filters": PROPERTY_FILTERS, "expand": st.just(["source"]),
-              "sources": st.just(["a", "::"]), "window_size": st.sampled_from(["HOUR", "3HOUR", "DAY", "WEEK", "MONTH"])}))  # fmt: skip
-    def analyse_usage(self, environment, times, group_by, narrow):
-        """Without archived meters: the clock stands still, so nothing came before or after they were archived."""
-        query = {"start_time": min(times), "end_time": max(times), "group_by": group_by, **narrow}
-        events, meters = [*self.stored[environment].values()], self.meters[environment]
-        items = analytics(self.enter(environment), **query)
-        expected = {(meter["id"], group): item for meter in meters.values() if self.is_published(meter)
-                    for group, item in analytics_by_hand(meter, events, query).items()}  # fmt: skip
-        check_items([item for item in items if self.is_published(meters[item["meter_id"]])], query, expected)
-
-    @rule()
-    def restart(self):
-        self.client.__exit__(None, None, None)
-        self.client = metering(Path(self.folder.name)).__enter__()
-
-
-@pytest.mark.slow
-def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
-    options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
-                       suppress_health_check=list(HealthCheck))  # fmt: skip
-    run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
 
 
 # ---------------------------------------------------------------------------------------------- full disks, locks, damaged files
@@ -1518,5 +1112,5 @@ def test_schemathesis_finds_no_failure(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in live.log
-    tested = len(eventstore.openapi_document([*eventstore.OPERATIONS, *OPERATIONS])["paths"])
+    tested = len(openapi.openapi_document([*eventstore.own_operations(), *OPERATIONS])["paths"])
     assert int(re.search(r"Tested: (\d+)", done.stdout)[1]) >= tested, done.stdout

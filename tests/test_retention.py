@@ -20,7 +20,10 @@ import pytest
 from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
+from eventstore import Row, Settings, create_app
+from eventstore_extras import forward, retention
+from eventstore_extras.mock import running_server
+from helpers import (
     DAY_US,
     EVER,
     KEY,
@@ -41,9 +44,6 @@ from conftest import (
     store,
     table,
 )
-from eventstore import Row, Settings, create_app
-from eventstore_extras import forward, retention
-from eventstore_extras.mock import running_server
 
 ENVIRONMENTS = ("development", "staging")
 HOUR_US = 3_600_000_000

@@ -24,7 +24,8 @@ import msgspec
 import pytest
 
 import eventstore
-from conftest import (
+from eventstore_extras import exporting, forward, importing, stored
+from helpers import (
     EVER,
     KEY,
     NASTY_PROPERTIES,
@@ -55,7 +56,6 @@ from conftest import (
     table,
     total,
 )
-from eventstore_extras import exporting, forward, importing, stored
 
 # ---------------------------------------------------------------------------------------------- import and export
 
