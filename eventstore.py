@@ -2417,8 +2417,8 @@ def _read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) ->
 
 _COMMANDS = {  # name -> the module of eventstore_extras that has it, and what it does
     "serve": ("", "serve the API"),
-    "import": ("transfer", "store the events of a file"),
-    "export": ("transfer", "write events to a file"),
+    "import": ("importing", "store the events of a file"),
+    "export": ("exporting", "write events to a file"),
     "replay": ("forward", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }

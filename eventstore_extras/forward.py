@@ -63,20 +63,17 @@ from eventstore import (
     sql,
     to_datetime,
 )
+from eventstore_extras.entries import ExportedEvent, exported_event
+from eventstore_extras.files import progress_bar, sync_folder, whole_file
 from eventstore_extras.job import StopError, run_job, until_sigterm
-from eventstore_extras.transfer import (
-    ExportedEvent,
+from eventstore_extras.stored import (
     StoredRow,
     add_filter_flags,
-    exported_event,
     flag_query,
+    no_events_hint,
     open_stored,
-    other_environments,
-    progress_bar,
     select_rows,
     stored_events,
-    sync_folder,
-    whole_file,
 )
 
 # ---------------------------------------------------------------------------------------------- sending
@@ -540,7 +537,7 @@ def replay_events(arguments: argparse.Namespace) -> int:
         except (KeyboardInterrupt, asyncio.CancelledError):
             sure = f"{plural(progress.accepted, 'event')} are accepted ({progress.place})"
             raise StopError(f"interrupted; {sure}; {again_command(arguments)} goes on from there") from None
-        elsewhere = "" if replay.sent else other_environments(conn, arguments.environment)
+        elsewhere = "" if replay.sent else no_events_hint(conn, arguments.environment)
     known = f" ({replay.known:,} of them it had)" if replay.known else ""
     counts = f"sent {plural(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
     say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
@@ -551,7 +548,7 @@ def would_send(conn: sqlite3.Connection, query: EventQuery, replay: Replay, argu
     every = (batches(pages, arguments.batch_size) for pages in replay.passes(conn, query))
     sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(every)]
     would = f"{plural(sum(sizes), 'event')} in {plural(len(sizes), 'request')} to {bulk_url(replay.progress.target)}"
-    elsewhere = "" if sizes else other_environments(conn, arguments.environment)
+    elsewhere = "" if sizes else no_events_hint(conn, arguments.environment)
     return f"would send {would}; nothing was sent{elsewhere}"
 
 

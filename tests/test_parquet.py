@@ -172,9 +172,9 @@ def test_it_is_packed_in_groups_that_fit_the_memory(tmp_path, monkeypatch):
     assert {column.compression for column in columns.values()} == {"ZSTD"}
     assert [name for name, column in columns.items() if column.has_dictionary_page] == [
         "event_name", "external_customer_id", "customer_id", "source", "properties", "environment"]  # fmt: skip
-    monkeypatch.setattr(parquet, "GROUP_ROWS", 2000)
+    monkeypatch.setattr(parquet, "_GROUP_ROWS", 2000)
     assert [group.num_rows for group in groups()] == [2000, 1000]
-    monkeypatch.setattr(parquet, "GROUP_BYTES", 500 * (parquet.EVENT_BYTES + len('{"text": ""}') + 100))
+    monkeypatch.setattr(parquet, "_GROUP_BYTES", 500 * (parquet._EVENT_BYTES + len('{"text": ""}') + 100))
     assert [group.num_rows for group in groups()] == [500] * 6
 
 
@@ -183,7 +183,7 @@ def test_it_is_packed_in_groups_that_fit_the_memory(tmp_path, monkeypatch):
 def test_an_export_that_does_not_come_to_its_end_leaves_no_file(tmp_path, monkeypatch, capsys, error, part):
     imported(tmp_path, lines_of(event("a")))
     capsys.readouterr()
-    monkeypatch.setattr(parquet, "arrays", Mock(side_effect=error))
+    monkeypatch.setattr(parquet, "_arrays", Mock(side_effect=error))
     before = sizes_in(tmp_path)
     assert command_line("export", "--db", tmp_path / "events.db", "-o", tmp_path / "out.parquet") == 1
     assert part in capsys.readouterr().err
@@ -368,11 +368,11 @@ BAD_ROWS = {  # columns of three rows, of which the second is bad; the field and
     "too deep": ({"properties": ["{}", '{"a": %s}' % DEEP, None]}, "properties: is nested deeper than 500 levels"),
     "a time as text": ({"timestamp": [None, "2026-08-06 06:53:31", None]}, 'timestamp: must be RFC 3339 with a zone, got "2026-'),
     "a far time": ({"timestamp": pa.array([0, 2**53, 0], pa.timestamp("ms", "UTC"))}, 'timestamp: must lie in the years 1 to 9999 in UTC, got 9007199254740992000 microseconds from 1970'),
-    "a far time in properties": ({"properties.t": pa.array([0, 2**53, 0], pa.timestamp("ms"))}, 'row: holds what cannot be written as JSON in "properties.t"'),
-    "a time beyond": ({"timestamp": pa.array([0, 2**62, 0], pa.timestamp("ms", "UTC"))}, "row: holds what cannot be written as JSON in \"timestamp\" (a time out of range)"),
+    "a far time in properties": ({"properties.t": pa.array([0, 2**53, 0], pa.timestamp("ms"))}, 'row: has a value that cannot be written as JSON in "properties.t"'),
+    "a time beyond": ({"timestamp": pa.array([0, 2**62, 0], pa.timestamp("ms", "UTC"))}, "row: has a value that cannot be written as JSON in \"timestamp\" (a time out of range)"),
     "before 1": ({"timestamp": pa.array([0, -(2**56), 0], UTC_TIME)}, "timestamp: must lie in the years 1 to 9999 in UTC, got -72057594037927936 micro"),
     "two values": ({"properties": ["{}", '{"a": 1, "b": 2.0}', "{}"], "properties.a": [None, 2, 3], "properties.b": [None, 2, 3]},
-                   "properties.a: is in the column properties, too, with another value"),
+                   "properties.a: has another value in the column properties"),
     "too long": ({"properties": ["{}", json.dumps({"a": "x" * 3000}), "{}"]}, "row: is longer than 1000 bytes"),
     "too long beside": ({"properties.a": ["", "x" * 3000, ""]}, "row: is longer than 1000 bytes"),
 }  # fmt: skip
@@ -393,7 +393,7 @@ def test_a_bad_row_is_named_by_its_number_or_goes_to_the_rejects(tmp_path, capsy
     (reject,) = map(json.loads, rejects.read_bytes().splitlines())
     (error,) = reject["errors"]
     assert (reject["row"], error["field"]) == (2, problem.partition(":")[0])
-    assert "row: holds" in problem or reject["event"]["event_id"] == "1"
+    assert "row: has a value" in problem or reject["event"]["event_id"] == "1"
     assert "another value" not in problem or reject["event"]["named"] == {"a": 2, "b": 2}
 
 
@@ -437,9 +437,9 @@ BAD_FILES = {  # the content, or what makes it if that takes long; the problem, 
     "cut off": (GOOD[:-10], "is cut off: a Parquet file has its table of contents at its end"),
     "cut at the start": (GOOD[:4] + GOOD[-200:], "is cut off: a Parquet file has its table of contents at its end"),
     "contents damaged": (GOOD[:-40] + b"\xff" * 30 + GOOD[-10:], "cannot be read as Parquet ("),
-    "encrypted": (encrypted, "is encrypted: decrypt it, and import what comes out"),
+    "encrypted": (encrypted, "is encrypted: decrypt it first, and import the result"),
     "encrypted columns": (lambda: encrypted(plaintext_footer=True), "cannot be read from row 1 on: it is damaged, or its columns are encrypted ("),
-    "packed": (gzip.compress(GOOD), "Parquet is read from its end: give it as a file, not packed and not by a pipe"),
+    "packed": (gzip.compress(GOOD), "Parquet is read from its end: name a file that is not gzipped, not a pipe"),
     "a list of dates": (parquet_of({"event_name": pa.array([[date(2026, 1, 1)]])}), 'the column "event_name" must be text; it is List(Date32'),
     "a number as a text": (parquet_of({"external_customer_id": [5]}), 'the column "external_customer_id" must be text; it is Int64'),
     "bytes as a text": (parquet_of({"source": [b"x"]}), 'the column "source" must be text; it is Binary'),
@@ -448,7 +448,7 @@ BAD_FILES = {  # the content, or what makes it if that takes long; the problem, 
     "a nested property": (parquet_of({"properties.a": [{"b": 1}]}), 'the column "properties.a" must hold single values: only properties may be'),
     "an unknown column": (parquet_of({"when": [1]}), 'the schema has unknown columns: "when"; known are event_name, '),
     "two ids": (parquet_of({"id": ["x"]}), "the schema has the column id and event_id twice"),
-    "a map of numbers": (parquet_of({"properties": pa.array([[(1, 2)]], pa.map_(pa.int64(), pa.int64()))}), "row 1: row: holds what cannot be written as JSON in \"properties\" ("),
+    "a map of numbers": (parquet_of({"properties": pa.array([[(1, 2)]], pa.map_(pa.int64(), pa.int64()))}), "row 1: row: has a value that cannot be written as JSON in \"properties\" ("),
     "10,000 columns": (lambda: parquet_of({f"properties.{n}": [1] for n in range(10_000)}), "the schema has 10003 columns, at most 1000 are read: write properties as"),
     "10,000 members": (lambda: parquet_of({"properties": pa.nulls(1, pa.struct([(str(n), pa.int8()) for n in range(10_000)]))}), "the schema has 10003 columns, at most"),
     "600 levels": (lambda: nested(600), "the schema is nested deeper than 500 levels: write properties as JSON text"),
@@ -513,7 +513,7 @@ def test_standard_input_may_be_a_file_but_no_pipe(tmp_path):
     assert "imported 3 events" in done.stderr
     done = run(*SCRIPT, "import", "-", "--db", "new.db", cwd=tmp_path, input=GOOD, text=False)
     assert done.returncode == 1
-    assert done.stderr.startswith(b"eventstore: standard input: Parquet is read from its end: give it as a file")
+    assert done.stderr.startswith(b"eventstore: standard input: Parquet is read from its end: name a file that")
     assert not (tmp_path / "new.db").exists()
 
 
@@ -522,7 +522,7 @@ def test_standard_input_may_be_a_file_but_no_pipe(tmp_path):
     ("--properties-column tokens:double", "got 'tokens:double'"),
     ("--properties-column :int64", "got ':int64'"),
     ("--properties-column a:int64", "--properties-column goes with --format parquet"),
-    ("--format parquet --properties-column a:int64 --properties-column a:bool", "--properties-column a is there twice"),
+    ("--format parquet --properties-column a:int64 --properties-column a:bool", "--properties-column a is given twice"),
     ("--format parquet -o out.gz", "--output out.gz: Parquet is compressed already; leave .gz out"),
     ("-o out.parquet.gz", "--output out.parquet.gz: Parquet is compressed already; leave .gz out"),
     ("--format parquet --tenant-id t", "--tenant-id goes with --format clickhouse"),
@@ -555,7 +555,7 @@ def test_a_terminal_is_no_place_for_it(tmp_path):
     os.close(terminal)
     assert (done.returncode, done.stderr) == (
         2,
-        "eventstore: --format parquet is nothing for a terminal: name a file with --output\n",
+        "eventstore: --format parquet cannot go to a terminal: name a file with --output\n",
     )
 
 
