@@ -2456,7 +2456,7 @@ COMMANDS = {  # name -> the room of eventstore_extras that has it, and what it d
     "serve": ("", "serve the API"),
     "import": ("transfer", "store the events of a file"),
     "export": ("transfer", "write events to a file"),
-    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+    "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }
 SHUTDOWN_TIMEOUT_S = 5  # for a request after SIGTERM; Docker kills after 10 s, writer and checkpoint come after it
