@@ -370,8 +370,8 @@ class Target:
         self.url = url
         self.bulk_url = bulk_url(url)
         try:
-            httpx.URL(self.bulk_url)
-        except httpx.InvalidURL as error:
+            _ = httpx.URL(self.bulk_url).host  # decodes the host, as each request would
+        except (httpx.InvalidURL, UnicodeError) as error:
             raise StartError(f"{flag} must be a valid URL, got {echo(url)}: {error}") from None
         self._key = key
         self._flag = flag
