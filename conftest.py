@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +49,17 @@ def choose(request, capsys) -> random.Random:
         print(f" {line} ", end="", flush=True)
     print(line)  # this one is captured, and shown with the failure
     return random.Random(f"{SEED} {request.node.name}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite with one xdist worker per core. Files and tests named on the command line, `-n 0` and
+    `-p no:xdist` run in one process. `-n` in addopts would be an unknown option with `-p no:xdist`."""
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
+    if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = "auto"
+        config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 
 
 def pytest_configure() -> None:
@@ -186,8 +197,18 @@ def sizes_in(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir()}
 
 
+def free_port() -> int:
+    """Return a port on which nothing listens. It lies below those that the system hands out, so no client or server of
+    another test takes it by chance; each xdist worker has a range of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in random.sample(range(20_000 + worker % 12 * 1000, 21_000 + worker % 12 * 1000), 1000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
+
+
 def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.005)

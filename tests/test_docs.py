@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -32,12 +31,13 @@ import msgspec
 import pytest
 
 import eventstore
+from conftest import free_port
 from eventstore_extras import analytics, meters
 from eventstore_extras.mock import MockServer, running_server
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-FILES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+FILES = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
 DEPLOYING, RELIABILITY, OUTBOX, REFERENCE, API, ANALYTICS, METERS, FIDELITY = (
     PAGES[f"docs/{name}.md"]
@@ -85,14 +85,10 @@ def run(folder: Path, *command: object, **variables: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def wait_for(port: int, process: subprocess.Popen) -> None:
     """Until the server has opened its database, which locks it for a moment: the port takes connections before."""
-    for _ in range(300):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
         try:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
             return

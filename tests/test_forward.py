@@ -814,6 +814,7 @@ class BadLine:
     __enter__, __exit__ = Target.__enter__, Target.__exit__
 
 
+@pytest.mark.slow
 def test_what_was_acknowledged_reaches_the_target_once_through_a_storm(tmp_path, choose):
     senders = [Sender(choose.getrandbits(64), sizes=(1, 1, 5, 40, 400)) for _ in range(3)]
     folders = {"source": tmp_path / "source", "target": tmp_path / "target"}

@@ -384,6 +384,11 @@ def test_a_server_that_is_never_left_ends_with_its_process_and_leaves_no_file(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def run_tests(pytester, *flags: str) -> pytest.RunResult:
+    """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
+    return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
+
+
 def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
     pytester.makepyfile(
         """
@@ -414,7 +419,7 @@ def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
             assert set(servers) == {flexprice.url}
         """
     )
-    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=3)
+    run_tests(pytester, "-W", "error").assert_outcomes(passed=3)
 
 
 MODULE_LEVEL_CLIENT = """
@@ -450,7 +455,7 @@ def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhe
             assert len(flexprice.events()) == 1 and application.HOST == flexprice.url
         """
     )
-    pytester.runpytest_subprocess("-q", "-p", "no:randomly").assert_outcomes(passed=2)
+    run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
 
 
 @table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
@@ -474,13 +479,13 @@ def test_a_suite_that_means_the_real_thing_keeps_its_variables(pytester, monkeyp
             assert os.environ["FLEXPRICE_API_HOST"] == "http://real.example/v1"
         """
     )
-    pytester.runpytest_subprocess("-q", *flags).assert_outcomes(passed=3)
+    run_tests(pytester, *flags).assert_outcomes(passed=3)
 
 
 def test_the_variables_are_as_before_when_the_run_is_over(tmp_path):
     (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
     code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
-            "status = pytest.main(['-q', 'test_nothing.py']); "
+            "status = pytest.main(['-q', '-p', 'no:schemathesis', 'test_nothing.py']); "
             "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
     assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
 
@@ -500,7 +505,7 @@ def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
             pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
         """
     )
-    pytester.runpytest_subprocess("-q", "-n", "2").assert_outcomes(passed=8)
+    run_tests(pytester, "-n", "2").assert_outcomes(passed=8)
     urls = [path.read_text() for path in pytester.path.glob("*.url")]
     assert len(urls) == len(set(urls)) == 2
 
@@ -533,7 +538,7 @@ def test_a_test_can_count_the_requests_and_what_met_them(pytester):
             assert flexprice.requests() == []
         """
     )
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+    run_tests(pytester).assert_outcomes(passed=1)
 
 
 def test_a_fault_that_no_request_met_is_a_warning_at_the_end_of_its_test(pytester):
@@ -548,7 +553,7 @@ def test_a_fault_that_no_request_met_is_a_warning_at_the_end_of_its_test(pyteste
             application.send()
         """
     )
-    result = pytester.runpytest_subprocess("-q")
+    result = run_tests(pytester)
     result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
 
@@ -563,7 +568,7 @@ def test_a_run_that_does_not_use_the_fixture_imports_no_server(pytester):
             assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
         """
     )
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+    run_tests(pytester).assert_outcomes(passed=1)
 
 
 def retrying():

@@ -21,6 +21,7 @@ from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, 
 QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
 
 
+@pytest.mark.slow
 def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
     done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -32,6 +33,7 @@ def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
     process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
@@ -130,9 +132,10 @@ SENDING_SIGINT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
 def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_still_interrupt():
-    pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SENDING_SIGINT)
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *SENDING_SIGINT)
     done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
 
@@ -165,6 +168,7 @@ store.closed()  # type: ignore[attr-defined]
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tmp_path):
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)

@@ -65,6 +65,7 @@ from conftest import (
     event,
     eventually,
     feature_of,
+    free_port,
     ids,
     is_root,
     listed,
@@ -411,6 +412,7 @@ def every(client, path: str) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
     senders = [Sender(choose.getrandbits(64), features=0.2) for _ in range(6)]
     with sending(senders) as stop:
@@ -812,6 +814,7 @@ class Model(RuleBasedStateMachine):
         self.client = metering(Path(self.folder.name)).__enter__()
 
 
+@pytest.mark.slow
 def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
     options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
                        suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -1011,10 +1014,11 @@ def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(tmp_pa
     assert set(written) <= set(rewritten)
 
 
-def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
+def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(eventstore, "WRITE_LOCK_TIMEOUT_S", 0.5)
     with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
         store(client, event("before"))
-        with write_lock(tmp_path):  # longer than busy_timeout, and for more than one commit takes
+        with write_lock(tmp_path):  # for longer than a commit waits, and for more than one commit takes
             many = {"events": [event()] * 1000}
             waiting = [pool.submit(client.post, "/v1/events/bulk", json=many) for _ in range(32)]
             waiting.append(pool.submit(client.post, "/v1/events", json=event("single")))
@@ -1071,7 +1075,7 @@ def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp
 
 def refused_to_start(folder: Path, *prefix: str) -> str:
     """The one line with which the server says why it does not start."""
-    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder, timeout=10)
+    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: .+\n", done.stderr)
     return done.stderr
@@ -1249,17 +1253,18 @@ def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_c
 def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
     one = posting(BODY)
     with (
-        Live(tmp_path, "--api-key", KEY, command=limited_to(1), PYTHONPATH=str(ROOT)) as live,
-        live.connect() as idle,
+        Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)) as live,
         live.connect() as slow,
+        live.connect() as idle,
         live.connect() as half,
         live.connect() as later_half,
         live.connect() as silent,
     ):
+        slow.sendall(one[:-10])  # its headers are there
         for sock in (idle, later_half):
             sock.sendall(one)
+        for sock in (idle, later_half):
             assert answer_on(sock).status_code == 202
-        slow.sendall(one[:-10])  # its headers are there
         for sock in (half, later_half):
             sock.sendall(one[:30])
         assert [sock.recv(1) for sock in (half, later_half, silent)] == [b""] * 3
@@ -1363,8 +1368,7 @@ def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path,
 
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*SCRIPT, "serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
 
@@ -1408,6 +1412,7 @@ def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within
     check_ledgers(tmp_path, senders)
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path):
     body = json.dumps(event()).encode()
     with (
@@ -1501,6 +1506,7 @@ def is_feature(sent):
 '''
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_no_failure(tmp_path):
     (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
     with Live(tmp_path / "server", "--api-key", KEY) as live:

@@ -268,6 +268,7 @@ def test_an_import_without_a_good_event_to_begin_with_leaves_no_database_behind(
     assert sorted(sizes_in(tmp_path)) == ["in"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 @table("form", ["json", "ndjson", "csv"])
 def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path, form):
