@@ -1,9 +1,9 @@
-"""README.md, CHANGELOG.md and docs/ are true: their examples are run, and their links lead somewhere.
+"""Run the examples of README.md and docs/, follow the links, and compare the pages with the code.
 
-A ```console block is pasted: lines after `$ ` are commands (`> ` goes on with one), the others are what they print, but
-for ids, clocks and the like, which vary; an id that was shown stands for that of the run in the commands after it. A
-page has one server, in a folder of its own. The ```python blocks of a page are one program, which is run last, and what
-its ```text blocks show is printed by it. Blocks of other languages are not run.
+Each page gets its own server in its own folder. In a ```console block, lines after `$ ` are commands; a line after `> `
+continues the command. The other lines are the expected output. Ids, times of the run, durations and versions may
+differ; a later command that uses an id from the page gets the id of the run. The ```python blocks of a page form one
+program, which runs last and must print the page's ```text blocks. Blocks of other languages are not run.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def prose(page: str) -> str:
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    (folder / ".curlrc").write_text("silent\nshow-error\n")  # no meter, which curl shows where there is no terminal
+    (folder / ".curlrc").write_text("silent\nshow-error\n")  # without a terminal, curl prints a progress meter
     others = {name: value for name, value in os.environ.items() if not name.startswith(("EVENTSTORE_", "FLEXPRICE_"))}
     ours = {"FLEXPRICE_API_KEY": KEY, "CURL_HOME": str(folder), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1"}
     return others | ours | variables
 
 
 def run(folder: Path, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """What became of a command; all that it printed is in stdout."""
+    """Run a command; its stdout includes what it wrote to stderr."""
     return subprocess.run(
         [*map(str, command)], cwd=folder, env=environment(folder, **variables), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False
@@ -86,7 +86,7 @@ def run(folder: Path, *command: object, **variables: str) -> subprocess.Complete
 
 
 def wait_for(port: int, process: subprocess.Popen) -> None:
-    """Until the server has opened its database, which locks it for a moment: the port takes connections before."""
+    """Wait for an answer. The port accepts connections before that, while the server still opens its database."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -109,7 +109,7 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen]:
-    """`eventstore serve` in the folder, which is where its events.db is."""
+    """Run `eventstore serve` in the folder; its events.db is there."""
     command = [*EVENTSTORE, "serve", "--port", str(port)]
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables), stdout=log, stderr=log)
@@ -144,7 +144,7 @@ VARIES = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in VARYI
 
 
 def varies(found: re.Match[str], now: datetime) -> bool:
-    """Whether another run prints something else there. Times do if they are the run's own, of this very hour."""
+    """Return whether another run may print something else here. A time may vary if it is within an hour of now."""
     if found.lastgroup not in ("clock", "cursor"):
         return True
     moment = int(found[0]) / 1e9 if found.lastgroup == "cursor" else datetime.fromisoformat(found[0]).timestamp()
@@ -152,7 +152,7 @@ def varies(found: re.Match[str], now: datetime) -> bool:
 
 
 def compare(command: str, expected: str, printed: str) -> dict[str, str]:
-    """What was printed is what the page has, but for what varies. The page's ids, and those of the run."""
+    """Assert that a command printed what the page shows, except what varies. Return the run's id for each id shown."""
     now = datetime.now(UTC)
     twins = list(VARIES.finditer(printed))
     masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
@@ -169,7 +169,7 @@ def compare(command: str, expected: str, printed: str) -> dict[str, str]:
 
 
 def with_ports(text: str, ports: dict[str, int]) -> str:
-    """The same with free ports in place of those that the page has."""
+    """Replace the page's ports by free ones."""
 
     def free(found: re.Match[str]) -> str:
         return found[1] + str(ports.setdefault(found[2], free_port()))
@@ -178,12 +178,12 @@ def with_ports(text: str, ports: dict[str, int]) -> str:
 
 
 def with_ids(text: str, ids: dict[str, str]) -> str:
-    """The same with ids of the run in place of those that the page has shown."""
+    """Replace ids that the page has shown by those of the run."""
     return VARIES.sub(lambda found: ids.get(found[0], found[0]), text)
 
 
 def here(command: str) -> str:
-    """The command for this copy and this Python."""
+    """Make the command use this checkout and this Python."""
     command = command.replace(".venv/bin/eventstore", shlex.join(EVENTSTORE))
     return re.sub(r"^python3 ", f"{shlex.quote(sys.executable)} ", command)
 
@@ -230,7 +230,7 @@ def test_the_other_fixture_is_a_server_too(slow_flexprice):
 
 
 def run_program(name: str, program: str, folder: Path) -> str:
-    """What the Python of a page prints; where it is about tests, it is a test file."""
+    """Run the Python of a page and return its output; docs/testing.md is a test file, so pytest runs it."""
     is_test_file = name == "docs/testing.md"
     path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
     path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
@@ -255,7 +255,7 @@ def test_the_masks_leave_what_does_not_vary():
 
 
 def anchors(page: str, levels: str = "#+") -> list[str]:
-    """The headings as GitHub makes anchors of them."""
+    """Return the anchors that GitHub makes from the headings."""
     headings = re.findall(rf"^{levels} (.+)$", prose(page), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
@@ -278,7 +278,7 @@ def test_every_link_leads_somewhere(name):
 @each_page
 def test_no_two_headings_of_a_page_share_an_anchor(name):
     found = anchors(PAGES[name])
-    assert len(found) == len(set(found)), found  # a link leads to the first of them, whichever was meant
+    assert len(found) == len(set(found)), found  # a link always leads to the first one
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/")])
@@ -345,7 +345,7 @@ FLAG = re.compile(r"--[a-z][a-z-]+")
 
 
 def help_of(folder: Path, command: str) -> dict[str, str]:
-    """The flags of a command and their defaults, "" for none."""
+    """Return the flags of a command with their defaults, "" for none."""
     flags = {}
     shown = run(folder, *EVENTSTORE, command, "--help", COLUMNS="1000").stdout
     for text in re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]:
@@ -406,7 +406,7 @@ def test_a_route_that_is_left_out_is_refused_as_documented(route, status):
 
 
 def wire_types(kind: Any) -> Iterator[type]:
-    """A type of the wire, and those of its fields."""
+    """Yield a wire type and the types of its fields."""
     if hasattr(kind, "__struct_fields__"):
         yield kind
         for field in msgspec.structs.fields(kind):
@@ -503,7 +503,7 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
             assert send(port, f"before {number}").status_code == 202
         assert run(tmp_path, "bash", "-c", here(command)).stdout == ""
         assert send(port, "after").status_code == 202
-        process.kill()  # a bad day: there is a -wal, and what is in it belongs to the old file
+        process.kill()  # leaves a -wal, which belongs to the old file
         process.wait()
     assert (tmp_path / "events.db-wal").exists()
     (tmp_path / "events.db").write_bytes(b"damaged")
@@ -515,7 +515,7 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
 
 
 def test_a_key_is_changed_without_losing_a_request(tmp_path):
-    """The three steps of Keys, while an application sends that tries again when it is refused a connection."""
+    """Follow the documented steps while an application sends events and retries refused connections."""
     port, key, over, sent = free_port(), "old-key", threading.Event(), []
 
     def application() -> None:
@@ -554,7 +554,7 @@ def published(server: MockServer, path: str) -> list[dict[str, Any]]:
 
 
 def what_moves(server: MockServer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The published meters and features; in place of their ids, which meter a feature has."""
+    """Return the published meters and features without ids; a feature has its meter's position instead."""
     anew = dict.fromkeys(("id", "created_at", "updated_at", "meter_id", "meter"))
     rows = published(server, "meters")
     places = {meter["id"]: place for place, meter in enumerate(rows)}
@@ -572,7 +572,7 @@ METERS_TO_MOVE = [
 
 
 def fill_with_meters(server: MockServer) -> None:
-    """Meters without a feature, with one and with two; features without a meter, with one, and with an archived one."""
+    """Create meters with zero, one and two features; features with a meter, an archived meter, and none."""
 
     def make(path: str, **body: object) -> str:
         answer = httpx.post(f"{server.url}/{path}", json=body, headers={"x-api-key": server.api_key})
@@ -610,7 +610,7 @@ def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_ch
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_the_systemd_unit_is_one(tmp_path):
     (unit,) = blocks(DEPLOYING, "ini")
-    unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # it has to be there
+    unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # the program must exist
     (edited,) = blocks(OUTBOX, "systemd")
     edited = re.sub(r"^(ExecStart=)/\S+", rf"\1{sys.executable}", edited, flags=re.MULTILINE)
     (tmp_path / "eventstore.service").write_text(f"{unit}\n{edited}")
