@@ -2419,7 +2419,7 @@ _COMMANDS = {  # name -> the module of eventstore_extras that has it, and what i
     "serve": ("", "serve the API"),
     "import": ("importing", "store the events of a file"),
     "export": ("exporting", "write events to a file"),
-    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+    "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }
 _SERVE_EXTRAS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> module

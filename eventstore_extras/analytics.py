@@ -1,100 +1,75 @@
-"""What dashboards ask: the usage of one meter, and of all of them by group and window (API: Analytics)."""
+"""POST /v1/events/analytics: usage by meter, group and window (API: Analytics).
+
+From top to bottom: the wire types, the checked query, the table of aggregations, the scans that a query needs, the SQL
+of a scan step by step, the answer, the handler.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import bisect
 import itertools
+import operator
 import re
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 from starlette.requests import Request
 from starlette.responses import Response
 
 from eventstore import (
     DAY_US,
     ENCODER,
-    FIELD_SCHEMAS,
     IN_ENVIRONMENT,
+    IN_SPAN,
     MAX_FILTER_VALUES,
     MIN_TIME_US,
     MINUTE_US,
     READER_THREADS,
-    WEIGHT,
     WINDOW_MINUTES,
     WINDOW_SIZES,
     Faults,
     FieldError,
     JsonResponse,
     Operation,
-    Parameters,
     PropertyFilters,
+    Selection,
     Service,
+    Span,
+    Sql,
     T,
-    Usage,
-    UsageIn,
-    UsageQuery,
     View,
-    Windows,
-    aggregate,
+    all_of,
     check_property_filters,
     check_window_size,
-    choice,
-    echo,
-    filter_clauses,
     index_of,
-    json_texts,
-    number_expression,
-    parts_of,
-    property_expression,
-    read_fields,
-    refuse,
-    sum_of,
-    time_range,
-    usage_answer,
-    usage_cells,
-    usage_query,
-    usage_value,
-)
-from eventstore_extras import meters
-from eventstore_extras.meters import (
-    Aggregation,
-    Feature,
-    Meter,
-    ReportingUnit,
-    decimal_text,
     is_in,
-    plain_decimal,
-    time_text,
+    json_texts,
+    matching,
+    property_sql,
+    quoted,
+    raise_fault,
+    read_fields,
+    sql,
+    time_range,
 )
+from eventstore_extras import features, meters
+from eventstore_extras.features import Feature, ReportingUnit, all_features
+from eventstore_extras.meters import Aggregation, Meter, all_meters, filters_in_both
+from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
+from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
+from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
 
-MAX_ANSWERED = 100_000  # items of an answer, or points
-MAX_DIMENSIONS = 50
+__all__ = ["OPERATIONS", "Analytics", "AnalyticsIn", "AnalyticsItem", "AnalyticsPoint"]
 
-# ---------------------------------------------------------------------------------------------- wire types
-
-
-class MeterUsageIn(Struct, forbid_unknown_fields=True):
-    """The body of POST /v1/events/usage/meter (API: Usage of a meter)."""
-
-    meter_id: str | None = None
-    external_customer_id: str | None = None
-    customer_id: str | None = None
-    start_time: str | None = None
-    end_time: str | None = None
-    window_size: str | None = None
-    bucket_size: str | None = None
-    filters: PropertyFilters | None = None
-    billing_anchor: str | None = None
-    timezone: str | None = None
+# ---------------------------------------------------------------------------------------------- Wire types
 
 
 class AnalyticsIn(Struct, forbid_unknown_fields=True):
@@ -189,136 +164,59 @@ class Analytics(Struct):
     items: list[AnalyticsItem]
 
 
-METER_USAGE = msgspec.json.Decoder(MeterUsageIn)
-ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
+# ---------------------------------------------------------------------------------------------- Query
 
-# ---------------------------------------------------------------------------------------------- usage of a meter
-
-LIFETIME_WINDOWS = 50_000  # of a MAX meter that never resets, at a time
-ANY_METER = Meter(id="", name="", event_name="any", aggregation=Aggregation("COUNT"), filters=[], reset_usage="",
-                  created_at="", updated_at="", status="")  # fmt: skip
-
-
-def meter_query(sent: MeterUsageIn, meter: Meter, view: View, faults: Faults) -> UsageQuery:
-    """The usage query of a meter. ApiError with every fault (API: Usage of a meter)."""
-    of_meter = meter.aggregation
-    faults.check("bucket_size", check_window_size, sent.bucket_size)
-    same = {*MeterUsageIn.__struct_fields__} & {*UsageIn.__struct_fields__}
-    usage = UsageIn(**{name: getattr(sent, name) for name in same})
-    usage.event_name = meter.event_name
-    usage.aggregation_type, usage.property_name = of_meter.type, of_meter.field
-    usage.multiplier = of_meter.multiplier if of_meter.type == "SUM_WITH_MULTIPLIER" else None
-    usage.bucket_size, usage.group_by_property = of_meter.bucket_size, of_meter.group_by
-    query = usage_query(usage, view, faults)
-    return replace(query, property_filters=both_filters(query.property_filters, meter))
-
-
-def both_filters(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
-    """The filters of a request and of a meter, all of which must hold: of one key, the values that all have."""
-    filters = dict(asked)
-    for condition in meter.filters:
-        known = filters.get(condition.key, condition.values)
-        filters[condition.key] = [value for value in known if value in condition.values]
-    return filters
-
-
-async def compute_meter_usage(service: Service, request: Request) -> Response:
-    """POST /v1/events/usage/meter: usage, with the aggregation of a meter (API: Usage of a meter)."""
-    faults = Faults()
-    sent = await read_fields(service, request, METER_USAGE, faults)
-    if not sent.meter_id:
-        faults.add("meter_id", "required", "is required")
-    view, environment = service.view(request), meters.place_of(service, request).environment
-    meter_query(sent, ANY_METER, view, faults)  # what is wrong with the request, before the meter is looked for
-    service.warn_of_zone(request, sent.timezone)
-    meter = await service.store.read(lambda conn: meters.known_meter(conn, environment, sent.meter_id or "").meter)
-    query = meter_query(sent, meter, view, faults)
-    never_resets = meter.reset_usage == "NEVER"
-    query = replace(query, lifetime=never_resets and query.windows is None)
-    value = await lifetime_value(service, query) if never_resets and query.bucketed else None
-
-    def answer(query: UsageQuery, starts: list[int], cells: list[Any]) -> Usage:
-        usage = usage_answer(query, starts, cells)
-        return usage if value is None else replace(usage, value=value)
-
-    return JsonResponse(await aggregate(service, query, answer))
-
-
-async def lifetime_value(service: Service, query: UsageQuery) -> float:
-    """The sum of all buckets before the end of the range, of which its start cuts none in two."""
-    if query.aggregation == "SUM":
-        alone = replace(query, windows=None, bucketed=False, lifetime=True)
-        return float(await aggregate(service, alone, lambda _, __, cells: usage_value(alone, cells)))
-    return await service.store.read(partial(lifetime_of_buckets, query=query), quick=False)
-
-
-def lifetime_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
-    parameters: Parameters = {"from_us": MIN_TIME_US}
-    where = " AND ".join(filter_clauses(query, parameters))
-    where += " AND timestamp_us >= :from_us AND timestamp_us < :end_us"
-    first = f"SELECT min(timestamp_us) FROM events {index_of(query.filters)} WHERE {where}"
-    windows = query.windows or Windows("DAY")
-    span_us = (WINDOW_MINUTES.get(windows.size, 0) * MINUTE_US or DAY_US) * LIFETIME_WINDOWS
-    value = 0.0
-    while (start_us := conn.execute(first, parameters).fetchone()[0]) is not None:
-        bounds = windows.bounds(start_us, min(start_us + span_us, query.end_us))
-        bounds[-1] = min(bounds[-1], query.end_us)
-        cells = usage_cells(conn, query, list(itertools.pairwise(bounds)))
-        value += usage_value(query, cells)
-        parameters["from_us"] = bounds[-1]
-    return value
-
-
-# ---------------------------------------------------------------------------------------------- analytics: the query
-
-DIMENSIONS = ("source", "external_customer_id")
-IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
+_DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external_customer_id"}  # -> its SQL
+_IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
+_MAX_DIMENSIONS = 50
+_ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
 
 
-class AnalyticsQuery(Struct, frozen=True):
-    """What to aggregate, by what, and into which windows: checked (API: Analytics)."""
+class _Query(Struct, frozen=True):
+    """What to aggregate, by which dimensions, and into which windows: checked (API: Analytics)."""
 
-    events: UsageQuery  # which events, of any meter
+    events: Selection
     feature_ids: frozenset[str]  # empty: all meters
-    sources: list[str]
-    window_size: str | None
+    sources: list[str]  # empty: all events
+    window_size: str | None  # None: no points
     dimensions: tuple[str, ...]
     expand: frozenset[str]
 
+    @property
+    def lists_sources(self) -> bool:
+        return "source" in self.expand and "source" not in self.dimensions
 
-def check_dimension(name: str) -> str:
-    if name not in (*IMPLIED_DIMENSIONS, *DIMENSIONS) and not _PROPERTY_DIMENSION.fullmatch(name):
-        known = f"one of {', '.join((*IMPLIED_DIMENSIONS, *DIMENSIONS))}, or properties.NAME"
-        raise FieldError("invalid_format", f"must be {known} (letters, digits, _ and .), got {echo(name)}")
+
+def _check_dimension(name: str) -> str:
+    if name not in (*_IMPLIED_DIMENSIONS, *_DIMENSIONS) and not _PROPERTY_DIMENSION.fullmatch(name):
+        known = f"one of {', '.join((*_IMPLIED_DIMENSIONS, *_DIMENSIONS))}, or properties.NAME"
+        raise FieldError("invalid_format", f"must be {known} (letters, digits, _ and .), got {quoted(name)}")
     return name
 
 
-def analytics_query(sent: AnalyticsIn, view: View, faults: Faults) -> AnalyticsQuery:
-    """The checked query. ApiError with every fault (API: Analytics)."""
+def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
+    """Check a request. Raises ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
-    for place, name in enumerate(sent.group_by or []):
-        faults.check(f"group_by[{place}]", check_dimension, name or " ")  # an empty one is none either
-    dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in IMPLIED_DIMENSIONS))
-    for field, given, most in ("group_by", dimensions, MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
-        if given and len(given) > most:
-            faults.add(field, "out_of_range", f"may hold {most} names, got {len(given)}")
+    for number, name in enumerate(sent.group_by or []):
+        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept an empty one
+    dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
+    for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
+        if names and len(names) > limit:
+            faults.add(field, "out_of_range", f"may hold {limit} names, got {len(names)}")
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
-    faults.refuse()
+    faults.raise_any()
     customer = {"external_customer_id": sent.external_customer_id} if sent.external_customer_id else {}
-    return AnalyticsQuery(
-        UsageQuery(view=view, start_us=start_us, end_us=end_us, filters=customer, property_filters=property_filters),
-        frozenset(sent.feature_ids or ()),
-        sent.sources or [],
-        window_size,
-        dimensions,
+    events = Selection(view=view, start_us=start_us, end_us=end_us, filters=customer, property_filters=property_filters)
+    return _Query(
+        events, frozenset(sent.feature_ids or ()), sent.sources or [], window_size, dimensions,
         frozenset(sent.expand or ()),
-    )
+    )  # fmt: skip
 
 
-class Metered(NamedTuple):
-    """A meter of the answer, and the feature that names it."""
+class _NamedMeter(NamedTuple):
+    """A meter that the query asks for, and the feature that names it."""
 
     meter: Meter
     archived_at_us: int | None
@@ -328,421 +226,470 @@ class Metered(NamedTuple):
     def name(self) -> str:
         return self.feature.name if self.feature else self.meter.name
 
-    def window_size(self, asked: str | None) -> str | None:
-        """How wide its points are: no narrower than its buckets."""
-        bucket_size = self.meter.aggregation.bucket_size
-        return max((size for size in (asked, bucket_size) if size), key=WINDOW_SIZES.index, default=None)
+    @property
+    def aggregation(self) -> Aggregation:
+        return self.meter.aggregation
+
+    @property
+    def is_bucketed_max(self) -> bool:
+        return self.aggregation.type == "MAX" and self.aggregation.bucket_size is not None
+
+    def point_size(self, window_size: str | None) -> str | None:
+        """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
+        sizes = [size for size in (window_size, self.aggregation.bucket_size) if size]
+        return max(sizes, key=WINDOW_SIZES.index, default=None)
 
 
-def find_metered(conn: sqlite3.Connection, query: AnalyticsQuery, environment: int) -> list[Metered]:
-    """The meters that are asked for: all, or those of features."""
-    parameters: Parameters = {"environment": environment}
-    stored = meters.select_meters(conn, "environment = :environment", parameters)
-    of_environment = "features.environment = :environment"
-    # Several features may have a meter: one that is asked for names it, a published one, or the oldest.
-    by_age = f"{of_environment} ORDER BY features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
+def _named_meters(conn: sqlite3.Connection, query: _Query) -> list[_NamedMeter]:
+    """Return the environment's meters, or those of the requested features.
+
+    If several features have a meter, a requested one names it, otherwise the first one of `all_features`.
+    """
+    environment = query.events.view.environment
     names: dict[str, Feature] = {}
-    features = meters.select_features(conn, query.events.view.environment, by_age, parameters)
-    for feature in sorted(features, key=lambda feature: feature.id not in query.feature_ids):
+    for feature in sorted(all_features(conn, environment), key=lambda feature: feature.id not in query.feature_ids):
         names.setdefault(feature.meter_id, feature)
-    metered = [Metered(meter, archived_us, names.get(meter.id)) for meter, archived_us in stored]
-    if query.feature_ids:
-        metered = [one for one in metered if one.feature and one.feature.id in query.feature_ids]
-    return metered
+    named = [
+        _NamedMeter(meter, archived_at_us, names.get(meter.id))
+        for meter, archived_at_us in all_meters(conn, environment)
+    ]
+    if not query.feature_ids:
+        return named
+    return [each for each in named if each.feature and each.feature.id in query.feature_ids]
 
 
-# ---------------------------------------------------------------------------------------------- analytics: SQL
-
-# Buckets that days divide into: SQL makes them of the time itself.
-BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.items() if minutes <= 24 * 60}
-METERS_OF_A_PASS = 50  # SQLite has limits on columns and on the depth of an expression
-
-Cells = tuple[Any, ...]  # of one window and group: see cells_statement
-Bound = tuple[int, int, int]  # start, end, and the start of the window that both are in
+# ---------------------------------------------------------------------------------------------- Aggregations
 
 
-class Pass(NamedTuple):
-    """What one look at the events is to find."""
+class _Aggregate(NamedTuple):
+    """How analytics computes an aggregation."""
 
-    metered: Sequence[Metered]
-    bounds: list[Bound]
+    sql: Callable[[str, str], str]  # the aggregate of the column named first, with the FILTER clause behind it
+    reads: str = ""  # what the column holds of the meter's property: a function of _Property
+    merge: Callable[[float, float], float] | None = operator.add  # values of an earlier and a later part of the range
+    finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
+    event_columns: Sequence[str] = ()  # further columns that it needs: keys of _EVENT_COLUMNS
+    is_position: bool = False  # the SQL finds an event's position; look up the event's value afterwards
+
+
+# A new aggregation needs a row here, and its type and SQL in usage.py. `merge` is None if parts cannot be merged: each
+# window, and the whole range, is then computed in one piece.
+_AGGREGATES = {
+    "COUNT": _Aggregate(lambda _, when: f"count(*){when}"),
+    "SUM": _Aggregate(sum_of, "number"),
+    "AVG": _Aggregate(sum_of, "number", finish=lambda value, event_count, _: value / event_count),
+    "MAX": _Aggregate(lambda number, when: f"max({number}){when}", "number", max),
+    "COUNT_UNIQUE": _Aggregate(lambda text, when: f"count(DISTINCT {text}){when}", "property_text", None),
+    "LATEST": _Aggregate(lambda _, when: f"max(position){when}", "", lambda _, later: later, event_columns=["position"],
+                         is_position=True),
+    "SUM_WITH_MULTIPLIER": _Aggregate(sum_of, "number", finish=lambda value, _, aggregation:
+                                      value * float(aggregation.multiplier or 1)),
+    "WEIGHTED_SUM": _Aggregate(lambda number, when: sum_of(f"({number} * weight)", when), "number",
+                               event_columns=["weight"]),
+}  # fmt: skip
+_EVENT_COLUMNS = {
+    # Zero-padded time followed by the id, so that max() picks the newest event; its value is looked up afterwards.
+    "position": f"printf('%020d', timestamp_us - ({MIN_TIME_US})) || events.id",
+    "weight": WEIGHT,
+}
+
+# ---------------------------------------------------------------------------------------------- Scans
+
+_METERS_PER_SCAN = 50  # SQLite limits the number of columns and the depth of an expression
+# Buckets into which every day divides: SQL computes an event's bucket from its time, without a list of buckets.
+_BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.items() if minutes <= 1440}
+
+
+class _Scan(NamedTuple):
+    """The meters, windows and dimensions that one pass over the events computes."""
+
+    meters: Sequence[_NamedMeter]
+    spans: Sequence[Span]
     dimensions: Sequence[str]
     finds_totals: bool = True
     finds_points: bool = False
-    finds_sources: bool = False
-    is_bucketed: bool = False
+    finds_sources: bool = False  # the source is the last dimension
+    is_bucketed: bool = False  # for one MAX meter: the maximum of each bucket first
+
+    def aggregate(self, named: _NamedMeter) -> _Aggregate:
+        return _AGGREGATES["COUNT" if self.finds_sources else named.aggregation.type]
 
 
-def passes(query: AnalyticsQuery, metered: Sequence[Metered]) -> Iterator[Pass]:
-    """Looks at the events, as few as will do: those meters go together whose windows are the same."""
-    bounds_of(query, query.window_size or "")  # too many windows are too many without a meter, too
+def _scans(query: _Query, named: Sequence[_NamedMeter]) -> Iterator[_Scan]:
+    """Yield as few scans as possible: meters whose points have one size share them."""
+    _windows(query, query.window_size)  # reject too many windows even if there is no meter
 
-    def size_of(one: Metered) -> str:
-        return one.window_size(query.window_size) or "" if query.window_size else ""
+    def size_of(each: _NamedMeter) -> str:
+        return each.point_size(query.window_size) or "" if query.window_size else ""
 
-    for size, same in itertools.groupby(sorted(metered, key=size_of), size_of):
-        several = list(same)
-        windows = bounds_of(query, size)
-        unique = [one for one in several if one.meter.aggregation.type == "COUNT_UNIQUE"]
-        bucketed = [one for one in several if one.meter.aggregation.is_bucketed_max]
-        others = [one for one in several if one not in unique and one not in bucketed]
-        for some in chunks(others):
-            yield Pass(some, pieces(windows), query.dimensions, finds_points=bool(size))
-        for some in chunks(unique):
-            yield Pass(some, bounds_of(query, ""), query.dimensions)
-            if size:
-                yield Pass(some, windows, query.dimensions, finds_totals=False, finds_points=True)
-        for one in bucketed:
-            buckets = buckets_of(query, one, size)
-            yield Pass([one], buckets, query.dimensions, finds_points=bool(size), is_bucketed=True)
-    if "source" in query.expand and "source" not in query.dimensions:
-        for some in chunks(metered):
+    for size, same in itertools.groupby(sorted(named, key=size_of), size_of):
+        yield from _scans_of_size(query, list(same), size)
+    if query.lists_sources:
+        for some in _chunks(named):
             dimensions = (*query.dimensions, "source")
-            yield Pass(some, pieces(bounds_of(query, "")), dimensions, finds_totals=False, finds_sources=True)
+            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
 
 
-def chunks(metered: Sequence[Metered]) -> Iterator[Sequence[Metered]]:
-    for at in range(0, len(metered), METERS_OF_A_PASS):
-        yield metered[at : at + METERS_OF_A_PASS]
+def _scans_of_size(query: _Query, named: Sequence[_NamedMeter], size: str) -> Iterator[_Scan]:
+    """Yield the scans for meters with points of this size; "" is for no points."""
+    windows = _windows(query, size)
+    bucketed = [each for each in named if each.is_bucketed_max]
+    undivided = [each for each in named if _AGGREGATES[each.aggregation.type].merge is None]
+    for some in _chunks([each for each in named if each not in (*bucketed, *undivided)]):
+        yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
+    for some in _chunks(undivided):
+        yield _Scan(some, _windows(query, ""), query.dimensions)
+        if size:
+            yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
+    for each in bucketed:
+        spans = _bucket_spans(query, str(each.aggregation.bucket_size), size)
+        yield _Scan([each], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
 
 
-def bounds_of(query: AnalyticsQuery, size: str) -> list[Bound]:
-    """The windows of the range, as far as they are in it; without a size, the range."""
+def _chunks(named: Sequence[_NamedMeter]) -> Iterator[Sequence[_NamedMeter]]:
+    for start in range(0, len(named), _METERS_PER_SCAN):
+        yield named[start : start + _METERS_PER_SCAN]
+
+
+def _windows(query: _Query, size: str | None) -> list[Span]:
+    """Return the windows of the range, or the range if there is no size."""
     start_us, end_us = query.events.start_us, query.events.end_us
-    starts = Windows(size).bounds(start_us, end_us) if size else [start_us, end_us]
-    return clipped(query, starts, starts)
+    spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
+    return spans if start_us < end_us else []
 
 
-def clipped(query: AnalyticsQuery, bounds: Sequence[int], windows: Sequence[int]) -> list[Bound]:
-    start_us, end_us = query.events.start_us, query.events.end_us
-    pairs = itertools.pairwise(bounds) if start_us < end_us else ()
-    return [
-        (max(start, start_us), min(end, end_us), windows[bisect.bisect(windows, start) - 1]) for start, end in pairs
+def _divided(spans: list[Span], step_us: int = 1) -> list[Span]:
+    """Cut each window for all reader threads, at multiples of a step, if there are fewer windows than threads."""
+    if len(spans) >= READER_THREADS:
+        return spans
+    divided = []
+    for start_us, end_us, window_us in spans:
+        cuts_us = [start_us + (end_us - start_us) * i // READER_THREADS for i in range(1, READER_THREADS)]
+        rounded_us = [max(start_us, cut_us - cut_us % step_us) for cut_us in cuts_us]
+        bounds = itertools.pairwise([start_us, *rounded_us, end_us])
+        divided += [Span(*bound, window_us) for bound in bounds]
+    return divided
+
+
+def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
+    """Return the buckets, each in the window in which it begins; for short buckets, spans of whole days instead."""
+    if bucket_size in _BUCKETS_US:
+        return _divided(_windows(query, size), DAY_US)
+    buckets = _windows(query, bucket_size)
+    if not buckets:
+        return []
+    windows_us = [buckets[0].window_us]
+    if size:
+        windows_us = [span.window_us for span in Windows(size).spans(windows_us[0], query.events.end_us)]
+    return [bucket._replace(window_us=windows_us[bisect(windows_us, bucket.window_us) - 1]) for bucket in buckets]
+
+
+# ---------------------------------------------------------------------------------------------- SQL
+
+
+# This at a step's end keeps the planner from merging it with the next one, which would read a property wherever it is
+# named: 20 meters over a million events take 1.8 times as long then.
+_SEPARATE = "LIMIT -1"
+
+
+class _Property(NamedTuple):
+    """A property that a scan reads, as one column: what `function` makes of it."""
+
+    function: str  # property_json, property_text or number
+    key: str
+
+    def column(self, name: str) -> Sql:
+        if self.function == "number":  # a negative number counts as 0 (API: Analytics)
+            number = number_sql(name, self.key)
+            return sql(f"max({number}, 0.0) AS {name}", number)
+        value = property_sql(self.function, name, self.key)
+        return sql(f"{value} AS {name}", value)
+
+
+class _Columns(NamedTuple):
+    """What the steps of a statement call the columns that they hand on.
+
+    A property is read once from an event, no matter how many meters use it. Meters with the same condition share a
+    flag: with a flag each, 20 meters over a million events take 1.3 times as long.
+    """
+
+    properties: dict[_Property, str]
+    flags: list[str]  # for each meter of the scan: is the event one of the meter's?
+
+    @classmethod
+    def of(cls, scan: _Scan) -> _Columns:
+        needed = dict.fromkeys(each for named in scan.meters for each in _properties_of(scan, named))
+        keys = [
+            (each.meter.event_name, each.archived_at_us, ENCODER.encode(each.meter.filters)) for each in scan.meters
+        ]
+        conditions = list(dict.fromkeys(keys))
+        return cls(
+            {each: f"x{number}" for number, each in enumerate(needed)}, [f"m{conditions.index(key)}" for key in keys]
+        )
+
+
+def _properties_of(scan: _Scan, named: _NamedMeter) -> list[_Property]:
+    """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
+    properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
+    if function := scan.aggregate(named).reads:
+        properties.append(_Property(function, named.aggregation.field or ""))
+    if scan.is_bucketed and (key := _bucket_group(scan)):
+        properties.append(_Property("property_text", key))
+    return properties
+
+
+def _bucket_group(scan: _Scan) -> str | None:
+    """Return the group_by of the bucketed meter, which the request's own groups replace (API: Analytics)."""
+    is_grouped = any(name != "external_customer_id" for name in scan.dimensions)
+    return None if is_grouped else scan.meters[0].aggregation.group_by
+
+
+def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 1: the events of the range with their window, their dimensions and the properties that meters need."""
+    selected = [
+        sql("span.value ->> 2 AS window, event_name"),
+        *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
+        *(each.column(name) for each, name in columns.properties.items()),
+        *_event_columns(scan),
     ]
+    names = dict.fromkeys(each.meter.event_name for each in scan.meters)
+    where = all_of([
+        matching(query.events),
+        is_in("event_name", list(names), "event_name"),
+        *([is_in("source", query.sources, "source")] if query.sources else []),
+    ])  # fmt: skip
+    text = f"""SELECT {", ".join(map(str, selected))}
+        FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
+        WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
+    limits = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # for the weight
+    return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **limits)
 
 
-def buckets_of(query: AnalyticsQuery, one: Metered, size: str) -> list[Bound]:
-    """The buckets of a meter, each in the window that it begins in; ranges that cut none in two, where SQL makes them
-    of the time itself."""
-    bucket_size = str(one.meter.aggregation.bucket_size)
-    if bucket_size in BUCKETS_US:
-        return pieces(bounds_of(query, size), DAY_US)
-    buckets = Windows(bucket_size).bounds(query.events.start_us, query.events.end_us)
-    windows = Windows(size).bounds(buckets[0], query.events.end_us) if size else buckets[:1]
-    return clipped(query, buckets, windows)
+def _dimension(name: str, column: str) -> Sql:
+    if name in _DIMENSIONS:
+        return sql(f"{_DIMENSIONS[name]} AS {column}")
+    value = property_sql("property_text", column, name.removeprefix("properties."))
+    return sql(f"{value} AS {column}", value)
 
 
-def pieces(bounds: list[Bound], step_us: int = 1) -> list[Bound]:
-    """Where there are fewer windows than threads, each is cut for all of them, at multiples of a step."""
-    if len(bounds) >= READER_THREADS:
-        return bounds
-    cut = []
-    for start, end, window in bounds:
-        inner = [start + (end - start) * i // READER_THREADS for i in range(1, READER_THREADS)]
-        cuts = [start, *(max(start, at - at % step_us) for at in inner), end]
-        cut += [(*pair, window) for pair in itertools.pairwise(cuts)]
-    return cut
+def _event_columns(scan: _Scan) -> list[Sql]:
+    """Return what only some scans need of an event."""
+    needed = dict.fromkeys(each for named in scan.meters for each in scan.aggregate(named).event_columns)
+    columns = [sql(f"{_EVENT_COLUMNS[name]} AS {name}") for name in needed]
+    if any(named.archived_at_us is not None for named in scan.meters):
+        columns.append(sql("ingested_at_us"))
+    if scan.is_bucketed:
+        bucket_us = _BUCKETS_US.get(str(scan.meters[0].aggregation.bucket_size))
+        bucket = f"(timestamp_us - ({MIN_TIME_US})) / {bucket_us}" if bucket_us else "span.key"
+        columns.append(sql(f"{bucket} AS bucket"))
+    return columns
 
 
-class Extracted:
-    """Properties as columns of the innermost SELECT: each is read once from an event, whoever needs it."""
-
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
-        self._columns: dict[tuple[str, str], tuple[str, set[str]]] = {}
-
-    def column(self, function: str, key: str, event_name: str) -> str:
-        """The name of the column that holds a property of the events of that name."""
-        name, event_names = self._columns.setdefault((function, key), (f"x{len(self._columns)}", set()))
-        event_names.add(event_name)
-        return name
-
-    def select(self, all_names: set[str]) -> list[str]:
-        columns = []
-        for (function, key), (name, event_names) in self._columns.items():
-            if function == "number":
-                value = f"max({number_expression(name, key, self._parameters)}, 0.0)"
-            else:
-                value = property_expression(function, name, key, self._parameters)
-            if event_names != all_names:
-                needed = is_in("event_name", event_names, f"{name}_names", self._parameters)
-                value = f"iif({needed}, {value}, NULL)"
-            columns.append(f"{value} AS {name}")
-        return columns
+def _flagged(scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 2: the same events, flagged by meter."""
+    meter_of = dict(zip(columns.flags, scan.meters, strict=True))
+    conditions = {flag: _condition(flag, named, columns) for flag, named in meter_of.items()}
+    flags = ", ".join(f"{condition} AS {flag}" for flag, condition in conditions.items())
+    return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
 
 
-class Conditions:
-    """Is an event one of a meter's? Columns m0, m1, ... over the innermost SELECT, one for all meters that ask the
-    same: with one for each, 20 meters over a million events take 1.3 times as long."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], str] = {}
-        self.select: list[str] = []
-
-    def column(self, one: Metered, extracted: Extracted, parameters: Parameters) -> str:
-        key = (one.meter.event_name, one.archived_at_us, ENCODER.encode(one.meter.filters))
-        if key not in self._known:
-            place = len(self._known)
-            self._known[key] = f"m{place}"
-            self.select.append(f"{condition(place, one, extracted, parameters)} AS m{place}")
-        return self._known[key]
-
-    @property
-    def any(self) -> str:
-        return " OR ".join(self._known.values())
+def _condition(flag: str, named: _NamedMeter, columns: _Columns) -> Sql:
+    """Build the condition that an event is one of the meter's."""
+    clauses = [sql(f"event_name = :{flag}_event_name", **{f"{flag}_event_name": named.meter.event_name})]
+    if named.archived_at_us is not None:
+        clauses.append(sql(f"ingested_at_us < :{flag}_archived_us", **{f"{flag}_archived_us": named.archived_at_us}))
+    for number, (key, values) in enumerate(filters_in_both({}, named.meter).items()):
+        column = columns.properties[_Property("property_json", key)]
+        clauses.append(is_any_of(column, json_texts(values), f"{flag}_values{number}"))
+    return all_of(clauses)
 
 
-def condition(place: int, one: Metered, extracted: Extracted, parameters: Parameters) -> str:
-    parameters[f"event_name{place}"] = one.meter.event_name
-    clauses = [f"event_name = :event_name{place}"]
-    if one.archived_at_us is not None:
-        parameters[f"archived{place}"] = one.archived_at_us
-        clauses.append(f"ingested_at_us < :archived{place}")
-    for number, (key, values) in enumerate(both_filters({}, one.meter).items()):
-        column = extracted.column("property_json", key, one.meter.event_name)
-        clauses.append(is_in(column, json_texts(values), f"values{place}_{number}", parameters))
-    return " AND ".join(clauses)
+def _value(scan: _Scan, named: _NamedMeter, columns: _Columns, when: str) -> str:
+    """Build the aggregate of a meter over flagged events."""
+    aggregate = scan.aggregate(named)
+    property_read = _Property(aggregate.reads, named.aggregation.field or "")
+    return aggregate.sql(columns.properties.get(property_read, ""), when)
 
 
-def aggregate_of(one: Metered, extracted: Extracted, when: str) -> str:
-    """What a meter wants of its events, in terms of the innermost SELECT (API: Analytics)."""
-    kind, field = one.meter.aggregation.type, one.meter.aggregation.field or ""
-    if kind == "COUNT":
-        return f"count(*){when}"
-    if kind == "COUNT_UNIQUE":
-        return f"count(DISTINCT {extracted.column('property_text', field, one.meter.event_name)}){when}"
-    if kind == "LATEST":
-        return f"max(place){when}"
-    number = extracted.column("number", field, one.meter.event_name)
-    if kind == "MAX":
-        return f"max({number}){when}"
-    return sum_of(f"({number} * weight)" if kind == "WEIGHTED_SUM" else number, when)
-
-
-# Fixed digits and the id: the greatest is the newest event's. What it holds is looked up then.
-_PLACE = f"printf('%020d', timestamp_us - ({MIN_TIME_US})) || events.id"
-
-
-EVENT_COLUMNS: dict[Callable[[Metered], bool], str] = {  # what only some meters need of an event
-    lambda one: one.archived_at_us is not None: "ingested_at_us",
-    lambda one: one.meter.aggregation.type == "LATEST": f"{_PLACE} AS place",
-    lambda one: one.meter.aggregation.type == "WEIGHTED_SUM": f"{WEIGHT} AS weight",
-}
-
-
-def dimension_expression(place: int, name: str, parameters: Parameters) -> str:
-    if name == "source":
-        return "nullif(source, '')"
-    key = name.removeprefix("properties.")
-    return name if key == name else property_expression("property_text", f"dimension{place}", key, parameters)
-
-
-def cells_statement(query: AnalyticsQuery, look: Pass, parameters: Parameters) -> str:
-    """Of each group and window that has an event of a meter: its window, its dimensions, and for each meter the number
-    of its events and their aggregate."""
-    extracted = Extracted(parameters)
-    groups = [f"d{place}" for place in range(len(look.dimensions))]
-    conditions = Conditions()
-    flags = [conditions.column(one, extracted, parameters) for one in look.metered]
-    filters = ["" if look.is_bucketed else f" FILTER (WHERE {flag})" for flag in flags]
-    values = [aggregate_of(one, extracted, when) for one, when in zip(look.metered, filters, strict=True)]
-    own_group = [own_group_of(look, extracted)] if look.is_bucketed else []
-    names = {one.meter.event_name for one in look.metered}
-    columns = extracted.select(names)
-    columns += [
-        f"{dimension_expression(place, name, parameters)} AS d{place}" for place, name in enumerate(look.dimensions)
-    ]
-    columns += [column for needs, column in EVENT_COLUMNS.items() if any(map(needs, look.metered))]
-    if look.is_bucketed:
-        columns.append(f"{bucket_expression(look)} AS bucket")
-    within = events_statement(query, names, columns, parameters)
-    # LIMIT keeps the planner from merging the SELECTs, and so from reading a property again wherever it is named:
-    # 20 meters over a million events take 1.8 times as long then.
-    flagged = f"SELECT *, {', '.join(conditions.select)} FROM ({within} LIMIT -1) LIMIT -1"
-    by_window = ", ".join([*groups, "window"])
-    if look.is_bucketed:
-        by_bucket = f"{by_window}, bucket"
-        each = f"SELECT {by_bucket}, count(*) AS n, {values[0]} AS v FROM ({flagged}) WHERE m0"
-        each = f"{each} GROUP BY {', '.join([by_bucket, *own_group])}"
-        buckets = f"SELECT {by_window}, sum(n) AS n, {sum_of('v')} AS v FROM ({each}) GROUP BY {by_bucket}"
-        return f"SELECT {by_window}, sum(n), {sum_of('v')}, max(v) FROM ({buckets}) GROUP BY {by_window} LIMIT :most"
-    cells = ", ".join(
-        f"count(*){when} AS n{place}, {value} AS v{place}"
-        for place, (when, value) in enumerate(zip(filters, values, strict=True))
-    )
-    grouped = f"SELECT {by_window}, {cells} FROM ({flagged}) WHERE {conditions.any} GROUP BY {by_window} LIMIT :most"
-    answered = [f"n{place}, {latest_value(place, one, parameters)}" for place, one in enumerate(look.metered)]
-    return f"SELECT {', '.join([*groups, 'window', *answered])} FROM ({grouped})"
-
-
-def bucket_expression(look: Pass) -> str:
-    (one,) = look.metered
-    bucket_us = BUCKETS_US.get(str(one.meter.aggregation.bucket_size))
-    return f"(timestamp_us - ({MIN_TIME_US})) / {bucket_us}" if bucket_us else "bound.key"
-
-
-def own_group_of(look: Pass, extracted: Extracted) -> str:
-    """A MAX meter takes the maximum of each of its groups, unless the request groups events otherwise."""
-    (one,) = look.metered
-    key = one.meter.aggregation.group_by
-    if not key or any(name != "external_customer_id" for name in look.dimensions):
-        return "''"
-    return f"ifnull({extracted.column('property_text', key, one.meter.event_name)}, '')"
-
-
-def events_statement(
-    query: AnalyticsQuery, event_names: set[str], columns: Sequence[str], parameters: Parameters
-) -> str:
-    """The events of the range, each with its window, and with what has been extracted from it."""
-    clauses = filter_clauses(query.events, parameters)
-    clauses.append(is_in("event_name", event_names, "event_names", parameters))
-    if query.sources:
-        clauses.append(is_in("source", query.sources, "sources", parameters))
-    clauses += ["timestamp_us >= bound.value ->> 0", "timestamp_us < bound.value ->> 1"]
-    always = ["bound.value ->> 2 AS window", "event_name"]
-    return (
-        f"SELECT {', '.join([*always, *columns])} FROM json_each(:bounds) AS bound CROSS JOIN events"
-        f" {index_of(query.events.filters or ['event_name'])} WHERE {' AND '.join(clauses)}"
+def _by_window(scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 3: for each group and window that has an event of a meter, every meter's event count and aggregate."""
+    cells = []
+    for number, (named, flag) in enumerate(zip(scan.meters, columns.flags, strict=True)):
+        when = f" FILTER (WHERE {flag})"
+        cells.append(f"count(*){when} AS n{number}, {_value(scan, named, columns, when)} AS v{number}")
+    keys = _group_and_window(scan)
+    return sql(
+        f"""SELECT {keys}, {", ".join(cells)} FROM flagged
+        WHERE {" OR ".join(dict.fromkeys(columns.flags))} GROUP BY {keys} LIMIT :row_limit""",
+        row_limit=_MAX_ITEMS + 1,
     )
 
 
-def latest_value(place: int, one: Metered, parameters: Parameters) -> str:
-    if one.meter.aggregation.type != "LATEST":
-        return f"v{place}"
-    number = number_expression(f"latest{place}", one.meter.aggregation.field or "", parameters)
-    identity = f"CAST(substr(CAST(v{place} AS BLOB), 21) AS TEXT)"  # as bytes: an id may hold a NUL
-    return f"(SELECT max({number}, 0.0) FROM events WHERE {IN_ENVIRONMENT} AND id = {identity})"
+def _group_and_window(scan: _Scan) -> str:
+    return ", ".join([*(f"d{number}" for number in range(len(scan.dimensions))), "window"])
 
 
-def cells(conn: sqlite3.Connection, query: AnalyticsQuery, look: Pass, bounds: Sequence[Bound]) -> list[Cells]:
-    parameters: Parameters = {"bounds": ENCODER.encode(bounds).decode(), "most": MAX_ANSWERED + 1}
-    return conn.execute(cells_statement(query, look, parameters), parameters).fetchall()
+def _latest_looked_up(scan: _Scan) -> Sql:
+    """Build step 4: the same rows with the value of the newest event instead of its position."""
+    cells = []
+    for number, named in enumerate(scan.meters):
+        value = sql(f"v{number}")
+        if scan.aggregate(named).is_position:
+            value = _value_at(f"v{number}", f"latest{number}", named.aggregation.field or "")
+        cells.append(sql(f"n{number}, {value} AS v{number}", value))
+    return sql(f"SELECT {_group_and_window(scan)}, {', '.join(map(str, cells))} FROM by_window", *cells)
 
 
-# ---------------------------------------------------------------------------------------------- analytics: the answer
+def _value_at(position: str, name: str, key: str) -> Sql:
+    """Build the number that a property has in the event at this position."""
+    number = number_sql(name, key)
+    event_id = f"CAST(substr(CAST({position} AS BLOB), 21) AS TEXT)"  # cut bytes, since an id may contain a NUL
+    return sql(f"(SELECT max({number}, 0.0) FROM events WHERE {IN_ENVIRONMENT} AND id = {event_id})", number)
 
-Group = tuple[str | None, ...]
+
+def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
+    """Build steps 3 to 5 for a MAX meter with buckets: the maximum of each group in a bucket, the sum of the groups in
+    each bucket, the sum and the maximum of the buckets in each window."""
+    (named,) = scan.meters
+    window = _group_and_window(scan)
+    key = _bucket_group(scan)
+    group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
+    return {
+        "by_group": sql(f"""SELECT {window}, bucket, count(*) AS n, {_value(scan, named, columns, "")} AS v
+            FROM flagged WHERE {columns.flags[0]} GROUP BY {window}, bucket, {group}"""),
+        "by_bucket": sql(f"""SELECT {window}, sum(n) AS n, {sum_of("v")} AS v
+            FROM by_group GROUP BY {window}, bucket"""),
+        "by_window": sql(f"""SELECT {window}, sum(n) AS n0, {sum_of("v")} AS v0, max(v) AS largest_bucket
+            FROM by_bucket GROUP BY {window} LIMIT :row_limit""", row_limit=_MAX_ITEMS + 1),
+    }  # fmt: skip
 
 
-class Tally(Struct):
-    """What has been found of a meter and a group."""
+def _steps(query: _Query, scan: _Scan) -> dict[str, Sql]:
+    """Build the steps of a scan's statement, by name. Each one reads the step before it.
 
-    count: int = 0
+    The rows of the last step: the dimensions, the window's start, then for each meter the number of its events and
+    their aggregate. With buckets that is their sum, followed by the largest one.
+    """
+    columns = _Columns.of(scan)
+    steps = {"in_range": _in_range(query, scan, columns), "flagged": _flagged(scan, columns)}
+    if scan.is_bucketed:
+        return steps | _bucket_steps(scan, columns)
+    return steps | {"by_window": _by_window(scan, columns), "latest_looked_up": _latest_looked_up(scan)}
+
+
+def _statement(steps: Mapping[str, Sql]) -> Sql:
+    """Join steps into one statement, which returns the rows of the last one."""
+    named = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
+    return sql(f"WITH {named}\nSELECT * FROM {[*steps][-1]}", *steps.values())
+
+
+_Row = tuple[Any, ...]  # of the last step
+
+
+def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
+    return conn.execute(*_statement(_steps(query, scan))).fetchall()
+
+
+# ---------------------------------------------------------------------------------------------- Answer
+
+_MAX_ITEMS = 100_000  # of an answer; it may have as many points
+_Group = tuple[str | None, ...]
+
+
+class _Tally(Struct):
+    """What the scans found for one meter and group."""
+
+    event_count: int = 0
     value: float | None = None
-    points: dict[int, tuple[int, float]] = {}  # by the window's start: how many events, their aggregate
+    points: dict[int, tuple[int, float]] = {}  # start of the window -> number of its events, their aggregate
     sources: set[str] = set()
 
 
-def joined(kind: str, earlier: float | None, later: float) -> float:
-    """The aggregate of what was found in two parts of a range."""
-    if earlier is None or kind == "LATEST":
-        return later
-    return max(earlier, later) if kind == "MAX" else earlier + later
+class _Tallies:
+    """Everything that the scans found. Raises ApiError if it is too much for one answer."""
 
-
-class Tallies:
-    """All that has been found. ApiError if it is more than an answer may hold."""
-
-    def __init__(self, query: AnalyticsQuery) -> None:
+    def __init__(self, query: _Query) -> None:
         self._query = query
-        self.found: dict[tuple[str, Group], Tally] = {}
         self._points = 0
+        self.found: dict[tuple[str, _Group], _Tally] = {}  # by meter id and group
 
-    def add(self, look: Pass, rows: Sequence[Cells]) -> None:
-        width = len(look.dimensions)
+    def add(self, scan: _Scan, rows: Sequence[_Row]) -> None:
+        first = len(scan.dimensions) + 1
         for row in rows:
-            for place, one in enumerate(look.metered):
-                cell = row[width + 1 + 2 * place :][:3]
-                if cell[0]:
-                    self._add(look, one, row[: width + 1], cell)
-            if len(rows) > MAX_ANSWERED or max(len(self.found), self._points) > MAX_ANSWERED:
+            for number, named in enumerate(scan.meters):
+                if row[first + 2 * number]:
+                    self._add(scan, named, row, number)
+            if len(rows) > _MAX_ITEMS or max(len(self.found), self._points) > _MAX_ITEMS:
                 self._refuse()
 
-    def _add(self, look: Pass, one: Metered, place: Cells, cell: Cells) -> None:
-        *group, window = place
-        count, value = cell[:2]
-        source = group.pop() if look.finds_sources else None
-        tally = self.found.setdefault((one.meter.id, tuple(group)), Tally())
-        kind = one.meter.aggregation.type
-        if source is not None:
-            tally.sources.add(source)
-        if look.finds_totals:
-            tally.count += count
-            tally.value = joined("SUM" if look.is_bucketed else kind, tally.value, value)
-        if look.finds_points:
-            before, earlier = tally.points.get(window, (0, None))
+    def _add(self, scan: _Scan, named: _NamedMeter, row: _Row, number: int) -> None:
+        dimensions, (window_us, *cells) = row[: len(scan.dimensions)], row[len(scan.dimensions) :]
+        event_count, value = cells[2 * number : 2 * number + 2]
+        group = dimensions[:-1] if scan.finds_sources else dimensions
+        tally = self.found.setdefault((named.meter.id, group), _Tally())
+        if scan.finds_sources and dimensions[-1] is not None:
+            tally.sources.add(dimensions[-1])
+        merge = scan.aggregate(named).merge
+        if scan.finds_totals:
+            tally.event_count += event_count
+            tally.value = _merged(operator.add if scan.is_bucketed else merge, tally.value, value)
+        if scan.finds_points:
+            earlier_count, earlier = tally.points.get(window_us, (0, None))
             self._points += earlier is None
-            tally.points[window] = (before + count, joined(kind, earlier, cell[2] if look.is_bucketed else value))
+            point = cells[-1] if scan.is_bucketed else value
+            tally.points[window_us] = earlier_count + event_count, _merged(merge, earlier, point)
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         field = "group_by" if self._query.dimensions else "window_size"
-        problem = f"makes more than {MAX_ANSWERED} items or points: take less of it, or a shorter range"
-        refuse(field, "out_of_range", problem)
+        problem = f"makes more than {_MAX_ITEMS} items or points: take less of it, or a shorter range"
+        raise_fault(field, "out_of_range", problem)
 
 
-def usage_text(one: Metered, count: int, value: float) -> str:
-    if one.meter.aggregation.type == "AVG":
-        value /= count
-    elif one.meter.aggregation.type == "SUM_WITH_MULTIPLIER":
-        value *= float(one.meter.aggregation.multiplier or 1)
-    return decimal_text(min(float(value), sys.float_info.max))
+def _merged(merge: Callable[[float, float], float] | None, earlier: float | None, later: float) -> float:
+    return later if merge is None or earlier is None else merge(earlier, later)
 
 
-def display_text(usage: str, unit: ReportingUnit) -> str:
-    """The usage in reporting units: two digits, half away from zero."""
-    with localcontext(prec=700):  # of the greatest number by the smallest
+def _usage_text(named: _NamedMeter, event_count: int, value: float) -> str:
+    usage = _AGGREGATES[named.aggregation.type].finish(value, event_count, named.aggregation)
+    return decimal_text(min(float(usage), sys.float_info.max))  # decimal digits cannot write infinity
+
+
+def _display_text(usage: str, unit: ReportingUnit) -> str:
+    """Convert usage into reporting units: two digits, rounded half away from zero."""
+    with localcontext(prec=700):  # enough for the largest float divided by the smallest
         shown = Decimal(usage) / Decimal(str(unit.conversion_rate))
         return plain_decimal(shown.quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
-def expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
+def _expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
     return None if struct is None else kind(**asdict(struct) | more)
 
 
-def properties_of(group: Mapping[str, str | None]) -> dict[str, str] | None:
-    """Of a group those dimensions that are properties, as far as its events have them; None if none was asked for."""
-    values = {name.removeprefix("properties."): value for name, value in group.items() if name not in DIMENSIONS}
+def _properties(group: Mapping[str, str | None]) -> dict[str, str] | None:
+    """Return the properties by which the group was made, less those that its events lack."""
+    values = {name.removeprefix("properties."): value for name, value in group.items() if name not in _DIMENSIONS}
     return {name: value for name, value in values.items() if value is not None} if values else None
 
 
-def analytics_item(query: AnalyticsQuery, one: Metered, group: Group, tally: Tally) -> AnalyticsItem:
-    meter, feature = one.meter, one.feature
-    of_group = dict(zip(query.dimensions, group, strict=True))
-    total = usage_text(one, tally.count, tally.value or 0.0)
+def _item(query: _Query, named: _NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
+    meter, feature = named.meter, named.feature
+    total = _usage_text(named, tally.event_count, tally.value or 0.0)
     unit = feature.reporting_unit if feature else None
     environment = query.events.view.environment
-    sources = "source" in query.expand and "source" not in query.dimensions
     return AnalyticsItem(
-        feature_id=feature.id if feature else "",
-        name=one.name,
-        meter_id=meter.id,
-        event_name=meter.event_name,
-        aggregation_type=meter.aggregation.type,
-        total_usage=total,
-        total_usage_display=display_text(total, unit) if unit else "",
-        reporting_unit=unit,
+        feature_id=feature.id if feature else "", name=named.name, meter_id=meter.id, event_name=meter.event_name,
+        aggregation_type=named.aggregation.type, total_usage=total,
+        total_usage_display=_display_text(total, unit) if unit else "", reporting_unit=unit,
         unit=feature.unit_singular or None if feature else None,
         unit_plural=feature.unit_plural or None if feature else None,
-        event_count=tally.count,
-        external_customer_id=of_group.get("external_customer_id"),
-        source=of_group.get("source"),
-        sources=sorted(tally.sources) if sources else None,
-        properties=properties_of(of_group),
-        window_size=one.window_size(query.window_size),
-        points=[
-            AnalyticsPoint(time_text(start_us), usage_text(one, count, value), count)
-            for start_us, (count, value) in sorted(tally.points.items())
-        ],
-        meter=expanded(ExpandedMeter, meter, environment_id=environment) if "meter" in query.expand else None,
-        feature=expanded(ExpandedFeature, feature, meter=msgspec.UNSET) if "feature" in query.expand else None,
-    )
-
-
-def analytics_answer(query: AnalyticsQuery, metered: Sequence[Metered], tallies: Tallies) -> bytes:
-    known = {one.meter.id: one for one in metered}
-    items = [analytics_item(query, known[identity], group, tally) for (identity, group), tally in tallies.found.items()]
-    items.sort(key=_item_order)
-    return ENCODER.encode(Analytics("0", "0", "0", "", None, items))
+        event_count=tally.event_count, external_customer_id=group.get("external_customer_id"),
+        source=group.get("source"), sources=sorted(tally.sources) if query.lists_sources else None,
+        properties=_properties(group), window_size=named.point_size(query.window_size),
+        points=[AnalyticsPoint(time_text(start_us), _usage_text(named, event_count, value), event_count)
+                for start_us, (event_count, value) in sorted(tally.points.items())],
+        meter=_expanded(ExpandedMeter, meter, environment_id=environment) if "meter" in query.expand else None,
+        feature=_expanded(ExpandedFeature, feature, meter=msgspec.UNSET) if "feature" in query.expand else None,
+    )  # fmt: skip
 
 
 def _item_order(item: AnalyticsItem) -> tuple[Any, ...]:
@@ -750,50 +697,49 @@ def _item_order(item: AnalyticsItem) -> tuple[Any, ...]:
     return (item.name, item.meter_id, item.source or "", properties, item.external_customer_id or "")
 
 
+def _answer(query: _Query, named: Sequence[_NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
+    tallies = _Tallies(query)
+    for scan, rows in found:
+        tallies.add(scan, rows)
+    by_id = {each.meter.id: each for each in named}
+    items = [
+        _item(query, by_id[meter_id], dict(zip(query.dimensions, group, strict=True)), tally)
+        for (meter_id, group), tally in tallies.found.items()
+    ]
+    return ENCODER.encode(Analytics("0", "0", "0", "", None, sorted(items, key=_item_order)))
+
+
 async def compute_analytics(service: Service, request: Request) -> Response:
     """POST /v1/events/analytics: usage by meter, group and window (API: Analytics)."""
     faults = Faults()
-    query = analytics_query(await read_fields(service, request, ANALYTICS, faults), service.view(request), faults)
+    query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
-    environment = meters.place_of(service, request).environment
-    metered = await read(partial(find_metered, query=query, environment=environment))
-    looks = await read(lambda _: list(passes(query, metered)))
-    some_readers = asyncio.Semaphore(READER_THREADS - 1)  # one is left for who else asks
+    named = await read(partial(_named_meters, query=query))
+    scans = await read(lambda _: list(_scans(query, named)))
+    parts = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
+    some_readers = asyncio.Semaphore(READER_THREADS - 1)  # leave one thread for other requests
 
-    async def part(look: Pass, bounds: list[Bound]) -> list[Cells]:
+    async def select(part: _Scan) -> list[_Row]:
         async with some_readers:
-            return await read(partial(cells, query=query, look=look, bounds=bounds))
+            return await read(partial(_select, query=query, scan=part))
 
-    asked = [(look, bounds) for look in looks for bounds in parts_of(look.bounds)]
-    found = await asyncio.gather(*(part(*pair) for pair in asked))
-
-    def answer(_: sqlite3.Connection) -> bytes:
-        tallies = Tallies(query)
-        for (look, _bounds), rows in zip(asked, found, strict=True):
-            tallies.add(look, rows)
-        return analytics_answer(query, metered, tallies)
-
-    return JsonResponse(await read(answer))
+    rows = await asyncio.gather(*map(select, parts))
+    return JsonResponse(await read(lambda _: _answer(query, named, zip(parts, rows, strict=True))))
 
 
-_FILTERS = FIELD_SCHEMAS["EventQueryIn"]["property_filters"]
-_TIMES = {name: FIELD_SCHEMAS["EventQueryIn"][name] for name in ("start_time", "end_time")}
-USAGE_SCHEMAS = {"MeterUsageIn": _TIMES | {
-    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice(*WINDOW_SIZES),
-    "bucket_size": choice(*WINDOW_SIZES), "filters": _FILTERS, "billing_anchor": _TIMES["start_time"]}}  # fmt: skip
-ANALYTICS_SCHEMAS = {"AnalyticsIn": _TIMES | {
-    "window_size": choice(*WINDOW_SIZES), "property_filters": _FILTERS,
-    "group_by": {"type": ["array", "null"], "maxItems": MAX_DIMENSIONS,
-                 "items": {"anyOf": [{"enum": [*IMPLIED_DIMENSIONS, *DIMENSIONS]},
+_SCHEMAS = {"AnalyticsIn": {
+    **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
+    "window_size": choice(*WINDOW_SIZES), "property_filters": FILTERS_SCHEMA,
+    "group_by": {"type": ["array", "null"], "maxItems": _MAX_DIMENSIONS,
+                 "items": {"anyOf": [{"enum": [*_IMPLIED_DIMENSIONS, *_DIMENSIONS]},
                                      {"type": "string", "pattern": f"^{_PROPERTY_DIMENSION.pattern}$"}]}},
-    "sources": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_FILTER_VALUES}}}  # fmt: skip
+    "sources": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_FILTER_VALUES},
+}}  # fmt: skip
 
-# Everything that this room and that of meters add to the service: what create_app takes as `operations`.
+# What create_app takes as `operations` to serve meters, features and analytics beside its own.
 OPERATIONS = (
     *meters.OPERATIONS,
-    Operation("POST", "/v1/events/usage/meter", compute_meter_usage, Usage, MeterUsageIn,
-              refusals=[404], schemas=USAGE_SCHEMAS,
-              example={"meter_id": "meter_01K7M", "external_customer_id": "cust_42", "window_size": "DAY"}),
-    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=ANALYTICS_SCHEMAS,
+    *features.OPERATIONS,
+    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=_SCHEMAS,
               example={"external_customer_id": "cust_42", "group_by": ["properties.model"], "window_size": "DAY"}),
 )  # fmt: skip

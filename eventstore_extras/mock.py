@@ -57,7 +57,7 @@ from eventstore import (
 )
 from eventstore_extras import analytics
 from eventstore_extras.faults import FIELDS, FaultInjection, FaultQueue, InjectedFault, check_fault, decode_fault
-from eventstore_extras.meters import select_meters
+from eventstore_extras.meters import all_meters
 
 if TYPE_CHECKING:
     from eventstore_extras.forward import Forwarder
@@ -301,9 +301,8 @@ class MockServer:
 
     def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
         """Return all meters, oldest first, also those made with a feature, as dicts in the form of GET /v1/meters."""
-        parameters: dict[str, object] = {"environment": environment or self.api_keys[self.api_key]}
         with closing(connect_reader(self._store.path)) as conn:
-            found = select_meters(conn, f"{IN_ENVIRONMENT} ORDER BY created_at_us, meters.id", parameters)
+            found = all_meters(conn, environment or self.api_keys[self.api_key])
         return [msgspec.to_builtins(stored.meter) for stored in found]
 
     def reset(self) -> None:
@@ -334,7 +333,7 @@ class MockServer:
     def wait_until_forwarded(self, timeout_s: float = 30.0) -> None:
         """Wait until the server of `forward_to` has accepted or refused all events. Raises TimeoutError."""
         deadline_s = time.monotonic() + timeout_s
-        while self._forwarder and (behind := self._forwarder.behind_now()):
+        while self._forwarder and (behind := self._forwarder.lag_now()):
             if time.monotonic() > deadline_s:
                 waiting = f"{plural(behind, 'event')} not forwarded to {self._forwarder.host} yet"
                 raise TimeoutError(f"after {timeout_s:g} s: {waiting}")
@@ -350,12 +349,12 @@ class HasAddress(Protocol):
 
 def _forward_to(target: HasAddress, service: Service, environment: str) -> Forwarder:
     """Make the server forward the environment's events. Raises StartError where `serve --forward-to` does."""
-    from eventstore_extras import forward  # noqa: PLC0415 - it needs httpx, which nothing else here does
+    from eventstore_extras import forward, sending  # noqa: PLC0415 - they need httpx, which nothing else here does
 
-    forward.need_httpx("forward_to")
-    url = forward.target_url(target.url, "forward_to")
-    address = forward.Target(url, target.api_key, "forward_to", "forward_to")
-    return forward.forward(service, address, environment, _FORWARD_INTERVAL_S)
+    sending.require_httpx("forward_to")
+    url = sending.target_url(target.url, "forward_to")
+    key = sending.Key(target.api_key, "forward_to")
+    return forward.forward(service, sending.Target(url, key, "forward_to"), environment, _FORWARD_INTERVAL_S)
 
 
 @contextmanager

@@ -31,8 +31,8 @@ CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "200"))
 STARTS = 6  # of the disks, on which a server is started, too
 FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # so that there are many checkpoints
 OFTEN = """
-forward.SAVE_INTERVAL_S, forward.BACKOFF_CAP_S = 0, 0.1
-retention.HOUR_US, retention.LOOK_INTERVAL_S, retention.MOST_ROWS = 1, 0.02, 30
+sending.SAVE_INTERVAL_S, sending.BACKOFF_CAP_S = 0, 0.1
+retention.HOUR_US, retention.CLOCK_INTERVAL_S, retention.MAX_ROWS = 1, 0.02, 30
 """
 LATER = "arguments.clock = lambda: eventstore.now_us() + 2 * eventstore.DAY_US * {}"  # than when the run before stored
 FLAGS = ("--api-key", KEY, "--forward-interval-ms", "20", "--retain-days", "1", "--forward-to")
@@ -40,7 +40,7 @@ FLAGS = ("--api-key", KEY, "--forward-interval-ms", "20", "--retain-days", "1", 
 
 def server(number: int, *lines: str) -> list[str]:
     """The number-th on its folder, for which all that the one before stored is due to be deleted."""
-    code = ["import sys, eventstore", "from eventstore_extras import forward, retention", FEW_PAGES, OFTEN, *lines,
+    code = ["import sys, eventstore", "from eventstore_extras import forward, retention, sending", FEW_PAGES, OFTEN, *lines,
             "arguments = eventstore.parse_arguments(sys.argv[1:])", LATER.format(number),
             "sys.exit(eventstore.serve(arguments))"]  # fmt: skip
     return [sys.executable, "-c", "\n".join(code)]
@@ -211,7 +211,7 @@ def properties_sent(cut: Cut) -> dict[str, dict]:
 def put_aside(cut: Cut) -> set[str]:
     """The events that a whole line of the file of the refused has."""
     sent, found = properties_sent(cut), set()
-    path = Path(forward.refused_file(str(cut.folder / "events.db")))
+    path = Path(forward.refused_path(str(cut.folder / "events.db")))
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             one = json.loads(line)
@@ -289,11 +289,11 @@ def a_feature_and_its_meter_are_there_or_neither(cut: Cut) -> Iterator[str]:
 def forwarding_is_never_ahead(cut: Cut) -> Iterator[str]:
     """Progress may lag behind what is accepted or put aside: that is sent again."""
     db, passed = str(cut.folder / "events.db"), cut.accepted | put_aside(cut)
-    if not forward.progress_file(db, "forward", [cut.target, "development"]).exists():
+    if not forward.forward_progress_path(db, cut.target, "development").exists():
         return
     with database(cut.folder) as conn:
         try:
-            progress, _ = forward.load_forward_progress(conn, db, cut.target, "development")
+            progress = forward.open_forward_progress(conn, db, cut.target, "development").progress
         except (StartError, sqlite3.Error) as error:
             yield f"progress: {error}"
             return
@@ -413,15 +413,14 @@ def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(tmp_
 AHEAD = """
 deliver = forward.Forwarder._deliver
 async def ahead(self, batch):
-    self.progress.seq, last = batch.rows[-1]
-    self.progress.last_seq, self.progress.last_id = self.progress.seq, last.id
+    self._progress.advance(batch.rows[-1])
     await self._save()
     await deliver(self, batch)
 forward.Forwarder._deliver = ahead
 """
 CARELESS = """
 forward.os.fsync = lambda _: None
-retention.forwarded_from = lambda _: []
+retention.read_all_forward_progress = lambda _: []
 """
 LATE = "forward.append_line = lambda path, line: open(path, 'ab').write(line)"
 NORMAL = """
@@ -435,7 +434,7 @@ retention.checkpoint = lambda _: None  # it syncs, and so soon that little is lo
     ("lines", "says"),
     [
         (NORMAL, ["told 202 and is there 0 times", "told 201"]),
-        (CARELESS, ["cannot read how far", "is there 0 times, not accepted"]),
+        (CARELESS, ["cannot read the progress", "is there 0 times, not accepted"]),
         (LATE, ["not put aside"]),
         (AHEAD, ["progress has passed"]),
     ],

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 import eventstore
 from eventstore import Row, Settings, create_app
-from eventstore_extras import forward, retention
+from eventstore_extras import forward, retention, sending
 from eventstore_extras.mock import running_server
 from helpers import (
     DAY_US,
@@ -64,8 +64,8 @@ def stored(folder: Path, ingested: list[tuple[int, int]]) -> str:
 
 def progress(path: str, target: str, environment: str, seq: int) -> Path:
     """A file that says that everything up to seq is forwarded."""
-    file = forward.progress_file(path, "forward", [target, environment])
-    forward.save_progress(file, forward.ForwardProgress(target=target, environment=environment, seq=seq))
+    file = forward.forward_progress_path(path, target, environment)
+    sending.ProgressFile(file, forward.ForwardProgress(target=target, environment=environment, seq=seq)).save()
     return file
 
 
@@ -84,7 +84,7 @@ def retaining(folder: Path, days: float, clock: object):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(retention, "LOOK_INTERVAL_S", 0.005)
+    monkeypatch.setattr(retention, "CLOCK_INTERVAL_S", 0.005)
 
 
 # ---------------------------------------------------------------------------------------------- what is deleted
@@ -94,8 +94,8 @@ def _impatient(monkeypatch):
 def test_a_sweep_deletes_what_is_old_and_sent_on_and_nothing_else(tmp_path, monkeypatch, seed):
     choose = random.Random(seed)
     monkeypatch.setattr(retention, "SPAN", choose.choice([7, 100, 100_000]))
-    monkeypatch.setattr(retention, "MOST_ROWS", choose.choice([1, 10, 1000]))
-    monkeypatch.setattr(retention, "LEAST_ROWS", 1)
+    monkeypatch.setattr(retention, "MAX_ROWS", choose.choice([1, 10, 1000]))
+    monkeypatch.setattr(retention, "MIN_ROWS", 1)
     # In the order of arrival they get younger, but for what was imported with the time at which FlexPrice stored it.
     ingested = [
         (choose.choice([1, 2]), NOW + number * 1000 - choose.choice([0, 0, 0, 500, 5000, DAY_US]))
@@ -108,9 +108,9 @@ def test_a_sweep_deletes_what_is_old_and_sent_on_and_nothing_else(tmp_path, monk
             progress(path, "http://one", ENVIRONMENTS[environment - 1], seq)
             progress(path, "http://two", ENVIRONMENTS[environment - 1], min(seq + 50, 500))
     progress(path, "http://one", "an environment without events", 0)
-    doomed = retention.Doomed(before_us, retention.forwarded_from(path))
+    expired = retention.Expired(before_us, forward.read_all_forward_progress(path))
     with closing(eventstore.connect(path)) as conn:
-        sweep = retention.Sweep(path, retention.File(conn), doomed)
+        sweep = retention.Sweep(path, retention.DatabaseFile(conn), expired)
         asyncio.run(sweep.run(thorough=True))
     kept = [
         f"{number:05}"
@@ -125,10 +125,10 @@ def test_a_pass_of_every_hour_ends_where_nothing_is_old_and_the_first_one_looks_
     monkeypatch.setattr(retention, "SPAN", 10)
     old, young = (1, NOW - 2 * DAY_US), (1, NOW)
     path = stored(tmp_path, [*[old] * 25, *[young] * 30, *[old] * 5])
-    doomed = retention.Doomed(NOW - DAY_US, ())
+    expired = retention.Expired(NOW - DAY_US, ())
     with closing(eventstore.connect(path)) as conn:
         for thorough, first, number in ((False, 25, 35), (True, 25, 30)):
-            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough))
+            asyncio.run(retention.Sweep(path, retention.DatabaseFile(conn), expired).run(thorough))
             left = [name for (name,) in conn.execute("SELECT id FROM events ORDER BY seq")]
             assert (left[0], len(left)) == (f"{first:05}", number)
 
@@ -160,7 +160,9 @@ def test_a_page_under_way_goes_on_after_its_events_were_deleted(tmp_path, order)
             first = page(client, "POST", **query, iter_last_key=first["iter_last_key"])  # 00040 to 00069
         with closing(eventstore.connect(path)) as conn:
             asyncio.run(
-                retention.Sweep(path, retention.File(conn), retention.Doomed(NOW - DAY_US, ())).run(thorough=True)
+                retention.Sweep(path, retention.DatabaseFile(conn), retention.Expired(NOW - DAY_US, ())).run(
+                    thorough=True
+                )
             )
         following = page(client, "POST", **query, iter_last_key=first["iter_last_key"])
         assert following["total_count"] == 40
@@ -173,13 +175,13 @@ def test_a_page_under_way_goes_on_after_its_events_were_deleted(tmp_path, order)
 
 
 def test_nothing_is_deleted_before_the_target_has_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(sending, "BACKOFF_BASE_S", 0.001)
     clock = SimpleNamespace(us=NOW)
     app = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS, clock=lambda: clock.us))
     service = app.state.service
     with running_server() as target:
         target.fail(status=503, times=1_000_000)
-        to = forward.Target(target.url, target.api_key, "the test", "forward_to")
+        to = sending.Target(target.url, sending.Key(target.api_key, "the test"), "forward_to")
         forwarder = forward.forward(service, to, "development", 0.01)
         retention.attach(service, SimpleNamespace(retain_days=1), None)
         with TestClient(app, headers={"x-api-key": KEY}) as client:
@@ -191,7 +193,7 @@ def test_nothing_is_deleted_before_the_target_has_it(tmp_path, monkeypatch):
                     lambda: len(rows_of(tmp_path)) == 10
                 )  # of the environment that is not forwarded none is left
             target._fault_queue.clear()
-            eventually(lambda: forwarder.behind_now() == 0 and forwarder._is_saved)
+            eventually(lambda: forwarder.lag_now() == 0 and forwarder.is_saved)
             clock.us += HOUR_US
             eventually(lambda: rows_of(tmp_path) == [])
             assert len(target.events()) == 10
@@ -222,8 +224,8 @@ def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
             rows = [Row(1, f"{choose.getrandbits(128):032x}", f"cust{number % 99}", "", "call", "", NOW + day * DAY_US, NOW + day * DAY_US, "{}")
                     for number in range(2000)]  # fmt: skip
             eventstore.insert_events(conn, rows, 5)
-            doomed = retention.Doomed(NOW + (day - 5) * DAY_US, ())
-            asyncio.run(retention.Sweep(path, retention.File(conn), doomed).run(thorough=False))
+            expired = retention.Expired(NOW + (day - 5) * DAY_US, ())
+            asyncio.run(retention.Sweep(path, retention.DatabaseFile(conn), expired).run(thorough=False))
             conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             sizes.append(os.path.getsize(path))
         assert conn.execute("SELECT count(*) FROM events").fetchone()[0] == 6 * 2000
@@ -245,7 +247,7 @@ def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp
     Path(progress(str(tmp_path / "events.db"), "http://x", "development", 0)).write_text("{")
     done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", "1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "cannot read how far sending is in" in done.stderr
+    assert "cannot read the progress in" in done.stderr
     with Live(tmp_path / "long", "--retain-days", "1000000000", "--api-key", KEY) as live, live.client() as client:
         assert "\n  keeps        events for 1,000,000,000 days after they were stored\n" in live.banner
         store(client, event())
@@ -260,7 +262,7 @@ def test_a_target_that_is_forwarded_to_no_more_is_named_because_it_keeps_events(
         eventually(lambda: len(kept_ids(tmp_path)) == 2)
     (line,) = [record.message for record in caplog.records if "does not forward to" in record.message]
     assert (
-        "https://old/v1, and what is not accepted there is kept; if nothing is forwarded there any more, "
+        "https://old/v1, and keeps the events not accepted there; if nothing is forwarded there any more, "
         f"remove {file}" in line
     )
     file.unlink()
@@ -362,7 +364,7 @@ def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path, number)
     assert process.returncode == 1, message
     assert (
         message
-        == f"eventstore: interrupted; {30_000 - remaining:,} events deleted; the same command goes on from there\n"
+        == f"eventstore: interrupted; {30_000 - remaining:,} events deleted; the same command continues from there\n"
     )
     assert 0 < remaining < 30_000
     done = run(*SCRIPT, *flags, cwd=tmp_path)

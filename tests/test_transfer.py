@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from eventstore_extras import forward
+from eventstore_extras import sending
 from helpers import (
     EVER,
     KEY,
@@ -161,7 +161,7 @@ def a_source(folder: Path, number: int = 100) -> Path:
 
 
 def test_a_replay_outlasts_429_500_and_broken_connections(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(sending, "BACKOFF_BASE_S", 0.001)
     source = a_source(tmp_path)
     tricks = [lambda handler, _: reply(handler, 429, retry_after="1"), lambda handler, _: reply(handler, 500), drop,
               lambda handler, _: reply(handler, 503, b"busy", retry_after="0"), drop]  # fmt: skip
@@ -176,9 +176,9 @@ def test_a_replay_outlasts_429_500_and_broken_connections(tmp_path, capsys, monk
 
 @table(("text", "seconds"), [("7", 7), ("", 0), ("soon", 0), ("-5", 0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
 def test_retry_after_is_a_number_or_a_date(text, seconds):
-    assert forward.retry_after_s(text) == seconds
+    assert sending.retry_after_s(text) == seconds
     in_an_hour = (datetime.now(UTC) + timedelta(hours=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    assert 3000 < forward.retry_after_s(in_an_hour) <= 3600
+    assert 3000 < sending.retry_after_s(in_an_hour) <= 3600
 
 
 def test_a_refused_batch_stops_a_replay_which_goes_on_from_there_later(tmp_path, capsys):
@@ -203,13 +203,13 @@ def test_a_refused_batch_stops_a_replay_which_goes_on_from_there_later(tmp_path,
         del target.bodies[:]
         assert replayed(source, f"{target.url}/v1", *flags) == 0
         message = capsys.readouterr().err
-        assert "going on at cursor" in message
+        assert "continuing at cursor" in message
         assert "40 events were accepted before (--restart starts over)" in message
         assert sorted(itertools.chain(*target.ids_sent())) == [f"{n:05}" for n in range(40, 100)]
         del target.bodies[:]
         assert replayed(source, target.url, *flags, "--restart") == 0
         assert len(target.bodies) == 10
-        assert "100 accepted (100 of them it had)" in capsys.readouterr().err
+        assert "100 accepted (100 of them it already had)" in capsys.readouterr().err
     assert exported(tmp_path / "target") == exported(source)
 
 
@@ -227,7 +227,7 @@ def test_what_does_not_answer_202_is_no_target_and_a_redirect_gets_no_key(tmp_pa
 def test_a_replay_sends_less_at_a_time_to_a_target_that_resets_large_bodies_or_answers_413(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(sending, "BACKOFF_BASE_S", 0.001)
     source = imported(
         tmp_path / "source", lines_of(*[event(f"{n:05}", properties={"x": "y" * 4000}) for n in range(500)])
     )
@@ -241,12 +241,12 @@ def test_a_replay_sends_less_at_a_time_to_a_target_that_resets_large_bodies_or_a
             del target.bodies[:]
         target.most_bytes = 4_000
         assert replayed(source, target.url, "--restart", "--concurrency", 1) == 1
-        assert 'answered 413:; it is the batch of 1 event from "00000" to "00000"; ' in capsys.readouterr().err
+        assert 'answered 413; this is the batch of 1 event from "00000" to "00000"; ' in capsys.readouterr().err
     assert exported(tmp_path / "target") == exported(source)
 
 
 def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(forward, "BACKOFF_BASE_S", 0.001)
+    monkeypatch.setattr(sending, "BACKOFF_BASE_S", 0.001)
     source = a_source(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -260,7 +260,7 @@ def test_a_replay_gives_up_when_nothing_is_accepted_for_long(tmp_path, capsys, m
 
 @table("url", ["http://events:8080", "http://v2/", "https://host/eventstore", "https://host/a/v1"])
 def test_a_host_and_a_prefix_may_have_any_name(url):
-    assert forward.target_url(url, "--to") == f"{url.rstrip('/').removesuffix('/v1')}/v1"
+    assert sending.target_url(url, "--to") == f"{url.rstrip('/').removesuffix('/v1')}/v1"
 
 
 @table("path", ["/v1/events", "/v1/events/bulk", "/v2/x", "/events", "/v1/x", "/v2", "/api/V1", "/v1beta/"])
@@ -374,7 +374,7 @@ def test_a_replay_that_is_killed_goes_on_where_it_was_sure(tmp_path):
             assert total(client) < 1801
         done = run(*command, **options)
         assert done.returncode == 0
-        assert re.match(r"eventstore: going on at cursor \d+::\d+: 1,\d{3} events were accepted before", done.stderr)
+        assert re.match(r"eventstore: continuing at cursor \d+::\d+: 1,\d{3} events were accepted before", done.stderr)
         accepted = int(re.search(r"sent .+: ([\d,]+) accepted", done.stderr)[1].replace(",", ""))
         assert 1200 <= accepted < 1300
         exports = [run(*SCRIPT, "export", cwd=tmp_path / name).stdout for name in ("source", "target")]

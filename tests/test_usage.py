@@ -17,7 +17,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from eventstore import Windows, to_us
+from eventstore import to_us
+from eventstore_extras.usage import Windows
 from helpers import (
     DAY_US,
     LEDGER_START,

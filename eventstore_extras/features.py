@@ -1,0 +1,399 @@
+"""Features: names and units for meters (API: Features).
+
+From top to bottom: a feature and its checks, its rows, its routes; what the OpenAPI document says.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+
+from eventstore import (
+    ENCODER,
+    IN_ENVIRONMENT,
+    ORDERS,
+    ApiError,
+    Faults,
+    JsonResponse,
+    Operation,
+    Service,
+    Sql,
+    View,
+    one_of,
+    quoted,
+    read_fields,
+    sql,
+)
+from eventstore_extras.meters import (
+    METER_COLUMNS,
+    METER_EXAMPLE,
+    METER_SCHEMAS,
+    POSITIVE_SCHEMA,
+    Meter,
+    MeterIn,
+    add_meter,
+    meter_columns,
+    require_meter,
+    stored_meter,
+)
+from eventstore_extras.openapi import choice
+from eventstore_extras.resources import (
+    LIST_PARAMETERS,
+    LIST_SCHEMA,
+    MAX_NAME_CHARS,
+    NAME_SCHEMA,
+    SORT_COLUMNS,
+    Columns,
+    Done,
+    ListQuery,
+    Pagination,
+    SortIn,
+    archive_row,
+    check_length,
+    check_name,
+    check_positive_decimal,
+    fetch_page,
+    insert_row,
+    is_any_of,
+    list_query,
+    parse_list,
+    sorts_by,
+    time_text,
+)
+
+__all__ = [
+    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "ReportingUnit", "all_features",
+    "require_feature",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------- A feature
+
+
+class ReportingUnitIn(Struct, forbid_unknown_fields=True):
+    unit_singular: str | None = None
+    unit_plural: str | None = None
+    conversion_rate: str | float | None = None
+
+
+class FeatureIn(Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/features (API: Features)."""
+
+    name: str | None = None
+    type: str | None = None
+    lookup_key: str | None = None
+    meter_id: str | None = None
+    meter: MeterIn | None = None
+    description: str | None = None
+    unit_singular: str | None = None
+    unit_plural: str | None = None
+    reporting_unit: ReportingUnitIn | None = None
+    metadata: dict[str, str] | None = None
+    alert_settings: Any = None  # accepted without effect, like the next two
+    group_id: Any = None
+    group: Any = None
+
+
+class ReportingUnit(Struct):
+    unit_singular: str
+    unit_plural: str
+    conversion_rate: float
+
+
+class Feature(Struct, kw_only=True):
+    """A feature as it is answered (API: Features)."""
+
+    id: str
+    name: str
+    lookup_key: str
+    description: str
+    meter_id: str
+    metadata: dict[str, str]
+    type: str
+    unit_singular: str
+    unit_plural: str
+    reporting_unit: ReportingUnit | None
+    alert_settings: None = None
+    group_id: None = None
+    group: None = None
+    environment_id: str
+    tenant_id: str = ""
+    status: str
+    created_at: str
+    updated_at: str
+    created_by: str = ""
+    updated_by: str = ""
+    meter: Meter | None
+
+
+_FEATURE = msgspec.json.Decoder(FeatureIn)
+_TYPES = ("metered", "boolean", "static", "config")
+_check_type = one_of(*_TYPES)
+
+
+def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
+    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
+    name = check_name("name", sent.name, faults)
+    if not sent.type:
+        faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
+    is_metered = faults.check("type", _check_type, sent.type) == "metered"
+    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
+    if bool(sent.unit_singular) is not bool(sent.unit_plural):
+        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
+        faults.add(missing, "required", f"is required with {given}")
+    return {
+        "name": name,
+        "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
+        "description": sent.description or "",
+        "meter_id": sent.meter_id or "" if is_metered else "",
+        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
+        "type": sent.type,
+        "unit_singular": sent.unit_singular or "",
+        "unit_plural": sent.unit_plural or "",
+        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
+    }, meter
+
+
+def _new_meter(sent: FeatureIn, faults: Faults) -> Columns | None:
+    """Check the meter inside a feature's body and return its columns."""
+    if sent.meter is None:
+        faults.add("meter", "required", "or meter_id is required for a metered feature")
+        return None
+    with faults.within("meter"):
+        return meter_columns(sent.meter, faults)
+
+
+def _lookup_key(name: str) -> str:
+    """Make the lookup key of a feature that was sent without one."""
+    return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _checked_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> ReportingUnit | None:
+    if sent is None:
+        return None
+    with faults.within("reporting_unit"):
+        for field in ReportingUnitIn.__struct_fields__:
+            if getattr(sent, field) in (None, ""):
+                faults.add(field, "required", "is required in a reporting unit")
+        rate = faults.check("conversion_rate", check_positive_decimal, sent.conversion_rate) or 1
+    return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
+
+
+# ---------------------------------------------------------------------------------------------- Rows
+
+_NAMES = ("id", "name", "lookup_key", "description", "meter_id", "metadata", "type", "unit_singular", "unit_plural",
+          "reporting_unit", "created_at_us", "updated_at_us", "archived_at_us")  # fmt: skip
+_COLUMNS = ", ".join([*(f"features.{name}" for name in _NAMES), METER_COLUMNS])
+_TABLES = """features LEFT JOIN meters
+    ON meters.environment = features.environment AND meters.id = features.meter_id"""
+_IN_ENVIRONMENT = f"features.{IN_ENVIRONMENT}"
+_REPORTING_UNIT = msgspec.json.Decoder(ReportingUnit | None)
+_METADATA = msgspec.json.Decoder(dict[str, str])
+# A condition on a meter: another published feature has it.
+_METER_IS_USED = f"""EXISTS (SELECT 1 FROM features WHERE {_IN_ENVIRONMENT} AND features.meter_id = meters.id
+    AND features.archived_at_us IS NULL)"""
+
+
+def _stored_feature(row: Sequence[Any], environment: str) -> Feature:
+    """Make a feature of its columns, which are _COLUMNS."""
+    values = dict(zip(_NAMES, row, strict=False))
+    meter_row = row[len(_NAMES) :]
+    return Feature(
+        created_at=time_text(values.pop("created_at_us")),
+        updated_at=time_text(values.pop("updated_at_us")),
+        metadata=_METADATA.decode(values.pop("metadata")),
+        reporting_unit=_REPORTING_UNIT.decode(values.pop("reporting_unit")),
+        status="published" if values.pop("archived_at_us") is None else "archived",
+        environment_id=environment,
+        meter=None if meter_row[0] is None else stored_meter(meter_row).meter,
+        **values,
+    )
+
+
+def _select_features(conn: sqlite3.Connection, environment: str, where: Sql) -> list[Feature]:
+    rows = conn.execute(f"SELECT {_COLUMNS} FROM {_TABLES} WHERE {where}", where.values).fetchall()
+    return [_stored_feature(row, environment) for row in rows]
+
+
+def all_features(conn: sqlite3.Connection, environment: str) -> list[Feature]:
+    """Return the features of an environment: published before archived ones, the oldest first."""
+    order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
+    where = sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment)
+    return _select_features(conn, environment, where)
+
+
+def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str) -> Feature:
+    """Return a feature. Raises ApiError not_found if there is none with this id."""
+    where = sql(f"{_IN_ENVIRONMENT} AND features.id = :id", environment=environment, id=feature_id)
+    found = _select_features(conn, environment, where)
+    if not found:
+        raise ApiError("not_found", f"no feature with the id {quoted(feature_id)} in this environment")
+    return found[0]
+
+
+def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> None:
+    """Raises ApiError: not_found if there is no such meter, validation_error if it is archived."""
+    if require_meter(conn, environment, meter_id).archived_at_us is not None:
+        faults = Faults(index=0)
+        problem = f"names a meter that is archived, got {quoted(meter_id)}: make a new one"
+        faults.add("meter_id", "invalid_format", problem)
+        faults.raise_any()
+
+
+def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: Columns | None) -> Feature:
+    """Store a feature, and the meter to make with it. Raises ApiError: not_found, validation_error, already_exists."""
+    if meter is not None:
+        columns = columns | {"meter_id": add_meter(conn, view, meter).id}
+    elif columns["meter_id"]:
+        _require_published_meter(conn, view.environment, columns["meter_id"])
+    try:
+        insert_row(conn, "features", view, columns)
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_CONSTRAINT_UNIQUE:
+            raise
+        taken = f"a feature with the lookup_key {quoted(columns['lookup_key'])} exists"
+        message = f"{taken}: choose another lookup_key, or delete that feature; nothing was stored"
+        raise ApiError("already_exists", message) from None
+    return require_feature(conn, view.environment, columns["id"])
+
+
+# ---------------------------------------------------------------------------------------------- Routes
+
+
+class FeatureSearchIn(Struct, forbid_unknown_fields=True):
+    """The body of POST /v1/features/search; GET /v1/features has the same parameters (API: Search)."""
+
+    limit: int | float | None = None
+    offset: int | float | None = None
+    status: str | None = None
+    sort: list[SortIn] | None = None
+    order: str | None = None
+    start_time: str | None = None
+    end_time: str | None = None
+    feature_ids: list[str] | None = None
+    meter_ids: list[str] | None = None
+    lookup_key: str | None = None
+    lookup_keys: list[str] | None = None
+    name_contains: str | None = None
+    expand: Any = None  # without effect: the answer always has the meter
+    filters: list[Any] | None = None
+
+
+class FeaturePage(Struct):
+    """One page of features (API: Search)."""
+
+    items: list[Feature]
+    pagination: Pagination
+
+
+_SEARCH = msgspec.json.Decoder(FeatureSearchIn)
+
+
+async def create_feature(service: Service, request: Request) -> Response:
+    """POST /v1/features: a name and units for a meter, which may be made with it (API: Features)."""
+    faults = Faults(index=0)
+    columns, meter = _feature_columns(await read_fields(service, request, _FEATURE, faults), faults)
+    faults.raise_any()
+    view = service.view(request)
+    columns["id"] = service.make_id(view.now_us, "feat_")
+    if meter is not None:
+        meter["id"] = service.make_id(view.now_us, "meter_")
+    add = partial(_add_feature, view=view, columns=columns, meter=meter)
+    return JsonResponse(await service.store.write(add), 201)
+
+
+async def show_feature(service: Service, request: Request) -> Response:
+    """GET /v1/features/{id} (API: Features)."""
+    require = partial(require_feature, environment=request["environment"], feature_id=request.path_params["id"])
+    return JsonResponse(await service.store.read(require))
+
+
+async def delete_feature(service: Service, request: Request) -> Response:
+    """DELETE /v1/features/{id}: its meter goes with it, unless another feature has it (API: Features)."""
+    view, feature_id = service.view(request), request.path_params["id"]
+
+    def archive(conn: sqlite3.Connection) -> None:
+        feature = require_feature(conn, view.environment, feature_id)
+        archive_row(conn, "features", view, feature_id)
+        archive_row(conn, "meters", view, feature.meter_id, unless=_METER_IS_USED)
+
+    await service.store.write(archive)
+    return JsonResponse(Done("feature deleted successfully"))
+
+
+async def find_features(service: Service, request: Request) -> Response:
+    """GET /v1/features (API: Search)."""
+    faults = Faults()
+    sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
+    sent.sort = sorts_by(sent.sort or [], faults)
+    return await _search(service, request, sent, faults)
+
+
+async def search_features(service: Service, request: Request) -> Response:
+    """POST /v1/features/search (API: Search)."""
+    faults = Faults()
+    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
+
+
+async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
+    environment = request["environment"]
+    query = _search_query(sent, environment, faults)
+
+    def select(conn: sqlite3.Connection) -> FeaturePage:
+        conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
+        rows, pagination = fetch_page(conn, _COLUMNS, _TABLES, query)
+        return FeaturePage([_stored_feature(row, environment) for row in rows], pagination)
+
+    return JsonResponse(await service.store.read(select))
+
+
+def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> ListQuery:
+    """Check a search. Raises ApiError with every fault (API: Search)."""
+    query = list_query("features", sent, sent.sort or [], environment, faults)
+    if sent.filters:
+        fields = "lookup_keys, name_contains and the other fields"
+        faults.add("filters", "invalid_format", f"must be empty: this server has no conditions; it takes {fields}")
+    faults.raise_any()
+    options = {
+        "feature_ids": ("features.id", sent.feature_ids),
+        "meter_ids": ("features.meter_id", sent.meter_ids),
+        "lookup_key": ("lookup_key", [sent.lookup_key] if sent.lookup_key else []),
+        "lookup_keys": ("lookup_key", sent.lookup_keys),
+    }
+    clauses = [is_any_of(column, values, name) for name, (column, values) in options.items() if values]
+    if sent.name_contains:
+        part = sent.name_contains.casefold()
+        clauses.append(sql("instr(casefold(features.name), :name_contains)", name_contains=part))
+    return query.narrowed(*clauses)
+
+
+# ---------------------------------------------------------------------------------------------- OpenAPI
+
+_FEATURE_SCHEMAS = METER_SCHEMAS | {
+    "FeatureIn": {"name": NAME_SCHEMA, "type": {"enum": _TYPES},
+                  "lookup_key": {"type": ["string", "null"], "maxLength": MAX_NAME_CHARS}},
+    "ReportingUnitIn": {"unit_singular": NAME_SCHEMA, "unit_plural": NAME_SCHEMA, "conversion_rate": POSITIVE_SCHEMA},
+}  # fmt: skip
+_SEARCH_SCHEMAS = {
+    "FeatureSearchIn": LIST_SCHEMA | {"filters": {"type": ["array", "null"], "maxItems": 0}},
+    "SortIn": {"field": choice(*SORT_COLUMNS), "direction": choice(*ORDERS)},
+}
+_TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains", "expand")
+_SEARCH_PARAMETERS = LIST_PARAMETERS | {name: {"type": "string"} for name in _TEXT_PARAMETERS}
+
+OPERATIONS = (
+    Operation("POST", "/v1/features", create_feature, Feature, FeatureIn, status=201, refusals=[404, 409],
+              example={"name": "Tokens", "type": "metered", "meter": METER_EXAMPLE}, schemas=_FEATURE_SCHEMAS),
+    Operation("GET", "/v1/features", find_features, FeaturePage, None, _SEARCH_PARAMETERS),
+    Operation("POST", "/v1/features/search", search_features, FeaturePage, FeatureSearchIn, schemas=_SEARCH_SCHEMAS,
+              example={"lookup_keys": ["tokens"]}),
+    Operation("GET", "/v1/features/{id}", show_feature, Feature, refusals=[404]),
+    Operation("DELETE", "/v1/features/{id}", delete_feature, Done, refusals=[404]),
+)  # fmt: skip

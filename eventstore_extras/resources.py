@@ -1,0 +1,267 @@
+"""What meters and features have in common: they have names, and are stored, listed and archived (API: Lists).
+
+From top to bottom: numbers, times and names; rows; lists; what the OpenAPI document says of a list.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Any, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
+from starlette.requests import Request
+
+from eventstore import (
+    DECIMAL,
+    ENCODER,
+    IN_ENVIRONMENT,
+    MAX_OFFSET,
+    ORDERS,
+    PARAMETER_PARSERS,
+    Faults,
+    FieldError,
+    Sql,
+    T,
+    View,
+    all_of,
+    check_offset,
+    check_order,
+    one_of,
+    parse_int,
+    parse_parameters,
+    parse_time,
+    query_of_parameters,
+    quoted,
+    sql,
+    to_datetime,
+    whole_within,
+)
+from eventstore_extras.openapi import PARAMETER_SCHEMAS, TIME_SCHEMA, choice
+from eventstore_extras.usage import check_positive
+
+__all__ = [
+    "LIST_PARAMETERS", "LIST_SCHEMA", "MAX_NAME_CHARS", "NAME_SCHEMA", "SORT_COLUMNS", "Columns", "Done", "ListQuery",
+    "Pagination", "SortIn", "archive_row", "check_decimal", "check_length", "check_name", "check_positive_decimal",
+    "decimal_text", "fetch_page", "insert_row", "is_any_of", "list_query", "parse_list", "plain_decimal", "sorts_by",
+    "time_text",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------- Texts and names
+
+MAX_NAME_CHARS = 255  # of a name, an event name or a lookup key
+
+
+def plain_decimal(number: Decimal) -> str:
+    """Write a number without an exponent and without zeros at the end of its fraction."""
+    digits = format(number, "f")
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def decimal_text(value: float) -> str:
+    """Write whole numbers below 2**53 in full, others to 15 significant digits (API: Analytics)."""
+    if value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    return plain_decimal(Decimal(f"{value:.15g}"))
+
+
+def time_text(time_us: int) -> str:
+    """Write a time as Go does, without zeros at the end of its seconds (API: Times)."""
+    seconds, dot, digits = to_datetime(time_us).isoformat().removesuffix("+00:00").partition(".")
+    return f"{seconds}{dot}{digits.rstrip('0')}Z"
+
+
+def check_name(field: str, value: str | None, faults: Faults) -> str:
+    """Check a required text of up to 255 characters."""
+    if not value:
+        faults.add(field, "required", "is required")
+    return check_length(field, value, faults)
+
+
+def check_length(field: str, value: str | None, faults: Faults) -> str:
+    """Check an optional text of up to 255 characters; return "" if it is absent."""
+    if value and len(value) > MAX_NAME_CHARS:
+        faults.add(field, "out_of_range", f"may have {MAX_NAME_CHARS} characters, got {len(value)}")
+    return value or ""
+
+
+def check_decimal(value: str | float) -> float:
+    """Check a number or its text, of any sign. Raises FieldError."""
+    text = str(value)
+    if not DECIMAL.fullmatch(text) or math.isinf(float(text)):
+        raise FieldError("invalid_format", f"must be a decimal number, got {quoted(text)}")
+    return float(text)
+
+
+def check_positive_decimal(value: str | float) -> float:
+    """Check a number or its text. Raises FieldError: invalid_format for other texts, out_of_range for 0 or less."""
+    check_decimal(value)
+    return check_positive(value)
+
+
+# ---------------------------------------------------------------------------------------------- Rows
+
+Columns = dict[str, Any]  # name -> value, of a new row
+
+
+class Done(Struct):
+    """The answer to a request that archived a meter or a feature."""
+
+    message: str
+
+
+def insert_row(conn: sqlite3.Connection, table: str, view: View, columns: Columns) -> None:
+    """Insert a meter or a feature into the view's environment."""
+    values = columns | {"created_at_us": view.now_us, "updated_at_us": view.now_us}
+    selected = ", ".join(f":{name}" for name in values)
+    statement = f"""INSERT INTO {table} (environment, {", ".join(values)})
+        SELECT environments.id, {selected} FROM environments WHERE environments.name = :environment"""
+    conn.execute(statement, values | {"environment": view.environment})
+
+
+def archive_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, unless: str = "FALSE") -> None:
+    """Archive a meter or a feature unless a condition holds. One that is archived keeps its times."""
+    statement = f"""UPDATE {table}
+        SET archived_at_us = ifnull(archived_at_us, :now_us), updated_at_us = ifnull(archived_at_us, :now_us)
+        WHERE {IN_ENVIRONMENT} AND id = :id AND NOT {unless}"""
+    conn.execute(statement, {"environment": view.environment, "id": row_id, "now_us": view.now_us})
+
+
+# ---------------------------------------------------------------------------------------------- Lists
+
+_DEFAULT_LIMIT, _MAX_LIMIT = 50, 1000
+_STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four find nothing
+SORT_COLUMNS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name",
+                "event_name": "event_name"}  # fmt: skip
+
+
+class SortIn(Struct, forbid_unknown_fields=True):
+    field: str | None = None
+    direction: str | None = None
+
+
+class Pagination(Struct):
+    total: int
+    limit: int
+    offset: int  # where the next page starts
+
+
+class _ListIn(Protocol):
+    """The fields that the requests for all lists have."""
+
+    limit: int | float | None
+    offset: int | float | None
+    status: str | None
+    order: str | None
+    start_time: str | None
+    end_time: str | None
+
+
+class ListQuery(Struct, frozen=True):
+    """A checked list: which rows, in which order, and which of them are the page."""
+
+    where: Sql
+    order_by: str
+    limit: int
+    offset: int
+
+    def narrowed(self, *clauses: Sql) -> ListQuery:
+        """Return the list of those rows for which these conditions hold as well."""
+        return replace(self, where=all_of([self.where, *clauses]))
+
+
+_check_sort, _check_status = one_of(*SORT_COLUMNS), one_of(*_STATUSES)
+_check_limit = whole_within(0, _MAX_LIMIT)
+
+
+def parse_list(struct: type[T], request: Request, repeatable: Iterable[str], faults: Faults) -> T:
+    """Make the struct of a list from a query string; `repeatable` are the parameters that become arrays."""
+    arrays: dict[str, Callable[[str], Any]] = {name: lambda text: text.split(",") for name in repeatable}
+    parameters = parse_parameters(request["query_string"], faults, repeatable)
+    names = [name for name in struct.__struct_fields__ if name != "filters"]  # type: ignore[attr-defined]
+    parsers = PARAMETER_PARSERS | {"limit": parse_int} | arrays
+    return query_of_parameters(struct, parameters, names, faults, parsers)
+
+
+def sorts_by(names: Iterable[Any], faults: Faults) -> list[SortIn]:
+    """Make the sort of a query string, which names fields only."""
+    return [SortIn(faults.check("sort", _check_sort, name)) for name in names]
+
+
+def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: str, faults: Faults) -> ListQuery:
+    """Check the fields that all lists have; record what is wrong with them (API: Lists)."""
+    where = sql(f"{table}.{IN_ENVIRONMENT}", environment=environment)
+    created = _created_within(table, sent, faults)
+    status = faults.check("status", _check_status, sent.status)
+    default_direction = faults.check("order", check_order, sent.order) or "desc"
+    order_by = _order_by(table, sorts, default_direction, faults)
+    limit = faults.check("limit", _check_limit, sent.limit) or _DEFAULT_LIMIT
+    offset = faults.check("offset", check_offset, sent.offset) or 0
+    return ListQuery(all_of([where, *created, *_has_status(table, status)]), order_by, limit, offset)
+
+
+def _created_within(table: str, sent: _ListIn, faults: Faults) -> list[Sql]:
+    """Build the conditions for start_time and end_time, both inclusive."""
+    start_us = faults.check("start_time", parse_time, sent.start_time)
+    end_us = faults.check("end_time", parse_time, sent.end_time)
+    if start_us is not None and end_us is not None and end_us < start_us:
+        problem = f"is {quoted(sent.end_time or '')}, before {quoted(sent.start_time or '')}"
+        faults.add("end_time", "out_of_range", problem)
+    since = [] if start_us is None else [sql(f"{table}.created_at_us >= :since_us", since_us=start_us)]
+    until = [] if end_us is None else [sql(f"{table}.created_at_us <= :until_us", until_us=end_us)]
+    return [*since, *until]
+
+
+def _has_status(table: str, status: str | None) -> list[Sql]:
+    if status is None:
+        return []
+    archived_at = f"{table}.archived_at_us"
+    conditions = {"published": f"{archived_at} IS NULL", "archived": f"{archived_at} IS NOT NULL"}
+    return [sql(conditions.get(status, "FALSE"))]
+
+
+def _order_by(table: str, sorts: Sequence[SortIn], default_direction: str, faults: Faults) -> str:
+    """Build the ORDER BY; rows that are equal in it are sorted by id, in the last direction."""
+    terms = []
+    direction = default_direction
+    for number, sort in enumerate(sorts or [SortIn("created_at")]):
+        with faults.within(f"sort[{number}]"):
+            field = faults.check("field", _check_sort, sort.field) or "created_at"
+            direction = faults.check("direction", check_order, sort.direction) or default_direction
+        owner = "meters" if field == "event_name" else table  # a feature is sorted by its meter's event name
+        terms.append(f"{owner}.{SORT_COLUMNS[field]} {direction}")
+    return ", ".join([*terms, f"{table}.id {direction}"])
+
+
+def is_any_of(column: str, values: Iterable[str], name: str) -> Sql:
+    """Build `column IN (...)` with one parameter for all values: many builds of SQLite allow 32,766 parameters only."""
+    return sql(f"{column} IN (SELECT value FROM json_each(:{name}))", **{name: ENCODER.encode(list(values)).decode()})
+
+
+def fetch_page(
+    conn: sqlite3.Connection, columns: str, tables: str, query: ListQuery
+) -> tuple[list[tuple[Any, ...]], Pagination]:
+    """Return the rows of the page, and how many there are in all."""
+    found = f"FROM {tables} WHERE {query.where}"
+    page = f"ORDER BY {query.order_by} LIMIT {query.limit} OFFSET {query.offset}"
+    rows = conn.execute(f"SELECT {columns} {found} {page}", query.where.values).fetchall()
+    total = conn.execute(f"SELECT count(*) {found}", query.where.values).fetchone()[0]
+    return rows, Pagination(total, query.limit, query.offset + query.limit)
+
+
+_LIMIT = {"minimum": 0, "maximum": _MAX_LIMIT}
+NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+LIST_SCHEMA: dict[str, Any] = {  # of the fields of a body
+    **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
+    "limit": {"type": ["integer", "null"]} | _LIMIT,
+    "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
+    "status": choice(*_STATUSES), "order": choice(*ORDERS),
+}  # fmt: skip
+LIST_PARAMETERS: dict[str, Any] = {
+    **{name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset", "order")},
+    "limit": {"type": "integer"} | _LIMIT, "status": {"enum": [*_STATUSES, ""]},
+    "sort": {"enum": [*SORT_COLUMNS, ""]}, "meter_ids": {"type": "string"},
+}  # fmt: skip
