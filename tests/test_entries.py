@@ -59,7 +59,7 @@ def test_an_event_without_an_id_gets_one_from_its_content_and_number(
         assert len({*made}) == len(made) > 1
         assert all(re.fullmatch("import_[0-9a-f]{32}", event_id) for event_id in made)
     imported(folder, b"", "--environment", "staging")
-    assert capsys.readouterr().err.endswith("events.db: 0 new, 0 already stored; 0.0 s\n")
+    assert "events.db: 0 new, 0 already stored; " in capsys.readouterr().err.splitlines()[-1]
     imported(folder, lines_of(event("s")), "--environment", "staging")
     assert (exported(folder), len(exported(folder, "--environment", "staging").splitlines())) == (before, 1)
 
