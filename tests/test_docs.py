@@ -367,7 +367,7 @@ def test_every_flag_is_documented_with_its_default(tmp_path, command):
 
 
 ROOMS = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
-SERVED = (*eventstore.own_operations(), *analytics.OPERATIONS)
+SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", SERVED, ids=lambda operation: f"{operation.method} {operation.public_path}")
