@@ -172,8 +172,11 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens. It lies below those that the system hands out, so no client or server of
-    another test takes it by chance; each xdist worker has a range of its own."""
+    """Return a port on which nothing listens.
+
+    It lies below the ports that the system hands out, so that no client or server of another test takes it by chance.
+    Each xdist worker has its own range.
+    """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for port in random.sample(range(20_000 + worker % 12 * 1000, 21_000 + worker % 12 * 1000), 1000):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
