@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Settings, create_app, main
+from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,13 @@ def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any)
     chosen: dict[str, Any] = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
     app = create_app(Settings(**chosen), operations=operations)
     return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
+
+
+def store_of(client: httpx.Client) -> Store:
+    """Return the store of an application in this process."""
+    app: Any = cast(TestClient, client).app
+    store: Store = app.state.service.store
+    return store
 
 
 def metering(folder: Path, **settings: Any) -> TestClient:
@@ -172,8 +179,11 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens. It lies below those that the system hands out, so no client or server of
-    another test takes it by chance; each xdist worker has a range of its own."""
+    """Return a port on which nothing listens.
+
+    It lies below the ports that the system hands out, so that no client or server of another test takes it by chance.
+    Each xdist worker has its own range.
+    """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for port in random.sample(range(20_000 + worker % 12 * 1000, 21_000 + worker % 12 * 1000), 1000):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):

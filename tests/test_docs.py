@@ -31,9 +31,9 @@ import msgspec
 import pytest
 
 import eventstore
-from conftest import free_port
 from eventstore_extras import analytics, meters
 from eventstore_extras.mock import MockServer, running_server
+from helpers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
