@@ -1069,13 +1069,14 @@ def limits(response: httpx.Response) -> list[int]:
     return [int(response.headers[f"X-RateLimit-{name}"]) for name in ("Limit", "Remaining", "Reset")]
 
 
+@pytest.mark.slow
 def test_without_the_flag_nothing_is_limited(client):
     for response in [client.post("/v1/events", json={}) for _ in range(1001)]:
         assert response.status_code == 400
         assert "x-ratelimit" not in str(response.headers)
 
 
-@table(("flag", "path", "limit"), [("documented", "/v1/events", 1000), ("documented", "/v1/events/bulk", 100),
+@table(("flag", "path", "limit"), [pytest.param("documented", "/v1/events", 1000, marks=pytest.mark.slow), ("documented", "/v1/events/bulk", 100),
                                    ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
 def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(tmp_path, flag, path, limit):
     clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60

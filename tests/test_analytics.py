@@ -801,6 +801,7 @@ def wide(tmp_path_factory):
         yield client
 
 
+@pytest.mark.slow
 @table(
     ("query", "what"),
     [({"group_by": ["properties.k"]}, "items"), ({"window_size": "MINUTE"}, "points")],
@@ -814,6 +815,7 @@ def test_100000_items_or_points_are_answered_and_more_are_refused_with_the_limit
     assert len(analytics(wide)) == 10  # the server lives
 
 
+@pytest.mark.slow
 def test_a_group_with_more_than_100000_values_is_refused_with_the_limit(tmp_path):
     (row,) = rows_to_insert("one")
     rows = [row._replace(id=f"{number}", timestamp_us=NOW - 1 - number, source="most" if number else "", properties=f'{{"k": {number}}}')

@@ -188,10 +188,14 @@ def here(command: str) -> str:
     return re.sub(r"^python3 ", f"{shlex.quote(sys.executable)} ", command)
 
 
+# Their examples wait for servers and forwarding, import pandas, or run pytest.
+LONG_TO_PASTE = ("docs/outbox.md", "docs/import-export.md", "docs/testing.md")
+PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE)) for name, page in PAGES.items()
+          if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
+
+
 @needs_shell
-@pytest.mark.parametrize(
-    "name", [name for name in PAGES if blocks(PAGES[name], "console") or blocks(PAGES[name], "python")]
-)
+@pytest.mark.parametrize("name", PASTED)
 def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path):
     pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
     python = blocks(PAGES[name], "python")

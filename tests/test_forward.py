@@ -583,6 +583,7 @@ def test_half_a_line_that_a_power_cut_left_does_not_spoil_the_next(tmp_path):
 FORWARDING = {"EVENTSTORE_FORWARD_API_KEY": KEY, "EVENTSTORE_API_KEYS": KEY}
 
 
+@pytest.mark.slow
 def test_after_a_kill_it_goes_on_and_sends_at_most_half_a_second_of_batches_again(tmp_path):
     filled(tmp_path, 30_000)
 

@@ -54,6 +54,7 @@ def javascript(node_folder, live) -> Callable[..., str]:
     return run_module
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_readme_sends_an_event_and_lists_it(javascript, live):
     (snippet,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     here = snippet.replace("http://127.0.0.1:8080", live.url)
@@ -62,6 +63,7 @@ def test_the_snippet_of_the_readme_sends_an_event_and_lists_it(javascript, live)
     assert re.search(r"eventName: 'api_request'.*tokens: '1250'", printed, re.DOTALL), printed
 
 
+@pytest.mark.slow
 def test_the_javascript_sdk_sends_lists_pages_and_aggregates(javascript):
     code = """
         const who = { externalCustomerId: "js" };
@@ -85,6 +87,7 @@ def test_the_javascript_sdk_sends_lists_pages_and_aggregates(javascript):
     assert answer == {"sizes": [50, 50, 21], "different": 121, "usage": sum(range(120)), "found": "js one"}
 
 
+@pytest.mark.slow
 def test_the_javascript_sdk_throws_the_servers_message(javascript):
     code = """
         const events = [{ eventName: "good", externalCustomerId: "c" }, { eventName: "", externalCustomerId: "c" }];
@@ -132,6 +135,7 @@ def other_server() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javascript):
     code = """
         const other = { serverURL: process.env.OTHER_URL };

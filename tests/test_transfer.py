@@ -745,6 +745,7 @@ def test_a_request_holds_at_most_10_mb(tmp_path):
         assert max(map(len, target.bodies)) < 10_000_000
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_killed_goes_on_where_it_was_sure(tmp_path):
     sent = [event(f"{n:05}", timestamp=at(n * 7919 % 3000)) for n in range(3000)]
     with Live(tmp_path / "source", "--api-key", KEY) as source, Live(tmp_path / "target", "--api-key", KEY) as target:
