@@ -1382,6 +1382,7 @@ def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
         assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
 
 
+@pytest.mark.slow
 def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within_ten_seconds(tmp_path, choose):
     senders = [Sender(choose.getrandbits(64), patience=0) for _ in range(8)]
     body = json.dumps(event("slow")).encode()
