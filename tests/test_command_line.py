@@ -199,7 +199,7 @@ def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned
     with Live(tmp_path, "--api-key-file", "keys", *to_nobody, EVENTSTORE_FORWARD_API_KEY="a-key") as live:
         (tmp_path / "keys").write_text("new=production")
         live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: 'no API key is for the environment "development" any more' in live.log)
+        eventually(lambda: 'no API key is left for the environment "development"' in live.log)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")

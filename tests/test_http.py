@@ -10,9 +10,11 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,7 @@ import pytest
 from uvicorn.server import ServerState
 
 import eventstore
-from helpers import KEY, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
+from helpers import BODY, KEY, ROOT, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
 
 UPGRADES = {
     "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
@@ -174,6 +176,7 @@ def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live, versio
     request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + headers, version=version)
     assert statuses(answers_to(live, request)) == [202]
     assert statuses(answers_to(live, request[:-10], request[-10:])) == [202]
+    assert statuses(answers_to(live, request + LAST)) == [202]
 
 
 @table("target", ["example.com:443", "/v1/events"])
@@ -378,12 +381,57 @@ def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_not
     ]
 
 
+def test_a_request_that_was_answered_before_its_end_gets_no_second_answer(live):
+    head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong")
+    with live.connect() as sock:
+        sock.sendall(head)
+        time.sleep(0.1)  # the answer is sent before the rest arrives
+        sock.sendall(b"zz\r\n")
+        assert statuses(answers_in(b"".join(iter(lambda: sock.recv(65536), b"")))) == [401]
+
+
 def test_the_answer_arrives_although_the_client_sends_on(live):
     with live.connect() as sock:
         for _ in range(50):
             sock.sendall(b"garbage\r\n" * 10_000)
         refused(answer_on(sock))
         assert sock.recv(1) == b""
+
+
+DRIPS = {  # what is sent at first, then again and again
+    "head": (b"", b"X"),
+    "second head": (posting(BODY) + b"GET / HTTP/1.1\r\nX: ", b"y"),
+    "line breaks": (b"", b"\r\n"),
+    "line breaks after an answer": (posting(BODY), b"\r\n"),
+    "body after its answer": (request_bytes("POST", "/v1/events", b"x" * 10**6, key="wrong")[: -(10**6)], b"x"),
+    "trailers after their answer": (
+        request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong") + b"0\r\nX: ",
+        b"y",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_client_cannot_keep_a_connection_open_by_a_byte_now_and_then(tmp_path):
+    code = "import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
+    command, flags = [sys.executable, "-c", code], ["--api-key", KEY, "--keep-alive-s", "1"]
+    with Live(tmp_path, *flags, command=command, PYTHONPATH=str(ROOT)) as live, ExitStack() as stack:
+        drips = {name: (stack.enter_context(live.connect()), drip) for name, (_, drip) in DRIPS.items()}
+        for name, (first, _) in DRIPS.items():
+            drips[name][0].sendall(first)
+        deadline = time.monotonic() + 10
+        while drips:
+            assert time.monotonic() < deadline, f"open: {[*drips]}"
+            drips = {name: (sock, drip) for name, (sock, drip) in drips.items() if takes(sock, drip)}
+            time.sleep(0.05)
+
+
+def takes(sock: socket.socket, data: bytes) -> bool:
+    try:
+        sock.sendall(data)
+    except OSError:
+        return False
+    return True
 
 
 def test_a_lost_connection_leaves_no_timer_behind():
