@@ -1251,6 +1251,7 @@ class Operation(NamedTuple):
     schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
     status: int = 200
     refusals: Sequence[int] = ()  # statuses beside those that every operation has
+    extra: str = ""  # the module of eventstore_extras whose OPERATIONS have the whole row
 
     @property
     def public_path(self) -> str:
@@ -1448,7 +1449,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif path.startswith("/_mock"):
         hint = "it is there when the server is started with --mock. "
     elif not _has_extras():
-        hint = f"usage, meters, features, analytics and /openapi.json need {_EXTRAS_FOLDER}. "
+        hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     message = f"no route {quoted(path)}: {hint}this server has {served}"
     return error_response(request, ApiError("not_found", message))
 
@@ -2069,24 +2070,7 @@ def _debugger_handler() -> _Handler:
 
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
-_INGEST_AND_LIST = (
-    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
-              example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
-    Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
-    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
-              example={"events": [_API_CALL]}),
-    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
-              example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
-                       "page_size": 100}),
-)  # fmt: skip
-_COUNT_LOOKUP_HEALTH = (
-    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
-    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP_FILTERS), refusals=[404]),
-    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP_FILTERS, refusals=[404]),
-    Operation("GET", "/health", health, Health),
-    Operation("POST", "/health", health, Health),
-)  # fmt: skip
-_EXTRAS_FOLDER = f"the folder eventstore_extras beside {os.path.basename(__file__)}"
+_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
 
 
 def _has_extras() -> bool:
@@ -2100,10 +2084,36 @@ def _extra(name: str, purpose: str) -> ModuleType:
     return importlib.import_module(f"eventstore_extras.{name}")
 
 
-def own_operations() -> tuple[Operation, ...]:
-    """Return the operations that every application serves; usage and /openapi.json are in eventstore_extras."""
-    usage, openapi = (_extra(name, "a route").OPERATIONS if _has_extras() else () for name in ("usage", "openapi"))
-    return (*_INGEST_AND_LIST, *usage, *_COUNT_LOOKUP_HEALTH, *openapi)
+def _operation_of_extra(method: str, path: str, module: str) -> Operation:
+    """Make a row whose handler imports the extra on the first request."""
+
+    async def handle(service: Service, request: Request) -> Response:
+        if not _has_extras():
+            raise ApiError("not_found", f"{method} {path} needs the folder eventstore_extras beside eventstore.py")
+        (row,) = (row for row in _extra(module, path).OPERATIONS if row.path == path)
+        response: Response = await row.handler(service, request)
+        return response
+
+    return Operation(method, path, handle, None, extra=module)
+
+
+OPERATIONS = (
+    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
+              example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
+    Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
+    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
+              example={"events": [_API_CALL]}),
+    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
+              example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
+                       "page_size": 100}),
+    _operation_of_extra("POST", "/v1/events/usage", "usage"),
+    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
+    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP_FILTERS), refusals=[404]),
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP_FILTERS, refusals=[404]),
+    Operation("GET", "/health", health, Health),
+    Operation("POST", "/health", health, Health),
+    _operation_of_extra("GET", "/openapi.json", "openapi"),
+)  # fmt: skip
 
 
 def create_app(
@@ -2121,7 +2131,7 @@ def create_app(
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
-    service = Service(settings, [*own_operations(), *operations])
+    service = Service(settings, [*OPERATIONS, *operations])
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))

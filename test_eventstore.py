@@ -1213,8 +1213,8 @@ def test_the_openapi_document_is_valid_public_and_has_every_route(client: httpx.
     document = response.json()
     assert document["openapi"].startswith("3.1")
     validate(document)
-    served = {(operation.public_path, operation.method.lower()) for operation in eventstore.own_operations()}
-    assert len(served) == len(eventstore.own_operations())
+    served = {(operation.public_path, operation.method.lower()) for operation in eventstore.OPERATIONS}
+    assert len(served) == len(eventstore.OPERATIONS)
     assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
     for path, method in served:
         described = document["paths"][path][method]
@@ -1232,7 +1232,7 @@ def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_
 ) -> None:
     refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
     message = client.post(path, json={}).json()["message"]
-    assert [one.public_path for one in eventstore.own_operations() if one.public_path not in message] == []
+    assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
 
 
 # ---------------------------------------------------------------------------------------------- what an embedder adds

@@ -44,7 +44,7 @@ from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 __all__ = ["FIELDS", "FaultInjection", "FaultQueue", "InjectedFault", "check_fault", "decode_fault"]
 
 _INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
-_API_OPERATIONS = (*eventstore.own_operations(), *analytics.OPERATIONS)  # without the mock's own
+_API_OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # without the mock's own
 _ERROR_CODES = {
     429: "too_many_requests",
     500: "internal_error",

@@ -247,6 +247,11 @@ class Forwarder:
     def is_saved(self) -> bool:
         return self._file.is_saved
 
+    async def _read(self, query: Callable[[sqlite3.Connection, str, int], T]) -> T:
+        """Return the result of a query for the events after the position."""
+        environment, after = self._progress.environment, self._progress.seq
+        return await self._store.read(lambda conn: query(conn, environment, after), quick=False)
+
     async def lag(self) -> int:
         """Return how many events wait; `_backlog` says how exact this is."""
         return (await self._read(_backlog)).events
@@ -256,16 +261,20 @@ class Forwarder:
         with closing(connect_reader(self._store.path)) as conn:
             return _backlog(conn, self._progress.environment, self._progress.seq).events
 
-    async def _read(self, query: Callable[[sqlite3.Connection, str, int], T]) -> T:
-        """Return the result of a query for the events after the position."""
-        environment, after = self._progress.environment, self._progress.seq
-        return await self._store.read(lambda conn: query(conn, environment, after), quick=False)
+    def _log(self, level: int, message: str) -> None:
+        """Log why nothing is forwarded, at most once a minute: a target may be down for a week."""
+        if self._log_throttle.allows():
+            log.log(level, "forwarding: %s", message)
 
     async def _save(self) -> None:
         try:
             await asyncio.to_thread(self._file.save)
         except StopError as error:  # continue: after a crash, more events are sent again, which does no harm
             self._log(logging.ERROR, str(error))
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise _StoppingError
 
     async def _pause(self, seconds: float) -> None:
         """Sleep. Raises _StoppingError as soon as the server stops."""
@@ -276,10 +285,6 @@ class Forwarder:
                 await self._stopping.wait()
         self._check_running()
 
-    def _check_running(self) -> None:
-        if self._stopping.is_set():
-            raise _StoppingError
-
     async def _wait(self, answer: Answer, waits: int) -> None:
         """Wait before a request is sent again. Raises _StoppingError."""
         backoff_s = answer.backoff_s(waits)
@@ -289,11 +294,6 @@ class Forwarder:
         else:
             self._log(logging.WARNING, f"{answer.problem}; trying again")
         await self._pause(backoff_s)
-
-    def _log(self, level: int, message: str) -> None:
-        """Log why nothing is forwarded, at most once a minute: a target may be down for a week."""
-        if self._log_throttle.allows():
-            log.log(level, "forwarding: %s", message)
 
     async def _set_aside(self, row: Row, refusal: str) -> None:
         """Write a refused event to its file. Waits until that is possible. Raises _StoppingError."""

@@ -132,6 +132,10 @@ class _FailedError(Exception):
         self.part = part
 
 
+def _same_command(arguments: argparse.Namespace) -> str:
+    return f"the same command{' without --restart' if arguments.restart else ''}"
+
+
 class _Replay:
     """Sends batches, several at a time, and tracks the position up to which all of them are accepted."""
 
@@ -143,6 +147,59 @@ class _Replay:
         self._success_s = time.monotonic()  # when a part was last accepted
         self._notices = Throttle(_SAY_INTERVAL_S)
         self.sent = self.accepted = self.retried = self.duplicates = 0
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """Wait before a request is sent again. Raises _FailedError to give up."""
+        if answer.outcome is Outcome.BLOCKED:
+            raise _FailedError(answer.problem)
+        backoff_s, limit_s = answer.backoff_s(waits), self._arguments.give_up_after_s
+        if time.monotonic() + backoff_s - self._success_s > limit_s:
+            given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
+            raise _FailedError(f"{given_up}: {answer.problem}")
+        self.retried += 1
+        if self._notices.allows():
+            say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        await asyncio.sleep(backoff_s)
+
+    async def _send(self, sender: Sender, batch: Batch) -> None:
+        """Send a batch until all of it is accepted. Raises _FailedError."""
+        self.sent += len(batch.rows)
+        while batch.rows:
+            part, answer = await sender.send_head(batch)
+            if answer.outcome is not Outcome.ACCEPTED:
+                raise _FailedError(answer.problem, part)
+            self._success_s = time.monotonic()
+            self.accepted += len(part.rows)
+            self.duplicates += answer.duplicates
+            batch = batch.part(len(part.rows))
+
+    def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
+        rows = (failure.part or batch).rows
+        ids = f"from {quoted(rows[0][1].id)} to {quoted(rows[-1][1].id)}"
+        failed = f"this is the batch of {plural(len(rows), 'event')} {ids}"
+        accepted = f"everything before it is accepted ({self._progress.position})"
+        advice = f"correct this, then {_same_command(self._arguments)} continues from there"
+        return StopError(f"{failure}; {failed}; {accepted}; {advice}")
+
+    async def _finish_oldest(self) -> int:
+        """Wait for the oldest batch, advance the progress past it, and return how many events it had."""
+        batch, task = self._pending[0]
+        try:
+            await task
+        except _FailedError as failure:
+            raise self._stop_error(failure, batch) from None
+        self._pending.popleft()
+        self._progress.accepted += len(batch.rows)
+        self._progress.advance(batch.rows[-1])
+        if self._file.is_due():
+            self._file.save()
+        return len(batch.rows)
+
+    async def _cancel_pending(self) -> None:
+        tasks = [task for _, task in self._pending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def run(
         self, conn: sqlite3.Connection, query: EventQuery, key: Key, advance: Callable[[int], object]
@@ -163,63 +220,6 @@ class _Replay:
                 await self._cancel_pending()
                 if self._progress.accepted or self._file.path.exists():
                     self._file.save()
-
-    async def _send(self, sender: Sender, batch: Batch) -> None:
-        """Send a batch until all of it is accepted. Raises _FailedError."""
-        self.sent += len(batch.rows)
-        while batch.rows:
-            part, answer = await sender.send_head(batch)
-            if answer.outcome is not Outcome.ACCEPTED:
-                raise _FailedError(answer.problem, part)
-            self._success_s = time.monotonic()
-            self.accepted += len(part.rows)
-            self.duplicates += answer.duplicates
-            batch = batch.part(len(part.rows))
-
-    async def _wait(self, answer: Answer, waits: int) -> None:
-        """Wait before a request is sent again. Raises _FailedError to give up."""
-        if answer.outcome is Outcome.BLOCKED:
-            raise _FailedError(answer.problem)
-        backoff_s, limit_s = answer.backoff_s(waits), self._arguments.give_up_after_s
-        if time.monotonic() + backoff_s - self._success_s > limit_s:
-            given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
-            raise _FailedError(f"{given_up}: {answer.problem}")
-        self.retried += 1
-        if self._notices.allows():
-            say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
-        await asyncio.sleep(backoff_s)
-
-    async def _finish_oldest(self) -> int:
-        """Wait for the oldest batch, advance the progress past it, and return how many events it had."""
-        batch, task = self._pending[0]
-        try:
-            await task
-        except _FailedError as failure:
-            raise self._stop_error(failure, batch) from None
-        self._pending.popleft()
-        self._progress.accepted += len(batch.rows)
-        self._progress.advance(batch.rows[-1])
-        if self._file.is_due():
-            self._file.save()
-        return len(batch.rows)
-
-    def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
-        rows = (failure.part or batch).rows
-        ids = f"from {quoted(rows[0][1].id)} to {quoted(rows[-1][1].id)}"
-        failed = f"this is the batch of {plural(len(rows), 'event')} {ids}"
-        accepted = f"everything before it is accepted ({self._progress.position})"
-        advice = f"correct this, then {_same_command(self._arguments)} continues from there"
-        return StopError(f"{failure}; {failed}; {accepted}; {advice}")
-
-    async def _cancel_pending(self) -> None:
-        tasks = [task for _, task in self._pending]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _same_command(arguments: argparse.Namespace) -> str:
-    return f"the same command{' without --restart' if arguments.restart else ''}"
 
 
 # ---------------------------------------------------------------------------------------------- the command

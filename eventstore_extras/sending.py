@@ -386,6 +386,36 @@ class Target:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
 
+    def _log_line(self, text: str) -> str:
+        """Make one printable line of what the target said, and hide the key, which some targets repeat."""
+        printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key.value, "***"))
+        return f"{self.bulk_url} {' '.join(printable.split())}"
+
+    def _answer(self, status: int, headers: Mapping[str, str], start: bytes) -> Answer:
+        """Interpret a response by its status, its headers and the start of its body."""
+        outcome = _outcome_of(status)
+        if outcome is Outcome.ACCEPTED:
+            duplicates = headers.get("x-events-duplicate", "")
+            return Answer(outcome, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
+        message = _error_message(start)
+        problem = f"answered {status}{': ' if message else ''}{message}"
+        if status == 401:
+            problem += f" (the key came from {self._key.source})"
+        if status < 400:
+            location = headers.get("location", "")
+            redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
+            problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
+        return Answer(outcome, self._log_line(problem), retry_after_s(headers.get("retry-after", "")))
+
+    def _failure(self, error: Exception, size: int) -> Answer:
+        """Interpret the exception of a request with a body of this size."""
+        import httpx  # noqa: PLC0415 - only the extra `cli` installs it
+
+        reason = str(error) or type(error).__name__
+        if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
+            return Answer(Outcome.BROKEN, self._log_line(f"broke off a request of {size:,} bytes: {reason}"))
+        return Answer(Outcome.RETRY, self._log_line(f"cannot be reached: {reason}"))
+
     async def post(self, body: bytes) -> Answer:
         """Send one request. A failure to connect, send or receive becomes an Answer, not an exception."""
         import httpx  # noqa: PLC0415 - only the extra `cli` installs it
@@ -402,34 +432,9 @@ class Target:
                     if len(start) > _ANSWER_BYTES:
                         break
         except (httpx.RequestError, TimeoutError) as error:
-            if not status:  # once the status has arrived, it counts even if the rest does not come
-                reason = str(error) or type(error).__name__
-                if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
-                    broken = f"broke off a request of {len(body):,} bytes: {reason}"
-                    return Answer(Outcome.BROKEN, self._log_line(broken))
-                return Answer(Outcome.RETRY, self._log_line(f"cannot be reached: {reason}"))
+            if not status:  # a status that has arrived counts, even if the rest of the answer is lost
+                return self._failure(error, len(body))
         return self._answer(status, headers, start)
-
-    def _answer(self, status: int, headers: Mapping[str, str], start: bytes) -> Answer:
-        """Interpret a response, of whose body the start is known."""
-        outcome = _outcome_of(status)
-        if outcome is Outcome.ACCEPTED:
-            duplicates = headers.get("x-events-duplicate", "")
-            return Answer(outcome, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
-        message = _error_message(start)
-        problem = f"answered {status}{': ' if message else ''}{message}"
-        if status == 401:
-            problem += f" (the key came from {self._key.source})"
-        if status < 400:
-            location = headers.get("location", "")
-            redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
-            problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
-        return Answer(outcome, self._log_line(problem), retry_after_s(headers.get("retry-after", "")))
-
-    def _log_line(self, text: str) -> str:
-        """Make one printable line of what the target said, and hide the key, which some targets repeat."""
-        printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key.value, "***"))
-        return f"{self.bulk_url} {' '.join(printable.split())}"
 
 
 # ---------------------------------------------------------------------------------------------- sending
@@ -447,6 +452,16 @@ class Sender:
         self._wait = wait
         self._max_bytes = BATCH_BYTES
         self._accepted = 0  # parts since `_max_bytes` changed
+
+    def _shrink(self, part: Batch) -> None:
+        self._max_bytes = min(self._max_bytes, len(part.body) // 2)  # a concurrent request may have shrunk it further
+        self._accepted = 0
+
+    def _grow(self, answer: Answer) -> None:
+        self._accepted += answer.outcome is Outcome.ACCEPTED
+        if self._accepted >= GROW_AFTER:
+            self._max_bytes = min(self._max_bytes * 2, BATCH_BYTES)
+            self._accepted = 0
 
     async def send_head(self, batch: Batch) -> tuple[Batch, Answer]:
         """Send as many of the first events as the target takes at a time.
@@ -468,13 +483,3 @@ class Sender:
                 self._shrink(part)
             await self._wait(answer, waits)  # even after shrinking: the proxy of a target that is down also breaks off
             waits += 1
-
-    def _shrink(self, part: Batch) -> None:
-        self._max_bytes = min(self._max_bytes, len(part.body) // 2)  # a concurrent request may have shrunk it further
-        self._accepted = 0
-
-    def _grow(self, answer: Answer) -> None:
-        self._accepted += answer.outcome is Outcome.ACCEPTED
-        if self._accepted >= GROW_AFTER:
-            self._max_bytes = min(self._max_bytes * 2, BATCH_BYTES)
-            self._accepted = 0

@@ -21,9 +21,9 @@ import pytest
 
 from eventstore import ENCODER, StartError
 from eventstore_extras import forward, meters
+from fake_target import FakeTarget, lag, reply
 from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from powercut import Disk, Entry, Recording, strace
-from test_forward import Target, behind, reply
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
@@ -107,7 +107,7 @@ def send(live: Live, requests: list[Request]) -> tuple[int, list[Request]]:
         return sock.getsockname()[1], answered
 
 
-class PickyTarget(Target):
+class PickyTarget(FakeTarget):
     """It remembers the ids of each batch that it accepted, and accepts none with an event that is refused."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Run:
             with Live(self.data, *FLAGS, target.url, command=command, **ENVIRON) as live:
                 self.send_all([requests_of(6 * number + client, choose) for client in range(6)], live)
                 if last:
-                    eventually(lambda live=live: behind(live.client())[0] == 0 and not self.kept() & self.due[-1])
+                    eventually(lambda live=live: lag(live.client())[0] == 0 and not self.kept() & self.due[-1])
                 assert live.stop() == 0, live.log
             ended = re.compile(rf"^{live.process.pid} +\+\+\+ exited", re.MULTILINE)
             eventually(lambda trace=trace, ended=ended: ended.search(trace.read_text()))
@@ -323,7 +323,7 @@ def starts(cut: Cut, target: PickyTarget) -> Iterator[str]:
             response = client.post("/v1/events/bulk", json={"events": known[at : at + 1000]})
             if (inserted := response.headers.get("X-Events-Inserted")) != "0":
                 yield f"{inserted} of the acknowledged events were new to the server: {response.text[:200]}"
-        eventually(lambda: behind(client)[0] == 0)
+        eventually(lambda: lag(client)[0] == 0)
         if live.stop() != 0:
             yield f"the server did not end well: {live.log}"
     after = cut._replace(accepted=cut.accepted.union(*target.accepted_batches))

@@ -171,7 +171,7 @@ def test_the_packaging_folder_does_not_hide_the_library_of_that_name() -> None:
 
 SENDING_SIGINT = (
     "tests/test_project.py::test_an_interrupted_benchmark_leaves_no_files",
-    "tests/test_transfer.py::test_a_replay_that_is_killed_goes_on_where_it_was_sure",
+    "tests/test_replay.py::test_a_replay_that_is_killed_continues_after_the_last_saved_position",
 )
 
 

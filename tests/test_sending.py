@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eventstore import Row, StartError, connect_reader, counted
+from eventstore import Row, StartError, connect_reader, plural
 from eventstore_extras import forward, sending
 from eventstore_extras.sending import Answer, Batch, Key, Outcome, Target
 from helpers import NOW, SCRIPT, at, event, imported, lines_of, run, table
@@ -198,4 +198,4 @@ def test_replay_continues_with_the_progress_file_of_an_earlier_version(
     (folder / REPLAY_FILE).write_bytes(REPLAY_PROGRESS % (arrived, NOW + 1, is_caught_up))
     done = run(*SCRIPT, "replay", "--to", "http://h", "--dry-run", cwd=folder)
     assert ": 2 events were accepted before" in done.stderr
-    assert f"would send {counted(left, 'event')} in " in done.stderr
+    assert f"would send {plural(left, 'event')} in " in done.stderr
