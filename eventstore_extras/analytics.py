@@ -61,8 +61,8 @@ from eventstore import (
     time_range,
 )
 from eventstore_extras import features, meters
-from eventstore_extras.features import Feature, ReportingUnit, all_features
-from eventstore_extras.meters import Aggregation, Meter, all_meters, filters_in_both
+from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named_meters
+from eventstore_extras.meters import Aggregation, Meter, filters_in_both
 from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
 from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
 from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
@@ -170,6 +170,7 @@ _DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external
 _IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
+_MAX_ITEMS = 100_000  # of an answer; it may have as many points
 _ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
 
 
@@ -213,49 +214,6 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
         events, frozenset(sent.feature_ids or ()), sent.sources or [], window_size, dimensions,
         frozenset(sent.expand or ()),
     )  # fmt: skip
-
-
-class _NamedMeter(NamedTuple):
-    """A meter that the query asks for, and the feature that names it."""
-
-    meter: Meter
-    archived_at_us: int | None
-    feature: Feature | None
-
-    @property
-    def name(self) -> str:
-        return self.feature.name if self.feature else self.meter.name
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return self.meter.aggregation
-
-    @property
-    def is_bucketed_max(self) -> bool:
-        return self.aggregation.type == "MAX" and self.aggregation.bucket_size is not None
-
-    def point_size(self, window_size: str | None) -> str | None:
-        """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
-        sizes = [size for size in (window_size, self.aggregation.bucket_size) if size]
-        return max(sizes, key=WINDOW_SIZES.index, default=None)
-
-
-def _named_meters(conn: sqlite3.Connection, query: _Query) -> list[_NamedMeter]:
-    """Return the environment's meters, or those of the requested features.
-
-    If several features have a meter, a requested one names it, otherwise the first one of `all_features`.
-    """
-    environment = query.events.view.environment
-    names: dict[str, Feature] = {}
-    for feature in sorted(all_features(conn, environment), key=lambda feature: feature.id not in query.feature_ids):
-        names.setdefault(feature.meter_id, feature)
-    named = [
-        _NamedMeter(meter, archived_at_us, names.get(meter.id))
-        for meter, archived_at_us in all_meters(conn, environment)
-    ]
-    if not query.feature_ids:
-        return named
-    return [each for each in named if each.feature and each.feature.id in query.feature_ids]
 
 
 # ---------------------------------------------------------------------------------------------- Aggregations
@@ -303,7 +261,7 @@ _BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.ite
 class _Scan(NamedTuple):
     """The meters, windows and dimensions that one pass over the events computes."""
 
-    meters: Sequence[_NamedMeter]
+    meters: Sequence[NamedMeter]
     spans: Sequence[Span]
     dimensions: Sequence[str]
     finds_totals: bool = True
@@ -311,16 +269,26 @@ class _Scan(NamedTuple):
     finds_sources: bool = False  # the source is the last dimension
     is_bucketed: bool = False  # for one MAX meter: the maximum of each bucket first
 
-    def aggregate(self, named: _NamedMeter) -> _Aggregate:
+    def aggregate(self, named: NamedMeter) -> _Aggregate:
         return _AGGREGATES["COUNT" if self.finds_sources else named.aggregation.type]
 
 
-def _scans(query: _Query, named: Sequence[_NamedMeter]) -> Iterator[_Scan]:
+def _point_size(query: _Query, named: NamedMeter) -> str | None:
+    """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
+    sizes = [size for size in (query.window_size, named.aggregation.bucket_size) if size]
+    return max(sizes, key=WINDOW_SIZES.index, default=None)
+
+
+def _is_bucketed_max(named: NamedMeter) -> bool:
+    return named.aggregation.type == "MAX" and named.aggregation.bucket_size is not None
+
+
+def _scans(query: _Query, named: Sequence[NamedMeter]) -> Iterator[_Scan]:
     """Yield as few scans as possible: meters whose points have one size share them."""
     _windows(query, query.window_size)  # reject too many windows even if there is no meter
 
-    def size_of(each: _NamedMeter) -> str:
-        return each.point_size(query.window_size) or "" if query.window_size else ""
+    def size_of(each: NamedMeter) -> str:
+        return _point_size(query, each) or "" if query.window_size else ""
 
     for size, same in itertools.groupby(sorted(named, key=size_of), size_of):
         yield from _scans_of_size(query, list(same), size)
@@ -330,10 +298,10 @@ def _scans(query: _Query, named: Sequence[_NamedMeter]) -> Iterator[_Scan]:
             yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
 
 
-def _scans_of_size(query: _Query, named: Sequence[_NamedMeter], size: str) -> Iterator[_Scan]:
+def _scans_of_size(query: _Query, named: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
     """Yield the scans for meters with points of this size; "" is for no points."""
     windows = _windows(query, size)
-    bucketed = [each for each in named if each.is_bucketed_max]
+    bucketed = [each for each in named if _is_bucketed_max(each)]
     undivided = [each for each in named if _AGGREGATES[each.aggregation.type].merge is None]
     for some in _chunks([each for each in named if each not in (*bucketed, *undivided)]):
         yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
@@ -346,7 +314,7 @@ def _scans_of_size(query: _Query, named: Sequence[_NamedMeter], size: str) -> It
         yield _Scan([each], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
 
 
-def _chunks(named: Sequence[_NamedMeter]) -> Iterator[Sequence[_NamedMeter]]:
+def _chunks(named: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
     for start in range(0, len(named), _METERS_PER_SCAN):
         yield named[start : start + _METERS_PER_SCAN]
 
@@ -428,7 +396,7 @@ class _Columns(NamedTuple):
         )
 
 
-def _properties_of(scan: _Scan, named: _NamedMeter) -> list[_Property]:
+def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
     """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
     properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
     if function := scan.aggregate(named).reads:
@@ -493,7 +461,7 @@ def _flagged(scan: _Scan, columns: _Columns) -> Sql:
     return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
 
 
-def _condition(flag: str, named: _NamedMeter, columns: _Columns) -> Sql:
+def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
     """Build the condition that an event is one of the meter's."""
     clauses = [sql(f"event_name = :{flag}_event_name", **{f"{flag}_event_name": named.meter.event_name})]
     if named.archived_at_us is not None:
@@ -504,7 +472,7 @@ def _condition(flag: str, named: _NamedMeter, columns: _Columns) -> Sql:
     return all_of(clauses)
 
 
-def _value(scan: _Scan, named: _NamedMeter, columns: _Columns, when: str) -> str:
+def _value(scan: _Scan, named: NamedMeter, columns: _Columns, when: str) -> str:
     """Build the aggregate of a meter over flagged events."""
     aggregate = scan.aggregate(named)
     property_read = _Property(aggregate.reads, named.aggregation.field or "")
@@ -592,7 +560,6 @@ def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
 
 # ---------------------------------------------------------------------------------------------- Answer
 
-_MAX_ITEMS = 100_000  # of an answer; it may have as many points
 _Group = tuple[str | None, ...]
 
 
@@ -622,7 +589,7 @@ class _Tallies:
             if len(rows) > _MAX_ITEMS or max(len(self.found), self._points) > _MAX_ITEMS:
                 self._refuse()
 
-    def _add(self, scan: _Scan, named: _NamedMeter, row: _Row, number: int) -> None:
+    def _add(self, scan: _Scan, named: NamedMeter, row: _Row, number: int) -> None:
         dimensions, (window_us, *cells) = row[: len(scan.dimensions)], row[len(scan.dimensions) :]
         event_count, value = cells[2 * number : 2 * number + 2]
         group = dimensions[:-1] if scan.finds_sources else dimensions
@@ -649,7 +616,7 @@ def _merged(merge: Callable[[float, float], float] | None, earlier: float | None
     return later if merge is None or earlier is None else merge(earlier, later)
 
 
-def _usage_text(named: _NamedMeter, event_count: int, value: float) -> str:
+def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
     usage = _AGGREGATES[named.aggregation.type].finish(value, event_count, named.aggregation)
     return decimal_text(min(float(usage), sys.float_info.max))  # decimal digits cannot write infinity
 
@@ -671,7 +638,7 @@ def _properties(group: Mapping[str, str | None]) -> dict[str, str] | None:
     return {name: value for name, value in values.items() if value is not None} if values else None
 
 
-def _item(query: _Query, named: _NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
+def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
     meter, feature = named.meter, named.feature
     total = _usage_text(named, tally.event_count, tally.value or 0.0)
     unit = feature.reporting_unit if feature else None
@@ -684,7 +651,7 @@ def _item(query: _Query, named: _NamedMeter, group: Mapping[str, str | None], ta
         unit_plural=feature.unit_plural or None if feature else None,
         event_count=tally.event_count, external_customer_id=group.get("external_customer_id"),
         source=group.get("source"), sources=sorted(tally.sources) if query.lists_sources else None,
-        properties=_properties(group), window_size=named.point_size(query.window_size),
+        properties=_properties(group), window_size=_point_size(query, named),
         points=[AnalyticsPoint(time_text(start_us), _usage_text(named, event_count, value), event_count)
                 for start_us, (event_count, value) in sorted(tally.points.items())],
         meter=_expanded(ExpandedMeter, meter, environment_id=environment) if "meter" in query.expand else None,
@@ -697,7 +664,7 @@ def _item_order(item: AnalyticsItem) -> tuple[Any, ...]:
     return (item.name, item.meter_id, item.source or "", properties, item.external_customer_id or "")
 
 
-def _answer(query: _Query, named: Sequence[_NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
+def _answer(query: _Query, named: Sequence[NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
     tallies = _Tallies(query)
     for scan, rows in found:
         tallies.add(scan, rows)
@@ -714,7 +681,8 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     faults = Faults()
     query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
-    named = await read(partial(_named_meters, query=query))
+    environment = query.events.view.environment
+    named = await read(partial(named_meters, environment=environment, feature_ids=query.feature_ids))
     scans = await read(lambda _: list(_scans(query, named)))
     parts = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
     some_readers = asyncio.Semaphore(READER_THREADS - 1)  # leave one thread for other requests

@@ -1,15 +1,16 @@
 """Features: names and units for meters (API: Features).
 
-From top to bottom: a feature and its checks, its rows, its routes; what the OpenAPI document says.
+From top to bottom: a feature and its checks, its rows, the meters that features name, the routes; what the OpenAPI
+document says.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -37,9 +38,11 @@ from eventstore_extras.meters import (
     METER_EXAMPLE,
     METER_SCHEMAS,
     POSITIVE_SCHEMA,
+    Aggregation,
     Meter,
     MeterIn,
     add_meter,
+    all_meters,
     meter_columns,
     require_meter,
     stored_meter,
@@ -70,8 +73,8 @@ from eventstore_extras.resources import (
 )
 
 __all__ = [
-    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "ReportingUnit", "all_features",
-    "require_feature",
+    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "NamedMeter", "ReportingUnit",
+    "named_meters", "require_feature",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- A feature
@@ -222,13 +225,6 @@ def _select_features(conn: sqlite3.Connection, environment: str, where: Sql) -> 
     return [_stored_feature(row, environment) for row in rows]
 
 
-def all_features(conn: sqlite3.Connection, environment: str) -> list[Feature]:
-    """Return the features of an environment: published before archived ones, the oldest first."""
-    order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
-    where = sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment)
-    return _select_features(conn, environment, where)
-
-
 def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str) -> Feature:
     """Return a feature. Raises ApiError not_found if there is none with this id."""
     where = sql(f"{_IN_ENVIRONMENT} AND features.id = :id", environment=environment, id=feature_id)
@@ -262,6 +258,39 @@ def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: 
         message = f"{taken}: choose another lookup_key, or delete that feature; nothing was stored"
         raise ApiError("already_exists", message) from None
     return require_feature(conn, view.environment, columns["id"])
+
+
+# ---------------------------------------------------------------------------------------------- Meters by name
+
+
+class NamedMeter(NamedTuple):
+    """A meter and the feature that names it."""
+
+    meter: Meter
+    archived_at_us: int | None
+    feature: Feature | None
+
+    @property
+    def name(self) -> str:
+        return self.feature.name if self.feature else self.meter.name
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self.meter.aggregation
+
+
+def named_meters(conn: sqlite3.Connection, environment: str, feature_ids: Collection[str]) -> list[NamedMeter]:
+    """Return the meters of these features, or all meters if there are no ids.
+
+    If several features have a meter, one of `feature_ids` names it, otherwise a published one, otherwise the oldest.
+    """
+    order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
+    features = _select_features(conn, environment, sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment))
+    feature_of: dict[str, Feature] = {}
+    for feature in sorted(features, key=lambda feature: feature.id not in feature_ids):
+        feature_of.setdefault(feature.meter_id, feature)
+    named = [NamedMeter(*stored, feature_of.get(stored.meter.id)) for stored in all_meters(conn, environment)]
+    return [each for each in named if not feature_ids or (each.feature and each.feature.id in feature_ids)]
 
 
 # ---------------------------------------------------------------------------------------------- Routes
