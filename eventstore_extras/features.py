@@ -226,7 +226,7 @@ def _select_features(conn: sqlite3.Connection, environment: str, where: Sql) -> 
 
 
 def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str) -> Feature:
-    """Return a feature. Raises ApiError not_found if there is none with this id."""
+    """Return a feature. Raises ApiError not_found if the id is unknown."""
     where = sql(f"{_IN_ENVIRONMENT} AND features.id = :id", environment=environment, id=feature_id)
     found = _select_features(conn, environment, where)
     if not found:
@@ -235,7 +235,7 @@ def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str)
 
 
 def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> None:
-    """Raises ApiError: not_found if there is no such meter, validation_error if it is archived."""
+    """Raise ApiError not_found if the id is unknown, validation_error if the meter is archived."""
     if require_meter(conn, environment, meter_id).archived_at_us is not None:
         faults = Faults(index=0)
         problem = f"names a meter that is archived, got {quoted(meter_id)}: make a new one"
@@ -280,7 +280,7 @@ class NamedMeter(NamedTuple):
 
 
 def named_meters(conn: sqlite3.Connection, environment: str, feature_ids: Collection[str]) -> list[NamedMeter]:
-    """Return the meters of these features, or all meters if there are no ids.
+    """Return the meters of these features; without ids, return all meters.
 
     If several features have a meter, one of `feature_ids` names it, otherwise a published one, otherwise the oldest.
     """

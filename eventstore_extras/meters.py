@@ -269,7 +269,7 @@ def all_meters(conn: sqlite3.Connection, environment: str) -> list[StoredMeter]:
 
 
 def require_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> StoredMeter:
-    """Return a meter. Raises ApiError not_found if there is none with this id."""
+    """Return a meter. Raises ApiError not_found if the id is unknown."""
     found = _select_meters(conn, sql(f"{IN_ENVIRONMENT} AND id = :id", environment=environment, id=meter_id))
     if not found:
         raise ApiError("not_found", f"no meter with the id {quoted(meter_id)} in this environment")

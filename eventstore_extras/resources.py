@@ -1,4 +1,4 @@
-"""What meters and features have in common: they have names, and are stored, listed and archived (API: Lists).
+"""Resources: how meters and features are named, stored, listed and archived (API: Lists).
 
 From top to bottom: numbers, times and names; rows; lists; what the OpenAPI document says of a list.
 """
