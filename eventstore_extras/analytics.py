@@ -231,8 +231,8 @@ class _Aggregate(NamedTuple):
     is_position: bool = False  # the SQL finds the position of an event, whose value is looked up afterwards
 
 
-# To add an aggregation, add a row here, and its type and SQL to usage.py. If values cannot be merged, set `merge` to
-# None; then a window is never divided, and the whole range is a scan of its own.
+# To add an aggregation, add a row here, and its type and SQL to usage.py. Set `merge` to None if the values of parts
+# cannot be merged: then no window is divided, and another scan computes the whole range.
 _AGGREGATES = {
     "COUNT": _Aggregate(lambda _, when: f"count(*){when}"),
     "SUM": _Aggregate(sum_of, "number"),
@@ -280,42 +280,6 @@ def _point_size(query: _Query, named: NamedMeter) -> str | None:
     return max(sizes, key=WINDOW_SIZES.index, default=None)
 
 
-def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
-    """Yield as few scans as possible: meters with points of the same size share them."""
-    _windows(query, query.window_size)  # reject too many windows, also without meters
-
-    def size_of(named: NamedMeter) -> str:
-        return _point_size(query, named) or "" if query.window_size else ""
-
-    for size, same in itertools.groupby(sorted(meters, key=size_of), size_of):
-        yield from _scans_of_size(query, list(same), size)
-    if query.lists_sources:
-        for some in _chunks(meters):
-            dimensions = (*query.dimensions, "source")
-            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
-
-
-def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
-    """Yield the scans for meters with points of this size, or without points if it is empty."""
-    windows = _windows(query, size)
-    bucketed = [named for named in meters if named.aggregation.type == "MAX" and named.aggregation.bucket_size]
-    undivided = [named for named in meters if _AGGREGATES[named.aggregation.type].merge is None]
-    for some in _chunks([named for named in meters if named not in (*bucketed, *undivided)]):
-        yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
-    for some in _chunks(undivided):
-        yield _Scan(some, _windows(query, ""), query.dimensions)
-        if size:
-            yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
-    for named in bucketed:
-        spans = _bucket_spans(query, str(named.aggregation.bucket_size), size)
-        yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
-
-
-def _chunks(meters: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
-    for start in range(0, len(meters), _METERS_PER_SCAN):
-        yield meters[start : start + _METERS_PER_SCAN]
-
-
 def _windows(query: _Query, size: str | None) -> list[Span]:
     """Return the windows of the range; without a size, the range as one window."""
     start_us, end_us = query.events.start_us, query.events.end_us
@@ -348,6 +312,42 @@ def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
     return [bucket._replace(window_us=windows_us[bisect(windows_us, bucket.window_us) - 1]) for bucket in buckets]
 
 
+def _chunks(meters: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
+    for start in range(0, len(meters), _METERS_PER_SCAN):
+        yield meters[start : start + _METERS_PER_SCAN]
+
+
+def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
+    """Yield the scans for meters with points of this size, or without points if it is empty."""
+    windows = _windows(query, size)
+    bucketed = [named for named in meters if named.aggregation.type == "MAX" and named.aggregation.bucket_size]
+    undivided = [named for named in meters if _AGGREGATES[named.aggregation.type].merge is None]
+    for some in _chunks([named for named in meters if named not in (*bucketed, *undivided)]):
+        yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
+    for some in _chunks(undivided):
+        yield _Scan(some, _windows(query, ""), query.dimensions)
+        if size:
+            yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
+    for named in bucketed:
+        spans = _bucket_spans(query, str(named.aggregation.bucket_size), size)
+        yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
+
+
+def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
+    """Yield as few scans as possible: meters with points of the same size share them."""
+    _windows(query, query.window_size)  # reject too many windows, also without meters
+
+    def size_of(named: NamedMeter) -> str:
+        return _point_size(query, named) or "" if query.window_size else ""
+
+    for size, same in itertools.groupby(sorted(meters, key=size_of), size_of):
+        yield from _scans_of_size(query, list(same), size)
+    if query.lists_sources:
+        for some in _chunks(meters):
+            dimensions = (*query.dimensions, "source")
+            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
+
+
 # ---------------------------------------------------------------------------------------------- SQL
 
 # At the end of a step, this keeps SQLite from merging it with the next one and reading a property wherever that names
@@ -369,6 +369,26 @@ class _Property(NamedTuple):
         return sql(f"{value} AS {name}", value)
 
 
+def _bucket_group(scan: _Scan) -> str | None:
+    """Return the group_by of a bucketed meter, unless the request groups by source or by a property."""
+    is_grouped = any(name != "external_customer_id" for name in scan.dimensions)
+    return None if is_grouped else scan.meters[0].aggregation.group_by
+
+
+def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
+    """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
+    properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
+    if function := scan.aggregate(named).reads:
+        properties.append(_Property(function, named.aggregation.field or ""))
+    if scan.is_bucketed and (key := _bucket_group(scan)):
+        properties.append(_Property("property_text", key))
+    return properties
+
+
+def _condition_key(named: NamedMeter) -> tuple[object, ...]:
+    return (named.meter.event_name, named.archived_at_us, ENCODER.encode(named.meter.filters))
+
+
 class _Columns(NamedTuple):
     """The names of columns that a step hands to the next one.
 
@@ -385,45 +405,6 @@ class _Columns(NamedTuple):
         keys = [_condition_key(named) for named in scan.meters]
         flag_of = {key: f"m{number}" for number, key in enumerate(dict.fromkeys(keys))}
         return cls({each: f"x{number}" for number, each in enumerate(needed)}, [flag_of[key] for key in keys])
-
-
-def _condition_key(named: NamedMeter) -> tuple[object, ...]:
-    return (named.meter.event_name, named.archived_at_us, ENCODER.encode(named.meter.filters))
-
-
-def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
-    """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
-    properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
-    if function := scan.aggregate(named).reads:
-        properties.append(_Property(function, named.aggregation.field or ""))
-    if scan.is_bucketed and (key := _bucket_group(scan)):
-        properties.append(_Property("property_text", key))
-    return properties
-
-
-def _bucket_group(scan: _Scan) -> str | None:
-    """Return the group_by of a bucketed meter; it has no effect if the request groups by source or a property."""
-    is_grouped = any(name != "external_customer_id" for name in scan.dimensions)
-    return None if is_grouped else scan.meters[0].aggregation.group_by
-
-
-def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 1: the events of the range, with the window, the dimensions and the properties that meters need."""
-    selected = [
-        sql("span.value ->> 2 AS window, event_name"),
-        *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
-        *(each.column(name) for each, name in columns.properties.items()),
-        *_event_columns(scan),
-    ]
-    event_names = {named.meter.event_name for named in scan.meters}
-    clauses = [matching(query.events), is_in("event_name", event_names, "event_name")]
-    clauses += [is_in("source", query.sources, "source")] if query.sources else []
-    where = all_of(clauses)
-    text = f"""SELECT {", ".join(map(str, selected))}
-        FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
-        WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
-    weighted_range = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # WEIGHT names them
-    return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **weighted_range)
 
 
 def _dimension(name: str, column: str) -> Sql:
@@ -446,12 +427,23 @@ def _event_columns(scan: _Scan) -> list[Sql]:
     return columns
 
 
-def _flagged(scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 2: the same events, flagged by meter."""
-    meter_of = dict(zip(columns.flags, scan.meters, strict=True))
-    conditions = {flag: _condition(flag, named, columns) for flag, named in meter_of.items()}
-    flags = ", ".join(f"{condition} AS {flag}" for flag, condition in conditions.items())
-    return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
+def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 1: the events of the range, with the window, the dimensions and the properties that meters need."""
+    selected = [
+        sql("span.value ->> 2 AS window, event_name"),
+        *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
+        *(each.column(name) for each, name in columns.properties.items()),
+        *_event_columns(scan),
+    ]
+    event_names = {named.meter.event_name for named in scan.meters}
+    clauses = [matching(query.events), is_in("event_name", event_names, "event_name")]
+    clauses += [is_in("source", query.sources, "source")] if query.sources else []
+    where = all_of(clauses)
+    text = f"""SELECT {", ".join(map(str, selected))}
+        FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
+        WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
+    weighted_range = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # WEIGHT names them
+    return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **weighted_range)
 
 
 def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
@@ -463,6 +455,14 @@ def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
         column = columns.properties[_Property("property_json", key)]
         clauses.append(is_any_of(column, json_texts(values), f"{flag}_values{number}"))
     return all_of(clauses)
+
+
+def _flagged(scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 2: the same events, flagged by meter."""
+    meter_of = dict(zip(columns.flags, scan.meters, strict=True))
+    conditions = {flag: _condition(flag, named, columns) for flag, named in meter_of.items()}
+    flags = ", ".join(f"{condition} AS {flag}" for flag, condition in conditions.items())
+    return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
 
 
 def _value(scan: _Scan, named: NamedMeter, columns: _Columns, when: str) -> str:
@@ -487,6 +487,13 @@ def _by_window(scan: _Scan, columns: _Columns) -> Sql:
     return sql(text, row_limit=_MAX_ITEMS + 1)
 
 
+def _value_at(position: str, name: str, key: str) -> Sql:
+    """Build the number that a property has in the event at this position."""
+    number = number_sql(name, key)
+    event_id = f"CAST(substr(CAST({position} AS BLOB), 21) AS TEXT)"  # cut bytes, since an id may contain a NUL
+    return sql(f"(SELECT max({number}, 0.0) FROM events WHERE {IN_ENVIRONMENT} AND id = {event_id})", number)
+
+
 def _with_latest(scan: _Scan) -> Sql:
     """Build step 4: the same rows, with the value of a newest event in place of its position."""
     cells = []
@@ -496,13 +503,6 @@ def _with_latest(scan: _Scan) -> Sql:
             value = _value_at(f"v{number}", f"latest{number}", named.aggregation.field or "")
         cells.append(sql(f"n{number}, {value} AS v{number}", value))
     return sql(f"SELECT {_group_and_window(scan)}, {', '.join(map(str, cells))} FROM by_window", *cells)
-
-
-def _value_at(position: str, name: str, key: str) -> Sql:
-    """Build the number that a property has in the event at this position."""
-    number = number_sql(name, key)
-    event_id = f"CAST(substr(CAST({position} AS BLOB), 21) AS TEXT)"  # cut bytes, since an id may contain a NUL
-    return sql(f"(SELECT max({number}, 0.0) FROM events WHERE {IN_ENVIRONMENT} AND id = {event_id})", number)
 
 
 def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
@@ -563,6 +563,10 @@ class _Tally(Struct):
     sources: set[str] = set()
 
 
+def _merged(merge: Callable[[float, float], float] | None, earlier: float | None, later: float) -> float:
+    return later if merge is None or earlier is None else merge(earlier, later)
+
+
 class _Tallies:
     """Everything that the scans found. Raises ApiError if it is too much for one answer."""
 
@@ -600,13 +604,9 @@ class _Tallies:
             tally.points[window_us] = earlier_count + event_count, _merged(merge, earlier, point)
 
 
-def _merged(merge: Callable[[float, float], float] | None, earlier: float | None, later: float) -> float:
-    return later if merge is None or earlier is None else merge(earlier, later)
-
-
 def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
     usage = _AGGREGATES[named.aggregation.type].finish(value, event_count, named.aggregation)
-    return decimal_text(min(float(usage), sys.float_info.max))  # infinity has no digits
+    return decimal_text(min(float(usage), sys.float_info.max))  # infinity cannot be written in digits
 
 
 def _display_text(usage: str, unit: ReportingUnit) -> str:

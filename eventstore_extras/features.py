@@ -141,29 +141,6 @@ _TYPES = ("metered", "boolean", "static", "config")
 _check_type = one_of(*_TYPES)
 
 
-def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
-    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
-    name = check_name("name", sent.name, faults)
-    if not sent.type:
-        faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
-    is_metered = faults.check("type", _check_type, sent.type) == "metered"
-    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
-    if bool(sent.unit_singular) is not bool(sent.unit_plural):
-        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
-        faults.add(missing, "required", f"is required with {given}")
-    return {
-        "name": name,
-        "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
-        "description": sent.description or "",
-        "meter_id": sent.meter_id or "" if is_metered else "",
-        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
-        "type": sent.type,
-        "unit_singular": sent.unit_singular or "",
-        "unit_plural": sent.unit_plural or "",
-        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
-    }, meter
-
-
 def _new_meter(sent: FeatureIn, faults: Faults) -> Columns | None:
     """Check the meter inside a feature's body and return its columns."""
     if sent.meter is None:
@@ -187,6 +164,29 @@ def _checked_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> Rep
                 faults.add(field, "required", "is required in a reporting unit")
         rate = faults.check("conversion_rate", check_positive_decimal, sent.conversion_rate) or 1
     return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
+
+
+def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
+    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
+    name = check_name("name", sent.name, faults)
+    if not sent.type:
+        faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
+    is_metered = faults.check("type", _check_type, sent.type) == "metered"
+    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
+    if bool(sent.unit_singular) is not bool(sent.unit_plural):
+        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
+        faults.add(missing, "required", f"is required with {given}")
+    return {
+        "name": name,
+        "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
+        "description": sent.description or "",
+        "meter_id": sent.meter_id or "" if is_metered else "",
+        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
+        "type": sent.type,
+        "unit_singular": sent.unit_singular or "",
+        "unit_plural": sent.unit_plural or "",
+        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
+    }, meter
 
 
 # ---------------------------------------------------------------------------------------------- Rows
@@ -357,32 +357,6 @@ async def delete_feature(service: Service, request: Request) -> Response:
     return JsonResponse(Done("feature deleted successfully"))
 
 
-async def find_features(service: Service, request: Request) -> Response:
-    """GET /v1/features (API: Search)."""
-    faults = Faults()
-    sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
-    sent.sort = sorts_by(sent.sort or [], faults)
-    return await _search(service, request, sent, faults)
-
-
-async def search_features(service: Service, request: Request) -> Response:
-    """POST /v1/features/search (API: Search)."""
-    faults = Faults()
-    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
-
-
-async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
-    environment = request["environment"]
-    query = _search_query(sent, environment, faults)
-
-    def select(conn: sqlite3.Connection) -> FeaturePage:
-        conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
-        rows, pagination = fetch_page(conn, _COLUMNS, _TABLES, query)
-        return FeaturePage([_stored_feature(row, environment) for row in rows], pagination)
-
-    return JsonResponse(await service.store.read(select))
-
-
 def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> ListQuery:
     """Check a search. Raises ApiError with every fault (API: Search)."""
     query = list_query("features", sent, sent.sort or [], environment, faults)
@@ -401,6 +375,32 @@ def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> Li
         part = sent.name_contains.casefold()
         clauses.append(sql("instr(casefold(features.name), :name_contains)", name_contains=part))
     return query.narrowed(*clauses)
+
+
+async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
+    environment = request["environment"]
+    query = _search_query(sent, environment, faults)
+
+    def select(conn: sqlite3.Connection) -> FeaturePage:
+        conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
+        rows, pagination = fetch_page(conn, _COLUMNS, _TABLES, query)
+        return FeaturePage([_stored_feature(row, environment) for row in rows], pagination)
+
+    return JsonResponse(await service.store.read(select))
+
+
+async def find_features(service: Service, request: Request) -> Response:
+    """GET /v1/features (API: Search)."""
+    faults = Faults()
+    sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
+    sent.sort = sorts_by(sent.sort or [], faults)
+    return await _search(service, request, sent, faults)
+
+
+async def search_features(service: Service, request: Request) -> Response:
+    """POST /v1/features/search (API: Search)."""
+    faults = Faults()
+    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
 
 
 # ---------------------------------------------------------------------------------------------- OpenAPI
