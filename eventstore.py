@@ -50,7 +50,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import secrets
@@ -64,13 +63,16 @@ import time
 import urllib.parse
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
+from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args
 
+import httptools
 import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -129,6 +131,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 STATUS_OF_CODE = {
     "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
     "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
+    "uri_too_long": 414, "headers_too_large": 431,
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, in the name of a proxy
 }  # fmt: skip
 
@@ -606,7 +609,7 @@ def time_sql(column: str) -> str:
 
 # ---------------------------------------------------------------------------------------------- Store: connections
 
-_PRAGMAS = (
+PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not block each other
     "PRAGMA synchronous = FULL",  # sync every commit, as 202 promises (API: Sending events)
     "PRAGMA fullfsync = ON",  # macOS: fsync alone leaves the data in the drive's cache
@@ -637,7 +640,7 @@ _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wron
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     """Open a connection in autocommit mode: transactions begin and end explicitly."""
     conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # close() closes the readers'
-    for pragma in (*_PRAGMAS, *pragmas):
+    for pragma in (*PRAGMAS, *pragmas):
         conn.execute(pragma)
     return conn
 
@@ -724,7 +727,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
         other = f"{path} was written by another eventstore (format {version}, not this one's {SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
-    for pragma in _PRAGMAS:
+    for pragma in PRAGMAS:
         conn.execute(pragma)
     if not tables:
         _write_schema(conn)
@@ -820,11 +823,15 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 READER_THREADS = 4
 # A commit takes up to about this many waiting events: 32 clients of batches are 1.4 times as fast with 16,000 as with
-# 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients of batches p99 of a single event is
-# 0.15 s this way, 1.2 s in the order of arrival.
+# 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients of batches p99 of a single
+# event is 0.15 s this way, and 1.2 s in the order of arrival.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _FEW_EVENTS = 10
 _TRIAL_PAUSE_S = 1.0  # pause between two trial commits after a failed one
+
+
+def _shutting_down() -> ApiError:
+    return ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
 
 
 class _Task(NamedTuple):
@@ -845,36 +852,6 @@ class _Task(NamedTuple):
             self.answer.set_result(outcome)
 
 
-class _TaskQueue:
-    """Tasks from an event loop to threads. After `close`, `take` returns the remaining tasks and then None for ever."""
-
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._gate = threading.Lock()
-        self.is_closed = False
-
-    def submit(self, work: object) -> asyncio.Future[Any]:
-        """Queue a task; return the future of its result. Raises ApiError service_unavailable if the queue is closed."""
-        answer = asyncio.get_running_loop().create_future()
-        with self._gate:  # a task behind the closing None would never be answered
-            if self.is_closed:
-                raise ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
-            self._tasks.put(_Task(work, answer))
-        return answer
-
-    def take(self, block: bool = True) -> _Task | None:
-        """Return the next task. Raises queue.Empty if there is none and `block` is false."""
-        task = self._tasks.get(block=block)
-        if task is None:
-            self._tasks.put(None)  # for the next call
-        return task
-
-    def close(self) -> None:
-        with self._gate:
-            self.is_closed = True
-            self._tasks.put(None)
-
-
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
@@ -887,8 +864,9 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._queue = _TaskQueue()
-        self._waiting: list[_Task] = []  # taken from the queue; only the thread uses it
+        self._arrival = threading.Condition()  # guards the next two
+        self._waiting: list[_Task] = []
+        self._is_closed = False
         self._short_until_s = 0.0
         self._pending_events = 0  # only the event loop uses it
         self.failure: str | None = None  # why the last commit failed
@@ -905,16 +883,25 @@ class Writer:
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         self._pending_events += len(rows)
         try:
-            return int(await self._queue.submit(rows))
+            return int(await self.run(rows))
         finally:
             self._pending_events -= len(rows)
 
-    def run(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        return self._queue.submit(operation)
+    def run(self, work: Sequence[Row] | Callable[[sqlite3.Connection], T]) -> asyncio.Future[Any]:
+        """Queue rows or an operation; return the future of its result."""
+        task = _Task(work, asyncio.get_running_loop().create_future())
+        with self._arrival:
+            if self._is_closed:
+                raise _shutting_down()
+            self._waiting.append(task)
+            self._arrival.notify()
+        return task.answer
 
     def close(self) -> None:
         """Commit everything that waits, checkpoint, and close the connection."""
-        self._queue.close()
+        with self._arrival:
+            self._is_closed = True
+            self._arrival.notify()
         self._thread.join()
 
     def _write_until_closed(self) -> None:
@@ -928,26 +915,21 @@ class Writer:
         self._conn.close()
 
     def _next_group(self) -> list[_Task]:
-        """Return the next commit's tasks: one operation alone, or all small requests and some of the others."""
-        self._take_waiting(block=True)
-        for position, task in enumerate(self._waiting):
-            if callable(task.work):
-                return [self._waiting.pop(position)]
-        few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
-        many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
-        now_s = time.monotonic()
-        if few:
-            self._short_until_s = now_s + 1
-        limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
-        number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
-        self._waiting = many[number:]
-        return few + many[:number]
-
-    def _take_waiting(self, block: bool = False) -> None:
-        """Move everything from the queue to `_waiting`; if `block` is true, wait for the first task."""
-        with suppress(queue.Empty):
-            while task := self._queue.take(block=block and not self._waiting):
-                self._waiting.append(task)
+        """Wait for tasks; return those of the next commit, which are none after `close`."""
+        with self._arrival:
+            self._arrival.wait_for(lambda: self._waiting or self._is_closed)
+            for position, task in enumerate(self._waiting):
+                if callable(task.work):  # an operation has a commit of its own
+                    return [self._waiting.pop(position)]
+            few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
+            many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
+            now_s = time.monotonic()
+            if few:
+                self._short_until_s = now_s + 1
+            limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
+            number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
+            self._waiting = many[number:]
+            return few + many[:number]
 
     def _commit(self, group: list[_Task]) -> list[object]:
         """Return the outcome of each task; a failed commit stores nothing of any of them."""
@@ -981,9 +963,9 @@ class Writer:
                 log.exception("a commit failed; none of its %d requests was stored", len(group))
             message = "the database refused the write; nothing was stored, the server's log says why"
             return [ApiError("database_error", message) for _ in group]
-        self._take_waiting()  # fail everything queued; otherwise each group would wait out the same timeout
-        group += self._waiting
-        self._waiting = []
+        with self._arrival:  # fail everything queued; otherwise each group would wait out the same timeout
+            group += self._waiting
+            self._waiting = []
         message = "another process has locked the database; nothing was stored, try again"
         return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
 
@@ -1056,47 +1038,43 @@ class Reader:
 
 
 class ReaderPool:
-    """Threads that run reading operations, each on a Reader of its own. `run` is for the event loop."""
+    """Threads that run reading operations, each with a Reader. `run` is for the event loop, `close` for any thread."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._queue = _TaskQueue()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
-        thread = partial(threading.Thread, target=self._read_until_closed, name="eventstore-reader", daemon=True)
-        self._threads = [thread(args=[reader]) for reader in self._readers]
+        self._free = list(self._readers)
+        self._threads = ThreadPoolExecutor(READER_THREADS, "eventstore-reader")
 
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
-        return self._queue.submit(operation)
+    async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            answer = asyncio.get_running_loop().run_in_executor(self._threads, self._read, operation)
+        except RuntimeError:
+            raise _shutting_down() from None
+        return await answer
 
     def close(self) -> None:
-        """End the running queries, refuse the waiting ones, and close the connections."""
+        """End the running queries, cancel the waiting ones, and close the connections."""
         for reader in self._readers:
             reader.is_closing = True
-        self._queue.close()
-        for thread, reader in zip(self._threads, self._readers, strict=True):
-            thread.join()
+        self._threads.shutdown(cancel_futures=True)
+        for reader in self._readers:
             reader.conn.close()
 
-    def _read_until_closed(self, reader: Reader) -> None:
-        while task := self._queue.take():
-            task.settle(self._outcome(reader, task.work))
-
-    def _outcome(self, reader: Reader, operation: Callable[[sqlite3.Connection], object]) -> object:
+    def _read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        reader = self._free.pop()  # there are as many readers as threads
         try:
             return reader.run(operation, self._timeout_s)
         except TimeoutError:
             limit = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
-            reason = "the server is shutting down" if self._queue.is_closed else limit
-            return ApiError("service_unavailable", reason, retry_after_s=1)
-        except sqlite3.Error:
+            reason = "the server is shutting down" if reader.is_closing else limit
+            raise ApiError("service_unavailable", reason, retry_after_s=1) from None
+        except sqlite3.Error as error:
             log.exception("reading failed")
-            return ApiError("database_error", "the events could not be read; the server's log says why")
-        except Exception as error:
-            return error
+            message = "the events could not be read; the server's log says why"
+            raise ApiError("database_error", message) from error
+        finally:
+            self._free.append(reader)
 
 
 class Store:
@@ -1121,7 +1099,6 @@ class Store:
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop must not wait for a lock
             self._readers = ReaderPool(self.path, settings.query_timeout_s)
         self._writer.start()
-        self._readers.start()
 
     def add_environments(self, names: Iterable[str]) -> None:
         """Make environments known. For any thread but an event loop's. Raises sqlite3.Error."""
@@ -1274,6 +1251,7 @@ class Operation(NamedTuple):
     schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
     status: int = 200
     refusals: Sequence[int] = ()  # statuses beside those that every operation has
+    extra: str = ""  # the module of eventstore_extras whose OPERATIONS have the whole row
 
     @property
     def public_path(self) -> str:
@@ -1471,7 +1449,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif path.startswith("/_mock"):
         hint = "it is there when the server is started with --mock. "
     elif not _has_extras():
-        hint = f"usage, meters, features, analytics and /openapi.json need {_EXTRAS_FOLDER}. "
+        hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     message = f"no route {quoted(path)}: {hint}this server has {served}"
     return error_response(request, ApiError("not_found", message))
 
@@ -2023,7 +2001,8 @@ def _monitor(conn: sqlite3.Connection, selection: Selection, size: str | None, b
     if size and start_us < end_us:
         spans = spans_of_windows(utc_windows(size, start_us, end_us), start_us, end_us, size, "window_size")
     matched = matching(selection)
-    counted = sql(f"SELECT count(*) FROM events {index_of(selection.filters)} WHERE {matched} AND {IN_SPAN}", matched)
+    index = index_of(selection.filters)
+    counted = sql(f"SELECT count(*) FROM events {index} WHERE {matched} AND {IN_SPAN}", matched)
     counts = select_per_span(conn, counted, spans)
     points = [(span.window_us, count) for span, count in zip(spans, counts, strict=True) if size and count]
     hidden = 0
@@ -2091,24 +2070,7 @@ def _debugger_handler() -> _Handler:
 
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
-_INGEST_AND_LIST = (
-    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
-              example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
-    Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
-    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
-              example={"events": [_API_CALL]}),
-    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
-              example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
-                       "page_size": 100}),
-)  # fmt: skip
-_COUNT_LOOKUP_HEALTH = (
-    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
-    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP_FILTERS), refusals=[404]),
-    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP_FILTERS, refusals=[404]),
-    Operation("GET", "/health", health, Health),
-    Operation("POST", "/health", health, Health),
-)  # fmt: skip
-_EXTRAS_FOLDER = f"the folder eventstore_extras beside {os.path.basename(__file__)}"
+_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
 
 
 def _has_extras() -> bool:
@@ -2122,10 +2084,36 @@ def _extra(name: str, purpose: str) -> ModuleType:
     return importlib.import_module(f"eventstore_extras.{name}")
 
 
-def own_operations() -> tuple[Operation, ...]:
-    """Return the operations that every application serves; usage and /openapi.json are in eventstore_extras."""
-    usage, openapi = (_extra(name, "a route").OPERATIONS if _has_extras() else () for name in ("usage", "openapi"))
-    return (*_INGEST_AND_LIST, *usage, *_COUNT_LOOKUP_HEALTH, *openapi)
+def _operation_of_extra(method: str, path: str, module: str) -> Operation:
+    """Make a row whose handler imports the extra on the first request."""
+
+    async def handle(service: Service, request: Request) -> Response:
+        if not _has_extras():
+            raise ApiError("not_found", f"{method} {path} needs the folder eventstore_extras beside eventstore.py")
+        (row,) = (row for row in _extra(module, path).OPERATIONS if row.path == path)
+        response: Response = await row.handler(service, request)
+        return response
+
+    return Operation(method, path, handle, None, extra=module)
+
+
+OPERATIONS = (
+    Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
+              example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
+    Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
+    Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
+              example={"events": [_API_CALL]}),
+    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
+              example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
+                       "page_size": 100}),
+    _operation_of_extra("POST", "/v1/events/usage", "usage"),
+    Operation("GET", "/v1/events/monitoring", monitor_events, Monitoring, None, (*EVENT_FILTERS, "window_size")),
+    Operation("GET", "/v1/events/lookup", look_up_event, EventLookup, None, ("id", *_LOOKUP_FILTERS), refusals=[404]),
+    Operation("GET", "/v1/events/{id:anything}", look_up_event, EventLookup, None, _LOOKUP_FILTERS, refusals=[404]),
+    Operation("GET", "/health", health, Health),
+    Operation("POST", "/health", health, Health),
+    _operation_of_extra("GET", "/openapi.json", "openapi"),
+)  # fmt: skip
 
 
 def create_app(
@@ -2143,7 +2131,7 @@ def create_app(
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
-    service = Service(settings, [*own_operations(), *operations])
+    service = Service(settings, [*OPERATIONS, *operations])
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
@@ -2157,31 +2145,150 @@ def create_app(
 # ---------------------------------------------------------------------------------------------- Listening
 
 _KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s; one closed while they use it is a 502
-HEADERS_TIMEOUT_S = 30.0  # from the connection, or a later request's first byte; uvicorn would wait for ever
+HEADERS_TIMEOUT_S = 30.0  # from the connection or a request's first byte; uvicorn has no limit
+MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
+_PIECE_BYTES = 16_384  # parsed at a time: an endless head may exceed the limit by this much before it is noticed
+_LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a time limit for headers, and with the error body for malformed requests."""
+    """uvicorn's HTTP/1.1, except that it ignores requests to upgrade, limits the size of a request's head, answers
+    clients that have shut down their sending side, and refuses malformed requests with the JSON error body.
+
+    `timeout_keep_alive_task` is the only timer of a connection: for a head, between requests, or before it closes.
+    """
+
+    url = b""
+    _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
+    _in_body = False  # between the end of a request's head and the end of the request
+    _last_answer: bytes | None = None  # set as soon as nothing more is read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+        self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._headers_timeout.cancelled():  # by the headers of the request before
-            self._headers_timeout = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unset_keepalive_if_required()  # otherwise the timer holds this object until it expires
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._last_answer is not None:
+            return
+        if not (self._framing_bytes or self._in_body):
+            self._unset_keepalive_if_required()
+        try:
+            for start in range(0, len(data), _PIECE_BYTES):
+                self._parse(data[start : start + _PIECE_BYTES])
+        except (httptools.HttpParserError, ApiError) as error:
+            self._refuse(error)
+        else:
+            if self._framing_bytes and not self._in_body and self.timeout_keep_alive_task is None:
+                self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
+
+    def _parse(self, piece: bytes) -> None:
+        """Feed a piece to the parser, which stops after the head of each request to upgrade: feed that head to a new
+        parser without the header `upgrade`, then the rest (RFC 9110, 7.8: a server may ignore it)."""
+        self._framing_bytes += len(piece)
+        while piece:
+            try:
+                self.parser.feed_data(piece)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                piece = piece[upgrade.args[0] :]
+                method, version = self.parser.get_method(), self.parser.get_http_version()
+                if method == b"CONNECT":
+                    raise ApiError("method_not_allowed", "CONNECT is not allowed: this is not a proxy") from None
+                lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
+                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            raise self._head_too_long()
+
+    def _head_too_long(self) -> ApiError:
+        part, code = "headers", "headers_too_large"
+        if len(self.url) > MAX_HEAD_BYTES // 2:
+            part, code = "URL", "uri_too_long"
+        return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        self._headers_timeout.cancel()
-        super().on_headers_complete()
+        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # plus what came with the end of the request before
+            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if length > MAX_HEAD_BYTES:
+                raise self._head_too_long()
+        if not self.parser.should_upgrade():
+            if self.timeout_keep_alive_task is not None:
+                self._unset_keepalive_if_required()
+            super().on_headers_complete()
+            self._in_body = True
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer malformed HTTP with the JSON error body; uvicorn would send plain text."""
-        body = ENCODER.encode(ApiError("validation_error", f"the request is not valid HTTP/1.1: {msg}").body)
-        head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        self.transport.close()
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._in_body:  # not after the head of a request to upgrade, which is fed again
+            self._framing_bytes = 0
+            self._in_body = False
+            super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        was_last = self._last_answer is not None and not self.pipeline
+        super().on_response_complete()
+        if was_last:
+            self._close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open until the requests that arrived in full are answered."""
+        if self._last_answer is None:
+            self._end(b"")
+        elif self.timeout_keep_alive_task is not None:  # the last answer has been sent
+            self.transport.close()
+        return True
+
+    def _refuse(self, error: BaseException | None) -> None:
+        if isinstance(error, httptools.HttpParserCallbackError):
+            error = error.__context__  # what the callback raised
+        if not isinstance(error, ApiError):
+            hint = f"the request is not valid HTTP/1.1: {error}"
+            if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
+                hint += "; spaces and characters outside ASCII in a URL must be percent-encoded: %20, and %C3%BC for ü"
+            error = ApiError("validation_error", hint)
+        status = HTTPStatus(error.status)
+        log.warning("a request from %s: %d %s: %s", (self.client or ["?"])[0], status, error.code, error.message)
+        body = ENCODER.encode(error.body)
+        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self._end(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+
+    def _end(self, answer: bytes) -> None:
+        """Read nothing more. Once the requests that arrived in full are answered, send `answer` and close."""
+        self._last_answer = answer
+        self._unset_keepalive_if_required()
+        if self._in_body:  # the newest request will never be complete
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.pipeline:
+                self.pipeline.popleft()
+                return
+            if self.cycle.response_started:
+                self._last_answer = b""
+        if self._in_body or self.cycle is None or self.cycle.response_complete:
+            self._close()
+
+    def _close(self) -> None:
+        """Send the last answer. Closing at once would reset the connection if data are unread, and the client could
+        lose the answer, so read and drop what it still sends for _LINGER_S."""
+        self._unset_keepalive_if_required()
+        if self.transport.is_closing():
+            return
+        if not self._last_answer:
+            self.transport.close()
+            return
+        self.transport.write(self._last_answer)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.timeout_keep_alive_task = self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2320,9 +2427,9 @@ def _read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) ->
 
 _COMMANDS = {  # name -> the module of eventstore_extras that has it, and what it does
     "serve": ("", "serve the API"),
-    "import": ("transfer", "store the events of a file"),
-    "export": ("transfer", "write events to a file"),
-    "replay": ("forward", "send events to FlexPrice, or another eventstore"),
+    "import": ("importing", "store the events of a file"),
+    "export": ("exporting", "write events to a file"),
+    "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
 }
 _SERVE_EXTRAS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> module

@@ -1,4 +1,4 @@
-"""What the commands that read or write events and then end have in common: how they stop."""
+"""How the commands that read or write events stop: at a signal, at an error, or half-way."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from collections.abc import Callable, Coroutine
 
 from eventstore import say
 
+__all__ = ["StopError", "run_job", "until_sigterm"]
+
 
 class StopError(Exception):
-    """A command stopped half-way; the message says where, what is done and what to do."""
+    """A command stopped half-way. The message says why, what is done, and how to continue."""
 
 
 async def until_sigterm(work: Coroutine[None, None, None]) -> None:
-    """SIGTERM cancels it, as asyncio lets SIGINT: an exception amid its loop would leave tasks that nothing wakes."""
+    """Run a coroutine, and cancel it on SIGTERM, as asyncio does on SIGINT.
+
+    An exception raised by a signal handler inside the event loop would leave other tasks waiting without end.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
     before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
     try:
@@ -28,11 +33,11 @@ async def until_sigterm(work: Coroutine[None, None, None]) -> None:
 
 
 def run_job(job: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
-    """The exit status of a command: 1 if it stopped half-way, having said why. StartError."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: files are removed, progress is kept
+    """Run a command and return its exit status: 1 if it stopped half-way, after saying why. Raises StartError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: files are removed, progress is saved
     try:
         return job(arguments)
-    except BrokenPipeError:  # whoever read the export has enough; what Python would still flush goes nowhere
+    except BrokenPipeError:  # the reader of the output has closed it: discard what Python would still flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         say("interrupted")

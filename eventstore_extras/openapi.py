@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -79,8 +80,9 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
+def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
     """Describe the operations as OpenAPI 3.1."""
+    operations = [_whole(row) for row in rows]
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation)
@@ -93,6 +95,15 @@ def openapi_document(operations: Sequence[Operation]) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": _schemas(operations), "securitySchemes": {"ApiKey": key}},
     }
+
+
+def _whole(operation: Operation) -> Operation:
+    """Return the whole row of an operation that an extra has."""
+    if not operation.extra:
+        return operation
+    extra = importlib.import_module(f"eventstore_extras.{operation.extra}")
+    (row,) = (row for row in extra.OPERATIONS if row.path == operation.path)
+    return cast(Operation, row)
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:

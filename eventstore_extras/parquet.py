@@ -1,7 +1,7 @@
-"""Events as Parquet, for import and export. Loaded when Parquet is asked for: only the extra `parquet` has arro3.
+"""Read and write events as Parquet. Only the extra `parquet` has the library, so this module is imported on demand.
 
-arro3 is Apache's Arrow and Parquet in Rust. It writes rows as JSON by itself, whatever their types, so a file is read
-as lines of NDJSON.
+The library is arro3, Apache's Arrow and Parquet in Rust. It writes rows of any type as JSON, so a file is read as lines
+of JSON. Where other libraries raise an exception, it may panic: each call that can panic is guarded below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain, repeat
 from typing import Any, BinaryIO, cast
 from uuid import UUID
@@ -25,277 +24,305 @@ from arro3.core import Array, DataType, Field, RecordBatch, RecordBatchReader, S
 from arro3.io import read_parquet, write_ndjson, write_parquet
 
 from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, quoted
-from eventstore_extras.transfer import (
-    EXPORTED_COLUMNS,
-    PROPERTY_COLUMN,
-    Entry,
-    Pages,
-    TypedRow,
-    UnreadableError,
-    check_columns,
-)
+from eventstore_extras.entries import EXPORTED_COLUMNS, PROPERTY_PREFIX, Entry, InputError, TableRow, check_columns
 
-# ---------------------------------------------------------------------------------------------- reading
+__all__ = ["parquet_writer", "read_rows"]
 
-BATCH_ROWS = 256  # held at a time, and as JSON, too
-MAX_COLUMNS = 1000  # each takes memory as long as the file is read
-MAX_REASON_CHARS = 200
-STACK_BYTES = 256 * 1024 * 1024  # of addresses; 8 MiB are overrun by 1,500 levels
-ROWS = msgspec.json.Decoder(TypedRow)
-BAD_TIME = b'"ERROR: Cast error: Failed to convert '  # the library writes this for a time that it cannot write
-UUID_TYPE = DataType.binary(16)
-UTC_TIME = DataType.timestamp("us", tz="UTC")
-TIMES = ("timestamp", "ingested_at")
-IGNORED = {*EXPORTED_COLUMNS} - {"id", "ingested_at"}
+_UUID = DataType.binary(16)
+_UTC_TIME = DataType.timestamp("us", tz="UTC")
+_TIMES = ("timestamp", "ingested_at")
+
+# ---------------------------------------------------------------------------------------------- reading: the file
+
+_BATCH_ROWS = 256  # held in memory at once, together with their JSON
+_MAX_COLUMNS = 1000  # each column of an open file takes memory
+_MAX_REASON_CHARS = 200
+_STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
 
 
-def rows(source: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
-    """The rows of a file, numbered from 1. UnreadableError, after those before the place."""
-    check_ends(source)
-    reader = open_file(source)
-    check_schema(reader.schema, assume_utc)
+def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
+    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
+    _check_ends(file)
+    reader = _open_reader(file)
+    _check_schema(reader.schema, assume_utc)
     number = 0
     while True:
-        with reasons(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
+        with _library_errors(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
             batch = next(reader, None)
         if batch is None:
             return
-        for row, problem in batch_rows(batch):
+        for row, problem in _batch_rows(batch):
             number += 1
             is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
-            yield Entry(number, None, row, f"is longer than {limit_bytes} bytes" if is_long else problem, "row")
+            yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
 
 
-def check_ends(source: BinaryIO) -> None:
-    """The marks that a file has at both ends; the library panics without them."""
-    source.seek(0)
-    start, size = source.read(4), source.seek(0, io.SEEK_END)
-    source.seek(max(size - 8, 0))
-    footer_bytes, end = source.read(4), source.read(4)
-    source.seek(0)
+def _check_ends(file: BinaryIO) -> None:
+    """Check the marks at both ends of a file; the library panics without them. Raises InputError."""
+    file.seek(0)
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(max(size - 8, 0))
+    footer_bytes, end = file.read(4), file.read(4)
+    file.seek(0)
     if b"PARE" in (start, end):
-        raise UnreadableError(None, "is encrypted: decrypt it, and import what comes out")
+        raise InputError(None, "is encrypted: decrypt it first, and import the result")
     if start != b"PAR1":
-        raise UnreadableError(None, "is not Parquet: it does not start with PAR1")
+        raise InputError(None, "is not Parquet: it does not start with PAR1")
     if end != b"PAR1" or int.from_bytes(footer_bytes, "little") > size - 12:
-        raise UnreadableError(None, "is cut off: a Parquet file has its table of contents at its end")
+        raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
 
 
-def open_file(source: BinaryIO) -> RecordBatchReader:
-    """The file's reader. It is opened in a thread with a large stack, as the library recurses into nested types."""
+def _open_reader(file: BinaryIO) -> RecordBatchReader:
+    """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
 
-    def open_unless_deep() -> RecordBatchReader | str:
-        reader = read_parquet(source, batch_size=BATCH_ROWS)
-        return size_problem(reader.schema) or reader  # what is too deep must go in this thread, too
+    def open_unless_too_large() -> RecordBatchReader | str:
+        reader = read_parquet(file, batch_size=_BATCH_ROWS)
+        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
 
-    threading.stack_size(STACK_BYTES)
-    with reasons("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
-        opened = executor.submit(open_unless_deep).result()
-    threading.stack_size(0)
+    threading.stack_size(_STACK_BYTES)
+    try:
+        with _library_errors("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
+            opened = executor.submit(open_unless_too_large).result()
+    finally:
+        threading.stack_size(0)
     if isinstance(opened, str):
-        raise UnreadableError(None, opened)
+        raise InputError(None, opened)
     return opened
 
 
 @contextmanager
-def reasons(problem: str) -> Iterator[None]:
-    """The library's exceptions as UnreadableError. A panic of Rust is one of them, and writes to standard error too."""
+def _library_errors(problem: str) -> Iterator[None]:
+    """Turn the library's exceptions into InputError. A panic is one of them; it also prints a trace, so standard error
+    is turned off inside the block."""
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     except BaseException as error:
-        if isinstance(error, OSError) or not (isinstance(error, Exception) or is_panic(error)):
+        if isinstance(error, OSError) or not (isinstance(error, Exception) or _is_panic(error)):
             raise
-        raise UnreadableError(None, f"{problem} ({reason(error)})") from error
+        raise InputError(None, f"{problem} ({_reason(error)})") from error
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 
-def is_panic(error: BaseException) -> bool:
+def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def reason(error: BaseException) -> str:
-    """What the library says, without the names of its own layers."""
-    said = re.search(r'value: .*?\("(.*)"\)', str(error), re.DOTALL) if is_panic(error) else None
-    text = said[1] if said else re.sub(r"^(.*error: )+", "", str(error))
-    return " ".join(text.split())[:MAX_REASON_CHARS]
+def _reason(error: BaseException) -> str:
+    """Return the library's message without the names of its layers."""
+    panic = re.search(r'value: .*?\("(.*)"\)', str(error), re.DOTALL) if _is_panic(error) else None
+    text = panic[1] if panic else re.sub(r"^(.*error: )+", "", str(error))
+    return " ".join(text.split())[:_MAX_REASON_CHARS]
 
 
-def check_schema(schema: Schema, assume_utc: bool) -> None:
-    """The columns of a file and their types. UnreadableError names the first bad one."""
-    check_columns(schema.names, None, "the schema")
-    for field in fields_of(schema):
-        if problem := type_problem(field, assume_utc):
-            kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
-            raise UnreadableError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:MAX_REASON_CHARS]}")
+# ---------------------------------------------------------------------------------------------- reading: the schema
 
 
-def fields_of(schema: Schema) -> list[Field]:
-    return [schema.field(at) for at in range(len(schema.names))]
-
-
-def size_problem(schema: Schema) -> str:
-    """What is wrong if a file has too many columns, those of structs counted, too, or too deep ones."""
-    number, found = 0, [(field, 1) for field in fields_of(schema)]
-    while found:
-        field, level = found.pop()
+def _size_problem(schema: Schema) -> str:
+    """Say what is wrong if the schema has too many columns, including members of structs, or is nested too deep."""
+    number, pending = 0, [(field, 1) for field in _fields(schema)]
+    while pending:
+        field, level = pending.pop()
         if level > MAX_PROPERTY_DEPTH:
             return f"the schema is nested deeper than {MAX_PROPERTY_DEPTH} levels: write properties as JSON text"
         if DataType.is_struct(field.type):
-            found += [(member, level + 1) for member in field.type.fields]
+            pending += [(member, level + 1) for member in field.type.fields]
         else:
             number += 1
-    advice = "write properties as JSON text or as a map"
-    return f"the schema has {number} columns, at most {MAX_COLUMNS} are read: {advice}" if number > MAX_COLUMNS else ""
+    if number > _MAX_COLUMNS:
+        advice = "write properties as JSON text or as a map"
+        return f"the schema has {number} columns, at most {_MAX_COLUMNS} are read: {advice}"
+    return ""
 
 
-def is_text(kind: DataType) -> bool:
-    kind = (kind.value_type if DataType.is_dictionary(kind) else None) or kind
-    return any(test(kind) for test in (DataType.is_string, DataType.is_large_string, DataType.is_string_view))
+def _fields(schema: Schema) -> list[Field]:
+    return [schema.field(number) for number in range(len(schema.names))]
 
 
-def type_problem(field: Field, assume_utc: bool) -> str:
-    """What is wrong with the type of a column."""
+def _check_schema(schema: Schema, assume_utc: bool) -> None:
+    """Check the names and types of the columns. Raises InputError naming the first column that does not fit."""
+    check_columns(schema.names)
+    for field in _fields(schema):
+        if problem := _type_problem(field, assume_utc):
+            kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
+            raise InputError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:_MAX_REASON_CHARS]}")
+
+
+def _type_problem(field: Field, assume_utc: bool) -> str:
+    """Say what is wrong with the type of a column."""
     name, kind = field.name, field.type
-    if DataType.is_null(kind) or name in IGNORED:
+    if DataType.is_null(kind) or _is_ignored(name):
         return ""
-    if name.startswith(PROPERTY_COLUMN):
+    if name.startswith(PROPERTY_PREFIX):
         return "must hold single values: only properties may be a struct or a map" if DataType.is_nested(kind) else ""
     if name == "properties":
-        fits = is_text(kind) or DataType.is_struct(kind) or DataType.is_map(kind)
+        fits = _is_text(kind) or DataType.is_struct(kind) or DataType.is_map(kind)
         return "" if fits else "must be JSON text, a struct or a map"
-    if name in TIMES and DataType.is_timestamp(kind):
+    if name in _TIMES and DataType.is_timestamp(kind):
         return "" if kind.tz or assume_utc else "has times without a zone: --assume-utc takes them as UTC"
-    if name in TIMES:
-        return "" if is_text(kind) else "must be a timestamp, or RFC 3339 text"
-    return "" if is_text(kind) or kind == UUID_TYPE else "must be text"
+    if name in _TIMES:
+        return "" if _is_text(kind) else "must be a timestamp, or RFC 3339 text"
+    return "" if _is_text(kind) or kind == _UUID else "must be text"
 
 
-def batch_rows(batch: RecordBatch) -> Iterable[tuple[TypedRow, str]]:
-    """The rows, and what is wrong with each."""
+def _is_ignored(column: str) -> bool:
+    return column in EXPORTED_COLUMNS and column not in ("id", "ingested_at")
+
+
+def _is_text(kind: DataType) -> bool:
+    kind = (kind.value_type if DataType.is_dictionary(kind) else None) or kind
+    return any(is_kind(kind) for is_kind in (DataType.is_string, DataType.is_large_string, DataType.is_string_view))
+
+
+# ---------------------------------------------------------------------------------------------- reading: the rows
+
+_ROWS = msgspec.json.Decoder(TableRow)
+_UNWRITABLE = (InputError, RecursionError, msgspec.DecodeError)
+_BAD_TIME = b'"ERROR: Cast error: Failed to convert '  # the library's JSON for a time that it cannot write
+
+
+def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
+    """Return the rows of a batch, each with the problem that it has, or an empty string."""
     try:
-        return zip(decoded(batch), repeat(""))
-    except UNWRITABLE:  # for one of its rows
-        return map(row_of, (batch.slice(at, 1) for at in range(batch.num_rows)))
+        return zip(_decoded(batch), repeat(""))
+    except _UNWRITABLE:  # because of at least one row: decode each alone
+        return map(_single_row, (batch.slice(number, 1) for number in range(batch.num_rows)))
 
 
-def row_of(batch: RecordBatch) -> tuple[TypedRow, str]:
+def _single_row(batch: RecordBatch) -> tuple[TableRow, str]:
     try:
-        return decoded(batch)[0], ""
-    except UNWRITABLE as error:
-        names = [name for name in batch.schema.names if is_unwritable(batch.select([name]))]
-        return TypedRow(), f"holds what cannot be written as JSON in {', '.join(map(quoted, names))} ({reason(error)})"
+        return _decoded(batch)[0], ""
+    except _UNWRITABLE as error:
+        names = [quoted(name) for name in batch.schema.names if _is_unwritable(batch.select([name]))]
+        return TableRow(), f"has a value that cannot be written as JSON in {', '.join(names)} ({_reason(error)})"
 
 
-UNWRITABLE = (UnreadableError, RecursionError, msgspec.DecodeError)
-
-
-def is_unwritable(batch: RecordBatch) -> bool:
+def _is_unwritable(batch: RecordBatch) -> bool:
     try:
-        decoded(batch)
-    except UNWRITABLE:
+        _decoded(batch)
+    except _UNWRITABLE:
         return True
     return False
 
 
-def decoded(batch: RecordBatch) -> list[TypedRow]:
-    """The rows of a batch, by way of their JSON, where null is absent."""
-    names = [name for name in batch.schema.names if name not in IGNORED and not name.startswith(PROPERTY_COLUMN)]
-    columns: list[Any] = [in_us(batch.column(name)) for name in names]
-    if named := [field for field in fields_of(batch.schema) if field.name.startswith(PROPERTY_COLUMN)]:
-        fields = [field.with_name(field.name.removeprefix(PROPERTY_COLUMN)).with_nullable(True) for field in named]
-        columns.append(struct_array([batch.column(field.name) for field in named], fields=fields))
-    json_names = ["event_id" if name == "id" else name for name in names] + ["named"] * bool(named)
-    if "properties" in names and not is_text(batch.column("properties").type):
-        json_names[names.index("properties")] = "members"
+def _decoded(batch: RecordBatch) -> list[TableRow]:
+    """Decode the rows of a batch from the JSON that the library writes, in which nulls are absent."""
+    names, columns = _json_columns(batch)
     lines = io.BytesIO()
-    with reasons("the library refuses"):
-        write_ndjson(RecordBatch.from_arrays(columns, names=json_names), lines)
+    with _library_errors("the library refuses"):
+        write_ndjson(RecordBatch.from_arrays(columns, names=names), lines)
     text = lines.getvalue()
-    if BAD_TIME in text:
-        raise UnreadableError(None, "a time out of range")
-    found = ROWS.decode_lines(text)
-    for name, column in zip(json_names, columns, strict=True):
-        if column.type == UUID_TYPE:
-            for row in found:
-                if text := getattr(row, name):
-                    setattr(row, name, str(UUID(text)))
-    return found
+    if _BAD_TIME in text:
+        raise InputError(None, "a time out of range")
+    rows = _ROWS.decode_lines(text)
+    for name, column in zip(names, columns, strict=True):
+        if column.type == _UUID:
+            for row in rows:
+                if digits := getattr(row, name):
+                    setattr(row, name, str(UUID(digits)))
+    return rows
 
 
-def in_us(column: Array) -> Array:
-    """Times as microseconds since 1970; as text, for others to refuse, where those are no 64-bit integers."""
+def _json_columns(batch: RecordBatch) -> tuple[list[str], list[Any]]:
+    """Return the columns of a batch under the names of TableRow's fields; `properties.NAME` become one struct."""
+    names: list[str] = []
+    columns: list[Any] = []
+    property_fields = []
+    for field in _fields(batch.schema):
+        if field.name.startswith(PROPERTY_PREFIX):
+            property_fields.append(field)
+        elif not _is_ignored(field.name):
+            is_object = field.name == "properties" and not _is_text(field.type)
+            names.append("members" if is_object else "event_id" if field.name == "id" else field.name)
+            columns.append(_in_microseconds(batch.column(field.name)))
+    if property_fields:
+        members = [field.with_name(field.name.removeprefix(PROPERTY_PREFIX)).with_nullable(True)
+                   for field in property_fields]  # fmt: skip
+        names.append("named")
+        columns.append(struct_array([batch.column(field.name) for field in property_fields], fields=members))
+    return names, columns
+
+
+def _in_microseconds(column: Array) -> Array:
+    """Convert times to microseconds since 1970. A column becomes text, refused later, if one of them overflows."""
     if not DataType.is_timestamp(column.type):
         return column
-    times = column.cast(UTC_TIME)
-    if times.null_count == column.null_count:
+    times = column.cast(_UTC_TIME)
+    if times.null_count == column.null_count:  # a time that overflows becomes null
         return times.cast(DataType.int64())
     return column.cast(DataType.timestamp(column.type.time_unit or "us", tz="UTC"))
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
-GROUP_BYTES = 64 * 1024 * 1024  # of events before they are packed, which a row group may hold in memory
-GROUP_ROWS = 100_000
-EVENT_BYTES = 250  # without its properties
-TEXT = DataType.string()
-SCHEMA = [Field(name, TEXT, nullable=False) for name in (
+_GROUP_BYTES = 64 * 1024 * 1024  # of events in a row group, which is held in memory until it is compressed
+_GROUP_ROWS = 100_000
+_EVENT_BYTES = 250  # of an event without its properties
+_TEXT = DataType.string()
+_FIELDS = [Field(name, _TEXT, nullable=False) for name in (
     "event_name", "event_id", "external_customer_id", "customer_id", "source")] + [
-    Field(name, UTC_TIME, nullable=False) for name in TIMES] + [
-    Field(name, TEXT, nullable=False) for name in ("properties", "environment")]  # fmt: skip
-PropertyColumn = tuple[str, str]
-KINDS: dict[str, tuple[type, DataType]] = {
-    "string": (str, TEXT),
+    Field(name, _UTC_TIME, nullable=False) for name in _TIMES] + [
+    Field(name, _TEXT, nullable=False) for name in ("properties", "environment")]  # fmt: skip
+_PROPERTY_TYPES: dict[str, tuple[type, DataType]] = {  # --properties-column's TYPE -> the types of Python and Arrow
+    "string": (str, _TEXT),
     "float64": (float, DataType.float64()),
     "int64": (int, DataType.int64()),
     "bool": (bool, DataType.bool()),
 }
 
 
-def writer(
-    environment: str, columns: Sequence[PropertyColumn], output: str | None
-) -> Callable[[Pages, BinaryIO], None]:
-    """What writes pages as a Parquet file. StartError."""
+def parquet_writer(
+    environment: str, columns: Sequence[tuple[str, str]], output: str | None
+) -> Callable[[Iterator[list[Row]], BinaryIO], None]:
+    """Return the function that writes pages of rows. Columns are property names with types. Raises StartError."""
     twice = [name for name, number in Counter(name for name, _ in columns).items() if number > 1]
     if twice:
-        raise StartError(f"--properties-column {twice[0]} is there twice: name a property once")
+        raise StartError(f"--properties-column {twice[0]} is given twice: name each property once")
     if output is None and sys.stdout.isatty():
-        raise StartError("--format parquet is nothing for a terminal: name a file with --output")
+        raise StartError("--format parquet cannot go to a terminal: name a file with --output")
     if (output or "").endswith(".gz"):
         raise StartError(f"--output {output}: Parquet is compressed already; leave .gz out")
-    return partial(write, environment=environment, columns=columns)
+
+    def write(pages: Iterator[list[Row]], file: BinaryIO) -> None:
+        _write(pages, file, environment, columns)
+
+    return write
 
 
-def write(pages: Pages, output: BinaryIO, environment: str, columns: Sequence[PropertyColumn]) -> None:
-    schema = Schema(SCHEMA + [Field(PROPERTY_COLUMN + name, KINDS[kind][1]) for name, kind in columns])
+def _write(pages: Iterator[list[Row]], file: BinaryIO, environment: str, columns: Sequence[tuple[str, str]]) -> None:
+    schema = Schema(_FIELDS + [Field(PROPERTY_PREFIX + name, _PROPERTY_TYPES[kind][1]) for name, kind in columns])
     first = next(pages, [])
-    event_bytes = EVENT_BYTES + sum(len(row.properties) for row in first) // max(len(first), 1)
-    batches = (RecordBatch.from_arrays(arrays(page, environment, columns), schema=schema)
+    event_bytes = _EVENT_BYTES + sum(len(row.properties) for row in first) // max(len(first), 1)
+    batches = (RecordBatch.from_arrays(_arrays(page, environment, columns), schema=schema)
                for page in chain([first], pages))  # fmt: skip
-    guarded = Guarded(batches, output)
+    guard = _ErrorGuard(batches, file)
     write_parquet(
-        RecordBatchReader.from_batches(schema, iter(guarded)),
-        cast(Any, guarded),
+        RecordBatchReader.from_batches(schema, iter(guard)),
+        cast(Any, guard),
         compression="zstd(3)",
-        column_dictionary_enabled=dict.fromkeys(("event_id", *TIMES), False),
-        column_encoding=dict.fromkeys(TIMES, "delta_binary_packed"),
-        max_row_group_size=max(1, min(GROUP_ROWS, GROUP_BYTES // event_bytes)),
+        column_dictionary_enabled=dict.fromkeys(("event_id", *_TIMES), False),
+        column_encoding=dict.fromkeys(_TIMES, "delta_binary_packed"),
+        max_row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // event_bytes)),
     )
-    if guarded.error:
-        raise guarded.error
+    if guard.error:
+        raise guard.error
 
 
-class Guarded:
-    """Batches and a file for the library, which panics at an exception: that is kept, and the library finishes."""
+class _ErrorGuard:
+    """Hands batches to the library, and the library's output to the file.
 
-    def __init__(self, batches: Iterable[RecordBatch], output: BinaryIO) -> None:
+    An exception from either side would make the library panic. So the first one is kept in `error`; after it no more
+    batches are read, and nothing more is written.
+    """
+
+    def __init__(self, batches: Iterable[RecordBatch], file: BinaryIO) -> None:
         self._batches = batches
-        self._output = output
+        self._file = file
         self.error: Exception | KeyboardInterrupt | None = None
 
     def __iter__(self) -> Iterator[RecordBatch]:
@@ -310,39 +337,40 @@ class Guarded:
     def write(self, content: bytes) -> int:
         try:
             if not self.error:
-                self._output.write(content)
+                self._file.write(content)
         except (Exception, KeyboardInterrupt) as error:
             self.error = error
         return len(content)
 
-    def flush(self) -> None:  # whoever opened the file does
-        pass
+    def flush(self) -> None:
+        """Do nothing: the function that opened the file flushes it."""
 
-    def seek(self, *_: object) -> int:  # the library wants there to be one, and does not call it
+    def seek(self, *_: object) -> int:
+        """Raise: the library checks that there is a seek(), and does not call it."""
         raise io.UnsupportedOperation("seek")
 
 
-def arrays(page: list[Row], environment: str, columns: Sequence[PropertyColumn]) -> list[Array]:
-    """The columns of a page as SCHEMA and the asked for properties have them."""
+def _arrays(page: list[Row], environment: str, columns: Sequence[tuple[str, str]]) -> list[Array]:
+    """Return the columns of a page: those of _FIELDS, then the chosen properties."""
     texts = ("event_name", "id", "external_customer_id", "customer_id", "source")
-    found = [Array([getattr(row, name) for row in page], TEXT) for name in texts]
+    arrays = [Array([getattr(row, name) for row in page], _TEXT) for name in texts]
     times = [row.timestamp_us for row in page], [row.ingested_at_us for row in page]
-    found += [Array(values, DataType.int64()).cast(UTC_TIME) for values in times]
-    found += [Array([row.properties for row in page], TEXT), Array([environment] * len(page), TEXT)]
+    arrays += [Array(values, DataType.int64()).cast(_UTC_TIME) for values in times]
+    arrays += [Array([row.properties for row in page], _TEXT), Array([environment] * len(page), _TEXT)]
     if columns:
-        members = [MEMBERS.decode(row.properties) for row in page]
+        properties = [MEMBERS.decode(row.properties) for row in page]
         for name, kind in columns:
-            python, arrow = KINDS[kind]
-            found.append(Array([typed(each.get(name), python) for each in members], arrow))
-    return found
+            python_type, arrow_type = _PROPERTY_TYPES[kind]
+            arrays.append(Array([_typed(members.get(name), python_type) for members in properties], arrow_type))
+    return arrays
 
 
-def typed(value: msgspec.Raw | None, kind: type) -> Any:
-    """A property as a column of its type has it; None if it is of another one."""
+def _typed(value: msgspec.Raw | None, kind: type) -> Any:
+    """Return a property's value if it has the type of its column, else None."""
     if value is None:
         return None
     try:
-        found = decoder_of(kind).decode(value)
+        typed = decoder_of(kind).decode(value)
     except msgspec.DecodeError:
         return None
-    return found if kind is not int or -(2**63) <= found < 2**63 else None
+    return typed if kind is not int or -(2**63) <= typed < 2**63 else None

@@ -1,7 +1,7 @@
-"""The pytest fixture `flexprice`, as pytest finds it by its entry point. The server is imported when a test asks.
+"""The pytest fixture `flexprice`; pytest finds this plugin by its entry point.
 
-From before the first conftest.py to the end of the run FLEXPRICE_API_HOST and FLEXPRICE_API_KEY name the fixture's
-server, so that a client which an application makes when it is imported does not send its test events to production.
+From before the first conftest.py to the end of the run, FLEXPRICE_API_HOST and FLEXPRICE_API_KEY name the fixture's
+server. A client that an application creates at import therefore cannot send test events to production.
 """
 
 from __future__ import annotations
@@ -17,78 +17,85 @@ import pytest
 if TYPE_CHECKING:
     from eventstore_extras.mock import MockServer
 
-API_KEY = "eventstore-test-key"
-VARIABLES = ("FLEXPRICE_API_HOST", "FLEXPRICE_API_KEY")
+__all__ = ["UnusedFaultWarning", "flexprice"]
+
+_API_KEY = "eventstore-test-key"
+_VARIABLES = ("FLEXPRICE_API_HOST", "FLEXPRICE_API_KEY")
 
 
 class UnusedFaultWarning(UserWarning):
-    """A fault that a test asked for, and that no request of it met."""
+    """A test added a fault, but no request met it."""
 
 
-class _Reserved:
-    """A port that is the server's, once there is one; until then whoever connects is refused at once."""
+class _ReservedPort:
+    """A port bound for the server. Connections are refused at once until the server listens on it."""
 
     def __init__(self) -> None:
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
-        self._before = {name: os.environ.get(name) for name in VARIABLES}
+        self._variables_before = {name: os.environ.get(name) for name in _VARIABLES}
 
     def set_variables(self) -> None:
-        os.environ.update(zip(VARIABLES, (self.url, API_KEY), strict=True))
+        os.environ.update(zip(_VARIABLES, (self.url, _API_KEY), strict=True))
 
     def close(self) -> None:
+        """Free the port and restore the variables."""
         self.listener.close()
-        for name, value in self._before.items():
+        for name, value in self._variables_before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
 
 
-RESERVED = pytest.StashKey[_Reserved]()
+_RESERVED_PORT = pytest.StashKey[_ReservedPort]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "leave FLEXPRICE_API_HOST and FLEXPRICE_API_KEY as they are, but for tests with the fixture flexprice"
+    text = "set FLEXPRICE_API_HOST and FLEXPRICE_API_KEY only in tests that use the fixture flexprice"
     parser.getgroup("flexprice").addoption("--flexprice-real", action="store_true", help=text)
     parser.addini("flexprice_real", text, type="bool", default=False)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    pytest_configure(early_config)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Once, as early as pytest lets it: with `-p`, or named in a conftest.py, that is here and not above."""
-    if RESERVED in config.stash:
+def _reserve_port(config: pytest.Config) -> None:
+    if _RESERVED_PORT in config.stash:
         return
-    reserved = config.stash[RESERVED] = _Reserved()
+    reserved = config.stash[_RESERVED_PORT] = _ReservedPort()
     if not (config.known_args_namespace.flexprice_real or config.getini("flexprice_real")):
         reserved.set_variables()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    _reserve_port(early_config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Reserve the port if the hook above has not: a conftest.py that names the plugin loads it after that hook."""
+    _reserve_port(config)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if reserved := config.stash.get(RESERVED, None):
+    if reserved := config.stash.get(_RESERVED_PORT, None):
         reserved.close()
 
 
 @pytest.fixture(scope="session")
 def _flexprice_server(pytestconfig: pytest.Config) -> Iterator[MockServer]:
-    from eventstore_extras.mock import running_server  # noqa: PLC0415 - a run without the fixture need not wait for it
+    from eventstore_extras.mock import running_server  # noqa: PLC0415 - slow to import for a run without the fixture
 
-    listener = pytestconfig.stash[RESERVED].listener
-    with running_server(api_keys={API_KEY: "development"}, listener=listener) as server:
+    listener = pytestconfig.stash[_RESERVED_PORT].listener
+    with running_server(api_keys={_API_KEY: "development"}, listener=listener) as server:
         yield server
 
 
 @pytest.fixture
 def flexprice(_flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MockServer]:
-    """A FlexPrice of one's own: empty, and found by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
+    """An empty FlexPrice, which the test's code finds by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
     _flexprice_server.reset()
-    for name, value in zip(VARIABLES, (_flexprice_server.url, API_KEY), strict=True):
+    for name, value in zip(_VARIABLES, (_flexprice_server.url, _API_KEY), strict=True):
         monkeypatch.setenv(name, value)
     yield _flexprice_server
     for fault in _flexprice_server.faults(unused=True):
-        asked = ", ".join(f"{name}={value!r}" for name, value in fault.items() if value is not None)
-        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({asked})"), stacklevel=1)
+        fields = ", ".join(f"{name}={value!r}" for name, value in fault.items() if value is not None)
+        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({fields})"), stacklevel=1)

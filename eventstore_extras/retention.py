@@ -1,10 +1,12 @@
-"""Keeping less: `serve --retain-days N`, and `eventstore prune`."""
+"""Deletes old events: `serve --retain-days N`, and the command `eventstore prune`.
+
+No event is deleted before every target that it is forwarded to has accepted it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import glob
 import os
 import sqlite3
 import time
@@ -12,7 +14,6 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from eventstore import (
@@ -23,9 +24,11 @@ from eventstore import (
     ApiError,
     FieldError,
     Service,
+    Sql,
     StartError,
     T,
     add_db_flag,
+    all_of,
     connect,
     execute_writing,
     log,
@@ -34,136 +37,152 @@ from eventstore import (
     plural,
     prepare_file,
     say,
+    sql,
     to_datetime,
 )
-from eventstore_extras.forward import ForwardProgress, newest_seq, progress_file, read_forward_progress
+from eventstore_extras.forward import ForwardProgress, forward_progress_path, read_all_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 
-HOUR_US = 3600 * 1_000_000
-LOOK_INTERVAL_S = 1.0  # between two looks at the clock
-SPAN = 100_000  # rows that one query looks at
-GOAL_S = 0.005  # for the rows of one transaction; whoever stores events waits for it, and for its commit
-FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 50, 10, 1000
-PAUSE_TIMES = 2  # as long as the transaction took, before the next
-PRUNE_LOCK_TIMEOUT_S = 60.0
-SELECT_DOOMED = (
-    "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {where} ORDER BY seq LIMIT :rows)"
-)
+__all__ = [
+    "CLOCK_INTERVAL_S",
+    "HOUR_US",
+    "MAX_ROWS",
+    "MIN_ROWS",
+    "SPAN",
+    "DatabaseFile",
+    "Expired",
+    "Sweep",
+    "add_flags",
+    "attach",
+    "checkpoint",
+    "run",
+]
+
+# ---------------------------------------------------------------------------------------------- deleting
+
+SPAN = 100_000  # seqs that one query scans
+_FIRST_ROWS, MIN_ROWS, MAX_ROWS = 50, 10, 1000  # to delete in one transaction
+_TARGET_S = 0.005  # for one transaction: requests that store events wait for it and its commit
+_PAUSE_FACTOR = 2  # the pause after a transaction is this many times as long as the transaction
+_FIND_EXPIRED = "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {} ORDER BY seq LIMIT :rows)"
 
 
 class Database(Protocol):
-    """A Store, or a file without a server."""
+    """What a sweep needs: the Store of a server, or a DatabaseFile."""
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T: ...
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]: ...
 
 
-class Doomed(NamedTuple):
-    """Events that may be deleted: stored before a time, and accepted wherever they are forwarded to."""
+class Expired(NamedTuple):
+    """The events that may be deleted: stored before a time, and accepted by every target they are forwarded to."""
 
     before_us: int
     forwarded: Sequence[ForwardProgress]
-    after: int = 0  # of these seqs
-    through: int = 2**63 - 1
+    after: int = 0  # only events with a greater seq
+    through: int = 2**63 - 1  # and not a greater one than this
 
-    def where(self, parameters: dict[str, object]) -> str:
-        parameters |= {"before_us": self.before_us, "after": self.after, "through": self.through}
-        clauses = ["seq > :after", "seq <= :through", "ingested_at_us < :before_us"]
+    def _where(self) -> Sql:
+        expired = "seq > :after AND seq <= :through AND ingested_at_us < :before_us"
+        clauses = [sql(expired, after=self.after, through=self.through, before_us=self.before_us)]
         for number, progress in enumerate(self.forwarded):
-            parameters |= {f"environment{number}": progress.environment, f"seq{number}": progress.seq}
             other = f"environment IS NOT (SELECT id FROM environments WHERE name = :environment{number})"
-            clauses.append(f"({other} OR seq <= :seq{number})")
-        return " AND ".join(clauses)
+            values = {f"environment{number}": progress.environment, f"seq{number}": progress.seq}
+            clauses.append(Sql(f"({other} OR seq <= :seq{number})", values))
+        return all_of(clauses)
 
-    def first(self, conn: sqlite3.Connection, rows: int) -> tuple[int, int]:
-        """How many of them there are, counting as far as that, and the last one's seq."""
-        parameters: dict[str, object] = {"rows": rows}
-        statement = SELECT_DOOMED.format(where=self.where(parameters))
-        count, last = conn.execute(statement, parameters).fetchone()
+    def find(self, conn: sqlite3.Connection, rows: int) -> tuple[int, int]:
+        """Count the events, up to a number of rows, and return the count and the seq of the last one counted."""
+        where = self._where()
+        count, last = conn.execute(*sql(_FIND_EXPIRED.format(where), where, rows=rows)).fetchone()
         return count, last or 0
 
+    def count(self, conn: sqlite3.Connection) -> int:
+        return self.find(conn, rows=-1)[0]  # -1: without a limit
+
     def delete(self, conn: sqlite3.Connection) -> float:
-        """All of them; how long it took, without waiting for a lock and for the disk."""
+        """Delete the events. Returns the seconds it took, without the wait for a lock or for the disk."""
         started_s = time.perf_counter()
-        parameters: dict[str, object] = {}
-        conn.execute(f"DELETE FROM events NOT INDEXED WHERE {self.where(parameters)}", parameters)
+        where = self._where()
+        conn.execute(*sql(f"DELETE FROM events NOT INDEXED WHERE {where}", where))
         return time.perf_counter() - started_s
 
 
-class Sweep:
-    """Deletes events, oldest first, in transactions so short that nobody who stores events notices."""
+def checkpoint(path: str) -> None:
+    """Copy the WAL into the database and restart it, unless another connection is in the way.
 
-    def __init__(self, path: str, database: Database, doomed: Doomed) -> None:
+    An ingest request waits at most 0.03 s for this. Without it the writer does the same at 64 MB, which takes 0.14 s.
+    """
+    with closing(connect(path, ["PRAGMA busy_timeout = 0"])) as conn:
+        conn.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of the work, without the lock that writers need
+        conn.execute("PRAGMA wal_checkpoint(RESTART)")
+
+
+class Sweep:
+    """Deletes expired events in order of arrival, in transactions so short that ingest requests are not delayed."""
+
+    def __init__(self, path: str, database: Database, expired: Expired) -> None:
         self._path = path
         self._database = database
-        self._doomed = doomed
+        self._expired = expired
         self.deleted = 0
 
     async def run(self, thorough: bool) -> None:
-        """Through the whole file if thorough, else until 100,000 rows have nothing to delete: `ingested_at` rises with
-        seq, but for events that were imported with an older one."""
+        """Delete the expired events. Stop at the first span without any, unless the sweep is thorough.
+
+        Few expired events come after such a span: only imported events can be older than events that arrived before.
+        """
         read = partial(self._database.read, quick=False)
-        newest = await read(newest_seq)
-        after = await read(lambda conn: int(conn.execute("SELECT coalesce(min(seq), 1) - 1 FROM events").fetchone()[0]))
-        rows = FIRST_ROWS
+        after, newest = await read(_seq_range)
+        rows = _FIRST_ROWS
         while after < newest:
-            span = self._doomed._replace(after=after, through=min(after + SPAN, newest))
-            count, last = await read(partial(span.first, rows=rows))
+            span = self._expired._replace(after=after, through=min(after + SPAN, newest))
+            count, last = await read(partial(span.find, rows=rows))
             if count:
                 taken_s = await self._database.write(span._replace(through=last).delete)
                 self.deleted += count
-                rows = round(max(LEAST_ROWS, min(MOST_ROWS, 2 * rows, rows * GOAL_S / taken_s)))
+                rows = round(max(MIN_ROWS, min(MAX_ROWS, 2 * rows, rows * _TARGET_S / taken_s)))
                 after = last
                 await asyncio.to_thread(checkpoint, self._path)
-                await asyncio.sleep(PAUSE_TIMES * taken_s)
+                await asyncio.sleep(_PAUSE_FACTOR * taken_s)
             elif thorough:
                 after = span.through
             else:
                 return
 
 
-def checkpoint(path: str) -> None:
-    """Write the WAL into the file and begin it anew, unless somebody is in the way. Left to the writer, who does it for
-    64 MB at a time, it holds up for 0.14 s whoever stores events; so it is 0.03 s."""
-    with closing(connect(path, ["PRAGMA busy_timeout = 0"])) as conn:
-        conn.execute("PRAGMA wal_checkpoint(PASSIVE)")  # most of it without the lock that writers need
-        conn.execute("PRAGMA wal_checkpoint(RESTART)")
+def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
+    """Return the seq before the first event, and that of the last one; (0, 0) for an empty table."""
+    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
+    return (first - 1, last) if last else (0, 0)
 
 
-def forwarded_from(db: str) -> list[ForwardProgress]:
-    """How far forwarding is, for each target that this database's events go to or went to. StartError."""
-    return [read_forward_progress(Path(path)) for path in sorted(glob.glob(f"{glob.escape(db)}.forward-*.json"))]
+def _removal_advice(db: str, progress: ForwardProgress) -> str:
+    """Say how to end the protection of events for a target that no longer receives any."""
+    path = forward_progress_path(db, progress.target, progress.environment)
+    return f"if nothing is forwarded there any more, remove {path}"
 
 
-def gone(db: str, progress: ForwardProgress) -> str:
-    """What to do with a target that takes nothing any more, and keeps events so."""
-    file = progress_file(db, "forward", [progress.target, progress.environment])
-    return f"if nothing is forwarded there any more, remove {file}"
+# ---------------------------------------------------------------------------------------------- retention
+
+HOUR_US = 3600 * 1_000_000
+CLOCK_INTERVAL_S = 1.0  # between two reads of the clock, which may be changed meanwhile
 
 
-class Retention:
-    """Deletes what is older than so many days, at the start and every hour."""
+class _Retention:
+    """Deletes events that were stored more than this many days ago, at the start and every hour."""
 
     def __init__(self, service: Service, days: float) -> None:
         self._store = service.store
         self._clock = service.settings.clock
         self._kept_us = int(days * DAY_US)
 
-    async def run(self) -> None:
-        """Until it is cancelled."""
-        swept_us: int | None = None
-        while True:
-            now = self._clock()
-            if swept_us is None or abs(now - swept_us) >= HOUR_US:  # or the clock was put back
-                await self.sweep(now, thorough=swept_us is None)
-                swept_us = now
-            await asyncio.sleep(LOOK_INTERVAL_S)
-
-    async def sweep(self, now: int, thorough: bool) -> None:
+    async def _sweep(self, now: int, thorough: bool) -> None:
         before_us = max(now - self._kept_us, MIN_TIME_US)
         try:
-            sweep = Sweep(self._store.path, self._store, Doomed(before_us, forwarded_from(self._store.path)))
+            expired = Expired(before_us, read_all_forward_progress(self._store.path))
+            sweep = Sweep(self._store.path, self._store, expired)
             await sweep.run(thorough)
         except (ApiError, StartError) as error:
             log.error("retention: %s; the next try is in an hour", error)
@@ -174,25 +193,38 @@ class Retention:
                 before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
                 log.info("retention: deleted %s, stored before %s", plural(sweep.deleted, "event"), before)
 
+    async def run(self) -> None:
+        """Run until cancelled."""
+        swept_us: int | None = None
+        while True:
+            now = self._clock()
+            if swept_us is None or abs(now - swept_us) >= HOUR_US:  # abs: the clock may be set back
+                await self._sweep(now, thorough=swept_us is None)
+                swept_us = now
+            await asyncio.sleep(CLOCK_INTERVAL_S)
+
 
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
-    """`serve --retain-days N`. StartError."""
-    for progress in forwarded_from(service.store.path):
+    """Set up `serve --retain-days N`. Raises StartError."""
+    for progress in read_all_forward_progress(service.store.path):
         outbox = service.outboxes.get(progress.environment)
         if outbox is None or outbox.host != urllib.parse.urlsplit(progress.target).netloc:
-            log.warning("retention: this server does not forward to %s, and what is not accepted there is kept; %s",
-                        progress.target, gone(service.store.path, progress))  # fmt: skip
-    service.tasks.append(Retention(service, arguments.retain_days).run)
+            advice = _removal_advice(service.store.path, progress)
+            log.warning("retention: this server does not forward to %s, and keeps the events not accepted there; %s",
+                        progress.target, advice)  # fmt: skip
     days = arguments.retain_days
+    service.tasks.append(_Retention(service, days).run)
     unit = "day" if days == 1 else "days"
     service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
 
 
 # ---------------------------------------------------------------------------------------------- prune
 
+_LOCK_TIMEOUT_S = 60.0
 
-class File:
-    """A database file as `Sweep` uses it, beside a server or without one."""
+
+class DatabaseFile:
+    """A database without its server, which may be running in another process."""
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
@@ -201,67 +233,67 @@ class File:
         return operation(self._conn)
 
     async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        execute_writing(self._conn, PRUNE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
+        execute_writing(self._conn, _LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
         result = operation(self._conn)
         self._conn.execute("COMMIT")
         return result
 
 
-def prune_events(arguments: argparse.Namespace) -> int:
-    """`eventstore prune`: 0, or StopError."""
-    started_s = time.monotonic()
-    before_us = prune_time(arguments.before)
-    if not os.path.exists(arguments.db):
-        raise StartError(f"there is no database {arguments.db}: name one with --db")
-    prepare_file(arguments.db)
-    with closing(connect(arguments.db, WRITER_PRAGMAS)) as conn:
-        doomed = Doomed(before_us, forwarded_from(arguments.db))
-        kept = count_rows(conn, doomed._replace(forwarded=())) if doomed.forwarded or arguments.dry_run else 0
-        if arguments.dry_run:
-            deleted = count_rows(conn, doomed)
-        else:
-            sweep = Sweep(arguments.db, File(conn), doomed)
-            try:
-                asyncio.run(until_sigterm(sweep.run(thorough=True)))
-            except (KeyboardInterrupt, asyncio.CancelledError):
-                done = f"{plural(sweep.deleted, 'event')} deleted"
-                raise StopError(f"interrupted; {done}; the same command goes on from there") from None
-            deleted = sweep.deleted
-    did = "would delete" if arguments.dry_run else "deleted"
-    events = f"{did} {plural(deleted, 'event')} stored before {arguments.before} from {arguments.db}"
-    say(f"{events}; {time.monotonic() - started_s:.1f} s{not_yet(kept - deleted, arguments.db, doomed.forwarded)}")
-    return 0
+def _delete(conn: sqlite3.Connection, db: str, expired: Expired) -> int:
+    """Delete the expired events and return their number. Raises StopError if interrupted."""
+    sweep = Sweep(db, DatabaseFile(conn), expired)
+    try:
+        asyncio.run(until_sigterm(sweep.run(thorough=True)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        deleted = f"{plural(sweep.deleted, 'event')} deleted"
+        raise StopError(f"interrupted; {deleted}; the same command continues from there") from None
+    return sweep.deleted
 
 
-def prune_time(text: str) -> int:
+def _before_us(text: str) -> int:
     try:
         before_us = parse_time(text)
     except FieldError as error:
         raise StartError(f"--before {error}") from None
     if before_us > now_us():
-        raise StartError(f"--before {text} is in the future: what is still to come would be deleted, too")
+        raise StartError(f"--before {text} is in the future: it would delete events that are still to come")
     return before_us
 
 
-def count_rows(conn: sqlite3.Connection, doomed: Doomed) -> int:
-    return doomed.first(conn, -1)[0]  # no limit
-
-
-def not_yet(events: int, db: str, forwarded: Sequence[ForwardProgress]) -> str:
-    """Why not everything before the time is deleted."""
+def _kept_note(events: int, db: str, forwarded: Sequence[ForwardProgress]) -> str:
+    """Say why some events before the time were kept."""
     if events <= 0:
         return ""
-    targets = ", ".join(f"{progress.target} ({gone(db, progress)})" for progress in forwarded)
+    targets = ", ".join(f"{progress.target} ({_removal_advice(db, progress)})" for progress in forwarded)
     return f"; {plural(events, 'event')} of that time stay until accepted by {targets}"
 
 
+def _prune_events(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises StartError, or StopError if it stops before the end."""
+    started_s = time.monotonic()
+    db, before_us = arguments.db, _before_us(arguments.before)
+    if not os.path.exists(db):
+        raise StartError(f"there is no database {db}: name one with --db")
+    prepare_file(db)
+    with closing(connect(db, WRITER_PRAGMAS)) as conn:
+        expired = Expired(before_us, read_all_forward_progress(db))
+        # Counted first, because afterwards the deleted events are gone.
+        old = expired._replace(forwarded=()).count(conn) if expired.forwarded else 0
+        number = expired.count(conn) if arguments.dry_run else _delete(conn, db, expired)
+    verb = "would delete" if arguments.dry_run else "deleted"
+    deleted = f"{verb} {plural(number, 'event')} stored before {arguments.before} from {db}"
+    kept = _kept_note(old - number, db, expired.forwarded)
+    say(f"{deleted}; {time.monotonic() - started_s:.1f} s{kept}")
+    return 0
+
+
 def add_flags(_: str, add: AddFlag) -> None:
-    """The flags of `prune`."""
+    """Add the flags of `prune`."""
     add_db_flag(add, "database file; a server may be running on it")
-    add("--before", metavar="TIME", required=True, help="RFC 3339; what was stored before it is deleted")
+    add("--before", metavar="TIME", required=True, help="RFC 3339; events stored before it are deleted")
     add("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`eventstore prune`: its exit status. StartError."""
-    return run_job(prune_events, arguments)
+    """Run `eventstore prune` and return its exit status. Raises StartError."""
+    return run_job(_prune_events, arguments)

@@ -53,7 +53,11 @@ def readable(text: str) -> str:
 
 
 def calls_of(trace: Path, first_line: int) -> list[Call]:
-    """The calls that came to an end, in the order in which they began."""
+    """Return the calls that ended, in the order in which they began; openat in the order in which it returned.
+
+    A call that starts during openat may still use the descriptor that openat is about to get: another thread writes to
+    it, closes it, and only then openat returns the same number for another file.
+    """
     begun: dict[str, tuple[int, str, str]] = {}  # by thread
     calls = []
     with trace.open() as lines:
@@ -67,7 +71,7 @@ def calls_of(trace: Path, first_line: int) -> list[Call]:
             at, name, start = begun.pop(thread, (number, match["name"], ""))
             if ended := _ENDED.match(start + (match["start"] or match["end"])):
                 calls.append(Call(at, number, name, ended[1], int(ended[2]), ended[3]))
-    return sorted(calls)
+    return sorted(calls, key=lambda call: call.done if call.name == "openat" else call.begun)
 
 
 class Write(NamedTuple):
@@ -177,7 +181,8 @@ class Recording:
             written = unhex(data)[: call.result]
             self._change(call, file, Write(at, written))
             self._sizes[file] = max(self._sizes[file], at + len(written))
-            self._offsets[int(descriptor)] = at + len(written)
+            if offset is None:  # pwrite64 does not move the descriptor's offset
+                self._offsets[int(descriptor)] = at + len(written)
 
     _write = _pwrite64
 
@@ -208,6 +213,14 @@ class Recording:
         name = self._name(re.findall(r'"([^"]*)"', call.arguments)[0])
         if self._live.pop(name or "", None) is not None:
             self._change(call, None, Entry(name, None))
+
+    def files(self) -> dict[str, bytes]:
+        """Return the folder's files as all recorded calls leave them. They differ from the real ones if this model is
+        wrong."""
+        disk = Disk()
+        for step in self.steps:
+            disk.take(step)
+        return disk.files()
 
     def disks(self, cuts: int, choose: random.Random) -> Iterator[Disk]:
         """The disk as it may be after so many cuts, in the order of time: half of them right after an answer, when most
@@ -250,6 +263,19 @@ class Disk:
                 else:
                     later.append(pending)
             self._pending[step.file] = later
+
+    def files(self) -> dict[str, bytes]:
+        """Return every file with all that is under way to it."""
+        entries = dict(self._entries)
+        for step in self._pending[None]:
+            step.change.apply(entries)
+        files = {}
+        for name, file in entries.items():
+            content = bytearray(self._contents[file])
+            for step in self._pending[file]:
+                step.change.apply(content)
+            files[name] = bytes(content)
+        return files
 
     def write_to(self, folder: Path, choose: random.Random) -> None:
         """Make the files that are there after the power has failed now."""

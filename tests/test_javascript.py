@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 from flexprice import Flexprice
 from flexprice.models.errors import FlexpriceError
 
-from conftest import KEY, ROOT, run
+from helpers import KEY, ROOT, Live, run
 
 SDK = "@flexprice/sdk@^2.0.1"
 CLIENT = """
@@ -28,7 +29,7 @@ async function refusal(call) {
 
 
 @pytest.fixture(scope="session")
-def node_folder(tmp_path_factory):
+def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A folder with the SDK in it."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("needs node and npm")
@@ -41,7 +42,7 @@ def node_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def javascript(node_folder, live) -> Callable[..., str]:
+def javascript(node_folder: Any, live: Live) -> Callable[..., str]:
     """Runs a module and returns what it prints."""
 
     def run_module(code: str, **variables: str) -> str:
@@ -54,7 +55,8 @@ def javascript(node_folder, live) -> Callable[..., str]:
     return run_module
 
 
-def test_the_snippet_of_the_readme_sends_an_event_and_lists_it(javascript, live):
+@pytest.mark.slow
+def test_the_snippet_of_the_readme_sends_an_event_and_lists_it(javascript: Any, live: Live) -> None:
     (snippet,) = re.findall(r"^```js\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     here = snippet.replace("http://127.0.0.1:8080", live.url)
     assert here != snippet
@@ -62,7 +64,8 @@ def test_the_snippet_of_the_readme_sends_an_event_and_lists_it(javascript, live)
     assert re.search(r"eventName: 'api_request'.*tokens: '1250'", printed, re.DOTALL), printed
 
 
-def test_the_javascript_sdk_sends_lists_pages_and_aggregates(javascript):
+@pytest.mark.slow
+def test_the_javascript_sdk_sends_lists_pages_and_aggregates(javascript: Any) -> None:
     code = """
         const who = { externalCustomerId: "js" };
         await flexprice.events.ingestEvent({ eventName: "one", eventId: "js one", ...who });
@@ -85,7 +88,8 @@ def test_the_javascript_sdk_sends_lists_pages_and_aggregates(javascript):
     assert answer == {"sizes": [50, 50, 21], "different": 121, "usage": sum(range(120)), "found": "js one"}
 
 
-def test_the_javascript_sdk_throws_the_servers_message(javascript):
+@pytest.mark.slow
+def test_the_javascript_sdk_throws_the_servers_message(javascript: Any) -> None:
     code = """
         const events = [{ eventName: "good", externalCustomerId: "c" }, { eventName: "", externalCustomerId: "c" }];
         console.log(JSON.stringify([
@@ -132,7 +136,8 @@ def other_server() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javascript):
+@pytest.mark.slow
+def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javascript: Any) -> None:
     code = """
         const other = { serverURL: process.env.OTHER_URL };
         const e = await refusal(flexprice.customers.createCustomer({ externalId: "cust_42", name: "Ada" }, other));
@@ -144,7 +149,7 @@ def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javas
         assert came == ["/v1/customers"]
 
 
-def test_with_one_python_client_customers_go_elsewhere_and_events_here(live):
+def test_with_one_python_client_customers_go_elsewhere_and_events_here(live: Live) -> None:
     with other_server() as (url, came), Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
         with pytest.raises(FlexpriceError, match="from the other server"):
             sdk.customers.create_customer(external_id="cust_42", name="Ada", server_url=url)

@@ -5,21 +5,29 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import datetime
+from pathlib import Path
 from threading import Barrier
+from typing import Any
 from unittest.mock import Mock
 
 import httpx
 import pytest
 
 import eventstore
-from conftest import (
+from eventstore import ApiKey
+from eventstore_extras.analytics import OPERATIONS
+from eventstore_extras.mock import MockServer, running_server
+from helpers import (
     KEY,
     KEYS,
     NOW,
     STAGING_KEY,
+    Json,
+    Live,
     analytics,
     at,
     counts,
@@ -40,9 +48,6 @@ from conftest import (
     store,
     table,
 )
-from eventstore import ApiKey
-from eventstore_extras.analytics import OPERATIONS
-from eventstore_extras.mock import running_server
 
 NOW_TEXT = "2025-10-15T11:38:47.962Z"
 ULID = "[0-9A-HJKMNP-TV-Z]{26}"
@@ -50,33 +55,33 @@ SECOND_US = 1_000_000
 
 
 @pytest.fixture(scope="module")
-def operations():
+def operations() -> Any:
     return OPERATIONS
 
 
 @pytest.fixture
-def clock():
+def clock() -> Any:
     return Mock(return_value=NOW)
 
 
 @pytest.fixture
-def timed(tmp_path, clock):
+def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
     """A client whose clock can be set."""
     with metering(tmp_path, clock=clock) as client:
         yield client
 
 
-def found(client, path: str) -> dict:
+def found(client: httpx.Client, path: str) -> dict[str, Any]:
     response = client.get(f"/v1/{path}")
     assert response.status_code == 200, response.text
-    return response.json()
+    return dict(response.json())
 
 
-def names(rows: list[dict]) -> str:
+def names(rows: list[dict[str, Any]]) -> str:
     return "".join(row["name"] for row in rows)
 
 
-def without(body: dict, field: str) -> dict:
+def without(body: dict[str, Any], field: str) -> dict[str, Any]:
     """A body in which a field, of the body or in one of its objects, is absent."""
     outer, _, inner = field.partition(".")
     if inner:
@@ -87,7 +92,7 @@ def without(body: dict, field: str) -> dict:
 # ---------------------------------------------------------------------------------------------- 11: a meter is made
 
 
-def test_a_meter_is_answered_whole_with_every_key(client):
+def test_a_meter_is_answered_whole_with_every_key(client: httpx.Client) -> None:
     sent = {"name": "Tokens", "event_name": " llm.call\n", "reset_usage": "BILLING_PERIOD",
             "aggregation": {"type": "SUM", "field": "tokens"}, "filters": [{"key": "model", "values": ["gpt-4o"]}]}  # fmt: skip
     meter = make(client, "meters", sent)
@@ -101,19 +106,20 @@ def test_a_meter_is_answered_whole_with_every_key(client):
     assert listed(client) == [meter]
 
 
-def test_a_meter_needs_no_filter_and_a_count_no_field(client):
+def test_a_meter_needs_no_filter_and_a_count_no_field(client: httpx.Client) -> None:
     sent = {"name": "Calls", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}
     nothing_said = dict.fromkeys(("filters", "id", "status", "tenant_id"))
     no_field = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"))
     empty = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"), "")
-    for more in ({}, nothing_said, {"filters": []}, {"aggregation": {"type": "COUNT"} | no_field},
-                 {"aggregation": {"type": "COUNT"} | empty}, {"colour": "red"}):  # fmt: skip
+    additions: list[Json] = [{}, nothing_said, {"filters": []}, {"aggregation": {"type": "COUNT"} | no_field},
+                             {"aggregation": {"type": "COUNT"} | empty}, {"colour": "red"}]  # fmt: skip
+    for more in additions:
         meter = make(client, "meters", sent | more)
         assert (meter["filters"], meter["status"], meter["reset_usage"]) == ([], "published", "NEVER")
         assert meter["aggregation"] == {"type": "COUNT"} | no_field
 
 
-def test_a_caller_cannot_choose_a_meters_id_and_names_need_not_be_unique(client):
+def test_a_caller_cannot_choose_a_meters_id_and_names_need_not_be_unique(client: httpx.Client) -> None:
     first, second = (make(client, "meters", meter_of() | {"id": "mine"}) for _ in range(2))
     assert "mine" not in (first["id"], second["id"])
     assert first["id"] < second["id"]
@@ -137,7 +143,9 @@ GOOD_METERS = {  # what is sent of an aggregation, what is answered
 
 
 @table(("sent", "answered"), GOOD_METERS.values(), ids=GOOD_METERS)
-def test_an_aggregation_is_answered_as_it_was_understood(shared, sent, answered):
+def test_an_aggregation_is_answered_as_it_was_understood(
+    shared: httpx.Client, sent: dict[str, Any], answered: dict[str, Any]
+) -> None:
     meter = make(shared, "meters", meter_of() | {"aggregation": sent})
     assert meter["aggregation"].items() >= answered.items()
     assert meter["aggregation"].keys() == {"type", "field", "expression", "multiplier", "bucket_size", "group_by"}
@@ -150,7 +158,9 @@ MULTIPLIERS = {"2.5": "2.5", 2.5: "2.5", "+25e-1": "2.5", 1000: "1000", "0.10": 
 
 @table(("sent", "answered"), MULTIPLIERS.items(), ids=str)
 @table("kind", ["SUM_WITH_MULTIPLIER", "SUM"])
-def test_a_multiplier_is_answered_as_a_decimal_string_with_another_type_too(shared, sent, answered, kind):
+def test_a_multiplier_is_answered_as_a_decimal_string_with_another_type_too(
+    shared: httpx.Client, sent: Any, answered: str, kind: str
+) -> None:
     assert make_meter(shared, kind, multiplier=sent)["aggregation"]["multiplier"] == answered
 
 
@@ -159,7 +169,9 @@ RESETS = {"BILLING_PERIOD": "BILLING_PERIOD", "NEVER": "NEVER", "Periodic": "BIL
 
 
 @table(("sent", "answered"), RESETS.items(), ids=str)
-def test_the_documents_words_for_reset_usage_are_taken_for_the_servers(shared, sent, answered):
+def test_the_documents_words_for_reset_usage_are_taken_for_the_servers(
+    shared: httpx.Client, sent: str, answered: str
+) -> None:
     assert make_meter(shared, reset_usage=sent)["reset_usage"] == answered
     inline = make_feature(shared, sent, lookup_key=f"reset {sent}", meter=meter_of(reset_usage=sent))["meter"]
     assert inline["reset_usage"] == answered
@@ -167,12 +179,17 @@ def test_the_documents_words_for_reset_usage_are_taken_for_the_servers(shared, s
 
 @table("field", ["name", "event_name"])
 @table("letter", ["x", "é"])
-def test_names_may_have_255_characters(shared, field, letter):
+def test_names_may_have_255_characters(shared: httpx.Client, field: str, letter: str) -> None:
     assert make_meter(shared, **{field: letter * 255})[field] == letter * 255
-    assert faulty_fields(shared.post("/v1/meters", json=meter_of(**{field: letter * 256}))) == [field]
+    too_long: Json = {field: letter * 256}
+    assert faulty_fields(shared.post("/v1/meters", json=meter_of(**too_long))) == [field]
 
 
-def one_bad(**aggregation) -> dict:
+BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", -0.5, "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2"]
+BAD_RATES: list[Any] = [0, "0", -1, "-0.5", "x", "", True, [], "1e999", "NaN"]
+
+
+def one_bad(**aggregation: Any) -> dict[str, Any]:
     return {"aggregation": aggregation}
 
 
@@ -199,7 +216,7 @@ BAD_METERS = {  # what is in the place of a good meter's fields, the faulty fiel
     "an expression alone": (one_bad(type="COUNT", expression="1"), "aggregation.expression"),
     "no multiplier": (one_bad(type="SUM_WITH_MULTIPLIER", field="n"), "aggregation.multiplier"),
     **{f"multiplier {bad!r}": (one_bad(type="SUM_WITH_MULTIPLIER", field="n", multiplier=bad), "aggregation.multiplier")
-       for bad in ("0", 0, "-1", -0.5, "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2")},
+       for bad in BAD_MULTIPLIERS},
     "a multiplier of no number without effect": (one_bad(type="COUNT", multiplier="x"), "aggregation.multiplier"),
     "an unknown bucket": (one_bad(type="MAX", field="n", bucket_size="2HOUR"), "aggregation.bucket_size"),
     "a bucket in lower case": (one_bad(type="MAX", field="n", bucket_size="day"), "aggregation.bucket_size"),
@@ -231,7 +248,9 @@ BAD_METERS = {  # what is in the place of a good meter's fields, the faulty fiel
 
 @table(("bad", "field"), BAD_METERS.values(), ids=BAD_METERS)
 @table("inline", [False, True], ids=["", "inline"])
-def test_a_bad_meter_is_refused_and_the_field_named(shared, bad, field, inline):
+def test_a_bad_meter_is_refused_and_the_field_named(
+    shared: httpx.Client, bad: dict[str, Any], field: str, inline: bool
+) -> None:
     before = len(listed(shared))
     if inline:
         response = shared.post("/v1/features", json=feature_of("Bad", meter=meter_of() | bad))
@@ -246,13 +265,13 @@ def test_a_bad_meter_is_refused_and_the_field_named(shared, bad, field, inline):
 
 
 @table("missing", ["name", "event_name", "aggregation", "aggregation.type", "reset_usage"])
-def test_what_a_meter_must_have_is_required(shared, missing):
+def test_what_a_meter_must_have_is_required(shared: httpx.Client, missing: str) -> None:
     response = shared.post("/v1/meters", json=without(meter_of(), missing))
     (fault,) = refused(response)["errors"]
     assert (fault["index"], fault["field"], fault["code"]) == (0, missing, "required")
 
 
-def test_every_fault_of_a_meter_is_named_at_once(shared):
+def test_every_fault_of_a_meter_is_named_at_once(shared: httpx.Client) -> None:
     sent = {
         "name": "",
         "event_name": " ",
@@ -271,7 +290,7 @@ def test_every_fault_of_a_meter_is_named_at_once(shared):
     assert faulty_fields(shared.post("/v1/meters", json=sent)) == expected
 
 
-def test_an_expression_is_refused_with_the_reason(shared):
+def test_an_expression_is_refused_with_the_reason(shared: httpx.Client) -> None:
     sent = meter_of() | one_bad(type="SUM", expression="tokens * 2")
     response = shared.post("/v1/meters", json=sent)
     assert "aggregation.expression" in faulty_fields(response)
@@ -283,7 +302,7 @@ NO_OBJECTS = ["", "[]", "null", "5", "{", '{"name": "\\ud83d"}', "[" * 5000, '{"
 
 @table("content", NO_OBJECTS)
 @table("path", ["meters", "features", "features/search"])
-def test_a_body_that_is_no_json_object_is_refused(shared, path, content):
+def test_a_body_that_is_no_json_object_is_refused(shared: httpx.Client, path: str, content: str) -> None:
     refused(shared.post(f"/v1/{path}", content=content.encode("latin-1")))
 
 
@@ -291,7 +310,7 @@ def test_a_body_that_is_no_json_object_is_refused(shared, path, content):
 
 
 @pytest.fixture(scope="module")
-def five(tmp_path_factory):
+def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Meters a to e, made in this order at seconds 0, 10, 10, 20, 30; d is archived at 40."""
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("five"), clock=clock) as client:
@@ -338,7 +357,7 @@ METER_LISTS = {  # the query, the names
 
 
 @table(("query", "expected"), METER_LISTS.values(), ids=METER_LISTS)
-def test_meters_are_listed_by_filter_and_in_order(five, query, expected):
+def test_meters_are_listed_by_filter_and_in_order(five: Any, query: dict[str, Any], expected: str) -> None:
     client, _ = five
     response = client.get("/v1/meters", params=query)
     assert response.status_code == 200, response.text
@@ -351,7 +370,7 @@ def test_meters_are_listed_by_filter_and_in_order(five, query, expected):
 
 
 @table("separate", [True, False], ids=["repeated", "with commas"])
-def test_meters_are_listed_by_id_repeated_or_with_commas(five, separate):
+def test_meters_are_listed_by_id_repeated_or_with_commas(five: Any, separate: bool) -> None:
     client, made = five
     wanted = [made["a"]["id"], made["d"]["id"], "meter_unknown"]
     parameters = [("meter_ids", one) for one in wanted] if separate else {"meter_ids": ",".join(wanted)}
@@ -360,7 +379,7 @@ def test_meters_are_listed_by_id_repeated_or_with_commas(five, separate):
     assert client.get("/v1/meters", params={"meter_ids": "meter_unknown"}).json()["items"] == []
 
 
-def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(client):
+def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(client: httpx.Client) -> None:
     made = [make_meter(client, name=name)["id"] for name in "abcd"]
     assert made == sorted(made)
     for order, expected in (("asc", made), ("desc", made[::-1])):
@@ -369,7 +388,7 @@ def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(c
 
 
 @table(("limit", "given"), [(0, 50), (1, 1), (1000, 1000), ("", 50)])
-def test_a_page_of_meters_has_1_to_1000_and_0_is_50(five, limit, given):
+def test_a_page_of_meters_has_1_to_1000_and_0_is_50(five: Any, limit: Any, given: int) -> None:
     client, _ = five
     answer = client.get("/v1/meters", params={"limit": limit}).json()
     assert (len(answer["items"]), answer["pagination"]) == (
@@ -399,13 +418,13 @@ BAD_LISTS = {
         if (path, field) != ("features", "sort")  # which is in the body of a search
     ],
 )
-def test_a_bad_parameter_of_a_list_is_refused_and_named(five, path, field, value):
+def test_a_bad_parameter_of_a_list_is_refused_and_named(five: Any, path: str, field: str, value: str) -> None:
     client, _ = five
     assert faulty_fields(client.get(f"/v1/{path}", params={field: value})) == [field]
 
 
 @table("path", ["meters", "features"])
-def test_a_list_whose_end_is_before_its_start_is_refused(five, path):
+def test_a_list_whose_end_is_before_its_start_is_refused(five: Any, path: str) -> None:
     client, _ = five
     refused(client.get(f"/v1/{path}", params={"start_time": at(1), "end_time": at()}), part="before")
 
@@ -420,7 +439,9 @@ both_ways = table(("method", "suffix", "message"), METHODS.values(), ids=METHODS
 
 
 @both_ways
-def test_a_meter_is_archived_once_and_stays(timed, clock, method, suffix, message):
+def test_a_meter_is_archived_once_and_stays(
+    timed: httpx.Client, clock: Any, method: str, suffix: str, message: str
+) -> None:
     meter = make_meter(timed)
     clock.return_value += 1000
     for _ in range(2):
@@ -432,7 +453,7 @@ def test_a_meter_is_archived_once_and_stays(timed, clock, method, suffix, messag
 
 
 @table("meter_id", ["meter_unknown", "a/b", "x" * 300, "%00", "' OR 1=1 --", "search"])
-def test_a_meter_that_is_not_there_is_a_404(shared, meter_id):
+def test_a_meter_that_is_not_there_is_a_404(shared: httpx.Client, meter_id: str) -> None:
     for method, suffix in (("GET", ""), ("POST", "/disable"), ("DELETE", "")):
         response = shared.request(
             method, httpx.URL(f"http://testserver/v1/meters/{meter_id.replace('/', '%2F')}{suffix}")
@@ -442,7 +463,7 @@ def test_a_meter_that_is_not_there_is_a_404(shared, meter_id):
 
 @table(("method", "path"), [("PUT", "/v1/meters/{id}"), ("PATCH", "/v1/meters/{id}"), ("PUT", "/v1/features/{id}"), ("DELETE", "/v1/meters"),
                             ("PUT", "/v1/features"), ("GET", "/v1/events/analytics"), ("GET", "/v1/events/usage/meter")])  # fmt: skip
-def test_a_method_that_is_left_out_is_405_with_the_right_ones(client, method, path):
+def test_a_method_that_is_left_out_is_405_with_the_right_ones(client: httpx.Client, method: str, path: str) -> None:
     feature = make_feature(client)
     response = client.request(
         method, path.replace("{id}", feature["meter_id"] if "meters" in path else feature["id"]), json={}
@@ -455,7 +476,7 @@ def test_a_method_that_is_left_out_is_405_with_the_right_ones(client, method, pa
 
 
 @table("path", ["/v1/meters/search", "/v1/features/feat_1/clone", "/v1/features/clone"])
-def test_a_post_to_a_route_that_is_left_out_changes_nothing(client, path):
+def test_a_post_to_a_route_that_is_left_out_changes_nothing(client: httpx.Client, path: str) -> None:
     response = client.post(path, json=meter_of())
     assert response.status_code in (404, 405)
     refused(response, response.status_code, {404: "not_found", 405: "method_not_allowed"}[response.status_code])
@@ -465,7 +486,7 @@ def test_a_post_to_a_route_that_is_left_out_changes_nothing(client, path):
 # ---------------------------------------------------------------------------------------------- 12: a feature is made
 
 
-def test_a_feature_is_answered_whole_with_every_key_and_its_meter(client):
+def test_a_feature_is_answered_whole_with_every_key_and_its_meter(client: httpx.Client) -> None:
     sent = {"name": "Tokens", "type": "metered", "unit_singular": "token", "unit_plural": "tokens", "metadata": {"team": "core"},
             "description": "of all models", "meter": meter_of("SUM", name="Sum of tokens"),
             "reporting_unit": {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 1000}}  # fmt: skip
@@ -493,9 +514,9 @@ NOTHING_SAID = {
 
 
 @table("said", NOTHING_SAID.values(), ids=NOTHING_SAID)
-def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client, said):
+def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client: httpx.Client, said: dict[str, Any]) -> None:
     feature = make_feature(client, meter=meter_of(), **said)
-    expected = {"lookup_key": "calls", "description": "", "metadata": {}, "reporting_unit": None, "alert_settings": None,
+    expected: Json = {"lookup_key": "calls", "description": "", "metadata": {}, "reporting_unit": None, "alert_settings": None,
                 "group_id": None, "group": None, "status": "published", "type": "metered"}  # fmt: skip
     assert feature.items() >= expected.items()
     assert (feature["unit_singular"] or "", feature["unit_plural"] or "") == ("", "")
@@ -504,14 +525,16 @@ def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client, said):
 
 @table("kind", ["boolean", "static", "config"])
 @table("meter", [{}, {"meter_id": "meter_unknown"}, {"meter": {"name": ""}}], ids=["", "a meter's id", "a bad meter"])
-def test_another_feature_than_a_metered_one_has_no_meter(client, kind, meter):
+def test_another_feature_than_a_metered_one_has_no_meter(
+    client: httpx.Client, kind: str, meter: dict[str, Any]
+) -> None:
     feature = make_feature(client, type=kind, **meter)
     assert (feature["type"], feature["meter_id"], feature["meter"]) == (kind, "", None)
     assert listed(client) == []
     assert listed(client, "features") == [feature]
 
 
-def test_of_a_meter_and_a_meter_id_the_id_counts(client):
+def test_of_a_meter_and_a_meter_id_the_id_counts(client: httpx.Client) -> None:
     meter = make_meter(client)
     feature = make_feature(client, meter_id=meter["id"], meter=meter_of("SUM"))
     assert (feature["meter_id"], feature["meter"]) == (meter["id"], meter)
@@ -523,13 +546,13 @@ LOOKUP_KEYS = {"Tokens": "tokens", "API Calls (2024)": "api_calls_2024", "  x--y
 
 
 @table(("name", "key"), LOOKUP_KEYS.items(), ids=str)
-def test_a_lookup_key_is_made_from_the_name_or_taken_as_it_is(client, name, key):
+def test_a_lookup_key_is_made_from_the_name_or_taken_as_it_is(client: httpx.Client, name: str, key: str) -> None:
     assert make_feature(client, name)["lookup_key"] == key
     assert make_feature(client, name, lookup_key="As-It Is!")["lookup_key"] == "As-It Is!"
 
 
 @table("sent", [1000, 1000.0, "1000", "1e3", 0.5, "0.001", 3])
-def test_a_conversion_rate_is_a_number_however_it_was_sent(shared, sent):
+def test_a_conversion_rate_is_a_number_however_it_was_sent(shared: httpx.Client, sent: Any) -> None:
     unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": sent}
     answered = make_feature(shared, f"rate {sent!r}", lookup_key=f"rate {sent!r}", reporting_unit=unit)[
         "reporting_unit"
@@ -538,7 +561,7 @@ def test_a_conversion_rate_is_a_number_however_it_was_sent(shared, sent):
     assert not isinstance(answered["conversion_rate"], str)
 
 
-def unit(**fields) -> dict:
+def unit(**fields: Any) -> dict[str, Any]:
     return {"reporting_unit": {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 1000} | fields}
 
 
@@ -564,7 +587,7 @@ BAD_FEATURES = {  # the feature's fields, the faulty ones
     "a reporting unit without singular": (unit(unit_singular=""), ["reporting_unit"]),
     "a reporting unit without plural": (unit(unit_plural=None), ["reporting_unit"]),
     "a reporting unit without rate": (unit(conversion_rate=None), ["reporting_unit"]),
-    **{f"rate {bad!r}": (unit(conversion_rate=bad), ["reporting_unit"]) for bad in (0, "0", -1, "-0.5", "x", "", True, [], "1e999", "NaN")},
+    **{f"rate {bad!r}": (unit(conversion_rate=bad), ["reporting_unit"]) for bad in BAD_RATES},
     "metadata in a list": ({"metadata": []}, ["metadata"]),
     "metadata with a number": ({"metadata": {"a": 5}}, ["metadata"]),
     "metadata with null": ({"metadata": {"a": None}}, ["metadata"]),
@@ -573,7 +596,9 @@ BAD_FEATURES = {  # the feature's fields, the faulty ones
 
 
 @table(("bad", "fields"), BAD_FEATURES.values(), ids=BAD_FEATURES)
-def test_a_bad_feature_is_refused_and_the_field_named(shared, bad, fields):
+def test_a_bad_feature_is_refused_and_the_field_named(
+    shared: httpx.Client, bad: dict[str, Any], fields: list[Any]
+) -> None:
     before = len(listed(shared)), len(listed(shared, "features"))
     faulty = faulty_fields(shared.post("/v1/features", json=feature_of() | bad))
     assert faulty
@@ -581,13 +606,13 @@ def test_a_bad_feature_is_refused_and_the_field_named(shared, bad, fields):
     assert (len(listed(shared)), len(listed(shared, "features"))) == before
 
 
-def test_every_fault_of_a_feature_and_of_its_meter_is_named_at_once(shared):
+def test_every_fault_of_a_feature_and_of_its_meter_is_named_at_once(shared: httpx.Client) -> None:
     sent = feature_of("", metadata=[], meter=meter_of("SUM", field="", name="", reset_usage="x"))
     expected = ["metadata", "meter.aggregation.field", "meter.name", "meter.reset_usage", "name"]
     assert faulty_fields(shared.post("/v1/features", json=sent)) == expected
 
 
-def test_a_feature_of_a_meter_that_is_not_there_is_a_404_and_of_an_archived_one_a_400(client):
+def test_a_feature_of_a_meter_that_is_not_there_is_a_404_and_of_an_archived_one_a_400(client: httpx.Client) -> None:
     of_staging = client.post("/v1/meters", json=meter_of(), headers={"x-api-key": STAGING_KEY}).json()
     for unknown in ("meter_unknown", of_staging["id"]):
         refused(client.post("/v1/features", json=feature_of(meter_id=unknown)), 404, "not_found")
@@ -608,7 +633,9 @@ TAKEN = {
 
 
 @table(("first", "second"), TAKEN.values(), ids=TAKEN)
-def test_a_lookup_key_that_is_taken_is_a_409_and_nothing_is_made(client, first, second):
+def test_a_lookup_key_that_is_taken_is_a_409_and_nothing_is_made(
+    client: httpx.Client, first: dict[str, Any], second: dict[str, Any]
+) -> None:
     made = make(client, "features", feature_of() | {"meter": meter_of()} | first)
     meters = listed(client)
     response = client.post("/v1/features", json=feature_of() | second)
@@ -617,12 +644,14 @@ def test_a_lookup_key_that_is_taken_is_a_409_and_nothing_is_made(client, first, 
     assert (listed(client, "features"), listed(client)) == ([made], meters)
 
 
-def test_an_empty_lookup_key_is_never_taken(client):
+def test_an_empty_lookup_key_is_never_taken(client: httpx.Client) -> None:
     assert [make_feature(client, "日本")["lookup_key"] for _ in range(3)] == ["", "", ""]
     assert len(listed(client)) == 3
 
 
-def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_environment(client):
+def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_environment(
+    client: httpx.Client,
+) -> None:
     first = make_feature(client)
     response = client.post("/v1/features", json=feature_of(), headers={"x-api-key": STAGING_KEY})
     assert (response.status_code, response.json()["environment_id"]) == (201, "staging")
@@ -632,7 +661,7 @@ def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_e
     refused(client.post("/v1/features", json=feature_of()), 409, "already_exists")
 
 
-def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client):
+def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client: httpx.Client) -> None:
     """Each of its own connection and thread, all sent at one moment."""
     callers = 6
     with ThreadPoolExecutor(callers) as pool:
@@ -649,7 +678,9 @@ def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client):
 
 
 @table("into", ["meters", "features"])
-def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(client, tmp_path, caplog, into):
+def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(
+    client: httpx.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, into: str
+) -> None:
     refuse_to_write(tmp_path, "true", into)
     response = client.post("/v1/features", json=feature_of())
     refused(response, 500, "database_error")
@@ -666,7 +697,7 @@ def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(client,
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory):
+def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Features A to F, at seconds 0 to 50; B is deleted at 60; E is boolean; A and C have one meter."""
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("six"), clock=clock) as client:
@@ -704,7 +735,9 @@ SCALAR_SEARCHES = {  # the query, the names
 
 @table(("query", "expected"), SCALAR_SEARCHES.values(), ids=SCALAR_SEARCHES)
 @table("method", ["GET", "POST"])
-def test_features_are_found_by_parameters_and_by_a_body(six, method, query, expected):
+def test_features_are_found_by_parameters_and_by_a_body(
+    six: Any, method: str, query: dict[str, Any], expected: str
+) -> None:
     client, _ = six
     response = (
         client.get("/v1/features", params=query) if method == "GET" else client.post("/v1/features/search", json=query)
@@ -740,7 +773,7 @@ SEARCHES = {
 
 
 @table(("query", "expected"), SEARCHES.values(), ids=SEARCHES)
-def test_features_are_searched_by_lists_and_sorted(six, query, expected):
+def test_features_are_searched_by_lists_and_sorted(six: Any, query: dict[str, Any], expected: str) -> None:
     client, made = six
     ids = {"feature_ids": lambda name: made[name]["id"], "meter_ids": lambda name: made[name]["meter_id"]}
     sent = {field: [ids[field](name) if name in made else name for name in value or []] if field in ids and value else value
@@ -750,7 +783,7 @@ def test_features_are_searched_by_lists_and_sorted(six, query, expected):
     assert names(response.json()["items"]) == expected
 
 
-def test_a_part_of_a_name_is_found_in_any_case(client):
+def test_a_part_of_a_name_is_found_in_any_case(client: httpx.Client) -> None:
     for name in ("API calls", "Größe", "100% of_x"):
         make_feature(client, name)
     for part, expected in (
@@ -771,7 +804,7 @@ def test_a_part_of_a_name_is_found_in_any_case(client):
     ({"sort": [{"field": "name", "direction": "up"}]}, "sort"), ({"filters": [{"field": "name"}]}, "filters"),
     ({"start_time": at(1), "end_time": at()}, "end_time"),
 ], ids=str)  # fmt: skip
-def test_a_bad_search_is_refused_and_the_field_named(six, bad, field):
+def test_a_bad_search_is_refused_and_the_field_named(six: Any, bad: dict[str, Any], field: str) -> None:
     client, _ = six
     response = client.post("/v1/features/search", json=bad)
     (faulty,) = faulty_fields(response)
@@ -782,7 +815,7 @@ def test_a_bad_search_is_refused_and_the_field_named(six, bad, field):
 # ---------------------------------------------------------------------------------------------- 12: features are deleted
 
 
-def test_a_deleted_feature_and_its_meter_are_archived(timed, clock):
+def test_a_deleted_feature_and_its_meter_are_archived(timed: httpx.Client, clock: Any) -> None:
     feature = make_feature(timed)
     clock.return_value += 1000
     response = timed.delete(f"/v1/features/{feature['id']}")
@@ -792,7 +825,7 @@ def test_a_deleted_feature_and_its_meter_are_archived(timed, clock):
     assert (listed(timed, "features", status="published"), listed(timed, status="published")) == ([], [])
 
 
-def test_a_meter_is_archived_with_the_last_feature_that_has_it(client):
+def test_a_meter_is_archived_with_the_last_feature_that_has_it(client: httpx.Client) -> None:
     meter = make_meter(client)
     first, second = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
     for feature, status in ((first, "published"), (second, "archived")):
@@ -800,14 +833,14 @@ def test_a_meter_is_archived_with_the_last_feature_that_has_it(client):
         assert found(client, f"meters/{meter['id']}")["status"] == status
 
 
-def test_a_feature_without_a_meter_is_deleted_and_a_deleted_one_again(client):
+def test_a_feature_without_a_meter_is_deleted_and_a_deleted_one_again(client: httpx.Client) -> None:
     feature = make_feature(client, type="boolean")
     for _ in range(2):
         assert client.delete(f"/v1/features/{feature['id']}").status_code == 200
     assert found(client, f"features/{feature['id']}")["status"] == "archived"
 
 
-def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_has_it_now(client):
+def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_has_it_now(client: httpx.Client) -> None:
     """Not in SPEC: the second DELETE is no new one."""
     meter = make_meter(client)
     first, _ = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
@@ -817,7 +850,7 @@ def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_h
 
 
 @table("feature_id", ["feat_unknown", "x" * 300, "' OR 1=1 --"])
-def test_a_feature_that_is_not_there_is_a_404(shared, feature_id):
+def test_a_feature_that_is_not_there_is_a_404(shared: httpx.Client, feature_id: str) -> None:
     for method in ("GET", "DELETE"):
         refused(shared.request(method, f"/v1/features/{feature_id}"), 404, "not_found")
 
@@ -825,7 +858,7 @@ def test_a_feature_that_is_not_there_is_a_404(shared, feature_id):
 # ---------------------------------------------------------------------------------------------- environments, keys, restarts
 
 
-def test_environments_do_not_see_each_others_meters_and_features(client):
+def test_environments_do_not_see_each_others_meters_and_features(client: httpx.Client) -> None:
     feature = make_feature(client)
     store(client, event())
     client.headers["x-api-key"] = STAGING_KEY
@@ -840,7 +873,7 @@ def test_environments_do_not_see_each_others_meters_and_features(client):
     assert found(client, f"features/{feature_id}") == feature
 
 
-def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path):
+def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path: Path) -> None:
     with metering(tmp_path, api_keys=(*KEYS, ApiKey.hashed("second"))) as client:
         feature = make_feature(client)
         client.headers["x-api-key"] = "second"
@@ -851,7 +884,7 @@ def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path):
 
 @table("path", ["meters", "features", "meters/x", "features/x", "events/analytics", "events/usage/meter"])
 @table("key", [None, "unknown"])
-def test_without_a_known_key_everything_is_401(shared, path, key):
+def test_without_a_known_key_everything_is_401(shared: httpx.Client, path: str, key: str | None) -> None:
     headers = {} if key is None else {"x-api-key": key}
     bare = httpx.Headers(headers)
     known, shared.headers = shared.headers, bare
@@ -862,8 +895,8 @@ def test_without_a_known_key_everything_is_401(shared, path, key):
         shared.headers = known
 
 
-def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path):
-    def everything(client) -> list:
+def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path: Path) -> None:
+    def everything(client: httpx.Client) -> list[Any]:
         return [listed(client), listed(client, "features"), analytics(client, expand=["meter", "feature"])]
 
     with metering(tmp_path) as client:
@@ -884,7 +917,7 @@ def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path):
         assert make_meter(client) in listed(client)
 
 
-def test_a_meter_is_known_to_every_query_that_follows_its_answer(client):
+def test_a_meter_is_known_to_every_query_that_follows_its_answer(client: httpx.Client) -> None:
     store(client, event(timestamp=at(-1)))
     for number in range(20):
         meter = make_meter(client)
@@ -896,19 +929,19 @@ def test_a_meter_is_known_to_every_query_that_follows_its_answer(client):
 
 
 @pytest.fixture(scope="module")
-def mock():
+def mock() -> Iterator[Any]:
     with running_server(api_keys={"first": "development", "second": "staging"}, clock=lambda: NOW) as server:
         yield server
 
 
 @pytest.fixture
-def caller(mock):
+def caller(mock: MockServer) -> Iterator[Any]:
     mock.reset()
     with httpx.Client(base_url=mock.url.removesuffix("/v1"), headers={"x-api-key": "first"}) as client:
         yield client
 
 
-def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock, caller):
+def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock: MockServer, caller: httpx.Client) -> None:
     made = [make_meter(caller, name=name) for name in "abc"]
     caller.delete(f"/v1/meters/{made[1]['id']}")
     assert names(mock.meters()) == "abc"
@@ -916,7 +949,7 @@ def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock, caller):
     assert caller.post("/v1/meters", json=meter_of(name="d"), headers={"x-api-key": "second"}).status_code == 201
 
 
-def test_a_mock_has_all_of_more_meters_than_a_page_has(mock, caller):
+def test_a_mock_has_all_of_more_meters_than_a_page_has(mock: MockServer, caller: httpx.Client) -> None:
     with closing(sqlite3.connect(mock._store.path)) as conn:
         make_meter(caller, name="a")
         columns = [row[1] for row in conn.execute("PRAGMA table_info(meters)")]
@@ -927,7 +960,9 @@ def test_a_mock_has_all_of_more_meters_than_a_page_has(mock, caller):
     assert len(mock.meters()) == 1501
 
 
-def test_a_mock_that_is_reset_forgets_meters_and_features_of_all_environments(mock, caller):
+def test_a_mock_that_is_reset_forgets_meters_and_features_of_all_environments(
+    mock: MockServer, caller: httpx.Client
+) -> None:
     for key in ("first", "second"):
         assert caller.post("/v1/features", json=feature_of(), headers={"x-api-key": key}).status_code == 201
     mock.reset()
@@ -942,7 +977,9 @@ FAULTS = {"a meter": ("POST", "/v1/meters", meter_of()), "meters": ("GET", "/v1/
 
 
 @table(("method", "path", "body"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_meets_the_routes_of_meters_and_features(mock, caller, method, path, body):
+def test_a_fault_meets_the_routes_of_meters_and_features(
+    mock: MockServer, caller: httpx.Client, method: str, path: str, body: Any
+) -> None:
     mock.fail(method=method, path=path, status=503, retry_after_s=7)
     response = caller.request(method, path, json=body)
     refused(response, 503, "service_unavailable")
@@ -950,7 +987,7 @@ def test_a_fault_meets_the_routes_of_meters_and_features(mock, caller, method, p
     assert caller.request(method, path, json=body).status_code in (200, 201, 404)
 
 
-def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice):
+def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice: Any) -> None:
     with httpx.Client(base_url=flexprice.url, headers={"x-api-key": flexprice.api_key}) as client:
         assert client.post("/features", json=feature_of()).status_code == 201
     assert names(flexprice.meters()) == "calls"
@@ -961,7 +998,7 @@ def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice):
 # ---------------------------------------------------------------------------------------------- what is served, and how it is described
 
 
-def test_the_routes_are_those_of_the_specification():
+def test_the_routes_are_those_of_the_specification() -> None:
     served = {(operation.method, operation.public_path) for operation in OPERATIONS}
     assert served == {("POST", "/v1/meters"), ("GET", "/v1/meters"), ("GET", "/v1/meters/{id}"), ("POST", "/v1/meters/{id}/disable"),
                       ("DELETE", "/v1/meters/{id}"), ("POST", "/v1/features"), ("GET", "/v1/features"), ("POST", "/v1/features/search"),
@@ -969,7 +1006,7 @@ def test_the_routes_are_those_of_the_specification():
                       ("POST", "/v1/events/analytics")}  # fmt: skip
 
 
-def test_the_openapi_document_is_valid_and_describes_every_route(client):
+def test_the_openapi_document_is_valid_and_describes_every_route(client: httpx.Client) -> None:
     from openapi_spec_validator import validate
 
     document = client.get("/openapi.json").json()
@@ -999,22 +1036,22 @@ def test_the_openapi_document_is_valid_and_describes_every_route(client):
 
 
 @table("path", ["/v1/customers", "/v1/wallets", "/v1/events/huggingface-inference", "/v1/meter-usage/query"])
-def test_an_unknown_route_is_a_404_that_lists_what_is_served(client, path):
+def test_an_unknown_route_is_a_404_that_lists_what_is_served(client: httpx.Client, path: str) -> None:
     response = client.post(path, json={})
     refused(response, 404, "not_found")
     message = response.json()["message"]
     assert "Events API only" not in message
-    served = [*eventstore.own_operations(), *OPERATIONS]
+    served = [*eventstore.OPERATIONS, *OPERATIONS]
     assert [one.public_path for one in served if one.public_path not in message] == []
 
 
-def test_the_service_alone_serves_events_without_meters(tmp_path):
+def test_the_service_alone_serves_events_without_meters(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         refused(client.post("/v1/meters", json=meter_of()), 404, "not_found")
         assert counts(store(client, event())) == (1, 0)
 
 
-def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path):
+def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path: Path) -> None:
     with metering(tmp_path, rate_limits={"/v1/events": 1, "/v1/events/bulk": 1}) as client:
         for number in range(3):
             answers = [client.post("/v1/meters", json=meter_of()), client.post("/v1/features", json=feature_of(f"{number}")),
@@ -1025,13 +1062,15 @@ def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path):
         refused(client.post("/v1/events", json=event()), 429, "too_many_requests")
 
 
-def test_a_served_process_has_meters(live):
+def test_a_served_process_has_meters(live: Live) -> None:
     with live.client() as client:
         feature = make_feature(client, "Served")
         assert feature["meter"] in listed(client)
 
 
-def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(client, caplog):
+def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
     make_feature(client)
     assert caplog.text == ""
     client.post("/v1/meters", json={})
@@ -1042,7 +1081,7 @@ def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(client, capl
 # ---------------------------------------------------------------------------------------------- SDK
 
 
-def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live):
+def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live: Live) -> None:
     from flexprice import Flexprice
 
     meter = {"name": "Tokens", "event_name": "sdk.call", "reset_usage": "BILLING_PERIOD", "filters": [{"key": "model", "values": ["a", "b"]}],
@@ -1079,10 +1118,10 @@ def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live)
         assert (again.meter_id, again.meter, again.metadata) == ("", None, {})
 
 
-def test_the_official_async_sdk_makes_finds_and_deletes_a_feature(live):
+def test_the_official_async_sdk_makes_finds_and_deletes_a_feature(live: Live) -> None:
     from flexprice import Flexprice
 
-    async def round_trip() -> tuple:
+    async def round_trip() -> tuple[Any, ...]:
         async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
             made = await sdk.features.create_feature_async(name="Async", type_="metered", meter=meter_of())
             page = await sdk.features.query_feature_async(feature_ids=[made.id])
@@ -1103,7 +1142,9 @@ SDK_REFUSALS = {
 
 
 @table(("call", "status", "message"), SDK_REFUSALS.values(), ids=SDK_REFUSALS)
-def test_the_official_sdk_raises_the_servers_message(live, call, status, message):
+def test_the_official_sdk_raises_the_servers_message(
+    live: Live, call: Callable[..., Any], status: int, message: str
+) -> None:
     from flexprice import Flexprice
     from flexprice.models.errors import ErrorResponse
 
@@ -1116,7 +1157,7 @@ def test_the_official_sdk_raises_the_servers_message(live, call, status, message
     assert refusal.value.data.code == {400: "validation_error", 404: "not_found"}[status]
 
 
-def test_the_official_sdk_raises_what_its_document_does_not_foresee(live):
+def test_the_official_sdk_raises_what_its_document_does_not_foresee(live: Live) -> None:
     from flexprice import Flexprice
     from flexprice.models.errors import FlexpriceError
 

@@ -7,15 +7,19 @@ import os
 import socket
 import tempfile
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from conftest import (
+from eventstore import ApiError
+from eventstore_extras.mock import MockServer, running_server
+from helpers import (
     BODY,
     DAY_US,
     KEY,
@@ -34,8 +38,9 @@ from conftest import (
     table,
     total,
 )
-from eventstore import ApiError
-from eventstore_extras.mock import running_server
+
+if TYPE_CHECKING:
+    from flexprice.utils import RetryConfig
 
 pytest_plugins = "pytester"
 
@@ -43,38 +48,38 @@ pytest_plugins = "pytester"
 
 
 @pytest.fixture(scope="module")
-def shared_mock():
+def shared_mock() -> Iterator[MockServer]:
     with running_server() as server:
         yield server
 
 
 @pytest.fixture
-def mock(shared_mock):
+def mock(shared_mock: MockServer) -> MockServer:
     shared_mock.reset()
     return shared_mock
 
 
 @pytest.fixture
-def caller(mock):
+def caller(mock: MockServer) -> Iterator[httpx.Client]:
     with calling(mock) as client:
         yield client
 
 
-def calling(server, key: str | None = None, **options) -> httpx.Client:
+def calling(server: MockServer, key: str | None = None, **options: Any) -> httpx.Client:
     return httpx.Client(base_url=server.url, headers={"x-api-key": key or server.api_key}, **options)
 
 
-def send(client, event_id: str = "evt_1", **fields) -> httpx.Response:
+def send(client: httpx.Client, event_id: str = "evt_1", **fields: Any) -> httpx.Response:
     return client.post("/events", json=event(event_id, **fields))
 
 
-def ids_in(server, **filters) -> list[str]:
+def ids_in(server: MockServer, **filters: Any) -> list[str]:
     return [stored["id"] for stored in server.events(**filters)]
 
 
 @pytest.mark.filterwarnings("error")
-@table("fails", [False, True], ids=["", "the block raises"])
-def test_a_running_server_answers_until_its_block_ends_and_leaves_nothing_behind(fails):
+@table("fails", [False, True], ids=["the block ends", "the block raises"])
+def test_a_running_server_stops_and_cleans_up_when_its_block_ends(fails: bool) -> None:
     threads, files = set(threading.enumerate()), open_files()
     with pytest.raises(ZeroDivisionError) if fails else nullcontext(), running_server() as server:
         with calling(server) as client:
@@ -92,7 +97,7 @@ def test_a_running_server_answers_until_its_block_ends_and_leaves_nothing_behind
 
 
 def open_files() -> set[str]:
-    """The files that this process has open."""
+    """Return the files that this process has open."""
     links = Path("/proc/self/fd")
     if not links.exists():
         pytest.skip("needs /proc to see open files")
@@ -100,7 +105,7 @@ def open_files() -> set[str]:
     return {target for target in targets if target.startswith("/")}
 
 
-def test_several_servers_run_at_once_and_share_nothing():
+def test_several_servers_are_independent() -> None:
     with running_server() as one, running_server() as other:
         other.fail(status=503, method="POST")
         with calling(one) as client:
@@ -110,7 +115,7 @@ def test_several_servers_run_at_once_and_share_nothing():
         assert (ids_in(one), ids_in(other)) == (["evt_1"], [])
 
 
-def test_a_running_server_takes_keys_and_every_setting(tmp_path):
+def test_a_running_server_accepts_keys_and_settings(tmp_path: Path) -> None:
     keys = {"first": "production", "second": "staging"}
     with running_server(api_keys=keys, clock=lambda: NOW, max_body_bytes=200) as server:
         assert (server.api_key, server.api_keys) == ("first", keys)
@@ -126,12 +131,12 @@ def test_a_running_server_takes_keys_and_every_setting(tmp_path):
     ({"colour": "red"}, r"running_server\(\) does not take colour; it takes listener, forward_to, api_keys, db, "),
     ({"forward_to": "http://127.0.0.1:1"}, "forward_to must be another server, or have a url and an api_key, got 'http:"),
 ], ids=str)  # fmt: skip
-def test_what_a_running_server_does_not_take_is_an_error_that_says_what_it_takes(arguments, part):
+def test_an_unknown_argument_is_an_error_that_lists_the_known_ones(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(TypeError, match=part), running_server(**arguments):
         pass
 
 
-def test_stored_events_are_plain_dicts_oldest_first_of_all_times_and_can_be_filtered(mock, caller):
+def test_events_returns_dicts_oldest_first_and_takes_filters(mock: MockServer, caller: httpx.Client) -> None:
     sent = [
         event(f"{number:04}", timestamp=at(-number * DAY_US), properties={"n": number % 2}) for number in range(1001)
     ]
@@ -152,18 +157,20 @@ def test_stored_events_are_plain_dicts_oldest_first_of_all_times_and_can_be_filt
     ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
     ({"event_name": 5}, ApiError, "Expected `str"),
 ], ids=str)  # fmt: skip
-def test_a_filter_that_cannot_work_is_an_error_and_not_an_empty_list(mock, filters, error, part):
+def test_events_rejects_bad_filters(
+    mock: MockServer, filters: dict[str, Any], error: type[Exception], part: str
+) -> None:
     with pytest.raises(error, match=part):
         mock.events(**filters)
 
 
-def test_a_misspelt_fault_is_an_error(mock):
+def test_fail_rejects_an_unknown_field(mock: MockServer) -> None:
     with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, path, times, "):
         mock.fail(status=500, tmies=3)
     assert mock.faults() == []
 
 
-def test_reset_forgets_events_and_faults(mock, caller):
+def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client) -> None:
     send(caller)
     mock.fail(status=500)
     mock.reset()
@@ -173,7 +180,7 @@ def test_reset_forgets_events_and_faults(mock, caller):
 
 # ---------------------------------------------------------------------------------------------- faults
 
-FAULTS = {  # what is asked for, what the client sees, how many of the two events are stored
+FAULTS = {  # name -> the fault, the answers to two events, how many of the two are stored
     "an error": ({"status": 500}, [(500, "internal_error"), (202, None)], 1),
     "twice": ({"status": 502, "times": 2}, [(502, "bad_gateway"), (502, "bad_gateway")], 0),
     "every field": ({"method": "POST", "path": "/v1/events", "times": 1, "status": 429, "retry_after_s": 1,
@@ -189,7 +196,14 @@ FAULTS = {  # what is asked for, what the client sees, how many of the two event
 
 @table("how", ["HTTP", "Python"])
 @table(("fault", "answers", "stored"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_what_the_next_matching_requests_get(mock, caller, how, fault, answers, stored):
+def test_the_next_matching_requests_meet_a_fault(
+    mock: MockServer,
+    caller: httpx.Client,
+    how: str,
+    fault: dict[str, Any],
+    answers: list[tuple[int, str | None]],
+    stored: int,
+) -> None:
     if how == "Python":
         mock.fail(**fault)
     else:
@@ -210,7 +224,7 @@ def test_a_fault_is_what_the_next_matching_requests_get(mock, caller, how, fault
     )
 
 
-def test_faults_are_consumed_in_order_each_by_its_own_requests(mock, caller):
+def test_faults_are_used_in_order_by_the_requests_they_match(mock: MockServer, caller: httpx.Client) -> None:
     mock.fail(method="GET", status=500)
     mock.fail(path="/v1/events/bulk", status=502)
     mock.fail(status=503, times=2)
@@ -222,7 +236,7 @@ def test_faults_are_consumed_in_order_each_by_its_own_requests(mock, caller):
     assert mock.faults() == []
 
 
-def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
+def test_a_fault_affects_only_its_environment_and_neither_the_mock_nor_health() -> None:
     with running_server(api_keys={"a": "one", "b": "two"}) as server:
         with calling(server, "a") as of_one, calling(server, "b") as of_two:
             of_one.post("../_mock/faults", json={"status": 500, "times": 2})
@@ -232,7 +246,7 @@ def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
             assert of_two.delete("../_mock/faults").json() == {"deleted": 0}
             assert of_one.delete("../_mock/faults").json() == {"deleted": 1}
             assert of_one.get("/events").status_code == 200
-            server.fail(status=500)  # whatever the key
+            server.fail(status=500)  # for any key
             assert of_two.delete("../_mock/faults").json() == {"deleted": 1}
             send(of_one)
             send(of_two)
@@ -240,14 +254,14 @@ def test_a_fault_is_for_its_environment_and_spares_the_mock_itself_and_health():
         assert (server.events(), len(server.events(environment="two"))) == ([], 1)
 
 
-def test_a_stored_event_whose_answer_was_lost_is_not_counted_twice_by_the_retry(mock, caller):
+def test_a_retry_after_a_lost_answer_stores_no_duplicate(mock: MockServer, caller: httpx.Client) -> None:
     mock.fail(status=500, stored=True)
     assert send(caller).status_code == 500
     assert counts(send(caller)) == (0, 1)
     assert ids_in(mock) == ["evt_1"]
 
 
-def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(caplog):
+def test_a_delayed_event_is_stored_and_does_not_delay_the_shutdown(caplog: pytest.LogCaptureFixture) -> None:
     with running_server() as server:
         server.fail(method="POST", delay_ms=600_000)
         with pytest.raises(httpx.ReadTimeout), calling(server, timeout=httpx.Timeout(30, read=0.05)) as impatient:
@@ -257,7 +271,9 @@ def test_a_slow_answer_is_that_of_an_event_that_was_stored_and_holds_up_no_end(c
 
 
 @table("fault", [{"status": 202}, {"status": 500, "stored": True}, {"delay_ms": 1}], ids=str)
-def test_a_fault_of_a_client_that_goes_away_in_its_body_stores_nothing_and_logs_no_traceback(caplog, fault):
+def test_a_client_that_disconnects_while_sending_stores_nothing_whatever_the_fault(
+    caplog: pytest.LogCaptureFixture, fault: dict[str, Any]
+) -> None:
     with running_server(api_keys={KEY: "development"}) as server:
         server.fail(method="POST", **fault)
         with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as sock:
@@ -267,7 +283,7 @@ def test_a_fault_of_a_client_that_goes_away_in_its_body_stores_nothing_and_logs_
     assert "Traceback" not in caplog.text
 
 
-def test_an_answer_that_a_fault_makes_counts_and_says_how_much_of_the_rate_limit_is_left():
+def test_answers_of_faults_count_towards_the_rate_limit() -> None:
     with running_server(rate_limits={"/v1/events": 2}, clock=lambda: NOW) as server, calling(server) as client:
         server.fail(status=503, times=3)
         answers = [send(client) for _ in range(3)]
@@ -276,7 +292,7 @@ def test_an_answer_that_a_fault_makes_counts_and_says_how_much_of_the_rate_limit
         assert [fault["times"] for fault in server.faults()] == [1]
 
 
-def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
+def test_a_stopping_server_sends_delayed_answers() -> None:
     with ThreadPoolExecutor() as pool:
         with running_server() as server:
             server.fail(method="POST", delay_ms=600_000)
@@ -288,14 +304,14 @@ def test_a_server_that_stops_gives_the_answers_that_it_holds_back():
 
 
 @table("fault", [{"status": 500, "stored": True}, {"status": 202}], ids=str)
-def test_a_fault_does_not_make_a_bad_request_good(mock, caller, fault):
+def test_a_fault_does_not_replace_a_refusal(mock: MockServer, caller: httpx.Client, fault: dict[str, Any]) -> None:
     mock.fail(**fault)
     refused(send(caller, timestamp="yesterday"), part="timestamp")
     assert mock.events() == []
 
 
 BAD_FAULTS = {
-    "nothing": ({}, "status or delay_ms is required"),
+    "no effect": ({}, "status or delay_ms is required"),
     "no such status": ({"status": 418}, 'status must be one of 202, 429, 500, 502, 503, 504, got "418"'),
     "a status in words": ({"status": "500"}, "status must be an integer, got"),
     "no such path": ({"status": 500, "path": "/v1/customers"}, 'path must be a path of this API (/v1/events, '),
@@ -307,21 +323,23 @@ BAD_FAULTS = {
                                 "stored is true, which goes with POST /v1/events and POST /v1/events/bulk only"),
     "a query cannot be accepted": ({"status": 202, "path": "/v1/events/query"},
                                   "status is 202, which goes with POST /v1/events and POST /v1/events/bulk only"),
-    "no fault": ({"status": 202, "stored": True}, "stored must be false with status 202"),
-    "lost how?": ({"delay_ms": 5, "stored": False}, "stored must not be false without a status"),
-    "never": ({"status": 500, "times": 0}, "times must be 1 to 1000000, got 0"),
-    "into the past": ({"delay_ms": -1}, "delay_ms must be 0 to 600000, got -1"),
-    "for ever": ({"delay_ms": 600_001}, "delay_ms must be 0 to 600000, got 600001"),
-    "an hour later": ({"delay_ms": 1, "retry_after_s": 3600}, "retry_after_s goes with an error status only"),
-    "not of an error": ({"status": 202, "retry_after_s": 1}, "retry_after_s goes with an error status only"),
-    "a template": ({"status": 500, "path": "/v1/events/{id}"}, "path must be one path, no query string, an id in place"),
+    "stored with 202": ({"status": 202, "stored": True}, "stored must be false with status 202"),
+    "stored=False without a status": ({"delay_ms": 5, "stored": False}, "stored must not be false without a status"),
+    "zero times": ({"status": 500, "times": 0}, "times must be 1 to 1000000, got 0"),
+    "a negative delay": ({"delay_ms": -1}, "delay_ms must be 0 to 600000, got -1"),
+    "a delay too long": ({"delay_ms": 600_001}, "delay_ms must be 0 to 600000, got 600001"),
+    "retry_after_s without an error": ({"delay_ms": 1, "retry_after_s": 3600}, "retry_after_s goes with an error status only"),
+    "retry_after_s with 202": ({"status": 202, "retry_after_s": 1}, "retry_after_s goes with an error status only"),
+    "a path template": ({"status": 500, "path": "/v1/events/{id}"}, "path must be one path, no query string, an id in place"),
     "a query": ({"status": 500, "path": "/v1/events/lookup?id=1"}, "path must be one path, no query string"),
     "not an integer": ({"status": 429, "retry_after_s": 0.5}, "retry_after_s must be an integer"),
 }  # fmt: skip
 
 
 @table(("fault", "part"), BAD_FAULTS.values(), ids=BAD_FAULTS)
-def test_a_malformed_fault_is_refused_and_not_queued(mock, caller, fault, part):
+def test_a_bad_fault_is_refused_and_not_added(
+    mock: MockServer, caller: httpx.Client, fault: dict[str, Any], part: str
+) -> None:
     refused(caller.post("../_mock/faults", json=fault), part=part)
     with pytest.raises(ApiError):
         mock.fail(**fault)
@@ -332,26 +350,26 @@ def test_a_malformed_fault_is_refused_and_not_queued(mock, caller, fault, part):
     ("content", "part"),
     [("", "empty"), ("[]", "body must be an object, got []"), ('{"stauts": 500}', "stauts is no field")],
 )
-def test_what_is_no_fault_is_refused(mock, caller, content, part):
+def test_a_body_that_is_not_a_fault_is_refused(mock: MockServer, caller: httpx.Client, content: str, part: str) -> None:
     refused(caller.post("../_mock/faults", content=content), part=part)
     assert mock.faults() == []
 
 
 @table("method", ["GET", "POST", "DELETE"])
 @table("path", ["/_mock/events", "/_mock/faults"])
-def test_without_the_flag_there_is_no_mock(client, method, path):
+def test_without_the_flag_the_mock_routes_are_404(client: httpx.Client, method: str, path: str) -> None:
     with stores_nothing(client):
         refused(client.request(method, path, json={"status": 500}), 404, "not_found", "started with --mock")
 
 
-def test_the_mock_needs_a_key_and_a_known_route(mock, caller):
+def test_mock_routes_need_a_key_and_a_known_path(mock: MockServer, caller: httpx.Client) -> None:
     refused(httpx.delete(mock.url.replace("/v1", "/_mock/events")), 401, "unauthorized")
     refused(caller.get("../_mock/events"), 405, "method_not_allowed", "allowed: DELETE")
     refused(caller.get("../_mock/nothing"), 404, "not_found", "POST /_mock/faults")
     assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
 
 
-def test_serve_with_the_flag_opens_the_mock_and_keeps_the_number_of_events_right(tmp_path):
+def test_serve_mock_opens_the_routes_and_keeps_the_event_count_right(tmp_path: Path) -> None:
     flags = ("--api-key", KEY, "--api-key", f"{STAGING_KEY}=staging", "--db", "events.db", "--mock")
     with Live(tmp_path, *flags) as live, live.client() as client, live.client(STAGING_KEY) as staging:
         assert "/_mock/events" in live.banner
@@ -369,13 +387,13 @@ def test_serve_with_the_flag_opens_the_mock_and_keeps_the_number_of_events_right
 # ---------------------------------------------------------------------------------------------- the fixture, the SDK
 
 
-def test_the_server_does_not_import_pytest():
+def test_the_server_does_not_import_pytest() -> None:
     code = ("import sys; from eventstore_extras import mock; server = mock.running_server(); server.__enter__(); "
             "print('pytest' in sys.modules)")  # fmt: skip
     assert python(code).stdout == "False\n"
 
 
-def test_a_server_that_is_never_left_ends_with_its_process_and_leaves_no_file(tmp_path):
+def test_a_server_whose_block_never_ends_stops_with_the_process_and_leaves_no_file(tmp_path: Path) -> None:
     code = ("import sys, tempfile, urllib.request; from eventstore_extras.mock import running_server; "
             "tempfile.tempdir = sys.argv[1]; server = running_server(); url = server.__enter__().url; "
             "print(urllib.request.urlopen(url.removesuffix('v1') + 'health').status)")  # fmt: skip
@@ -384,7 +402,12 @@ def test_a_server_that_is_never_left_ends_with_its_process_and_leaves_no_file(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
+def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
+    """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
+    return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
+
+
+def test_the_fixture_is_an_empty_server_that_the_application_finds(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import os, urllib.request
@@ -414,13 +437,13 @@ def test_the_fixture_is_an_empty_server_that_application_code_finds(pytester):
             assert set(servers) == {flexprice.url}
         """
     )
-    pytester.runpytest_subprocess("-q", "-W", "error").assert_outcomes(passed=3)
+    run_tests(pytester, "-W", "error").assert_outcomes(passed=3)
 
 
 MODULE_LEVEL_CLIENT = """
 import os, urllib.request
 
-HOST = os.environ.get("FLEXPRICE_API_HOST", "https://us.api.flexprice.io/v1")  # as an application has it at import
+HOST = os.environ.get("FLEXPRICE_API_HOST", "https://us.api.flexprice.io/v1")  # as an application reads it at import
 KEY = os.environ.get("FLEXPRICE_API_KEY", "a real key")
 
 def send():
@@ -429,7 +452,7 @@ def send():
 """
 
 
-def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhere(pytester):
+def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makeconftest("import application")
     pytester.makepyfile(
@@ -439,22 +462,24 @@ def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhe
         import pytest
         import application
 
-        def test_one_that_forgot_the_fixture_is_refused_at_once():
+        def test_without_the_fixture_is_refused_at_once():
             start = time.monotonic()
             with pytest.raises(urllib.error.URLError, match="refused"):
                 application.send()
             assert time.monotonic() - start < 2
 
-        def test_one_with_the_fixture_finds_its_event(flexprice):
+        def test_with_the_fixture_finds_its_event(flexprice):
             application.send()
             assert len(flexprice.events()) == 1 and application.HOST == flexprice.url
         """
     )
-    pytester.runpytest_subprocess("-q", "-p", "no:randomly").assert_outcomes(passed=2)
+    run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
 
 
 @table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
-def test_a_suite_that_means_the_real_thing_keeps_its_variables(pytester, monkeypatch, flags, ini):
+def test_flexprice_real_keeps_the_variables(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, flags: list[str], ini: str
+) -> None:
     monkeypatch.setenv("FLEXPRICE_API_HOST", "http://real.example/v1")
     monkeypatch.setenv("FLEXPRICE_API_KEY", "real")
     pytester.makefile(".ini", pytest=ini)
@@ -474,18 +499,18 @@ def test_a_suite_that_means_the_real_thing_keeps_its_variables(pytester, monkeyp
             assert os.environ["FLEXPRICE_API_HOST"] == "http://real.example/v1"
         """
     )
-    pytester.runpytest_subprocess("-q", *flags).assert_outcomes(passed=3)
+    run_tests(pytester, *flags).assert_outcomes(passed=3)
 
 
-def test_the_variables_are_as_before_when_the_run_is_over(tmp_path):
+def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
     code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
-            "status = pytest.main(['-q', 'test_nothing.py']); "
+            "status = pytest.main(['-q', '-p', 'no:schemathesis', 'test_nothing.py']); "
             "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
     assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
 
 
-def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
+def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
         """
@@ -500,12 +525,12 @@ def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
             pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
         """
     )
-    pytester.runpytest_subprocess("-q", "-n", "2").assert_outcomes(passed=8)
+    run_tests(pytester, "-n", "2").assert_outcomes(passed=8)
     urls = [path.read_text() for path in pytester.path.glob("*.url")]
     assert len(urls) == len(set(urls)) == 2
 
 
-def test_a_test_can_count_the_requests_and_what_met_them(pytester):
+def test_requests_shows_each_request_and_its_fault(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
         """
@@ -533,40 +558,40 @@ def test_a_test_can_count_the_requests_and_what_met_them(pytester):
             assert flexprice.requests() == []
         """
     )
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+    run_tests(pytester).assert_outcomes(passed=1)
 
 
-def test_a_fault_that_no_request_met_is_a_warning_at_the_end_of_its_test(pytester):
+def test_an_unused_fault_is_a_warning(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
         """
         import application
 
-        def test_asks_for_too_much(flexprice):
+        def test_adds_faults_that_it_does_not_use(flexprice):
             flexprice.fail(path="/v1/events/bulk", status=429)
             flexprice.fail(delay_ms=1, times=5)
             application.send()
         """
     )
-    result = pytester.runpytest_subprocess("-q")
+    result = run_tests(pytester)
     result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
 
 
-def test_a_run_that_does_not_use_the_fixture_imports_no_server(pytester):
+def test_a_run_without_the_fixture_does_not_import_the_server(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import sys
 
-        def test_the_plugin_is_all_that_is_there():
+        def test_only_the_plugin_is_imported():
             modules = [name for name in sys.modules if name.startswith("eventstore")]
             assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
         """
     )
-    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+    run_tests(pytester).assert_outcomes(passed=1)
 
 
-def retrying():
+def retrying() -> RetryConfig:
     from flexprice.utils import BackoffStrategy, RetryConfig
 
     return RetryConfig("backoff", BackoffStrategy(1, 10, 1.5, 20_000, jitter_ms=0), True)
@@ -582,13 +607,13 @@ RETRIED = {
 
 @table("way", ["sync", "async", "bulk"])
 @table("faults", RETRIED.values(), ids=RETRIED)
-def test_the_retries_of_the_official_sdk_end_with_exactly_one_event(mock, faults, way):
+def test_retries_of_the_sdk_store_exactly_one_event(mock: MockServer, faults: list[dict[str, Any]], way: str) -> None:
     from flexprice import Flexprice
 
     for fault in faults:
         mock.fail(method="POST", **fault)
     sdk = Flexprice(server_url=mock.url, api_key_auth=mock.api_key, retry_config=retrying())
-    one = {"event_name": "call", "external_customer_id": "cust", "event_id": "evt_1"}
+    one: Any = {"event_name": "call", "external_customer_id": "cust", "event_id": "evt_1"}
 
     async def ingest() -> object:
         async with sdk:

@@ -1,7 +1,10 @@
-"""The project around the code: the benchmark and the wheel."""
+"""The project around the code: benchmarks, imports, and the wheel."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
+import importlib
 import os
 import re
 import shutil
@@ -9,38 +12,43 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-import benchmark
 import eventstore
-from conftest import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
+from benchmarks import compare, soak
+from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
 
-# ---------------------------------------------------------------------------------------------- the benchmark
+# ---------------------------------------------------------------------------------------------- benchmarks
 
-QUICK_BENCHMARK = (sys.executable, ROOT / "benchmark.py", "--quick", "--dir")
+QUICK_BENCHMARK = (sys.executable, "-m", "benchmarks", "--quick", "--dir")
 
 
-def test_the_benchmark_has_a_number_in_every_cell_and_cleans_up(tmp_path):
-    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300)
+@pytest.mark.slow
+def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path: Path) -> None:
+    done = run(*QUICK_BENCHMARK, tmp_path, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
     assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
-    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in benchmark.ROWS]
+    assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in compare.ROWS]
     assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number):
-    process = subprocess.Popen([*map(str, QUICK_BENCHMARK), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+def test_an_interrupted_benchmark_leaves_no_files(tmp_path: Path, number: Any) -> None:
+    process = subprocess.Popen([*QUICK_BENCHMARK, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     with process:
+        assert process.stderr
         assert any("single events" in line for line in process.stderr)
         (folder,) = tmp_path.iterdir()
         assert [path.suffix for path in folder.glob("*.db")] == [".db"]
         process.send_signal(number)
-        process.stderr.read()  # ends when its servers have ended, too
+        process.stderr.read()  # ends with the last of its servers
         assert process.wait(60) == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -60,23 +68,24 @@ def test_a_benchmark_that_is_interrupted_leaves_nothing_behind(tmp_path, number)
         ({"events/s": 1000}, ["events/s went from 2,000 to 1,000"]),
     ],
 )
-def test_the_soak_names_what_did_not_stay_flat(later, verdict):
-    warm = {
+def test_the_soak_names_the_figures_that_did_not_stay_flat(later: dict[str, Any], verdict: list[str]) -> None:
+    warm: dict[str, float] = {
         "events/s": 2000,
         "RSS MB": 100,
         "WAL MB": 64,
         "file MB": 500,
         "behind": 1000,
         "handles": 40,
-    } | dict.fromkeys(benchmark.P99S, 20)
-    cold = dict.fromkeys(warm, 1)
-    assert benchmark.rises([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
+        **dict.fromkeys(soak.P99S, 20),
+    }
+    cold = dict.fromkeys(warm, 1.0)
+    assert soak.changes([cold] * 3 + [warm] * 3 + [warm | later] * 3) == verdict
 
 
-# ---------------------------------------------------------------------------------------------- the rooms
+# ---------------------------------------------------------------------------------------------- imports
 
 
-def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(tmp_path):
+def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: Path) -> None:
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
     alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
@@ -95,7 +104,7 @@ def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(
         assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
 
 
-def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
+def test_the_service_imports_no_extras_and_no_pytest() -> None:
     code = """if True:
         import sys, eventstore
         eventstore.parse_arguments(["serve"])
@@ -106,33 +115,70 @@ def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
     assert python(code).stdout == "set()\n"
 
 
-def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
+def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path: Path) -> None:
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
 
     script = (sys.executable, "-v", ROOT / "eventstore.py")
     with Live(tmp_path, "--mock", command=script) as live:
-        served = ("", ".meters", ".analytics", ".mock")
+        served = ("", ".meters", ".analytics", ".faults", ".mock")
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
-    for command, needed in (("import -", {"job", "transfer"}), ("export", {"job", "transfer"}),
-                            ("prune --before 2025-01-01T00:00:00Z", {"job", "transfer", "forward", "retention"}),
-                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "transfer", "forward"})):  # fmt: skip
+    for command, needed in (("import -", {"job", "entries", "files", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
+                            ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "forward", "retention"}),
+                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "entries", "files", "stored", "sending", "replay"})):  # fmt: skip
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}
 
 
+EXTRAS = {f"eventstore_extras.{path.stem}": path for path in (ROOT / "eventstore_extras").glob("[!_]*.py")}
+
+
+def imported_names(name: str) -> dict[str, set[str]]:
+    """Return the modules of the project that an extra imports, each with the names that it uses of it."""
+    used: dict[str, set[str]] = {}
+    aliases: dict[str, str] = {}
+    tree = ast.parse(EXTRAS[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "eventstore_extras":
+            aliases |= {alias.asname or alias.name: f"eventstore_extras.{alias.name}" for alias in node.names}
+            used |= {f"eventstore_extras.{alias.name}": set() for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in EXTRAS:
+            used.setdefault(node.module, set()).update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and node.value in EXTRAS:  # for importlib.import_module
+            used.setdefault(node.value, set())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            used.setdefault(aliases[node.value.id], set()).add(node.attr)
+    return used
+
+
+def test_imports_form_no_circle() -> None:
+    [*graphlib.TopologicalSorter({name: imported_names(name) for name in EXTRAS}).static_order()]  # raises CycleError
+
+
+@table("name", sorted(EXTRAS))
+def test_modules_use_only_public_names_of_each_other(name: str) -> None:
+    for module, names in imported_names(name).items():
+        assert names <= {*getattr(importlib.import_module(module), "__all__", ())}, module
+
+
+def test_the_packaging_folder_does_not_hide_the_library_of_that_name() -> None:
+    assert python("import packaging.version").returncode == 0
+
+
 # ---------------------------------------------------------------------------------------------- the tests themselves
 
 SENDING_SIGINT = (
-    "tests/test_project.py::test_a_benchmark_that_is_interrupted_leaves_nothing_behind",
-    "tests/test_transfer.py::test_a_replay_that_is_killed_goes_on_where_it_was_sure",
+    "tests/test_project.py::test_an_interrupted_benchmark_leaves_no_files",
+    "tests/test_replay.py::test_a_replay_that_is_killed_continues_after_the_last_saved_position",
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
-def test_in_the_background_of_a_script_where_sigint_is_ignored_the_tests_can_still_interrupt():
-    pytest_command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SENDING_SIGINT)
+def test_tests_can_send_sigint_in_a_script_that_ignores_it() -> None:
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *SENDING_SIGINT)
     done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
     assert (done.returncode, "3 passed" in done.stdout) == (0, True), done.stdout
 
@@ -165,14 +211,15 @@ store.closed()  # type: ignore[attr-defined]
 """
 
 
-def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tmp_path):
+@pytest.mark.slow
+def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     programs = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin")
     wheel = tmp_path / "dist" / f"flexprice_eventstore-{eventstore.__version__}-py3-none-any.whl"
     installed, elsewhere = [programs / "eventstore"], tmp_path / "elsewhere"
 
-    def works(*command: object, cwd=tmp_path) -> None:
+    def works(*command: object, cwd: Path = tmp_path) -> None:
         done = run(*command, timeout=600, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -200,7 +247,7 @@ def test_the_wheel_of_the_sdist_serves_from_a_clean_environment_and_has_types(tm
     works(programs / "python", "-m", "pytest", cwd=elsewhere)
     mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", programs / "python")
     works(*mypy, "test_it.py", "library.py", cwd=elsewhere)
-    # What an editable install copied would hide the checkout, and the next change to it.
+    # An editable install must not copy the service: a copy would hide later changes in the checkout.
     works(programs / "python", "-m", "pip", "install", "--no-deps", "-e", tmp_path / "checkout")
     found = run(programs / "python", "-c", "import eventstore; print(eventstore.__file__)", cwd=elsewhere)
     assert found.stdout == f"{tmp_path / 'checkout' / 'eventstore.py'}\n"

@@ -18,63 +18,47 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import Mock
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from starlette.testclient import TestClient
 
 import eventstore
-from conftest import (
-    AGGREGATIONS,
+from eventstore_extras import openapi
+from eventstore_extras.analytics import OPERATIONS
+from helpers import (
     BODY,
     DAY_US,
     EVER,
     KEY,
-    LEDGER_START,
     NOW,
     POST,
     ROOT,
     SCRIPT,
-    STAGING_KEY,
-    ZONES,
+    Json,
     Live,
-    analytics,
-    analytics_by_hand,
     answer_on,
     ask,
     at,
-    brute_force,
-    check_items,
     counts,
-    cursor,
     database,
     event,
     eventually,
     feature_of,
+    free_port,
     ids,
     is_root,
-    listed,
-    make,
     meter_of,
-    metered_usage,
     metering,
-    monitored,
     page,
-    place_by,
     posting,
     python,
     refuse_to_write,
@@ -84,22 +68,21 @@ from conftest import (
     run,
     serving,
     store,
+    store_of,
     stores_nothing,
     table,
-    text_of,
-    time_us,
     total,
     usage,
-    usage_by_hand,
-    windows_of,
     write_lock,
 )
-from eventstore_extras.analytics import OPERATIONS
+from oracle import cursor
 
 # ---------------------------------------------------------------------------------------------- commits
 
 
-def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works(client, tmp_path, caplog):
+def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works(
+    client: httpx.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store(client, event("before"))
     refuse_to_write(tmp_path, "new.event_name = 'boom'")
     boom = event("boom", event_name="boom")
@@ -114,33 +97,33 @@ def test_a_commit_that_fails_is_a_500_that_stores_nothing_and_the_next_one_works
 
 
 class FailsOnce:
-    """A connection whose first statement that starts so fails, as if memory had run out."""
+    """A connection on which the first statement that begins with `start` fails, as if memory had run out."""
 
-    def __init__(self, conn: sqlite3.Connection, start: str):
+    def __init__(self, conn: sqlite3.Connection, start: str) -> None:
         self._conn, self._start = conn, start
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._conn, name)
 
-    def execute(self, statement: str, *values):
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         if self._start and statement.startswith(self._start):
             self._start = ""
             raise sqlite3.OperationalError("out of memory")
         return self._conn.execute(statement, *values)
 
 
-def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path):
+def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         store(client, event("known"))
         with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
-            failing = FailsOnce(conn, eventstore.SELECT_NEW_IDS)
+            failing: Any = FailsOnce(conn, eventstore.SELECT_NEW_IDS)
             assert eventstore.insert_group(failing, [rows_to_insert("known"), rows_to_insert("new", "new")]) == [1, 1]
         assert sorted(ids(client)) == ["known", "new"]
 
 
-def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path):
+def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
-        writer = client.app.state.service.store
+        writer: Any = store_of(client)
         writer._conn = FailsOnce(writer._conn, "ROLLBACK")
         refuse_to_write(tmp_path, "new.id = '200'")
         response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
@@ -151,11 +134,11 @@ def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transacti
     assert [row[1] for row in rows_of(tmp_path)] == ["after"]
 
 
-def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
+def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path: Path) -> None:
     clock, later = Mock(return_value=NOW), [f"{number}" for number in range(40)]
     with serving(tmp_path, clock=clock) as client, ThreadPoolExecutor(41) as pool:
 
-        def send(event_id: str):
+        def send(event_id: str) -> Future[httpx.Response]:
             return pool.submit(client.post, "/v1/events", json=event(event_id))
 
         refuse_to_write(tmp_path, "new.id = '20'")
@@ -174,7 +157,7 @@ def test_a_commit_that_fails_takes_all_of_its_requests_and_no_other(tmp_path):
         assert counts(store(client, *retried)) == (len(retried), 0)
 
 
-def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path):
+def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path: Path) -> None:
     clock = Mock(return_value=NOW)
     with serving(tmp_path, queue_events=3, clock=clock) as client, ThreadPoolExecutor(3) as pool:
         with write_lock(tmp_path):
@@ -192,7 +175,7 @@ def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path):
         assert counts(store(client, *[event()] * 1000)) == (1000, 0)  # more than the limit, but nothing waits
 
 
-def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path):
+def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path: Path) -> None:
     properties = {f"p{number}": "\\" * 100 for number in range(50)}
     filters = {f"p{number}": ["x", "\\" * 100] if number < 49 else ["x"] for number in range(50)}
     with serving(tmp_path) as client, ThreadPoolExecutor(1) as pool:
@@ -213,7 +196,9 @@ def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path):
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 @table(("path", "body"), [("events", event()), ("events/bulk", {"events": [event()] * 3}), ("meters", meter_of()), ("features", feature_of())],
        ids=["event", "bulk", "meter", "feature"])  # fmt: skip
-def test_the_wal_is_synced_between_its_last_write_and_the_answer(tmp_path, path, body):
+def test_the_wal_is_synced_between_its_last_write_and_the_answer(
+    tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
     """Only a power cut would tell, and SIGKILL is none; so the system calls are read."""
     trace = tmp_path / "trace.txt"
     strace = [
@@ -232,13 +217,14 @@ def test_the_wal_is_synced_between_its_last_write_and_the_answer(tmp_path, path,
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, event("before"))
         tracing = subprocess.Popen([*map(str, strace), "-p", str(live.process.pid)], stderr=subprocess.PIPE, text=True)
+        assert tracing.stderr
         assert "attached" in tracing.stderr.readline()
         assert client.post(f"/v1/{path}", json=body).status_code in (201, 202)
         tracing.send_signal(signal.SIGINT)  # it lets go
         tracing.communicate(timeout=30)
     calls = trace.read_text().splitlines()
     (answer,) = [number for number, call in enumerate(calls) if re.search("HTTP/1.1 20[12]", call)]
-    wal = [re.search(r"(pwrite64|fdatasync|fsync)\(", call)[1] for call in calls[:answer] if "events.db-wal" in call]
+    wal = [re.findall(r"(pwrite64|fdatasync|fsync)\(", call)[0] for call in calls[:answer] if "events.db-wal" in call]
     assert "pwrite64" in wal
     assert wal[-1] in ("fdatasync", "fsync")
 
@@ -246,17 +232,16 @@ def test_the_wal_is_synced_between_its_last_write_and_the_answer(tmp_path, path,
 # ---------------------------------------------------------------------------------------------- a storm of kills
 
 STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "20"))
-EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
 
 
-def known_event(event_id: str) -> dict:
+def known_event(event_id: str) -> dict[str, Any]:
     """All of it follows from its id, which is a number, so that what is stored can be compared with what was sent."""
     number = int(event_id, 16)
     return event(event_id, event_name=f"name{number % 5}", external_customer_id=f"cust{number % 99}", source="storm",
                  timestamp=at(-(number % DAY_US)), properties={"id": event_id, "filler": "x" * (number % 400)})  # fmt: skip
 
 
-def known_row(event_id: str) -> tuple:
+def known_row(event_id: str) -> tuple[Any, ...]:
     """The same event as the file has it."""
     sent = known_event(event_id)
     return (1, event_id, sent["event_name"], sent["external_customer_id"], "storm",
@@ -336,16 +321,20 @@ class Sender:
     def look_up(self, event_id: str) -> None:
         assert self.request("GET", f"/v1/events/{event_id}")[0] != 404, "what was acknowledged is gone"
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, Mapping[str, str], bytes]:
+    def request(self, method: str, path: str, body: object = None) -> tuple[int | None, http.client.HTTPMessage, bytes]:
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
             try:
                 connection.request(method, path, json.dumps(body), {"x-api-key": KEY})
                 answer = connection.getresponse()
-                status, headers, content = answer.status, answer.headers, answer.read()
-            except (OSError, http.client.HTTPException):  # the server is gone, or not there yet
-                status, headers, content = None, {}, b""
-        self.outcomes[status] += 1
-        return status, headers, content
+                result: tuple[int | None, http.client.HTTPMessage, bytes] = (
+                    answer.status,
+                    answer.headers,
+                    answer.read(),
+                )
+            except (OSError, http.client.HTTPException):  # the server is gone, or does not listen yet
+                result = None, http.client.HTTPMessage(), b""
+        self.outcomes[result[0]] += 1
+        return result
 
 
 @contextmanager
@@ -401,9 +390,9 @@ def check_features(folder: Path, senders: list[Sender]) -> None:
     assert archived == {meter["name"] for meter in meters if meter["status"] == "archived"}
 
 
-def every(client, path: str) -> list[dict]:
+def every(client: httpx.Client, path: str) -> list[dict[str, Any]]:
     """All meters or features of an environment, the oldest first."""
-    found: list[dict] = []
+    found: list[dict[str, Any]] = []
     while some := client.get(f"/v1/{path}", params={"limit": 1000, "offset": len(found), "order": "asc"}).json()[
         "items"
     ]:
@@ -411,7 +400,8 @@ def every(client, path: str) -> list[dict]:
     return found
 
 
-def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, choose):
+@pytest.mark.slow
+def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path: Path, choose: random.Random) -> None:
     senders = [Sender(choose.getrandbits(64), features=0.2) for _ in range(6)]
     with sending(senders) as stop:
         for kill in range(STORM_KILLS + 1):
@@ -436,388 +426,6 @@ def test_everything_that_was_acknowledged_survives_a_storm_of_kills(tmp_path, ch
     check_features(tmp_path, senders)
 
 
-# ---------------------------------------------------------------------------------------------- a model in plain Python
-
-# What chance chooses from: few of each, so that they meet, and each with a way to go wrong.
-NASTY = ["a", "A", "\x1e", '","', "}", "b", "a::b", "::", "1::2", "é", "e\u0301", "\uffff", "😀", "\0", "a\0b", '"', "\\", "%", "' --", "a\nb", " ",
-         "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
-TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
-PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
-SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
-                           "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
-HOUR_US = 3_600_000_000
-
-# Where listings, windows and the nights on which clocks change begin and end, to the microsecond.
-BORDERS_US = [
-    NOW,
-    NOW - 7 * DAY_US,
-    *(eventstore.to_us(LEDGER_START) + hours * HOUR_US for hours in (0, 46, 47, 48, 49, 240)),
-]
-MOMENTS = st.sampled_from(
-    [eventstore.to_datetime(border + step).isoformat() for border in BORDERS_US for step in (-1, 0, 1)]
-)
-ANY_TIMES = MOMENTS | st.sampled_from(
-    ["0001-01-01T00:00:00.000001+00:00", "1969-12-31T23:59:59.999999+00:00", "9999-12-31T23:59:59.999999+00:00"]
-)
-EVENTS = st.fixed_dictionaries({
-    "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
-    "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
-    "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
-    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
-PROPERTY_FILTERS = st.dictionaries(
-    PROPERTY_NAMES, st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8), min_size=1, max_size=2
-)
-FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events are left; "" is none
-    "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
-    "source": st.sampled_from(["", "", "", "::"]), "property_filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}, optional={
-    "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
-ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
-                                "page_size": st.sampled_from([1, 2, 3, 50])})  # fmt: skip
-ENVIRONMENTS = st.sampled_from(["development", "staging"])
-METHODS = st.sampled_from(["GET", "POST"])
-METER_FIELDS = {"name": st.sampled_from(["m", "é", '"']), "event_name": st.sampled_from(["call", "call", "Call", " é "]), "field": PROPERTY_NAMES,
-                "filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}  # fmt: skip
-RESETS = st.sampled_from(["BILLING_PERIOD", "NEVER"])
-BUCKETS = {"bucket_size": st.sampled_from(["HOUR", "6HOUR", "DAY", "MONTH"]), "reset_usage": st.just("BILLING_PERIOD")}
-METERS = st.one_of(
-    st.builds(meter_of, st.sampled_from([kind for kind in AGGREGATIONS if kind != "SUM_WITH_MULTIPLIER"]), reset_usage=RESETS, **METER_FIELDS),
-    st.builds(meter_of, st.just("SUM_WITH_MULTIPLIER"), multiplier=st.sampled_from(["2.5", 3, "1e-3"]), reset_usage=RESETS, **METER_FIELDS),
-    st.builds(meter_of, st.sampled_from(["SUM", "MAX"]), **BUCKETS, **METER_FIELDS),
-    st.builds(meter_of, st.just("MAX"), group_by=PROPERTY_NAMES, **BUCKETS, **METER_FIELDS),
-)  # fmt: skip
-FEATURE_NAMES = {
-    "Tokens": "tokens",
-    "tokens!": "tokens",
-    "API calls": "api_calls",
-    "日本": "",
-    "é": "",
-}  # and their keys
-DIMENSIONS = st.lists(
-    st.sampled_from(["source", "properties.n", "properties.a.b", "external_customer_id", "feature_id"]), max_size=3
-)
-
-
-def as_sent(answered: dict) -> dict:
-    """An answered event as its sender would write it."""
-    assert datetime.fromisoformat(answered["ingested_at"]) == datetime.fromisoformat(at())
-    timestamp = datetime.fromisoformat(answered["timestamp"]).isoformat()
-    kept = {
-        name: answered[name] for name in ("event_name", "external_customer_id", "customer_id", "source", "properties")
-    }
-    return {"event_id": answered["id"], "timestamp": timestamp, **kept}
-
-
-def literally(events: Iterable[dict]) -> list[str]:
-    """As JSON, in which 1 and true are not the same."""
-    return [json.dumps(one, sort_keys=True) for one in events]
-
-
-def is_upside_down(query: dict) -> bool:
-    """Whether a range ends before it starts."""
-    return "start_time" in query and time_us(query.get("end_time", at())) < time_us(query["start_time"])
-
-
-def matches(one: dict, query: dict) -> bool:
-    """The filters and the range of a listing, by the words of SPEC 4. The times of both are written alike."""
-    end_us = time_us(query.get("end_time", at()))
-    start_us = time_us(query["start_time"]) if "start_time" in query else end_us - 7 * DAY_US
-    fields = [name for name in ("external_customer_id", "event_name", "source") if query.get(name)]
-    texts = {key: text_of(value) for key, value in one["properties"].items() if not isinstance(value, (dict, list))}
-    return (start_us <= time_us(one["timestamp"]) <= end_us and all(one[name] == query[name] for name in fields)
-            and all(texts.get(key) in values for key, values in query.get("property_filters", {}).items()))  # fmt: skip
-
-
-class Model(RuleBasedStateMachine):
-    """The server beside what it should be: for each environment a dict from an id to the event that came first."""
-
-    def __init__(self):
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.stored: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.meters: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}  # by id
-        self.features: dict[str, dict[str, dict]] = {"development": {}, "staging": {}}
-        self.walks: list[dict] = []
-        self.client = metering(Path(self.folder.name)).__enter__()
-
-    def teardown(self) -> None:
-        for environment, stored in self.stored.items():
-            found = page(self.enter(environment), "POST", **EVER, page_size=1000, order="asc")
-            in_order = sorted(stored.values(), key=place_by("timestamp"))
-            assert literally(map(as_sent, found["events"])) == literally(in_order)
-            self.list_meters_and_features(environment, "")
-        self.client.__exit__(None, None, None)
-        self.folder.cleanup()
-
-    def enter(self, environment: str) -> TestClient:
-        self.client.headers["x-api-key"] = {"development": KEY, "staging": STAGING_KEY}[environment]
-        return self.client
-
-    def note(self, environment: str, events: list[dict]) -> tuple[int, int]:
-        """What storing them should count: the first with an id stays."""
-        stored = self.stored[environment]
-        before = len(stored)
-        for one in events:
-            stored.setdefault(one["event_id"], one | {"event_name": one["event_name"].strip()})
-        return len(stored) - before, len(events) - len(stored) + before
-
-    @rule(environment=ENVIRONMENTS, sent=EVENTS, names_itself=st.booleans())
-    def send_one(self, environment, sent, names_itself):
-        response = self.enter(environment).post("/v1/events", json=sent if names_itself else sent | {"event_id": ""})
-        assert response.status_code == 202
-        stored = sent | {"event_id": response.json()["event_id"]}
-        assert not names_itself or stored == sent
-        assert counts(response) == self.note(environment, [stored])
-
-    @initialize(sent=st.lists(EVENTS, min_size=10, max_size=20), environment=ENVIRONMENTS)
-    def send_many(self, environment, sent):
-        self.send_a_batch(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=8))
-    def send_a_batch(self, environment, sent):
-        assert counts(store(self.enter(environment), *sent)) == self.note(environment, sent)
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, min_size=1, max_size=4), data=st.data())
-    def send_known_ids_with_other_content(self, environment, sent, data):
-        if known := list(self.stored[environment]):
-            again = [one | {"event_id": data.draw(st.sampled_from(known))} for one in sent]
-            assert counts(store(self.enter(environment), *again)) == (0, len(again))
-
-    @rule(environment=ENVIRONMENTS, sent=st.lists(EVENTS, max_size=4), place=st.integers(0, 4),
-          bad=st.sampled_from([{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]))  # fmt: skip
-    def send_a_batch_with_a_bad_event(self, environment, sent, place, bad):
-        sent.insert(place, event("bad") | bad)
-        refused(self.enter(environment).post("/v1/events/bulk", json={"events": sent}))
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, page_size=st.sampled_from([1, 2, 3, 50]), offset=st.integers(0, 5),
-          stranger=EVENTS, data=st.data())  # fmt: skip
-    def list_pages(self, environment, filters, page_size, offset, stranger, data):
-        """In all orders, from the start and to both sides of some places, over all time and over a part of it."""
-        known = self.stored[environment]
-        marks = data.draw(st.lists(st.sampled_from([*known.values()]), min_size=1, max_size=2)) if known else []
-        for mark, span in itertools.product([*marks, stranger], [{}, EVER]):
-            self.list_around(environment, filters | span, page_size, offset, mark)
-
-    def list_around(self, environment: str, filters: dict, page_size: int, offset: int, mark: dict) -> None:
-        known = self.stored[environment]
-        if mark["event_id"] in known:  # by its id it is found; its place in time is the one that the cursor says
-            mark = mark | {"event_name": known[mark["event_id"]]["event_name"]}
-        methods = itertools.cycle(["GET", "POST", "POST", "GET", "GET"])
-        for sort, order in itertools.product(["timestamp", "event_name"], ["asc", "desc"]):
-            query = filters | {"sort": sort, "order": order, "page_size": page_size}
-            self.check_page(environment, next(methods), query, offset=offset)
-            for side in ("iter_last_key", "iter_first_key"):
-                if sort == "event_name" and mark["event_id"] not in known:
-                    response = ask(self.enter(environment), next(methods), **query, **{side: cursor(mark)})
-                    refused(response, part="start_time" if is_upside_down(query) else side)
-                else:
-                    self.check_page(environment, next(methods), query, side, mark, offset)
-
-    def check_page(
-        self, environment: str, method: str, query: dict, side: str = "", mark: dict | None = None, offset: int = 0
-    ) -> dict | None:
-        """One page against the model: the events, their order, the cursors and the counts."""
-        sent = query | {"offset": offset, "count_total": True} | ({side: cursor(mark)} if mark else {})
-        if is_upside_down(query):
-            refused(ask(self.enter(environment), method, **sent), part="start_time")
-            return None
-        answer = page(self.enter(environment), method, **sent)
-        place, descending, size = place_by(query["sort"]), query["order"] == "desc", query["page_size"]
-        rows = sorted(
-            (one for one in self.stored[environment].values() if matches(one, query)), key=place, reverse=descending
-        )
-        after = descending is (side == "iter_first_key")  # which neighbours of the cursor are greater
-        left = (
-            [one for one in rows if (place(one) > place(mark) if after else place(one) < place(mark))]
-            if mark
-            else rows[offset:]
-        )
-        expected = left[-size:] if side == "iter_first_key" else left[:size]
-        assert literally(map(as_sent, answer.pop("events"))) == literally(expected)
-        first, last = (cursor(expected[0]), cursor(expected[-1])) if expected else (None, None)
-        assert answer == {"has_more": len(left) > size, "total_count": len(rows), "offset": None if mark else offset + size,
-                          "iter_first_key": first, "iter_last_key": last}  # fmt: skip
-        return {"events": expected, "has_more": answer["has_more"]}
-
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_to_page(self, environment, filters, order):
-        there = {one["event_id"] for one in self.stored[environment].values() if matches(one, filters)}
-        self.walks.append({"query": (environment, filters | order), "there": there, "seen": [], "mark": None})
-
-    @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
-    def go_on_paging(self, method, data, pages):
-        """In between, anything may have happened."""
-        for _ in range(pages if self.walks else 0):
-            walk = self.walks[at_ := data.draw(st.integers(0, len(self.walks) - 1))]
-            environment, query = walk["query"]
-            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
-            walk["seen"] += [one["event_id"] for one in found["events"]] if found else []
-            if found and found["has_more"]:
-                walk["mark"] = found["events"][-1]
-                continue
-            assert len(walk["seen"]) == len(set(walk["seen"]))
-            assert walk["there"] <= set(walk["seen"])
-            if not self.walks.pop(at_) or not self.walks:
-                return
-
-    @rule(environment=ENVIRONMENTS, kind=st.sampled_from(AGGREGATIONS), times=st.tuples(MOMENTS, MOMENTS),
-          narrow=st.fixed_dictionaries({"property_name": PROPERTY_NAMES}, optional={
-              "external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"), "filters": PROPERTY_FILTERS}),
-          size=st.sampled_from(["", "HOUR", "3HOUR", "DAY", "WEEK", "MONTH"]), zone=st.sampled_from(ZONES), in_buckets=st.booleans())  # fmt: skip
-    def compute_usage(self, environment, kind, times, narrow, size, zone, in_buckets):
-        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
-        if size:
-            query["bucket_size" if in_buckets and kind in ("SUM", "MAX") else "window_size"] = size
-        if kind == "SUM_WITH_MULTIPLIER":
-            query["multiplier"] = "2.5"
-        value, per_window = brute_force([*self.stored[environment].values()], kind, query)
-        answer = usage(self.enter(environment), kind, **query)
-        expected = None if "window_size" in query else pytest.approx(value, rel=1e-9, abs=1e-9)
-        assert (answer["type"], answer["value"]) == (kind, expected)
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(
-            [each for _, each in per_window], rel=1e-9, abs=1e-9
-        )
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(ANY_TIMES, ANY_TIMES))
-    def count_by_monitoring(self, environment, times):
-        start, end = sorted(times, key=time_us)
-        between = [
-            one for one in self.stored[environment].values() if matches(one, {"start_time": start, "end_time": end})
-        ]
-        expected = sum(time_us(one["timestamp"]) < time_us(end) for one in between)
-        assert monitored(self.enter(environment), start_time=start, end_time=end) == (expected, [])
-
-    @rule(environment=ENVIRONMENTS, event_id=TEXTS, is_known=st.booleans(), data=st.data())
-    def look_one_up(self, environment, event_id, is_known, data):
-        known = self.stored[environment]
-        event_id = data.draw(st.sampled_from([*known])) if known and is_known else event_id
-        response = self.enter(environment).get("/v1/events/lookup", params={"id": event_id})
-        if event_id in known:
-            assert literally([as_sent(response.json()["event"])]) == literally([known[event_id]])
-        else:
-            refused(response, 404, "not_found")
-
-    @rule(environment=ENVIRONMENTS, sent=METERS)
-    def make_a_meter(self, environment, sent):
-        self.note_meter(environment, sent, make(self.enter(environment), "meters", sent))
-
-    def note_meter(self, environment: str, sent: dict, made: dict) -> None:
-        how = {"field": None, "expression": None, "multiplier": None, "bucket_size": None, "group_by": None} | sent[
-            "aggregation"
-        ]
-        if how["multiplier"] is not None:
-            how["multiplier"] = {"2.5": "2.5", 3: "3", "1e-3": "0.001"}[how["multiplier"]]
-        expected = sent | {"aggregation": how, "event_name": sent["event_name"].strip(), "status": "published"}
-        assert made.items() >= expected.items()
-        self.meters[environment][made["id"]] = made
-
-    @rule(
-        environment=ENVIRONMENTS,
-        name=st.sampled_from([*FEATURE_NAMES]),
-        sent=METERS,
-        has_one=st.booleans(),
-        data=st.data(),
-    )
-    def make_a_feature(self, environment, name, sent, has_one, data):
-        meters, features = self.meters[environment], self.features[environment]
-        fields: dict = {"meter": sent}
-        if has_one and meters:
-            fields = {"meter_id": data.draw(st.sampled_from([*meters]))}
-        response = self.enter(environment).post("/v1/features", json=feature_of(name, **fields))
-        if "meter_id" in fields and meters[fields["meter_id"]]["status"] == "archived":
-            refused(response, part="meter_id")
-        elif (key := FEATURE_NAMES[name]) and any(
-            self.is_published(one) and one["lookup_key"] == key for one in features.values()
-        ):
-            refused(response, 409, "already_exists", key)
-        else:
-            assert response.status_code == 201, response.text
-            made = response.json()
-            assert (made["name"], made["lookup_key"], made["meter_id"]) == (name, key, made["meter"]["id"])
-            if "meter_id" in fields:
-                assert made["meter"] == meters[fields["meter_id"]]
-            else:
-                self.note_meter(environment, sent, made["meter"])
-            features[made.pop("id")] = {key: value for key, value in made.items() if key != "meter"}
-
-    @staticmethod
-    def is_published(one: dict) -> bool:
-        return one["status"] == "published"
-
-    @rule(environment=ENVIRONMENTS, is_deleted=st.booleans(), data=st.data())
-    def archive_a_meter(self, environment, is_deleted, data):
-        if known := self.meters[environment]:
-            meter_id = data.draw(st.sampled_from([*known]))
-            method, path = ("DELETE", "") if is_deleted else ("POST", "/disable")
-            assert self.enter(environment).request(method, f"/v1/meters/{meter_id}{path}").status_code == 200
-            known[meter_id]["status"] = "archived"
-
-    @rule(environment=ENVIRONMENTS, data=st.data())
-    def delete_a_feature(self, environment, data):
-        if published := {key: one for key, one in self.features[environment].items() if self.is_published(one)}:
-            feature_id = data.draw(st.sampled_from([*published]))
-            assert self.enter(environment).delete(f"/v1/features/{feature_id}").status_code == 200
-            deleted = published.pop(feature_id)
-            deleted["status"] = "archived"
-            if all(one["meter_id"] != deleted["meter_id"] for one in published.values()):
-                self.meters[environment][deleted["meter_id"]]["status"] = "archived"
-
-    @rule(environment=ENVIRONMENTS, status=st.sampled_from(["", "published", "archived"]))
-    def list_meters_and_features(self, environment, status):
-        client, meters = self.enter(environment), self.meters[environment]
-        features = [
-            {"id": key, **one, "meter": meters[one["meter_id"]]} for key, one in self.features[environment].items()
-        ]
-        for path, known in (("meters", [*meters.values()]), ("features", features)):
-            in_order = sorted(known, key=lambda one: one["id"], reverse=True)  # all are of one moment
-            expected = [one for one in in_order if status in ("", one["status"])]
-            assert listed(client, path, status=status) == expected
-        for meter_id in {*self.meters["development"], *self.meters["staging"]} - meters.keys():
-            refused(client.get(f"/v1/meters/{meter_id}"), 404, "not_found")
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), zone=st.sampled_from(ZONES), data=st.data(),
-          narrow=st.fixed_dictionaries({}, optional={"external_customer_id": st.sampled_from(["a", "é"]), "customer_id": st.just("c1"),
-                                                     "filters": PROPERTY_FILTERS, "window_size": st.sampled_from(["HOUR", "DAY", "WEEK"])}))  # fmt: skip
-    def compute_usage_of_a_meter(self, environment, times, zone, data, narrow):
-        if not self.meters[environment]:
-            return
-        meter = data.draw(st.sampled_from([*self.meters[environment].values()]))
-        query = {"start_time": min(times), "end_time": max(times), "timezone": zone, **narrow}
-        if min(times) == max(times) and meter["aggregation"]["type"] == "WEIGHTED_SUM":
-            return  # a share of nothing
-        value, per_window = usage_by_hand(meter, [*self.stored[environment].values()], query)
-        answer = metered_usage(self.enter(environment), meter["id"], **query)
-        has_value = "window_size" not in query or meter["aggregation"]["bucket_size"]
-        assert answer["value"] == (pytest.approx(value, rel=1e-9, abs=1e-9) if has_value else None)
-        assert [time for time, _ in windows_of(answer)] == [time for time, _ in per_window]
-        expected = [each for _, each in per_window]
-        assert [each for _, each in windows_of(answer)] == pytest.approx(expected, rel=1e-9, abs=1e-9)
-
-    @rule(environment=ENVIRONMENTS, times=st.tuples(MOMENTS, MOMENTS), group_by=DIMENSIONS,
-          narrow=st.fixed_dictionaries({}, optional={
-              "external_customer_id": st.sampled_from(["a", "é"]), "property_filters": PROPERTY_FILTERS, "expand": st.just(["source"]),
-              "sources": st.just(["a", "::"]), "window_size": st.sampled_from(["HOUR", "3HOUR", "DAY", "WEEK", "MONTH"])}))  # fmt: skip
-    def analyse_usage(self, environment, times, group_by, narrow):
-        """Without archived meters: the clock stands still, so nothing came before or after they were archived."""
-        query = {"start_time": min(times), "end_time": max(times), "group_by": group_by, **narrow}
-        events, meters = [*self.stored[environment].values()], self.meters[environment]
-        items = analytics(self.enter(environment), **query)
-        expected = {(meter["id"], group): item for meter in meters.values() if self.is_published(meter)
-                    for group, item in analytics_by_hand(meter, events, query).items()}  # fmt: skip
-        check_items([item for item in items if self.is_published(meters[item["meter_id"]])], query, expected)
-
-    @rule()
-    def restart(self):
-        self.client.__exit__(None, None, None)
-        self.client = metering(Path(self.folder.name)).__enter__()
-
-
-def test_whatever_is_done_to_it_the_server_answers_like_a_dict_in_plain_python(choose):
-    options = settings(max_examples=EXAMPLES, stateful_step_count=25, deadline=None, print_blob=True, report_multiple_bugs=False,
-                       suppress_health_check=list(HealthCheck))  # fmt: skip
-    run_state_machine_as_test(seed(choose.getrandbits(64))(Model), settings=options)
-
-
 # ---------------------------------------------------------------------------------------------- full disks, locks, damaged files
 
 
@@ -828,7 +436,7 @@ class Disk(NamedTuple):
 
 
 @pytest.fixture(params=["file system", "limit"])
-def disk(request, tmp_path) -> Iterator[Disk]:
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
     """A disk that can be filled and freed: a file system of 4 MB, or a limit of the server's files as they are."""
     resource = pytest.importorskip("resource", reason="Windows has neither")
     folder = tmp_path / "disk"
@@ -858,14 +466,24 @@ def disk(request, tmp_path) -> Iterator[Disk]:
         assert run("umount", "--lazy", folder).returncode == 0
 
 
-def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(tmp_path, disk):
+def take_turns(sender: Sender, status: int) -> None:
+    """Send until more than five requests got this status."""
+
+    def is_done() -> bool:
+        sender.turn()
+        return sender.outcomes[status] > 5
+
+    eventually(is_done)
+
+
+def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(tmp_path: Path, disk: Disk) -> None:
     sender = Sender(1, sizes=[1, 1, 20], patience=0)
     with Live(tmp_path, "--api-key", KEY, "--db", str(disk.folder / "events.db")) as live, live.client() as client:
         sender.port = int(live.port)
 
         def send_until(status: int) -> None:
             sender.outcomes.clear()
-            eventually(lambda: sender.turn() or sender.outcomes[status] > 5)
+            take_turns(sender, status)
 
         send_until(202)
         disk.fill(live)
@@ -882,14 +500,14 @@ def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(
     check_ledgers(disk.folder, [sender])
 
 
-def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path, disk):
+def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path: Path, disk: Disk) -> None:
     flags = ("--api-key", KEY, "--db", str(disk.folder / "events.db"))
     sender = Sender(1, sizes=[20], patience=0)
     with Live(tmp_path, *flags) as live:
         sender.port = int(live.port)
-        eventually(lambda: sender.turn() or sender.outcomes[202] > 5)
+        take_turns(sender, 202)
         disk.fill(live)
-        eventually(lambda: sender.turn() or sender.outcomes[500] > 5)
+        take_turns(sender, 500)
         assert live.stop(signal.SIGKILL) == -signal.SIGKILL
         disk.free(live)
     with Live(tmp_path, *flags) as live:
@@ -925,6 +543,7 @@ def failing(calls: str, when: str = "1+", path: Path | None = None) -> list[str]
 def failing_disk(live: Live, calls: str, when: str = "1+") -> Iterator[None]:
     command = [*failing(calls, when), "-o", os.devnull, "-p", str(live.process.pid)]
     tracing = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracing.stderr
     assert "attached" in tracing.stderr.readline()
     yield
     tracing.send_signal(signal.SIGINT)  # it lets go
@@ -932,7 +551,9 @@ def failing_disk(live: Live, calls: str, when: str = "1+") -> Iterator[None]:
 
 
 @table("calls", [WRITES, SYNCS])
-def test_a_disk_that_answers_with_an_error_is_a_500_that_claims_nothing_until_it_works_again(tmp_path, calls):
+def test_a_disk_that_answers_with_an_error_is_a_500_that_claims_nothing_until_it_works_again(
+    tmp_path: Path, calls: str
+) -> None:
     batch = [event(f"{number}", source="x" * 100) for number in range(300)]
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, event("before"))
@@ -947,7 +568,7 @@ def test_a_disk_that_answers_with_an_error_is_a_500_that_claims_nothing_until_it
     assert len(rows_of(tmp_path)) == 302
 
 
-def test_what_is_stored_after_a_failed_sync_is_whole_and_what_failed_is_gone(tmp_path):
+def test_what_is_stored_after_a_failed_sync_is_whole_and_what_failed_is_gone(tmp_path: Path) -> None:
     """The frames of the failed commit are in the WAL; shorter ones overwrite their beginning, and so all of them."""
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, event("before"))
@@ -958,7 +579,7 @@ def test_what_is_stored_after_a_failed_sync_is_whole_and_what_failed_is_gone(tmp
     assert [row[1] for row in rows_of(tmp_path)] == ["after", "before"]
 
 
-def test_a_start_writes_and_syncs_what_a_failed_sync_may_have_left_before_it_answers(tmp_path):
+def test_a_start_writes_and_syncs_what_a_failed_sync_may_have_left_before_it_answers(tmp_path: Path) -> None:
     """The WAL of a server that died right after a failed sync: this system can read it, but the disk may not have it."""
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, event("before"))
@@ -991,7 +612,9 @@ for statement in sys.argv[1:]:
 
 @table(("statement", "name"), [("INSERT INTO numbers SELECT randomblob(3000) FROM numbers", "events.db-wal"),
                                ("PRAGMA wal_checkpoint", "events.db")])  # fmt: skip
-def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(tmp_path, statement, name):
+def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(
+    tmp_path: Path, statement: str, name: str
+) -> None:
     """After a failed sync the system may take what was written for clean. So a sync that only comes again says nothing;
     that SQLite never relies on one is what this server relies on."""
     made = python("import os, sqlite3; conn = sqlite3.connect('events.db', isolation_level=None);"
@@ -1011,10 +634,13 @@ def test_sqlite_writes_again_what_it_could_not_sync_before_it_syncs_again(tmp_pa
     assert set(written) <= set(rewritten)
 
 
-def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tmp_path):
+def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eventstore, "WRITE_LOCK_TIMEOUT_S", 0.5)
     with serving(tmp_path) as client, ThreadPoolExecutor(33) as pool:
         store(client, event("before"))
-        with write_lock(tmp_path):  # longer than busy_timeout, and for more than one commit takes
+        with write_lock(tmp_path):  # for longer than a commit waits, and for more than one commit takes
             many = {"events": [event()] * 1000}
             waiting = [pool.submit(client.post, "/v1/events/bulk", json=many) for _ in range(32)]
             waiting.append(pool.submit(client.post, "/v1/events", json=event("single")))
@@ -1027,7 +653,7 @@ def test_a_lock_of_another_process_is_a_503_for_all_that_wait_and_reads_go_on(tm
         assert ids(client) == ["before", "after"]
 
 
-def killed_with(folder: Path, *batches: list[dict]) -> None:
+def killed_with(folder: Path, *batches: list[dict[str, Any]]) -> None:
     """A server that stored the batches and was killed; the first is in the file, the others only in its WAL."""
     with Live(folder, "--api-key", KEY) as live, live.client() as client:
         for number, batch in enumerate(batches):
@@ -1038,7 +664,7 @@ def killed_with(folder: Path, *batches: list[dict]) -> None:
         assert live.stop(signal.SIGKILL) == -signal.SIGKILL
 
 
-def batch_of(name: str) -> list[dict]:
+def batch_of(name: str) -> list[dict[str, Any]]:
     return [event(f"{name}{number}") for number in range(20)]
 
 
@@ -1051,14 +677,14 @@ def ids_after_a_restart(folder: Path) -> list[str]:
     return found
 
 
-def test_without_its_wal_the_file_has_what_was_checkpointed(tmp_path):
+def test_without_its_wal_the_file_has_what_was_checkpointed(tmp_path: Path) -> None:
     killed_with(tmp_path, batch_of("a"), batch_of("b"))
     (tmp_path / "events.db-wal").unlink()
     assert ids_after_a_restart(tmp_path) == sorted(one["event_id"] for one in batch_of("a"))
 
 
 @table("share", [0.2, 0.5, 0.8, 0.99])
-def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp_path, share):
+def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp_path: Path, share: float) -> None:
     names = "abcdefgh"
     killed_with(tmp_path, *map(batch_of, names))
     wal = tmp_path / "events.db-wal"
@@ -1071,14 +697,14 @@ def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp
 
 def refused_to_start(folder: Path, *prefix: str) -> str:
     """The one line with which the server says why it does not start."""
-    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder, timeout=10)
+    done = run(*prefix, *SCRIPT, "serve", "--port", "0", cwd=folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: .+\n", done.stderr)
     return done.stderr
 
 
 @table("share", [0.01, 0.5, 0.99])
-def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path, share):
+def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path: Path, share: float) -> None:
     with serving(tmp_path) as client:
         store(client, *[event()] * 1000)
     file = tmp_path / "events.db"
@@ -1088,8 +714,8 @@ def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path, share):
     assert file.read_bytes() == before
 
 
-def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_nothing(tmp_path):
-    prefix = ()
+def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_nothing(tmp_path: Path) -> None:
+    prefix: tuple[str, ...] = ()
     if is_root:  # root writes into any file, unless that right is taken from it
         prefix = ("setpriv", "--bounding-set=-dac_override")
         if not (shutil.which("setpriv") and run(*prefix, "true").returncode == 0):
@@ -1113,7 +739,7 @@ def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_
 
 
 @table("name", ["events.db", "events.db-wal"])
-def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back(tmp_path, name):
+def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back(tmp_path: Path, name: str) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, event("a"))
         (tmp_path / name).rename(tmp_path / "elsewhere")
@@ -1127,7 +753,7 @@ def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back
     assert [row[1] for row in rows_of(tmp_path)] == ["a", "b"]
 
 
-def test_a_wal_that_is_removed_under_the_server_is_written_to_the_file_when_it_stops(tmp_path):
+def test_a_wal_that_is_removed_under_the_server_is_written_to_the_file_when_it_stops(tmp_path: Path) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, *batch_of("a"))
         (tmp_path / "events.db-wal").unlink()
@@ -1143,10 +769,10 @@ def peak_memory_bytes(live: Live) -> int:
     status = Path(f"/proc/{live.process.pid}/status")
     if not status.exists():
         pytest.skip("only Linux says how much memory another process took")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
-def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path):
+def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path: Path) -> None:
     """150 requests of 1 MiB, of which 16 MiB may be held, while nothing can be written."""
     large = {"filler": "x" * 2**20}
     with Live(tmp_path, "--api-key", KEY, "--queue-bytes", str(2**24)) as live, live.client() as client:
@@ -1172,7 +798,7 @@ def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path):
         assert live.stop() == 0
 
 
-def request_on(live: Live, one: dict) -> httpx.Response:
+def request_on(live: Live, one: dict[str, Any]) -> httpx.Response:
     """An event sent by a client that takes no longer to make than its request."""
     body = json.dumps(one).encode()
     with live.connect() as sock:
@@ -1181,7 +807,7 @@ def request_on(live: Live, one: dict) -> httpx.Response:
 
 
 @pytest.fixture
-def many_files():
+def many_files() -> Iterator[Any]:
     """This process may open the files of a few thousand connections."""
     resource = pytest.importorskip("resource", reason="Windows has no such limit")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1192,7 +818,7 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path, many_files):
+def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path: Path, many_files: Any) -> None:
     few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$0" "$@"')  # what the server is given, not what it may ask for
     with ExitStack() as stack:
         live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=[*few_files, *SCRIPT]))
@@ -1231,9 +857,11 @@ def threads_and_files(live: Live) -> tuple[int, int]:
     return len(list(counted[0].iterdir())), len(list(counted[1].iterdir()))
 
 
-def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(tmp_path, many_files):
+def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(
+    tmp_path: Path, many_files: Any
+) -> None:
     with ExitStack() as stack:
-        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(3), PYTHONPATH=str(ROOT)))
+        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)))
         client = stack.enter_context(live.client())
         store(client, event("before"))
         threads, files = threads_and_files(live)
@@ -1246,20 +874,21 @@ def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_c
         assert (live.stop(), live.log) == (0, "")
 
 
-def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
+def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path: Path) -> None:
     one = posting(BODY)
     with (
-        Live(tmp_path, "--api-key", KEY, command=limited_to(1), PYTHONPATH=str(ROOT)) as live,
-        live.connect() as idle,
+        Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)) as live,
         live.connect() as slow,
+        live.connect() as idle,
         live.connect() as half,
         live.connect() as later_half,
         live.connect() as silent,
     ):
+        slow.sendall(one[:-10])  # its headers are there
         for sock in (idle, later_half):
             sock.sendall(one)
+        for sock in (idle, later_half):
             assert answer_on(sock).status_code == 202
-        slow.sendall(one[:-10])  # its headers are there
         for sock in (half, later_half):
             sock.sendall(one[:30])
         assert [sock.recv(1) for sock in (half, later_half, silent)] == [b""] * 3
@@ -1271,7 +900,9 @@ def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path):
         assert live.stop() == 0
 
 
-def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(client, monkeypatch):
+def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(eventstore, "MAX_PAGE_BYTES", 100_000)
     sizes = [20_000] * 10 + [150_000] + [10] * 40 + [60_000, 60_000]
     sent = [
@@ -1281,7 +912,9 @@ def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(clien
         store(client, one)
     expected = [one["event_id"] for one in sent]
     for order, by_cursor in itertools.product(("asc", "desc"), (True, False)):
-        query, found, pages = {"order": order, "page_size": 50, **EVER}, [], []
+        query: Json = {"order": order, "page_size": 50, **EVER}
+        found: list[str] = []
+        pages: list[Json] = []
         while not pages or pages[-1]["has_more"]:
             pages.append(page(client, "POST", **query))
             found += [one["id"] for one in pages[-1]["events"]]
@@ -1296,7 +929,7 @@ def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(clien
     assert usage(client, "COUNT_UNIQUE", property_name="p", **EVER)["value"] == 4
 
 
-def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path):
+def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path: Path) -> None:
     over, overlaps = threading.Event(), []
 
     def read_in_turns() -> None:
@@ -1324,7 +957,9 @@ def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_
     assert len(rows_of(tmp_path)) == 30_000
 
 
-def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_than_proxies_keep_one(tmp_path):
+def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_than_proxies_keep_one(
+    tmp_path: Path,
+) -> None:
     with Live(tmp_path, "--api-key", KEY, "--keep-alive-s", "1") as live, live.connect() as sock:
         sock.sendall(posting(BODY))
         assert answer_on(sock).status_code == 202
@@ -1338,7 +973,7 @@ def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_th
 
 
 @table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path, number):
+def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path: Path, number: Any) -> None:
     def takes_no_more() -> bool:
         try:
             live.connect().close()
@@ -1362,10 +997,9 @@ def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path,
 
 
 @table("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
-    with closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    command = [*SCRIPT, "serve", "--port", str(port)]
+def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path: Path, number: Any) -> None:
+    port = free_port()
+    command = [*map(str, SCRIPT), "serve", "--port", str(port)]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
 
         def answers() -> bool:
@@ -1378,7 +1012,10 @@ def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path, number):
         assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
 
 
-def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within_ten_seconds(tmp_path, choose):
+@pytest.mark.slow
+def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within_ten_seconds(
+    tmp_path: Path, choose: random.Random
+) -> None:
     senders = [Sender(choose.getrandbits(64), patience=0) for _ in range(8)]
     body = json.dumps(event("slow")).encode()
     with (
@@ -1394,7 +1031,7 @@ def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within
         for sender in senders:
             sender.port = int(live.port)
         with sending(senders) as stop:
-            eventually(lambda: all(len(sender.acknowledged) > 100 for sender in senders))
+            eventually(lambda: all(len(sender.acknowledged) > 30 for sender in senders))
             live.process.send_signal(signal.SIGTERM)
             assert live.process.wait(10) == 0
             stop()
@@ -1408,7 +1045,8 @@ def test_a_signal_under_load_loses_nothing_that_was_acknowledged_and_ends_within
     check_ledgers(tmp_path, senders)
 
 
-def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path):
+@pytest.mark.slow
+def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_within_ten_seconds(tmp_path: Path) -> None:
     body = json.dumps(event()).encode()
     with (
         Live(tmp_path, "--api-key", KEY, "--queue-events", "1") as live,
@@ -1501,7 +1139,8 @@ def is_feature(sent):
 '''
 
 
-def test_schemathesis_finds_no_failure(tmp_path):
+@pytest.mark.slow
+def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
     with Live(tmp_path / "server", "--api-key", KEY) as live:
         command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
@@ -1512,5 +1151,5 @@ def test_schemathesis_finds_no_failure(tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in live.log
-    tested = len(openapi.openapi_document([*eventstore.own_operations(), *OPERATIONS])["paths"])
-    assert int(re.search(r"Tested: (\d+)", done.stdout)[1]) >= tested, done.stdout
+    tested = len(openapi.openapi_document([*eventstore.OPERATIONS, *OPERATIONS])["paths"])
+    assert int(re.findall(r"Tested: (\d+)", done.stdout)[0]) >= tested, done.stdout

@@ -1,0 +1,281 @@
+"""One event as files hold it: a JSON object, or a row of CSV or Parquet. Its columns, its checks, its errors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from eventstore import (
+    ENCODER,
+    EVENT,
+    MAX_TIME_US,
+    MEMBERS,
+    MIN_TIME_US,
+    ApiError,
+    EventIn,
+    Faults,
+    FieldError,
+    IdMaker,
+    Row,
+    check_properties,
+    decode,
+    decode_fields,
+    event_row,
+    parse_time,
+    quoted,
+    raise_fault,
+    to_datetime,
+)
+
+__all__ = [
+    "EXPORTED_COLUMNS", "PROPERTY_PREFIX", "Entry", "ExportedEvent", "InputError", "TableRow", "check_columns",
+    "entry_row", "exported_event", "shown_content",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------- exported events
+
+
+class ExportedEvent(Struct):
+    """An event in the form that NDJSON, `replay` and POST /v1/events/bulk use (API: Sending events)."""
+
+    event_name: str
+    event_id: str
+    external_customer_id: str
+    customer_id: str
+    source: str
+    timestamp: datetime
+    properties: Raw
+
+
+def exported_event(row: Row) -> ExportedEvent:
+    """Return the event of a stored row. Line breaks between its properties' tokens are removed: one event, one line."""
+    properties = row.properties.encode()
+    if b"\n" in properties or b"\r" in properties:
+        properties = msgspec.json.format(properties, indent=-1)  # keeps digits and escapes as they were sent
+    return ExportedEvent(row.event_name, row.id, row.external_customer_id, row.customer_id, row.source,
+                         to_datetime(row.timestamp_us), Raw(properties))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- entries and errors
+
+
+class TableRow(Struct, omit_defaults=True):
+    """A row of a table with typed columns. Times are microseconds since 1970, or text.
+
+    A Parquet row without an event_id gets a hash of this struct's JSON as its id. If the fields had other names or
+    another order, a file that is imported again would be stored twice.
+    """
+
+    event_name: str | None = None
+    external_customer_id: str | None = None
+    event_id: str | None = None
+    customer_id: str | None = None
+    source: str | None = None
+    timestamp: int | str | None = None
+    ingested_at: int | str | None = None
+    properties: str | None = None  # JSON text
+    members: Raw = Raw()  # properties that are an object in the file, not JSON text
+    named: Raw = Raw()  # the columns `properties.NAME`, as one object
+
+
+Content = bytes | dict[str, str] | TableRow  # JSON; the non-empty cells of a CSV row by column; a row of Parquet
+
+
+class Entry(NamedTuple):
+    """One event of a file, before it is checked."""
+
+    number: int  # of the line or row, from 1
+    content: Content
+    problem: str = ""  # why the content cannot be an event
+    array_index: int | None = None  # in the file's JSON array, from 0
+    unit: str = "line"  # or "row": what `number` counts
+
+    @property
+    def location(self) -> str:
+        return f":{self.number}" if self.unit == "line" else f": row {self.number}"
+
+
+class InputError(Exception):
+    """The import cannot continue beyond `location`, which is text to append to the file's name."""
+
+    def __init__(self, location: str | int | None, problem: str) -> None:
+        """An integer location is the number of a line; None stands for the whole file."""
+        super().__init__(problem)
+        self.location = f":{location}" if isinstance(location, int) else location or ""
+
+
+# ---------------------------------------------------------------------------------------------- columns
+
+PROPERTY_PREFIX = "properties."
+EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id", "environment")  # only exports have these
+_KNOWN_COLUMNS = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
+
+
+def check_columns(columns: list[str], line: int | None = None) -> None:
+    """Check the column names in a CSV file's header, or in a Parquet schema if line is None. Raises InputError."""
+    table = "the header" if line else "the schema"
+    unknown = [name for name in columns if name not in _KNOWN_COLUMNS and not _is_property(name)]
+    missing = [name for name in ("event_name", "external_customer_id") if name not in columns]
+    twice = [name for name, number in Counter(columns).items() if number > 1]
+    if {"id", "event_id"} <= {*columns}:
+        twice.append("id and event_id")
+    if line and len(unknown) == len(columns):
+        start = quoted(_printable(",".join(columns))[:40])
+        problem = f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
+    elif unknown:
+        names, known = ", ".join(map(quoted, unknown[:10])), ", ".join(_KNOWN_COLUMNS)
+        problem = f"{table} has unknown columns: {names}; known are {known}, properties.NAME"
+    elif missing:
+        problem = f"{table} has no column {missing[0]}"
+    elif twice:
+        problem = f"{table} has the column {twice[0]} twice"
+    else:
+        return
+    raise InputError(line, problem)
+
+
+def _is_property(column: str) -> bool:
+    return column.startswith(PROPERTY_PREFIX) and column != PROPERTY_PREFIX
+
+
+def _printable(text: str) -> str:
+    """Replace the bytes that are not UTF-8, which reading a CSV file escaped."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------- an entry's event
+
+
+def entry_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Row:
+    """Return the row to store for an entry, with 0 as its environment. Raises ApiError listing all its faults."""
+    if entry.problem:
+        raise_fault(entry.unit, "invalid_format", entry.problem)
+    columns = None
+    if isinstance(entry.content, bytes):
+        event = decode_fields(EVENT, entry.content, faults)
+        if not entry.content.startswith(b"{"):
+            faults.raise_any()
+    else:
+        columns = _csv_row(entry.content) if isinstance(entry.content, dict) else entry.content
+        event = _table_event(columns)
+    event.event_id = event.event_id or _content_id(entry)
+    row = event_row(event, 0, now, make_id, faults)
+    if columns:
+        row = _with_times(row, columns, faults)
+    faults.raise_any()
+    return row
+
+
+def _content_id(entry: Entry) -> str:
+    """Make the id of an event without one. Importing the same file again makes the same ids."""
+    content = entry.content if isinstance(entry.content, bytes) else ENCODER.encode(entry.content)
+    number = entry.number if entry.array_index is None else entry.array_index
+    return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
+
+
+_TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
+_SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
+
+
+def _csv_row(cells: dict[str, str]) -> TableRow:
+    """Sort the cells of a CSV row into the fields of TableRow. Raises ApiError if a cell is not UTF-8."""
+    try:
+        "".join(cells.values()).encode()
+    except UnicodeEncodeError:
+        raise_fault("line", "invalid_format", "is not UTF-8")
+    row = TableRow()
+    for name in cells.keys() & _TABLE_FIELDS:
+        setattr(row, name, cells[name])
+    named = {name.removeprefix(PROPERTY_PREFIX): cell for name, cell in cells.items() if _is_property(name)}
+    row.named = Raw(ENCODER.encode(named) if named else b"")
+    if "id" in cells:  # FlexPrice's own table, whose times are UTC but do not say so
+        row.event_id = cells["id"]
+        row.timestamp, row.ingested_at = _with_zone(row.timestamp), _with_zone(row.ingested_at)
+    return row
+
+
+def _with_zone(text: Any) -> Any:
+    match = _SPACED_TIME.fullmatch(text or "")
+    return f"{match[1]}T{match[2]}Z" if match else text
+
+
+_NULL = Raw(b"null")
+
+
+def _table_event(row: TableRow) -> EventIn:
+    """Return the event of a table's row, without its times. Raises ApiError if a property has two values."""
+    properties = row.properties.encode() if row.properties else bytes(row.members)
+    named: dict[str, Raw] = MEMBERS.decode(row.named) if row.named else {}
+    if named := {name: value for name, value in named.items() if value != _NULL}:
+        properties = _merged_properties(properties, named)
+    return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
+                   Raw(properties))  # fmt: skip
+
+
+def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
+    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value for one."""
+    try:
+        members = MEMBERS.decode(check_properties(properties))
+    except FieldError:
+        return properties  # event_row() finds the same fault and reports it
+    for name in sorted(named.keys() & members.keys()):
+        if not _is_same_value(named[name], members[name]):
+            raise_fault(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
+    if named.keys() <= members.keys():
+        return properties  # unchanged, including its white space
+    return ENCODER.encode(members | named | members)
+
+
+def _is_same_value(left: Raw, right: Raw) -> bool:
+    """Compare two JSON values; an integer and a float are equal if they are the same double."""
+    values = msgspec.json.decode(left), msgspec.json.decode(right)
+    if {*map(type, values)} == {int, float}:
+        return float(values[0]) == float(values[1])
+    return bool(values[0] == values[1])
+
+
+def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
+    """Put the times of a table's row into the row to store, which has the time of the import in both places."""
+    timestamp_us = faults.check("timestamp", _time_us, columns.timestamp)
+    ingested_at_us = faults.check("ingested_at", _time_us, columns.ingested_at)
+    if timestamp_us is None or timestamp_us == MIN_TIME_US:  # Go's zero time counts as absent
+        timestamp_us = row.timestamp_us
+    if ingested_at_us is None:
+        ingested_at_us = row.ingested_at_us
+    return Row(*row[:-3], timestamp_us, ingested_at_us, row.properties)  # takes half the time of _replace()
+
+
+def _time_us(value: int | str) -> int:
+    """Return a table's time in microseconds since 1970. Raises FieldError."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if not MIN_TIME_US <= value <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- rejected entries
+
+_ANY_JSON = msgspec.json.Decoder(Raw)
+
+
+def shown_content(content: Content) -> Any:
+    """Return an entry's content for the file of rejects: as JSON, or as text if it is not JSON."""
+    if isinstance(content, dict):
+        return {column: _printable(cell) for column, cell in content.items()}
+    if isinstance(content, TableRow):
+        times = {name: to_datetime(time) for name in ("timestamp", "ingested_at")
+                 if isinstance(time := getattr(content, name), int) and MIN_TIME_US <= time <= MAX_TIME_US}  # fmt: skip
+        return replace(content, **times)
+    try:
+        decode(_ANY_JSON, content)
+        return Raw(msgspec.json.format(content, indent=-1))
+    except (ApiError, RecursionError, msgspec.DecodeError):
+        return content.decode(errors="replace")

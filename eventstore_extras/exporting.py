@@ -1,0 +1,196 @@
+"""The command `eventstore export`: write stored events as NDJSON, CSV, rows for ClickHouse, or Parquet."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import BinaryIO, cast
+
+import msgspec
+
+from eventstore import ENCODER, AddFlag, Row, StartError, list_events, plural, say, to_datetime
+from eventstore_extras.entries import ExportedEvent, exported_event
+from eventstore_extras.files import explain_missing_parquet, progress_bar, whole_file
+from eventstore_extras.job import run_job
+from eventstore_extras.stored import add_filter_flags, flag_query, no_events_hint, open_stored, stored_events
+
+__all__ = ["add_flags", "run"]
+
+# ---------------------------------------------------------------------------------------------- formats
+
+_Pages = Iterator[list[Row]]
+_Write = Callable[[_Pages, BinaryIO], None]
+
+
+def _ndjson_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_ndjson_lines)
+
+
+def _page_writer(encode: Callable[[list[Row]], bytes], header: bytes = b"") -> _Write:
+    """Return a function that writes a header, then each page as encode() encodes it."""
+
+    def write(pages: _Pages, output: BinaryIO) -> None:
+        output.write(header)
+        output.writelines(map(encode, pages))
+
+    return write
+
+
+def _ndjson_lines(rows: list[Row]) -> bytes:
+    return ENCODER.encode_lines(map(exported_event, rows))
+
+
+def _csv_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_csv_lines, header=",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
+
+
+def _csv_lines(rows: list[Row]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")  # with "\n" the writer would not quote a cell's lone \r
+    for row in rows:
+        time_text = msgspec.to_builtins(to_datetime(row.timestamp_us))
+        writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
+                         row.properties])  # fmt: skip
+    return text.getvalue().encode()
+
+
+def _clickhouse_writer(arguments: argparse.Namespace) -> _Write:
+    """Write JSONEachRow for FlexPrice's own ClickHouse table `events`."""
+
+    def milliseconds(time_us: int) -> str:
+        return to_datetime(time_us).replace(tzinfo=None).isoformat(" ", "milliseconds")
+
+    def encode(rows: list[Row]) -> bytes:
+        return ENCODER.encode_lines(
+            {
+                "id": row.id,
+                "tenant_id": arguments.tenant_id,
+                "environment_id": arguments.environment,
+                "external_customer_id": row.external_customer_id,
+                "event_name": row.event_name,
+                "customer_id": row.customer_id,
+                "source": row.source,
+                "timestamp": milliseconds(row.timestamp_us),
+                "ingested_at": milliseconds(row.ingested_at_us),
+                "properties": row.properties,
+            }
+            for row in rows
+        )
+
+    return _page_writer(encode)
+
+
+def _parquet_writer(arguments: argparse.Namespace) -> _Write:
+    with explain_missing_parquet():
+        from eventstore_extras import parquet  # noqa: PLC0415 - only the extra `parquet` has its library
+    return parquet.parquet_writer(arguments.environment, arguments.property_columns, arguments.output)
+
+
+_WRITERS: dict[str, Callable[[argparse.Namespace], _Write]] = {
+    "ndjson": _ndjson_writer,
+    "csv": _csv_writer,
+    "clickhouse": _clickhouse_writer,
+    "parquet": _parquet_writer,
+}
+
+
+def _writer(arguments: argparse.Namespace) -> _Write:
+    """Return the function that writes the chosen format. Raises StartError if a flag does not fit the format."""
+    named_parquet = (arguments.output or "").endswith((".parquet", ".parquet.gz"))
+    form = arguments.format or ("parquet" if named_parquet else "ndjson")
+    if (form == "clickhouse") is not bool(arguments.tenant_id):
+        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    if arguments.property_columns and form != "parquet":
+        raise StartError("--properties-column goes with --format parquet: the other formats have no typed columns")
+    return _WRITERS[form](arguments)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def _export_events(arguments: argparse.Namespace) -> int:
+    """Write the events that the flags choose. Raises StartError, StopError."""
+    started_s = time.monotonic()
+    query, write = flag_query(arguments), _writer(arguments)
+    done = 0
+
+    def pages() -> _Pages:
+        nonlocal done
+        for page in stored_events(conn, query):
+            yield [row for _, row in page]
+            done += len(page)
+            advance(len(page))
+
+    with closing(open_stored(arguments.db)) as conn, _open_output(arguments.output, arguments.db) as output:
+        among_data = arguments.output is None
+        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
+            write(pages(), output)
+        hint = "" if done else no_events_hint(conn, arguments.environment)
+    say(f"exported {plural(done, 'event')}; {time.monotonic() - started_s:.1f} s{hint}")
+    return 0
+
+
+@contextmanager
+def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
+    """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
+    if path is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    path = os.path.realpath(path)
+    _check_output(path, db)
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
+def _check_output(path: str, db: str) -> None:
+    """Raise StartError if the path is the database, or cannot be written."""
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
+        raise StartError(f"--output {path} is the database, or not a regular file: name another one")
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        raise StartError(f"--output {path}: the folder {folder} does not exist: make it, or name another file")
+    if not os.access(folder, os.W_OK):
+        raise StartError(f"--output {path}: the folder {folder} cannot be written: allow it, or name another file")
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+_COLUMN_TYPES = ("string", "float64", "int64", "bool")
+
+
+def add_flags(_: str, add: AddFlag) -> None:
+    """Add the flags of `export`."""
+    add_filter_flags(add)
+    add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
+        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
+    add("--tenant-id", help="for --format clickhouse")
+    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
+        default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
+        f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
+    add("-o", "--output", metavar="FILE", help="file to write, instead of standard output; a name that ends in .gz "
+        "compresses")  # fmt: skip
+
+
+def _property_column(text: str) -> tuple[str, str]:
+    name, _, kind = text.rpartition(":")
+    if not name or kind not in _COLUMN_TYPES:
+        types = ", ".join(_COLUMN_TYPES)
+        raise argparse.ArgumentTypeError(f"must look like tokens:float64, TYPE one of {types}; got {text!r}")
+    return name, kind
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `eventstore export` and return its exit status. Raises StartError."""
+    return run_job(_export_events, arguments)

@@ -1,0 +1,298 @@
+"""The command `eventstore replay`: send stored events once, with filters, to FlexPrice or another eventstore.
+
+A replay first sends the events that exist, oldest first, and then those that arrived meanwhile. It keeps its progress
+in a file, so that the same command continues where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import msgspec
+from msgspec.structs import replace
+
+from eventstore import (
+    EVENT_FILTERS,
+    MAX_BATCH,
+    AddFlag,
+    Cursor,
+    EventQuery,
+    all_of,
+    in_range,
+    list_events,
+    matching,
+    plural,
+    positive,
+    quoted,
+    say,
+)
+from eventstore_extras.files import progress_bar
+from eventstore_extras.job import StopError, run_job, until_sigterm
+from eventstore_extras.sending import (
+    Answer,
+    Batch,
+    Key,
+    Outcome,
+    Progress,
+    ProgressFile,
+    Sender,
+    Target,
+    Throttle,
+    arrived_rows,
+    batches,
+    bulk_url,
+    find_key,
+    newest_seq,
+    progress_path,
+    require_httpx,
+    resume_progress,
+    target_url,
+)
+from eventstore_extras.stored import StoredRow, add_filter_flags, flag_query, no_events_hint, open_stored, stored_events
+
+__all__ = ["add_flags", "run"]
+
+_SAY_INTERVAL_S = 30.0  # between two lines that say why requests are sent again
+_START_OVER = "with --restart all events are sent again, which does no harm"
+
+
+class ReplayProgress(Progress, kw_only=True):
+    filters: dict[str, str | None]
+    seq: int = msgspec.field(name="arrived")  # the newest event when the replay began, until the first pass is complete
+    cursor: Cursor | None = None  # every event up to it in order of time is accepted
+    is_caught_up: bool = False  # the first pass is complete: only events that arrived after `seq` remain
+
+    def advance(self, last: StoredRow) -> None:
+        if self.is_caught_up:
+            super().advance(last)
+        else:
+            self.last_seq, row = last
+            self.last_id = row.id
+            self.cursor = Cursor(row.timestamp_us, row.id)
+
+    @property
+    def position(self) -> str:
+        cursor = self.cursor.text if self.cursor else "at the start"
+        return f"cursor {cursor}{f', row {self.seq}' if self.is_caught_up else ''}"
+
+
+# ---------------------------------------------------------------------------------------------- passes
+
+
+def _arrived_pages(conn: sqlite3.Connection, query: EventQuery, after: int, through: int) -> Iterator[list[StoredRow]]:
+    """Yield the matching events that arrived after one seq, through another, in order of arrival."""
+    while True:
+        page = arrived_rows(conn, all_of([matching(query), in_range(query)]), after, through)
+        if not page:
+            return
+        yield page
+        after = page[-1][0]
+
+
+def _passes(
+    conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress
+) -> Iterator[Iterator[list[StoredRow]]]:
+    """Yield the passes that remain, each as pages of events, and record in the progress when a pass is complete.
+
+    The first pass sends the existing events in order of time. The second one sends the events that arrived since the
+    replay began, because they may be older than the cursor.
+    """
+    if not progress.is_caught_up:
+        yield stored_events(conn, replace(query, after=progress.cursor))
+    progress.is_caught_up = True
+    newest = newest_seq(conn)
+    yield _arrived_pages(conn, query, progress.seq, newest)
+    progress.seq = newest
+
+
+def _events_left(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress) -> int | None:
+    """Count the events of the first pass, for the progress bar. Counting those of the second one would take long."""
+    if progress.is_caught_up:
+        return None
+    start_us = progress.cursor.timestamp_us if progress.cursor else query.start_us
+    return list_events(conn, replace(query, start_us=start_us)).total_count or 0
+
+
+# ---------------------------------------------------------------------------------------------- sending
+
+
+class _FailedError(Exception):
+    """A part of a batch was refused, or sending it was given up."""
+
+    def __init__(self, problem: str, part: Batch | None = None) -> None:
+        super().__init__(problem)
+        self.part = part
+
+
+def _same_command(arguments: argparse.Namespace) -> str:
+    return f"the same command{' without --restart' if arguments.restart else ''}"
+
+
+class _Replay:
+    """Sends batches, several at a time, and tracks the position up to which all of them are accepted."""
+
+    def __init__(self, arguments: argparse.Namespace, file: ProgressFile[ReplayProgress]) -> None:
+        self._arguments = arguments
+        self._file = file
+        self._progress = file.progress
+        self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
+        self._success_s = time.monotonic()  # when a part was last accepted
+        self._notices = Throttle(_SAY_INTERVAL_S)
+        self.sent = self.accepted = self.retried = self.duplicates = 0
+
+    async def _wait(self, answer: Answer, waits: int) -> None:
+        """Wait before a request is sent again. Raises _FailedError to give up."""
+        if answer.outcome is Outcome.BLOCKED:
+            raise _FailedError(answer.problem)
+        backoff_s, limit_s = answer.backoff_s(waits), self._arguments.give_up_after_s
+        if time.monotonic() + backoff_s - self._success_s > limit_s:
+            given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
+            raise _FailedError(f"{given_up}: {answer.problem}")
+        self.retried += 1
+        if self._notices.allows():
+            say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        await asyncio.sleep(backoff_s)
+
+    async def _send(self, sender: Sender, batch: Batch) -> None:
+        """Send a batch until all of it is accepted. Raises _FailedError."""
+        self.sent += len(batch.rows)
+        while batch.rows:
+            part, answer = await sender.send_head(batch)
+            if answer.outcome is not Outcome.ACCEPTED:
+                raise _FailedError(answer.problem, part)
+            self._success_s = time.monotonic()
+            self.accepted += len(part.rows)
+            self.duplicates += answer.duplicates
+            batch = batch.part(len(part.rows))
+
+    def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
+        rows = (failure.part or batch).rows
+        ids = f"from {quoted(rows[0][1].id)} to {quoted(rows[-1][1].id)}"
+        failed = f"this is the batch of {plural(len(rows), 'event')} {ids}"
+        accepted = f"everything before it is accepted ({self._progress.position})"
+        advice = f"correct this, then {_same_command(self._arguments)} continues from there"
+        return StopError(f"{failure}; {failed}; {accepted}; {advice}")
+
+    async def _finish_oldest(self) -> int:
+        """Wait for the oldest batch, advance the progress past it, and return how many events it had."""
+        batch, task = self._pending[0]
+        try:
+            await task
+        except _FailedError as failure:
+            raise self._stop_error(failure, batch) from None
+        self._pending.popleft()
+        self._progress.accepted += len(batch.rows)
+        self._progress.advance(batch.rows[-1])
+        if self._file.is_due():
+            self._file.save()
+        return len(batch.rows)
+
+    async def _cancel_pending(self) -> None:
+        tasks = [task for _, task in self._pending]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def run(
+        self, conn: sqlite3.Connection, query: EventQuery, key: Key, advance: Callable[[int], object]
+    ) -> None:
+        """Send everything that remains. Raises StopError if events are refused, or if none are accepted for long."""
+        concurrency = self._arguments.concurrency
+        async with Target(self._progress.target, key, "--to", concurrency) as target:
+            sender = Sender(target, self._wait)
+            try:
+                for pages in _passes(conn, query, self._progress):
+                    for batch in batches(pages, self._arguments.batch_size):
+                        if len(self._pending) == concurrency:
+                            advance(await self._finish_oldest())
+                        self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
+                    while self._pending:
+                        advance(await self._finish_oldest())
+            finally:
+                await self._cancel_pending()
+                if self._progress.accepted or self._file.path.exists():
+                    self._file.save()
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def _open_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, url: str) -> ProgressFile[ReplayProgress]:
+    """Return the progress of an earlier run of the same replay, or a new one. Raises StartError."""
+    environment = arguments.environment
+    filters = {name: getattr(arguments, name) for name in EVENT_FILTERS}
+    path = progress_path(arguments.db, "replay", [url, environment, filters])
+    new = ReplayProgress(target=url, environment=environment, filters=filters, seq=newest_seq(conn))
+    if arguments.restart:
+        return ProgressFile(path, new)
+    file = resume_progress(conn, path, new, _START_OVER)
+    if accepted := file.progress.accepted:
+        before = f"{plural(accepted, 'event')} were accepted before (--restart starts over)"
+        say(f"continuing at {file.progress.position}: {before}")
+    return file
+
+
+def _dry_run(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress, batch_size: int) -> str:
+    """Say what a replay would send."""
+    remaining = (batches(pages, batch_size) for pages in _passes(conn, query, progress))
+    sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(remaining)]
+    would = f"would send {plural(sum(sizes), 'event')} in {plural(len(sizes), 'request')}"
+    elsewhere = "" if sizes else no_events_hint(conn, progress.environment)
+    return f"{would} to {bulk_url(progress.target)}; nothing was sent{elsewhere}"
+
+
+def _replay_events(arguments: argparse.Namespace) -> int:
+    """Run the command and return 0. Raises StartError, or StopError if it stops before the end."""
+    started_s = time.monotonic()
+    url, query = target_url(arguments.to, "--to"), flag_query(arguments)
+    require_httpx("replay")
+    with closing(open_stored(arguments.db)) as conn:
+        file = _open_progress(arguments, conn, url)
+        if arguments.dry_run:
+            say(_dry_run(conn, query, file.progress, arguments.batch_size))
+            return 0
+        sources = {"--api-key": arguments.api_key, "FLEXPRICE_API_KEY": os.environ.get("FLEXPRICE_API_KEY")}
+        key = find_key(sources, "no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
+        replay = _Replay(arguments, file)
+        try:
+            with progress_bar(lambda: _events_left(conn, query, file.progress), "event") as advance:
+                asyncio.run(until_sigterm(replay.run(conn, query, key, advance)))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            accepted = f"{plural(file.progress.accepted, 'event')} are accepted ({file.progress.position})"
+            raise StopError(f"interrupted; {accepted}; {_same_command(arguments)} continues from there") from None
+        elsewhere = "" if replay.sent else no_events_hint(conn, arguments.environment)
+    known = f" ({replay.duplicates:,} of them it already had)" if replay.duplicates else ""
+    counts = f"sent {plural(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
+    say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    return 0
+
+
+def _batch_size(text: str) -> int:
+    if (size := positive(int)(text)) > MAX_BATCH:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_BATCH}, got {text!r}")
+    return size
+
+
+def add_flags(_: str, add: AddFlag) -> None:
+    """Add the flags of `replay`."""
+    add_filter_flags(add)
+    add("--to", metavar="URL", required=True, help="base URL of the API, like https://us.api.flexprice.io/v1")
+    add("--api-key", metavar="KEY", help="key for that API; else FLEXPRICE_API_KEY")
+    add("--batch-size", type=_batch_size, default=500, help=f"events per request, at most {MAX_BATCH}")
+    add("--concurrency", type=positive(int), default=4, help="requests at the same time")
+    add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for this long")
+    add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    add("--restart", action="store_true", help="start over instead of continuing where the last run stopped")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `eventstore replay` and return its exit status. Raises StartError."""
+    return run_job(_replay_events, arguments)

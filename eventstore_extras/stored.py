@@ -1,0 +1,122 @@
+"""Read stored events in pages: what `export`, `replay` and forwarding share, with the flags that choose events."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
+from msgspec.structs import replace
+
+from eventstore import (
+    EARLIEST,
+    EVENT_FILTERS,
+    LATEST,
+    AddFlag,
+    ApiError,
+    Cursor,
+    EventQuery,
+    EventQueryIn,
+    Faults,
+    Row,
+    Sql,
+    StartError,
+    View,
+    add_db_flag,
+    after_cursor,
+    all_of,
+    connect_reader,
+    event_query,
+    index_of,
+    matching,
+    parse_property_filters,
+    prepare_file,
+    sql,
+)
+
+__all__ = [
+    "StoredRow", "add_filter_flags", "flag_query", "no_events_hint", "open_stored", "select_rows", "stored_events",
+]  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------- pages
+
+_PAGE_EVENTS = 1000
+_PAGE_BYTES = 16 * 1024 * 1024  # a page ends beyond this: a thousand events of 32 MiB would not fit into memory
+_SELECT = f"SELECT {', '.join(Row._fields)}, seq FROM events"
+StoredRow = tuple[int, Row]  # with its seq, the order of arrival
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
+    """Yield the events that match, oldest first, in pages.
+
+    No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
+    """
+    while True:
+        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
+        if not page:
+            return
+        yield page
+        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
+
+
+def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
+    """Return the first thousand rows, or fewer if they are large."""
+    page: list[StoredRow] = []
+    size_bytes = 0
+    with closing(conn.execute(f"{_SELECT} {clauses} LIMIT {_PAGE_EVENTS}", clauses.values)) as found:
+        for *columns, seq in found:
+            row = Row(*columns)
+            page.append((seq, row))
+            size_bytes += len(row.properties)
+            if size_bytes >= _PAGE_BYTES:
+                break
+    return page
+
+
+def open_stored(path: str) -> sqlite3.Connection:
+    """Open a database that exists, for reading. Raises StartError."""
+    if not os.path.exists(path):
+        raise StartError(f"there is no database {path}: name one with --db")
+    prepare_file(path)
+    return connect_reader(path)
+
+
+def no_events_hint(conn: sqlite3.Connection, environment: str) -> str:
+    """Return the end of a summary that found no events: the other environments that have some."""
+    has_events = "EXISTS (SELECT 1 FROM events WHERE environment = environments.id)"
+    names = conn.execute(f"SELECT name FROM environments WHERE {has_events} ORDER BY name")
+    others = ", ".join(name for (name,) in names if name != environment)
+    return f"; --environment is {environment}, the database also has events of {others}" if others else ""
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+def add_filter_flags(add: AddFlag) -> None:
+    """Add the flags that name a database and choose events from it."""
+    add_db_flag(add, "database file")
+    add("--environment", default="development", help="environment of the events")
+    for name in EVENT_FILTERS:
+        is_time = name in ("start_time", "end_time")
+        text = "RFC 3339, inclusive; all time if absent" if is_time else "as in GET /v1/events"
+        metavar = "KEY:V1,V2;KEY2:V3" if name == "property_filters" else "TIME" if is_time else "TEXT"
+        add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+
+
+def flag_query(arguments: argparse.Namespace) -> EventQuery:
+    """Return the query of the filter flags. Raises StartError naming the flags that are wrong."""
+    faults = Faults()
+    flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
+    flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
+    sent = EventQueryIn(**flags, count_total=True, page_size=1)
+    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
+    try:
+        return event_query(sent, View(arguments.environment, 0), _PAGE_EVENTS, faults)
+    except ApiError as error:
+        problems = error.details.errors or []
+        messages = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
+        text = "; ".join(messages).replace("before start_time", "before --start-time")
+        raise StartError(text) from error

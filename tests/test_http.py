@@ -1,0 +1,419 @@
+"""Bytes on real connections: upgrades, long heads, half-closed and abandoned connections, malformed requests."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import json
+import re
+import shutil
+import socket
+import struct
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from uvicorn.server import ServerState
+
+import eventstore
+from helpers import KEY, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
+
+UPGRADES = {
+    "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
+    "websocket": "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+    "TLS": "Upgrade: TLS/1.0\r\nconnection: upgrade\r\n",
+    "two": "Upgrade: h2c\r\nConnection: upgrade\r\nUPGRADE: websocket, TLS/1.2\r\nX-Empty:\r\n",
+}  # fmt: skip
+NUMBERS = itertools.count()
+
+
+def request_bytes(
+    method: str, path: str, body: bytes = b"", headers: str = "", *, key: str = KEY, version: str = "1.1", chunked=False
+) -> bytes:
+    head = f"{method} {path} HTTP/{version}\r\nHost: test\r\nx-api-key: {key}\r\n{headers}"
+    if chunked:
+        pieces = [body[start : start + 20] for start in range(0, len(body), 20)]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
+    if body:
+        head += f"Content-Length: {len(body)}\r\n"
+    return f"{head}\r\n".encode() + body
+
+
+def body_of(*ids: str) -> bytes:
+    events = [event(event_id) for event_id in ids]
+    return json.dumps(events[0] if len(events) == 1 else {"events": events}).encode()
+
+
+def new_id() -> str:
+    return f"http_{next(NUMBERS)}"
+
+
+def on_each_route(**options) -> list[tuple[bytes, int]]:
+    """A request to each kind of route, and the status of its answer."""
+    return [
+        (request_bytes("POST", "/v1/events", body_of(new_id()), **options), 202),
+        (request_bytes("POST", "/v1/events/bulk", body_of(new_id(), new_id()), **options), 202),
+        (request_bytes("GET", "/v1/events?page_size=1", **options), 200),
+        (request_bytes("POST", "/v1/events/query", b'{"page_size": 1}', **options), 200),
+        (
+            request_bytes(
+                "POST", "/v1/events/usage", b'{"event_name": "call", "aggregation_type": "COUNT"}', **options
+            ),
+            200,
+        ),
+        (request_bytes("GET", "/health", **options), 200),
+        (request_bytes("POST", "/no/such/route", b"{}", **options), 404),
+        (request_bytes("POST", "/v1/events", body_of(new_id()), **{**options, "key": "wrong"}), 401),
+    ]
+
+
+ROUTES = ["single", "bulk", "list", "query", "usage", "health", "unknown route", "wrong key"]
+
+
+def answers_to(live: Live, *packets: bytes, shut_down: bool = False) -> list[httpx.Response]:
+    """Send the packets, then read every answer until the server closes the connection."""
+    with live.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for packet in packets:
+            sock.sendall(packet)
+            if len(packets) < 5:
+                time.sleep(0.005)  # the server sees the packets one by one
+        if shut_down:
+            sock.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    return answers_in(received)
+
+
+def answers_in(received: bytes) -> list[httpx.Response]:
+    """Cut the answers apart by their Content-Length: nothing else may be between them."""
+    found = []
+    while received:
+        head, _, received = received.partition(b"\r\n\r\n")
+        status, headers = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [^\r]*((?:\r\n[^\r]+)*)", head).groups()
+        headers = [line.split(b": ", 1) for line in headers.split(b"\r\n")[1:]]
+        length = int(dict(headers)[b"content-length"])
+        assert len(received) >= length
+        found.append(httpx.Response(int(status), headers=headers, content=received[:length]))
+        received = received[length:]
+    return found
+
+
+def statuses(answers: list[httpx.Response]) -> list[int]:
+    return [answer.status_code for answer in answers]
+
+
+LAST = request_bytes("GET", "/health", headers="Connection: close\r\n")
+
+
+@table("upgrade", UPGRADES)
+@table("chunked", [False, True], ids=["length", "chunked"])
+@table("route", range(len(ROUTES)), ids=ROUTES)
+def test_a_request_to_upgrade_is_answered_like_any_other_however_it_is_cut(live, upgrade, chunked, route):
+    request, status = on_each_route(headers=UPGRADES[upgrade], chunked=chunked)[route]
+    head_end = request.index(b"\r\n\r\n") + 4
+    ways = {
+        "one packet": [request + LAST],
+        "body in a second packet": [request[:head_end], request[head_end:] + LAST],
+        "in the middle of both": [request[:40], request[40 : head_end + 3], request[head_end + 3 :] + LAST],
+        "byte by byte": [bytes([byte]) for byte in request + LAST],
+    }
+    for way, packets in ways.items():
+        assert statuses(answers_to(live, *packets)) == [status, 200], way
+
+
+def test_pipelined_requests_to_upgrade_are_all_answered_in_order(live):
+    sent, expected = b"", []
+    for upgrade in UPGRADES.values():
+        for chunked in (False, True):
+            for request, status in on_each_route(headers=upgrade, chunked=chunked):
+                sent += request + request_bytes("GET", "/health")
+                expected += [status, 200]
+    assert statuses(answers_to(live, sent + LAST)) == [*expected, 200]
+    for size in (7, 500):
+        packets = [sent[start : start + size] for start in range(0, len(sent), size)]
+        assert statuses(answers_to(live, *packets, LAST)) == [*expected, 200]
+
+
+def test_an_event_sent_with_a_request_to_upgrade_is_stored_once(live):
+    with live.client() as client, live.connect() as sock:
+        for upgrade in UPGRADES.values():
+            sock.sendall(request_bytes("POST", "/v1/events", body_of("upgraded"), headers=upgrade))
+            assert answer_on(sock).status_code == 202
+        found = client.get("/v1/events/upgraded").json()
+        assert found["event"]["id"] == "upgraded"
+        assert counts(store(client, event("upgraded"))) == (0, 1)
+    assert "pip install" not in live.log
+    assert "Unsupported upgrade" not in live.log
+
+
+def test_a_large_body_follows_a_request_to_upgrade(live):
+    large = json.dumps(event(new_id(), properties={"text": "x" * 3_000_000})).encode()
+    for chunked in (False, True):
+        request = request_bytes("POST", "/v1/events", large, UPGRADES["h2c"], chunked=chunked)
+        assert statuses(answers_to(live, request + LAST)) == [202, 200]
+
+
+def test_expect_100_continue_and_a_request_to_upgrade_together(live):
+    request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + "Expect: 100-continue\r\n")
+    head, body = request.split(b"\r\n\r\n")
+    with live.connect() as sock:
+        sock.sendall(head + b"\r\n\r\n")
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(body)
+        assert answer_on(sock).status_code == 202
+
+
+@table("version, headers", [("1.0", ""), ("1.1", "Connection: close\r\n")], ids=["HTTP/1.0", "close"])
+def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live, version, headers):
+    request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + headers, version=version)
+    assert statuses(answers_to(live, request)) == [202]
+    assert statuses(answers_to(live, request[:-10], request[-10:])) == [202]
+
+
+@table("target", ["example.com:443", "/v1/events"])
+def test_connect_is_refused_after_the_answers_before_it(live, target):
+    connect = f"CONNECT {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    first = request_bytes("POST", "/v1/events", body_of(new_id()))
+    assert statuses(answers_to(live, connect)) == [405]
+    assert statuses(answers_to(live, first + connect + b"tunnelled bytes")) == [202, 405]
+
+
+JAVA = """
+import java.net.URI;
+import java.net.http.*;
+import java.util.concurrent.*;
+
+class Client {
+    public static void main(String[] arguments) throws Exception {
+        HttpClient client = HttpClient.newHttpClient();  // HTTP/2 by default: each request asks for an upgrade to h2c
+        for (int number = 0; number < 20; number++) {
+            String body = "{\\"event_name\\": \\"java\\", \\"external_customer_id\\": \\"cust\\", \\"event_id\\": \\"java_" + number + "\\"}";
+            HttpRequest.BodyPublisher publisher = number % 2 == 0
+                ? HttpRequest.BodyPublishers.ofString(body)
+                : HttpRequest.BodyPublishers.fromPublisher(HttpRequest.BodyPublishers.ofString(body));  // chunked
+            HttpRequest.Builder request = HttpRequest.newBuilder(URI.create(arguments[0] + "/v1/events"))
+                .header("x-api-key", arguments[1]).POST(publisher);
+            if (number % 5 == 4) request.expectContinue(true);
+            HttpResponse<String> response = client.send(request.build(), HttpResponse.BodyHandlers.ofString());
+            System.out.println(response.statusCode() + " " + response.version());
+        }
+    }
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("javac"), reason="there is no JDK")
+def test_the_http_client_of_java_loses_no_event(live, tmp_path):
+    (tmp_path / "Client.java").write_text(JAVA)
+    done = run("java", "-Djdk.httpclient.HttpClient.log=headers", tmp_path / "Client.java", live.url, KEY)
+    assert done.stdout.split("\n") == ["202 HTTP_1_1"] * 20 + [""], done.stderr
+    assert "Upgrade: h2c" in done.stderr, "this Java asks for no upgrade"
+    with live.client() as client:
+        found = client.get("/v1/events", params={"event_name": "java"}).json()["events"]
+        assert {one["id"] for one in found} == {f"java_{number}" for number in range(20)}
+
+
+def curl_speaks_http2() -> bool:
+    return bool(shutil.which("curl")) and "HTTP2" in run("curl", "--version").stdout
+
+
+@pytest.mark.skipif(not curl_speaks_http2(), reason="there is no curl with HTTP/2")
+@table("chunked", [False, True], ids=["length", "chunked"])
+def test_curl_with_http2(live, chunked):
+    headers = ["-H", "Transfer-Encoding: chunked"] if chunked else []
+    command = ["curl", "-sv", "--http2", f"{live.url}/v1/events", "-H", f"x-api-key: {KEY}", *headers]
+    done = run(*command, "-d", body_of(new_id()).decode(), "-w", " %{http_code}")
+    assert done.stdout.endswith(" 202"), done.stderr
+    assert "Upgrade: h2c" in done.stderr
+
+
+LIMIT = eventstore.MAX_HEAD_BYTES
+LONG_HEADS = {
+    "one header": (f"GET /health HTTP/1.1\r\nX-Long: {'a' * 100_000}\r\n\r\n", 431, "headers_too_large"),
+    "many headers": ("GET /health HTTP/1.1\r\n" + "X: y\r\n" * 12_000 + "\r\n", 431, "headers_too_large"),
+    "name": (f"GET /health HTTP/1.1\r\n{'X' * 100_000}: y\r\n\r\n", 431, "headers_too_large"),
+    "to upgrade": (f"GET /health HTTP/1.1\r\n{UPGRADES['h2c']}X: {'a' * 100_000}\r\n\r\n", 431, "headers_too_large"),
+    "URL": (f"GET /health?{'a' * 100_000} HTTP/1.1\r\n\r\n", 414, "uri_too_long"),
+    "URL without an end": ("GET /" + "a" * 100_000, 414, "uri_too_long"),
+    "header without an end": ("GET / HTTP/1.1\r\nX: " + "a" * 100_000, 431, "headers_too_large"),
+    "line breaks": ("\r\n" * 50_000, 431, "headers_too_large"),
+}
+
+
+@table("name", LONG_HEADS)
+@table("size", [10**6, 10_000], ids=["one packet", "pieces"])
+def test_a_head_longer_than_the_limit_is_refused_and_the_connection_closed(live, name, size):
+    text, status, code = LONG_HEADS[name]
+    sent = text.encode()
+    for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
+        pieces = [(before + sent)[start : start + size] for start in range(0, len(before + sent), size)]
+        *answers, last = answers_to(live, *pieces)
+        assert statuses(answers) == [202] * bool(before)
+        refused(last, status, code, str(LIMIT))
+    assert f": {status} {code}: " in live.log
+
+
+def test_a_head_just_below_the_limit_is_answered(live):
+    with live.connect() as sock:
+        for header in (f"X: {'a' * (LIMIT - 200)}\r\n", "X: y\r\n" * ((LIMIT - 200) // 6)):
+            sock.sendall(request_bytes("GET", "/health", headers=header))
+            assert answer_on(sock).status_code == 200
+        sock.sendall(request_bytes("GET", f"/health?{'a' * (LIMIT - 200)}"))
+        assert answer_on(sock).status_code == 200
+
+
+def test_many_pipelined_requests_are_no_long_head(live):
+    sent = request_bytes("POST", "/v1/events/query", b'{"page_size": 1}', "X-Long: " + "a" * 1000 + "\r\n") * 100
+    assert len(sent) > LIMIT
+    assert statuses(answers_to(live, sent + LAST)) == [200] * 101
+
+
+def test_a_body_in_tiny_chunks_is_no_long_head(live):
+    body = json.dumps(event(new_id(), properties={"text": "x" * 30_000})).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n")
+    assert len(chunks) > 2 * LIMIT
+    assert statuses(answers_to(live, head + chunks + b"0\r\nX-Trailer: 1\r\n\r\n" + LAST)) == [202, 200]
+
+
+@table(
+    "part", [b"0\r\nX: ", b"1;", b"5\r\nabcde\r\n0\r\n" + b"X: y\r\n" * 12_000], ids=["trailer", "chunk", "trailers"]
+)
+def test_trailers_and_chunk_sizes_are_limited_like_a_head(live, part):
+    head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n")
+    with live.client() as client, stores_nothing(client), live.connect() as sock:
+        sock.settimeout(5)
+        sock.sendall(head + part + b"a" * 100_000)
+        refused(answer_on(sock), 431, "headers_too_large")
+        assert sock.recv(1) == b""
+
+
+def resident_bytes(live: Live) -> int:
+    status = Path(f"/proc/{live.process.pid}/status")
+    if not status.exists():
+        pytest.skip("only Linux says how much memory another process has")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+@table("start, piece", [
+    (b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 8000 + b"\r\n"), (b"GET / HTTP/1.1\r\nX: ", b"a" * 8192),
+    (b"GET /", b"a" * 8192), (b"", b"\r\n" * 4096),
+], ids=["headers", "header", "URL", "line breaks"])  # fmt: skip
+def test_400_mb_of_a_head_take_neither_memory_nor_time(live, start, piece):
+    with live.client() as client, live.connect() as sock:
+        before = resident_bytes(live)
+        started = time.monotonic()
+        try:
+            sock.sendall(start)
+            for _ in range(100):  # 4 MB each
+                sock.sendall(piece * 512)
+        except OSError:  # closed meanwhile
+            pass
+        assert time.monotonic() - started < 5
+        assert store(client, event(new_id())).status_code == 202
+        assert resident_bytes(live) < before + 20_000_000
+
+
+def test_a_request_is_answered_after_the_client_has_shut_down_its_sending_side(live):
+    for chunked in (False, True):
+        for request, status in on_each_route(chunked=chunked):
+            assert statuses(answers_to(live, request, shut_down=True)) == [status]
+
+
+@table("rest", [b"", b"POST /v1/ev", posting(body_of("never"))[:-1]], ids=["nothing", "half a head", "half a body"])
+def test_all_requests_before_a_half_close_are_answered_and_what_is_incomplete_is_not_stored(live, rest):
+    requests = on_each_route()
+    answers = answers_to(live, b"".join(request for request, _ in requests) + rest, shut_down=True)
+    assert statuses(answers) == [status for _, status in requests]
+    with live.client() as client:
+        assert client.get("/v1/events/never").status_code == 404
+
+
+@table("part", [b"", b"POST /v1/ev", posting(body_of("never"))[:-1]], ids=["nothing", "half a head", "half a body"])
+def test_a_half_closed_connection_without_a_complete_request_is_closed(live, part):
+    with live.client() as client, live.connect() as sock:
+        sock.sendall(part)
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(1)
+        assert sock.recv(1) == b""
+        assert client.get("/v1/events/never").status_code == 404
+
+
+MALFORMED = {
+    "no method": (b"garbage\r\n\r\n", "not valid HTTP/1.1"),
+    "u umlaut in the path": ("GET /v1/events/ü HTTP/1.1\r\n\r\n".encode(), "percent-encoded"),
+    "u umlaut in the query": ("GET /v1/events?source=ü HTTP/1.1\r\n\r\n".encode(), "%C3%BC"),
+    "Latin-1 in the query": ("GET /v1/events?source=ü HTTP/1.1\r\n\r\n".encode("latin-1"), "percent-encoded"),
+    "space in the query": (b"GET /v1/events?source=a b HTTP/1.1\r\n\r\n", "%20"),
+    "control character in the query": (b"GET /v1/events?source=a\x01 HTTP/1.1\r\n\r\n", "percent-encoded"),
+    "URL without a path": (b"GET http:// HTTP/1.1\r\n\r\n", "percent-encoded"),
+    "bad length": (b"POST /v1/events HTTP/1.1\r\nContent-Length: many\r\n\r\n", "Content-Length"),
+}
+
+
+@table("name", MALFORMED)
+def test_a_malformed_request_is_refused_after_the_answers_before_it(live, name):
+    sent, part = MALFORMED[name]
+    for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
+        *answers, last = answers_to(live, before + sent)
+        assert statuses(answers) == [202] * bool(before)
+        refused(last, part=part)
+
+
+def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_nothing(live):
+    bad = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n") + b"2\r\n{}\r\nzz\r\n"
+    with live.client() as client, stores_nothing(client):
+        assert statuses(answers_to(live, bad)) == [400]
+    assert statuses(answers_to(live, request_bytes("POST", "/v1/events", body_of(new_id())) * 2 + bad)) == [
+        202,
+        202,
+        400,
+    ]
+
+
+def test_the_answer_arrives_although_the_client_sends_on(live):
+    with live.connect() as sock:
+        for _ in range(50):
+            sock.sendall(b"garbage\r\n" * 10_000)
+        refused(answer_on(sock))
+        assert sock.recv(1) == b""
+
+
+def test_a_lost_connection_leaves_no_timer_behind():
+    """A port probe connects and leaves; its protocol object must not live on until the timer for headers expires."""
+
+    async def until(condition: Callable[[], object]) -> None:
+        while not condition():  # noqa: ASYNC110 - nothing tells when
+            await asyncio.sleep(0.001)
+
+    async def probe() -> int:
+        loop = asyncio.get_running_loop()
+        config = eventstore.uvicorn_server(lambda *_: None, 1).config
+        config.load()
+        state = ServerState()
+        listening = await loop.create_server(lambda: eventstore._Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        address = listening.sockets[0].getsockname()
+        made = weakref.WeakSet()
+        for sent in (b"", b"GET / HT", b"garbage\r\n"):
+            with socket.create_connection(address) as sock:
+                sock.sendall(sent)
+                await until(lambda: state.connections)
+                made.update(state.connections)
+                if sent.startswith(b"garbage"):
+                    await asyncio.sleep(0.05)  # its answer is on the way
+                if sent:  # a reset instead of an end
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await until(lambda: not state.connections)
+        listening.close()
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return len(made)
+
+    assert asyncio.run(probe()) == 0
