@@ -16,7 +16,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -60,9 +60,10 @@ from eventstore import (
     sql,
     time_range,
 )
-from eventstore_extras import features, meters
-from eventstore_extras.features import Feature, ReportingUnit, all_features
-from eventstore_extras.meters import Aggregation, Meter, all_meters, filters_in_both
+from eventstore_extras.features import OPERATIONS as FEATURE_OPERATIONS
+from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named_meters
+from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
+from eventstore_extras.meters import Aggregation, Meter, filters_in_both
 from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
 from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
 from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
@@ -84,7 +85,7 @@ class AnalyticsIn(Struct, forbid_unknown_fields=True):
     window_size: str | None = None
     group_by: list[str] | None = None
     expand: list[str] | None = None
-    include_children: bool | None = None  # without effect, like the next
+    include_children: bool | None = None  # without effect, like the next field
     breakdown_bucket: bool | None = None
 
 
@@ -108,13 +109,13 @@ class ExpandedMeter(Meter, kw_only=True):
 
 
 class ExpandedFeature(Feature, kw_only=True):
-    """A feature without its meter, which has a place of its own."""
+    """A feature inside an item; the item has the meter."""
 
     meter: Meter | msgspec.UnsetType | None = msgspec.UNSET  # type: ignore[assignment]
 
 
 class AnalyticsItem(Struct, kw_only=True):
-    """The usage of one meter, of all of it or of one group."""
+    """The usage of one meter, or of one group of its events."""
 
     feature_id: str
     name: str
@@ -170,6 +171,7 @@ _DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external
 _IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
+_MAX_ITEMS = 100_000  # of an answer; it may have as many points
 _ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
 
 
@@ -200,7 +202,7 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     for number, name in enumerate(sent.group_by or []):
-        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept an empty one
+        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check accepts an empty one
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if names and len(names) > limit:
@@ -215,65 +217,22 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     )  # fmt: skip
 
 
-class _NamedMeter(NamedTuple):
-    """A meter that the query asks for, and the feature that names it."""
-
-    meter: Meter
-    archived_at_us: int | None
-    feature: Feature | None
-
-    @property
-    def name(self) -> str:
-        return self.feature.name if self.feature else self.meter.name
-
-    @property
-    def aggregation(self) -> Aggregation:
-        return self.meter.aggregation
-
-    @property
-    def is_bucketed_max(self) -> bool:
-        return self.aggregation.type == "MAX" and self.aggregation.bucket_size is not None
-
-    def point_size(self, window_size: str | None) -> str | None:
-        """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
-        sizes = [size for size in (window_size, self.aggregation.bucket_size) if size]
-        return max(sizes, key=WINDOW_SIZES.index, default=None)
-
-
-def _named_meters(conn: sqlite3.Connection, query: _Query) -> list[_NamedMeter]:
-    """Return the environment's meters, or those of the requested features.
-
-    If several features have a meter, a requested one names it, otherwise the first one of `all_features`.
-    """
-    environment = query.events.view.environment
-    names: dict[str, Feature] = {}
-    for feature in sorted(all_features(conn, environment), key=lambda feature: feature.id not in query.feature_ids):
-        names.setdefault(feature.meter_id, feature)
-    named = [
-        _NamedMeter(meter, archived_at_us, names.get(meter.id))
-        for meter, archived_at_us in all_meters(conn, environment)
-    ]
-    if not query.feature_ids:
-        return named
-    return [each for each in named if each.feature and each.feature.id in query.feature_ids]
-
-
 # ---------------------------------------------------------------------------------------------- Aggregations
 
 
 class _Aggregate(NamedTuple):
-    """How analytics computes an aggregation."""
+    """How analytics computes an aggregation: in SQL for each part of the range, in Python from the parts' values."""
 
-    sql: Callable[[str, str], str]  # the aggregate of the column named first, with the FILTER clause behind it
-    reads: str = ""  # what the column holds of the meter's property: a function of _Property
-    merge: Callable[[float, float], float] | None = operator.add  # values of an earlier and a later part of the range
+    sql: Callable[[str, str], str]  # makes the SQL from the property's column and a FILTER clause
+    reads: str = ""  # the function that makes the property's column: see _Property
+    merge: Callable[[float, float], float] | None = operator.add  # merges the values of an earlier and a later part
     finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
-    event_columns: Sequence[str] = ()  # further columns that it needs: keys of _EVENT_COLUMNS
-    is_position: bool = False  # the SQL finds an event's position; look up the event's value afterwards
+    event_columns: Sequence[str] = ()  # other columns that the SQL names: keys of _EVENT_COLUMNS
+    is_position: bool = False  # the SQL finds the position of an event, whose value is looked up afterwards
 
 
-# A new aggregation needs a row here, and its type and SQL in usage.py. `merge` is None if parts cannot be merged: each
-# window, and the whole range, is then computed in one piece.
+# To add an aggregation, add a row here, and its type and SQL to usage.py. Set `merge` to None if the values of parts
+# cannot be merged: then no window is divided, and another scan computes the whole range.
 _AGGREGATES = {
     "COUNT": _Aggregate(lambda _, when: f"count(*){when}"),
     "SUM": _Aggregate(sum_of, "number"),
@@ -288,93 +247,62 @@ _AGGREGATES = {
                                event_columns=["weight"]),
 }  # fmt: skip
 _EVENT_COLUMNS = {
-    # Zero-padded time followed by the id, so that max() picks the newest event; its value is looked up afterwards.
+    # Zero-padded time followed by the id, so that max() picks the newest event.
     "position": f"printf('%020d', timestamp_us - ({MIN_TIME_US})) || events.id",
     "weight": WEIGHT,
 }
 
 # ---------------------------------------------------------------------------------------------- Scans
 
-_METERS_PER_SCAN = 50  # SQLite limits the number of columns and the depth of an expression
-# Buckets into which every day divides: SQL computes an event's bucket from its time, without a list of buckets.
+_METERS_PER_SCAN = 50  # SQLite limits the columns of a statement and the depth of an expression
+# A day consists of whole buckets of these sizes, so SQL can compute an event's bucket from its time.
 _BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.items() if minutes <= 1440}
 
 
 class _Scan(NamedTuple):
-    """The meters, windows and dimensions that one pass over the events computes."""
+    """The meters, spans and dimensions that one pass over the events computes."""
 
-    meters: Sequence[_NamedMeter]
+    meters: Sequence[NamedMeter]
     spans: Sequence[Span]
     dimensions: Sequence[str]
     finds_totals: bool = True
     finds_points: bool = False
-    finds_sources: bool = False  # the source is the last dimension
-    is_bucketed: bool = False  # for one MAX meter: the maximum of each bucket first
+    finds_sources: bool = False  # the last dimension is the source
+    is_bucketed: bool = False  # one MAX meter, whose buckets are added up
 
-    def aggregate(self, named: _NamedMeter) -> _Aggregate:
+    def aggregate(self, named: NamedMeter) -> _Aggregate:
         return _AGGREGATES["COUNT" if self.finds_sources else named.aggregation.type]
 
 
-def _scans(query: _Query, named: Sequence[_NamedMeter]) -> Iterator[_Scan]:
-    """Yield as few scans as possible: meters whose points have one size share them."""
-    _windows(query, query.window_size)  # reject too many windows even if there is no meter
-
-    def size_of(each: _NamedMeter) -> str:
-        return each.point_size(query.window_size) or "" if query.window_size else ""
-
-    for size, same in itertools.groupby(sorted(named, key=size_of), size_of):
-        yield from _scans_of_size(query, list(same), size)
-    if query.lists_sources:
-        for some in _chunks(named):
-            dimensions = (*query.dimensions, "source")
-            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
-
-
-def _scans_of_size(query: _Query, named: Sequence[_NamedMeter], size: str) -> Iterator[_Scan]:
-    """Yield the scans for meters with points of this size; "" is for no points."""
-    windows = _windows(query, size)
-    bucketed = [each for each in named if each.is_bucketed_max]
-    undivided = [each for each in named if _AGGREGATES[each.aggregation.type].merge is None]
-    for some in _chunks([each for each in named if each not in (*bucketed, *undivided)]):
-        yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
-    for some in _chunks(undivided):
-        yield _Scan(some, _windows(query, ""), query.dimensions)
-        if size:
-            yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
-    for each in bucketed:
-        spans = _bucket_spans(query, str(each.aggregation.bucket_size), size)
-        yield _Scan([each], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
-
-
-def _chunks(named: Sequence[_NamedMeter]) -> Iterator[Sequence[_NamedMeter]]:
-    for start in range(0, len(named), _METERS_PER_SCAN):
-        yield named[start : start + _METERS_PER_SCAN]
+def _point_size(query: _Query, named: NamedMeter) -> str | None:
+    """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
+    sizes = [size for size in (query.window_size, named.aggregation.bucket_size) if size]
+    return max(sizes, key=WINDOW_SIZES.index, default=None)
 
 
 def _windows(query: _Query, size: str | None) -> list[Span]:
-    """Return the windows of the range, or the range if there is no size."""
+    """Return the windows of the range; without a size, the range as one window."""
     start_us, end_us = query.events.start_us, query.events.end_us
     spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
     return spans if start_us < end_us else []
 
 
-def _divided(spans: list[Span], step_us: int = 1) -> list[Span]:
-    """Cut each window for all reader threads, at multiples of a step, if there are fewer windows than threads."""
-    if len(spans) >= READER_THREADS:
-        return spans
-    divided = []
-    for start_us, end_us, window_us in spans:
+def _divided(windows: list[Span], step_us: int = 1) -> list[Span]:
+    """If there are fewer windows than threads, cut each window into a span per thread, at multiples of a step."""
+    if len(windows) >= READER_THREADS:
+        return windows
+    spans = []
+    for start_us, end_us, window_us in windows:
         cuts_us = [start_us + (end_us - start_us) * i // READER_THREADS for i in range(1, READER_THREADS)]
         rounded_us = [max(start_us, cut_us - cut_us % step_us) for cut_us in cuts_us]
-        bounds = itertools.pairwise([start_us, *rounded_us, end_us])
-        divided += [Span(*bound, window_us) for bound in bounds]
-    return divided
+        spans += [Span(*bounds, window_us) for bounds in itertools.pairwise([start_us, *rounded_us, end_us])]
+    return spans
 
 
 def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
-    """Return the buckets, each in the window in which it begins; for short buckets, spans of whole days instead."""
+    """Return the buckets, each in the window in which it begins; if SQL computes the buckets, return the windows."""
     if bucket_size in _BUCKETS_US:
-        return _divided(_windows(query, size), DAY_US)
+        return _divided(_windows(query, size), DAY_US)  # cut no bucket in two
     buckets = _windows(query, bucket_size)
     if not buckets:
         return []
@@ -384,51 +312,70 @@ def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
     return [bucket._replace(window_us=windows_us[bisect(windows_us, bucket.window_us) - 1]) for bucket in buckets]
 
 
+def _chunks(meters: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
+    for start in range(0, len(meters), _METERS_PER_SCAN):
+        yield meters[start : start + _METERS_PER_SCAN]
+
+
+def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
+    """Yield the scans for meters with points of this size, or without points if it is empty."""
+    windows = _windows(query, size)
+    bucketed = [named for named in meters if named.aggregation.type == "MAX" and named.aggregation.bucket_size]
+    undivided = [named for named in meters if _AGGREGATES[named.aggregation.type].merge is None]
+    for some in _chunks([named for named in meters if named not in (*bucketed, *undivided)]):
+        yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
+    for some in _chunks(undivided):
+        yield _Scan(some, _windows(query, ""), query.dimensions)
+        if size:
+            yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
+    for named in bucketed:
+        spans = _bucket_spans(query, str(named.aggregation.bucket_size), size)
+        yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
+
+
+def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
+    """Yield as few scans as possible: meters with points of the same size share them."""
+    _windows(query, query.window_size)  # reject too many windows, also without meters
+
+    def size_of(named: NamedMeter) -> str:
+        return _point_size(query, named) or "" if query.window_size else ""
+
+    for size, same in itertools.groupby(sorted(meters, key=size_of), size_of):
+        yield from _scans_of_size(query, list(same), size)
+    if query.lists_sources:
+        for some in _chunks(meters):
+            dimensions = (*query.dimensions, "source")
+            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
+
+
 # ---------------------------------------------------------------------------------------------- SQL
 
-
-# This at a step's end keeps the planner from merging it with the next one, which would read a property wherever it is
-# named: 20 meters over a million events take 1.8 times as long then.
+# At the end of a step, this keeps SQLite from merging it with the next one and reading a property wherever that names
+# it: 20 meters over a million events would take 1.8 times as long.
 _SEPARATE = "LIMIT -1"
 
 
 class _Property(NamedTuple):
-    """A property that a scan reads, as one column: what `function` makes of it."""
+    """A property as a column: the result of `function`."""
 
     function: str  # property_json, property_text or number
     key: str
 
     def column(self, name: str) -> Sql:
-        if self.function == "number":  # a negative number counts as 0 (API: Analytics)
+        if self.function == "number":
             number = number_sql(name, self.key)
-            return sql(f"max({number}, 0.0) AS {name}", number)
+            return sql(f"max({number}, 0.0) AS {name}", number)  # negative numbers count as 0
         value = property_sql(self.function, name, self.key)
         return sql(f"{value} AS {name}", value)
 
 
-class _Columns(NamedTuple):
-    """What the steps of a statement call the columns that they hand on.
-
-    A property is read once from an event, no matter how many meters use it. Meters with the same condition share a
-    flag: with a flag each, 20 meters over a million events take 1.3 times as long.
-    """
-
-    properties: dict[_Property, str]
-    flags: list[str]  # for each meter of the scan: is the event one of the meter's?
-
-    @classmethod
-    def of(cls, scan: _Scan) -> _Columns:
-        needed = dict.fromkeys(each for named in scan.meters for each in _properties_of(scan, named))
-        keys = [
-            (each.meter.event_name, each.archived_at_us, ENCODER.encode(each.meter.filters)) for each in scan.meters
-        ]
-        conditions = list(dict.fromkeys(keys))
-        return cls(
-            {each: f"x{number}" for number, each in enumerate(needed)}, [f"m{conditions.index(key)}" for key in keys]
-        )
+def _bucket_group(scan: _Scan) -> str | None:
+    """Return the group_by of a bucketed meter, unless the request groups by source or by a property."""
+    is_grouped = any(name != "external_customer_id" for name in scan.dimensions)
+    return None if is_grouped else scan.meters[0].aggregation.group_by
 
 
-def _properties_of(scan: _Scan, named: _NamedMeter) -> list[_Property]:
+def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
     """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
     properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
     if function := scan.aggregate(named).reads:
@@ -438,31 +385,26 @@ def _properties_of(scan: _Scan, named: _NamedMeter) -> list[_Property]:
     return properties
 
 
-def _bucket_group(scan: _Scan) -> str | None:
-    """Return the group_by of the bucketed meter, which the request's own groups replace (API: Analytics)."""
-    is_grouped = any(name != "external_customer_id" for name in scan.dimensions)
-    return None if is_grouped else scan.meters[0].aggregation.group_by
+def _condition_key(named: NamedMeter) -> tuple[object, ...]:
+    return (named.meter.event_name, named.archived_at_us, ENCODER.encode(named.meter.filters))
 
 
-def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 1: the events of the range with their window, their dimensions and the properties that meters need."""
-    selected = [
-        sql("span.value ->> 2 AS window, event_name"),
-        *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
-        *(each.column(name) for each, name in columns.properties.items()),
-        *_event_columns(scan),
-    ]
-    names = dict.fromkeys(each.meter.event_name for each in scan.meters)
-    where = all_of([
-        matching(query.events),
-        is_in("event_name", list(names), "event_name"),
-        *([is_in("source", query.sources, "source")] if query.sources else []),
-    ])  # fmt: skip
-    text = f"""SELECT {", ".join(map(str, selected))}
-        FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
-        WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
-    limits = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # for the weight
-    return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **limits)
+class _Columns(NamedTuple):
+    """The names of columns that a step hands to the next one.
+
+    Each property is read once from an event, even if several meters need it. Meters with the same condition share a
+    flag: with one flag per meter, 20 meters over a million events take 1.3 times as long.
+    """
+
+    properties: dict[_Property, str]
+    flags: list[str]  # for each meter, the column that is true for its events
+
+    @classmethod
+    def of(cls, scan: _Scan) -> _Columns:
+        needed = dict.fromkeys(each for named in scan.meters for each in _properties_of(scan, named))
+        keys = [_condition_key(named) for named in scan.meters]
+        flag_of = {key: f"m{number}" for number, key in enumerate(dict.fromkeys(keys))}
+        return cls({each: f"x{number}" for number, each in enumerate(needed)}, [flag_of[key] for key in keys])
 
 
 def _dimension(name: str, column: str) -> Sql:
@@ -473,7 +415,7 @@ def _dimension(name: str, column: str) -> Sql:
 
 
 def _event_columns(scan: _Scan) -> list[Sql]:
-    """Return what only some scans need of an event."""
+    """Return the columns that only some scans need."""
     needed = dict.fromkeys(each for named in scan.meters for each in scan.aggregate(named).event_columns)
     columns = [sql(f"{_EVENT_COLUMNS[name]} AS {name}") for name in needed]
     if any(named.archived_at_us is not None for named in scan.meters):
@@ -485,16 +427,27 @@ def _event_columns(scan: _Scan) -> list[Sql]:
     return columns
 
 
-def _flagged(scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 2: the same events, flagged by meter."""
-    meter_of = dict(zip(columns.flags, scan.meters, strict=True))
-    conditions = {flag: _condition(flag, named, columns) for flag, named in meter_of.items()}
-    flags = ", ".join(f"{condition} AS {flag}" for flag, condition in conditions.items())
-    return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
+def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 1: the events of the range, with the window, the dimensions and the properties that meters need."""
+    selected = [
+        sql("span.value ->> 2 AS window, event_name"),
+        *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
+        *(each.column(name) for each, name in columns.properties.items()),
+        *_event_columns(scan),
+    ]
+    event_names = {named.meter.event_name for named in scan.meters}
+    clauses = [matching(query.events), is_in("event_name", event_names, "event_name")]
+    clauses += [is_in("source", query.sources, "source")] if query.sources else []
+    where = all_of(clauses)
+    text = f"""SELECT {", ".join(map(str, selected))}
+        FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
+        WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
+    weighted_range = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # WEIGHT names them
+    return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **weighted_range)
 
 
-def _condition(flag: str, named: _NamedMeter, columns: _Columns) -> Sql:
-    """Build the condition that an event is one of the meter's."""
+def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
+    """Build the condition that is true for a meter's events."""
     clauses = [sql(f"event_name = :{flag}_event_name", **{f"{flag}_event_name": named.meter.event_name})]
     if named.archived_at_us is not None:
         clauses.append(sql(f"ingested_at_us < :{flag}_archived_us", **{f"{flag}_archived_us": named.archived_at_us}))
@@ -504,40 +457,34 @@ def _condition(flag: str, named: _NamedMeter, columns: _Columns) -> Sql:
     return all_of(clauses)
 
 
-def _value(scan: _Scan, named: _NamedMeter, columns: _Columns, when: str) -> str:
-    """Build the aggregate of a meter over flagged events."""
+def _flagged(scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 2: the same events, flagged by meter."""
+    meter_of = dict(zip(columns.flags, scan.meters, strict=True))
+    conditions = {flag: _condition(flag, named, columns) for flag, named in meter_of.items()}
+    flags = ", ".join(f"{condition} AS {flag}" for flag, condition in conditions.items())
+    return sql(f"SELECT *, {flags} FROM in_range {_SEPARATE}", *conditions.values())
+
+
+def _value(scan: _Scan, named: NamedMeter, columns: _Columns, when: str) -> str:
+    """Build the meter's aggregate over flagged events."""
     aggregate = scan.aggregate(named)
-    property_read = _Property(aggregate.reads, named.aggregation.field or "")
-    return aggregate.sql(columns.properties.get(property_read, ""), when)
-
-
-def _by_window(scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 3: for each group and window that has an event of a meter, every meter's event count and aggregate."""
-    cells = []
-    for number, (named, flag) in enumerate(zip(scan.meters, columns.flags, strict=True)):
-        when = f" FILTER (WHERE {flag})"
-        cells.append(f"count(*){when} AS n{number}, {_value(scan, named, columns, when)} AS v{number}")
-    keys = _group_and_window(scan)
-    return sql(
-        f"""SELECT {keys}, {", ".join(cells)} FROM flagged
-        WHERE {" OR ".join(dict.fromkeys(columns.flags))} GROUP BY {keys} LIMIT :row_limit""",
-        row_limit=_MAX_ITEMS + 1,
-    )
+    column = columns.properties.get(_Property(aggregate.reads, named.aggregation.field or ""), "")
+    return aggregate.sql(column, when)
 
 
 def _group_and_window(scan: _Scan) -> str:
     return ", ".join([*(f"d{number}" for number in range(len(scan.dimensions))), "window"])
 
 
-def _latest_looked_up(scan: _Scan) -> Sql:
-    """Build step 4: the same rows with the value of the newest event instead of its position."""
+def _by_window(scan: _Scan, columns: _Columns) -> Sql:
+    """Build step 3: one row for each group and window that has events, with every meter's event count and aggregate."""
     cells = []
-    for number, named in enumerate(scan.meters):
-        value = sql(f"v{number}")
-        if scan.aggregate(named).is_position:
-            value = _value_at(f"v{number}", f"latest{number}", named.aggregation.field or "")
-        cells.append(sql(f"n{number}, {value} AS v{number}", value))
-    return sql(f"SELECT {_group_and_window(scan)}, {', '.join(map(str, cells))} FROM by_window", *cells)
+    for number, (named, flag) in enumerate(zip(scan.meters, columns.flags, strict=True)):
+        when = f" FILTER (WHERE {flag})"
+        cells.append(f"count(*){when} AS n{number}, {_value(scan, named, columns, when)} AS v{number}")
+    any_flag, keys = " OR ".join(dict.fromkeys(columns.flags)), _group_and_window(scan)
+    text = f"SELECT {keys}, {', '.join(cells)} FROM flagged WHERE {any_flag} GROUP BY {keys} LIMIT :row_limit"
+    return sql(text, row_limit=_MAX_ITEMS + 1)
 
 
 def _value_at(position: str, name: str, key: str) -> Sql:
@@ -547,43 +494,55 @@ def _value_at(position: str, name: str, key: str) -> Sql:
     return sql(f"(SELECT max({number}, 0.0) FROM events WHERE {IN_ENVIRONMENT} AND id = {event_id})", number)
 
 
+def _with_latest(scan: _Scan) -> Sql:
+    """Build step 4: the same rows, with the value of a newest event in place of its position."""
+    cells = []
+    for number, named in enumerate(scan.meters):
+        value = sql(f"v{number}")
+        if scan.aggregate(named).is_position:
+            value = _value_at(f"v{number}", f"latest{number}", named.aggregation.field or "")
+        cells.append(sql(f"n{number}, {value} AS v{number}", value))
+    return sql(f"SELECT {_group_and_window(scan)}, {', '.join(map(str, cells))} FROM by_window", *cells)
+
+
 def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
-    """Build steps 3 to 5 for a MAX meter with buckets: the maximum of each group in a bucket, the sum of the groups in
-    each bucket, the sum and the maximum of the buckets in each window."""
-    (named,) = scan.meters
-    window = _group_and_window(scan)
-    key = _bucket_group(scan)
+    """Build the steps after `flagged` for a MAX meter with buckets.
+
+    They compute the maximum of each group in a bucket, add up the groups of a bucket, and return the sum and the
+    maximum of the buckets in each window.
+    """
+    keys, key = _group_and_window(scan), _bucket_group(scan)
     group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
+    maximum = _value(scan, scan.meters[0], columns, "")
     return {
-        "by_group": sql(f"""SELECT {window}, bucket, count(*) AS n, {_value(scan, named, columns, "")} AS v
-            FROM flagged WHERE {columns.flags[0]} GROUP BY {window}, bucket, {group}"""),
-        "by_bucket": sql(f"""SELECT {window}, sum(n) AS n, {sum_of("v")} AS v
-            FROM by_group GROUP BY {window}, bucket"""),
-        "by_window": sql(f"""SELECT {window}, sum(n) AS n0, {sum_of("v")} AS v0, max(v) AS largest_bucket
-            FROM by_bucket GROUP BY {window} LIMIT :row_limit""", row_limit=_MAX_ITEMS + 1),
+        "by_group": sql(f"""SELECT {keys}, bucket, count(*) AS n, {maximum} AS v
+            FROM flagged WHERE {columns.flags[0]} GROUP BY {keys}, bucket, {group}"""),
+        "by_bucket": sql(f"SELECT {keys}, sum(n) AS n, {sum_of('v')} AS v FROM by_group GROUP BY {keys}, bucket"),
+        "by_window": sql(f"""SELECT {keys}, sum(n) AS n0, {sum_of("v")} AS v0, max(v) AS largest_bucket
+            FROM by_bucket GROUP BY {keys} LIMIT :row_limit""", row_limit=_MAX_ITEMS + 1),
     }  # fmt: skip
 
 
 def _steps(query: _Query, scan: _Scan) -> dict[str, Sql]:
-    """Build the steps of a scan's statement, by name. Each one reads the step before it.
+    """Build the steps of a scan's statement, by name. Each step reads the one before it.
 
-    The rows of the last step: the dimensions, the window's start, then for each meter the number of its events and
-    their aggregate. With buckets that is their sum, followed by the largest one.
+    The last step returns the dimensions, the window's start, and for each meter its event count and aggregate. For a
+    bucketed meter, the aggregate is the sum of the buckets, and the largest bucket follows it.
     """
     columns = _Columns.of(scan)
     steps = {"in_range": _in_range(query, scan, columns), "flagged": _flagged(scan, columns)}
     if scan.is_bucketed:
         return steps | _bucket_steps(scan, columns)
-    return steps | {"by_window": _by_window(scan, columns), "latest_looked_up": _latest_looked_up(scan)}
+    return steps | {"by_window": _by_window(scan, columns), "with_latest": _with_latest(scan)}
 
 
 def _statement(steps: Mapping[str, Sql]) -> Sql:
-    """Join steps into one statement, which returns the rows of the last one."""
-    named = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
-    return sql(f"WITH {named}\nSELECT * FROM {[*steps][-1]}", *steps.values())
+    """Join steps into a statement that returns the rows of the last one."""
+    ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
+    return sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())
 
 
-_Row = tuple[Any, ...]  # of the last step
+_Row = tuple[Any, ...]
 
 
 def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
@@ -592,7 +551,6 @@ def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
 
 # ---------------------------------------------------------------------------------------------- Answer
 
-_MAX_ITEMS = 100_000  # of an answer; it may have as many points
 _Group = tuple[str | None, ...]
 
 
@@ -605,6 +563,10 @@ class _Tally(Struct):
     sources: set[str] = set()
 
 
+def _merged(merge: Callable[[float, float], float] | None, earlier: float | None, later: float) -> float:
+    return later if merge is None or earlier is None else merge(earlier, later)
+
+
 class _Tallies:
     """Everything that the scans found. Raises ApiError if it is too much for one answer."""
 
@@ -614,44 +576,37 @@ class _Tallies:
         self.found: dict[tuple[str, _Group], _Tally] = {}  # by meter id and group
 
     def add(self, scan: _Scan, rows: Sequence[_Row]) -> None:
-        first = len(scan.dimensions) + 1
+        width = len(scan.dimensions)
         for row in rows:
             for number, named in enumerate(scan.meters):
-                if row[first + 2 * number]:
-                    self._add(scan, named, row, number)
+                cells = row[width + 1 + 2 * number : width + 4 + 2 * number]
+                if cells[0]:
+                    self._add(scan, named, row[:width], row[width], cells)
             if len(rows) > _MAX_ITEMS or max(len(self.found), self._points) > _MAX_ITEMS:
-                self._refuse()
+                field = "group_by" if self._query.dimensions else "window_size"
+                problem = f"makes more than {_MAX_ITEMS} items or points: take less of it, or a shorter range"
+                raise_fault(field, "out_of_range", problem)
 
-    def _add(self, scan: _Scan, named: _NamedMeter, row: _Row, number: int) -> None:
-        dimensions, (window_us, *cells) = row[: len(scan.dimensions)], row[len(scan.dimensions) :]
-        event_count, value = cells[2 * number : 2 * number + 2]
+    def _add(self, scan: _Scan, named: NamedMeter, dimensions: _Group, window_us: int, cells: _Row) -> None:
+        event_count, value = cells[:2]
         group = dimensions[:-1] if scan.finds_sources else dimensions
         tally = self.found.setdefault((named.meter.id, group), _Tally())
+        merge = scan.aggregate(named).merge
         if scan.finds_sources and dimensions[-1] is not None:
             tally.sources.add(dimensions[-1])
-        merge = scan.aggregate(named).merge
         if scan.finds_totals:
             tally.event_count += event_count
             tally.value = _merged(operator.add if scan.is_bucketed else merge, tally.value, value)
         if scan.finds_points:
             earlier_count, earlier = tally.points.get(window_us, (0, None))
             self._points += earlier is None
-            point = cells[-1] if scan.is_bucketed else value
+            point = cells[2] if scan.is_bucketed else value
             tally.points[window_us] = earlier_count + event_count, _merged(merge, earlier, point)
 
-    def _refuse(self) -> NoReturn:
-        field = "group_by" if self._query.dimensions else "window_size"
-        problem = f"makes more than {_MAX_ITEMS} items or points: take less of it, or a shorter range"
-        raise_fault(field, "out_of_range", problem)
 
-
-def _merged(merge: Callable[[float, float], float] | None, earlier: float | None, later: float) -> float:
-    return later if merge is None or earlier is None else merge(earlier, later)
-
-
-def _usage_text(named: _NamedMeter, event_count: int, value: float) -> str:
+def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
     usage = _AGGREGATES[named.aggregation.type].finish(value, event_count, named.aggregation)
-    return decimal_text(min(float(usage), sys.float_info.max))  # decimal digits cannot write infinity
+    return decimal_text(min(float(usage), sys.float_info.max))  # infinity cannot be written in digits
 
 
 def _display_text(usage: str, unit: ReportingUnit) -> str:
@@ -666,12 +621,12 @@ def _expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
 
 
 def _properties(group: Mapping[str, str | None]) -> dict[str, str] | None:
-    """Return the properties by which the group was made, less those that its events lack."""
+    """Return the properties that the request groups by, without those that the group's events lack."""
     values = {name.removeprefix("properties."): value for name, value in group.items() if name not in _DIMENSIONS}
     return {name: value for name, value in values.items() if value is not None} if values else None
 
 
-def _item(query: _Query, named: _NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
+def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
     meter, feature = named.meter, named.feature
     total = _usage_text(named, tally.event_count, tally.value or 0.0)
     unit = feature.reporting_unit if feature else None
@@ -684,7 +639,7 @@ def _item(query: _Query, named: _NamedMeter, group: Mapping[str, str | None], ta
         unit_plural=feature.unit_plural or None if feature else None,
         event_count=tally.event_count, external_customer_id=group.get("external_customer_id"),
         source=group.get("source"), sources=sorted(tally.sources) if query.lists_sources else None,
-        properties=_properties(group), window_size=named.point_size(query.window_size),
+        properties=_properties(group), window_size=_point_size(query, named),
         points=[AnalyticsPoint(time_text(start_us), _usage_text(named, event_count, value), event_count)
                 for start_us, (event_count, value) in sorted(tally.points.items())],
         meter=_expanded(ExpandedMeter, meter, environment_id=environment) if "meter" in query.expand else None,
@@ -697,11 +652,11 @@ def _item_order(item: AnalyticsItem) -> tuple[Any, ...]:
     return (item.name, item.meter_id, item.source or "", properties, item.external_customer_id or "")
 
 
-def _answer(query: _Query, named: Sequence[_NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
+def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
     tallies = _Tallies(query)
     for scan, rows in found:
         tallies.add(scan, rows)
-    by_id = {each.meter.id: each for each in named}
+    by_id = {named.meter.id: named for named in meters}
     items = [
         _item(query, by_id[meter_id], dict(zip(query.dimensions, group, strict=True)), tally)
         for (meter_id, group), tally in tallies.found.items()
@@ -714,17 +669,18 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     faults = Faults()
     query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
-    named = await read(partial(_named_meters, query=query))
-    scans = await read(lambda _: list(_scans(query, named)))
-    parts = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
+    find = partial(named_meters, environment=query.events.view.environment, feature_ids=query.feature_ids)
+    meters = await read(find)
+    scans = await read(lambda _: list(_scans(query, meters)))
+    shares = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
     some_readers = asyncio.Semaphore(READER_THREADS - 1)  # leave one thread for other requests
 
-    async def select(part: _Scan) -> list[_Row]:
+    async def select(share: _Scan) -> list[_Row]:
         async with some_readers:
-            return await read(partial(_select, query=query, scan=part))
+            return await read(partial(_select, query=query, scan=share))
 
-    rows = await asyncio.gather(*map(select, parts))
-    return JsonResponse(await read(lambda _: _answer(query, named, zip(parts, rows, strict=True))))
+    rows = await asyncio.gather(*map(select, shares))
+    return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, rows, strict=True))))
 
 
 _SCHEMAS = {"AnalyticsIn": {
@@ -738,8 +694,8 @@ _SCHEMAS = {"AnalyticsIn": {
 
 # What create_app takes as `operations` to serve meters, features and analytics beside its own.
 OPERATIONS = (
-    *meters.OPERATIONS,
-    *features.OPERATIONS,
+    *METER_OPERATIONS,
+    *FEATURE_OPERATIONS,
     Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=_SCHEMAS,
               example={"external_customer_id": "cust_42", "group_by": ["properties.model"], "window_size": "DAY"}),
 )  # fmt: skip

@@ -1,15 +1,16 @@
 """Features: names and units for meters (API: Features).
 
-From top to bottom: a feature and its checks, its rows, its routes; what the OpenAPI document says.
+From top to bottom: a feature and its checks, its rows, the meters that features name, the routes; what the OpenAPI
+document says.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -37,9 +38,11 @@ from eventstore_extras.meters import (
     METER_EXAMPLE,
     METER_SCHEMAS,
     POSITIVE_SCHEMA,
+    Aggregation,
     Meter,
     MeterIn,
     add_meter,
+    all_meters,
     meter_columns,
     require_meter,
     stored_meter,
@@ -70,8 +73,8 @@ from eventstore_extras.resources import (
 )
 
 __all__ = [
-    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "ReportingUnit", "all_features",
-    "require_feature",
+    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "NamedMeter", "ReportingUnit",
+    "named_meters", "require_feature",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- A feature
@@ -138,29 +141,6 @@ _TYPES = ("metered", "boolean", "static", "config")
 _check_type = one_of(*_TYPES)
 
 
-def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
-    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
-    name = check_name("name", sent.name, faults)
-    if not sent.type:
-        faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
-    is_metered = faults.check("type", _check_type, sent.type) == "metered"
-    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
-    if bool(sent.unit_singular) is not bool(sent.unit_plural):
-        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
-        faults.add(missing, "required", f"is required with {given}")
-    return {
-        "name": name,
-        "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
-        "description": sent.description or "",
-        "meter_id": sent.meter_id or "" if is_metered else "",
-        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
-        "type": sent.type,
-        "unit_singular": sent.unit_singular or "",
-        "unit_plural": sent.unit_plural or "",
-        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
-    }, meter
-
-
 def _new_meter(sent: FeatureIn, faults: Faults) -> Columns | None:
     """Check the meter inside a feature's body and return its columns."""
     if sent.meter is None:
@@ -184,6 +164,29 @@ def _checked_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> Rep
                 faults.add(field, "required", "is required in a reporting unit")
         rate = faults.check("conversion_rate", check_positive_decimal, sent.conversion_rate) or 1
     return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
+
+
+def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
+    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
+    name = check_name("name", sent.name, faults)
+    if not sent.type:
+        faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
+    is_metered = faults.check("type", _check_type, sent.type) == "metered"
+    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
+    if bool(sent.unit_singular) is not bool(sent.unit_plural):
+        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
+        faults.add(missing, "required", f"is required with {given}")
+    return {
+        "name": name,
+        "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
+        "description": sent.description or "",
+        "meter_id": sent.meter_id or "" if is_metered else "",
+        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
+        "type": sent.type,
+        "unit_singular": sent.unit_singular or "",
+        "unit_plural": sent.unit_plural or "",
+        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
+    }, meter
 
 
 # ---------------------------------------------------------------------------------------------- Rows
@@ -222,15 +225,8 @@ def _select_features(conn: sqlite3.Connection, environment: str, where: Sql) -> 
     return [_stored_feature(row, environment) for row in rows]
 
 
-def all_features(conn: sqlite3.Connection, environment: str) -> list[Feature]:
-    """Return the features of an environment: published before archived ones, the oldest first."""
-    order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
-    where = sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment)
-    return _select_features(conn, environment, where)
-
-
 def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str) -> Feature:
-    """Return a feature. Raises ApiError not_found if there is none with this id."""
+    """Return a feature. Raises ApiError not_found if the id is unknown."""
     where = sql(f"{_IN_ENVIRONMENT} AND features.id = :id", environment=environment, id=feature_id)
     found = _select_features(conn, environment, where)
     if not found:
@@ -239,7 +235,7 @@ def require_feature(conn: sqlite3.Connection, environment: str, feature_id: str)
 
 
 def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> None:
-    """Raises ApiError: not_found if there is no such meter, validation_error if it is archived."""
+    """Raise ApiError not_found if the id is unknown, validation_error if the meter is archived."""
     if require_meter(conn, environment, meter_id).archived_at_us is not None:
         faults = Faults(index=0)
         problem = f"names a meter that is archived, got {quoted(meter_id)}: make a new one"
@@ -262,6 +258,39 @@ def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: 
         message = f"{taken}: choose another lookup_key, or delete that feature; nothing was stored"
         raise ApiError("already_exists", message) from None
     return require_feature(conn, view.environment, columns["id"])
+
+
+# ---------------------------------------------------------------------------------------------- Meters by name
+
+
+class NamedMeter(NamedTuple):
+    """A meter and the feature that names it."""
+
+    meter: Meter
+    archived_at_us: int | None
+    feature: Feature | None
+
+    @property
+    def name(self) -> str:
+        return self.feature.name if self.feature else self.meter.name
+
+    @property
+    def aggregation(self) -> Aggregation:
+        return self.meter.aggregation
+
+
+def named_meters(conn: sqlite3.Connection, environment: str, feature_ids: Collection[str]) -> list[NamedMeter]:
+    """Return the meters of these features; without ids, return all meters.
+
+    If several features have a meter, one of `feature_ids` names it, otherwise a published one, otherwise the oldest.
+    """
+    order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
+    features = _select_features(conn, environment, sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment))
+    feature_of: dict[str, Feature] = {}
+    for feature in sorted(features, key=lambda feature: feature.id not in feature_ids):
+        feature_of.setdefault(feature.meter_id, feature)
+    named = [NamedMeter(*stored, feature_of.get(stored.meter.id)) for stored in all_meters(conn, environment)]
+    return [each for each in named if not feature_ids or (each.feature and each.feature.id in feature_ids)]
 
 
 # ---------------------------------------------------------------------------------------------- Routes
@@ -328,32 +357,6 @@ async def delete_feature(service: Service, request: Request) -> Response:
     return JsonResponse(Done("feature deleted successfully"))
 
 
-async def find_features(service: Service, request: Request) -> Response:
-    """GET /v1/features (API: Search)."""
-    faults = Faults()
-    sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
-    sent.sort = sorts_by(sent.sort or [], faults)
-    return await _search(service, request, sent, faults)
-
-
-async def search_features(service: Service, request: Request) -> Response:
-    """POST /v1/features/search (API: Search)."""
-    faults = Faults()
-    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
-
-
-async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
-    environment = request["environment"]
-    query = _search_query(sent, environment, faults)
-
-    def select(conn: sqlite3.Connection) -> FeaturePage:
-        conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
-        rows, pagination = fetch_page(conn, _COLUMNS, _TABLES, query)
-        return FeaturePage([_stored_feature(row, environment) for row in rows], pagination)
-
-    return JsonResponse(await service.store.read(select))
-
-
 def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> ListQuery:
     """Check a search. Raises ApiError with every fault (API: Search)."""
     query = list_query("features", sent, sent.sort or [], environment, faults)
@@ -372,6 +375,32 @@ def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> Li
         part = sent.name_contains.casefold()
         clauses.append(sql("instr(casefold(features.name), :name_contains)", name_contains=part))
     return query.narrowed(*clauses)
+
+
+async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
+    environment = request["environment"]
+    query = _search_query(sent, environment, faults)
+
+    def select(conn: sqlite3.Connection) -> FeaturePage:
+        conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
+        rows, pagination = fetch_page(conn, _COLUMNS, _TABLES, query)
+        return FeaturePage([_stored_feature(row, environment) for row in rows], pagination)
+
+    return JsonResponse(await service.store.read(select))
+
+
+async def find_features(service: Service, request: Request) -> Response:
+    """GET /v1/features (API: Search)."""
+    faults = Faults()
+    sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
+    sent.sort = sorts_by(sent.sort or [], faults)
+    return await _search(service, request, sent, faults)
+
+
+async def search_features(service: Service, request: Request) -> Response:
+    """POST /v1/features/search (API: Search)."""
+    faults = Faults()
+    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
 
 
 # ---------------------------------------------------------------------------------------------- OpenAPI

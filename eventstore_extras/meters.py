@@ -148,44 +148,6 @@ _RESET_ALIASES = {"periodic": "BILLING_PERIOD", "cumulative": "NEVER"}
 _BUCKETED = ("MAX", "SUM")
 
 
-def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
-    """Check a meter and return its columns; record what is wrong with it (API: Meters)."""
-    name = check_name("name", sent.name, faults)
-    event_name = check_name("event_name", (sent.event_name or "").strip(), faults)
-    aggregation = Aggregation("COUNT")
-    if sent.aggregation is None:
-        faults.add("aggregation", "required", 'is required: an object like {"type": "SUM", "field": "tokens"}')
-    else:
-        with faults.within("aggregation"):
-            aggregation = _checked_aggregation(sent.aggregation, faults)
-    if not sent.reset_usage:
-        faults.add("reset_usage", "required", f"is required: one of {', '.join(_RESETS)}")
-    return {
-        "name": name,
-        "event_name": event_name,
-        "aggregation": ENCODER.encode(aggregation).decode(),
-        "filters": ENCODER.encode(_checked_filters(sent.filters or [], faults)).decode(),
-        "reset_usage": faults.check("reset_usage", _check_reset, sent.reset_usage),
-    }
-
-
-def _checked_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
-    if not sent.type:
-        faults.add("type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
-    kind = faults.check("type", check_aggregation, (sent.type or "").upper()) or "COUNT"
-    if sent.expression:
-        reason = "this server computes no formulas, name a field instead"
-        faults.add("expression", "invalid_format", f"must be empty, got {quoted(sent.expression)}: {reason}")
-    elif kind != "COUNT" and not sent.field:
-        faults.add("field", "required", f"is required for {kind}: the property to aggregate")
-    multiplier = _checked_multiplier(sent, kind, faults)
-    bucket_size = _checked_buckets(sent, kind, faults)
-    return Aggregation(
-        type=kind, field=sent.field or None, multiplier=None if multiplier is None else decimal_text(multiplier),
-        bucket_size=bucket_size, group_by=sent.group_by or None,
-    )  # fmt: skip
-
-
 def _checked_multiplier(sent: AggregationIn, kind: str, faults: Faults) -> float | None:
     """Check the multiplier. Types that do not use it keep it, as on the real server."""
     if kind != "SUM_WITH_MULTIPLIER":
@@ -208,6 +170,23 @@ def _checked_buckets(sent: AggregationIn, kind: str, faults: Faults) -> str | No
     return bucket_size
 
 
+def _checked_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
+    if not sent.type:
+        faults.add("type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
+    kind = faults.check("type", check_aggregation, (sent.type or "").upper()) or "COUNT"
+    if sent.expression:
+        reason = "this server computes no formulas, name a field instead"
+        faults.add("expression", "invalid_format", f"must be empty, got {quoted(sent.expression)}: {reason}")
+    elif kind != "COUNT" and not sent.field:
+        faults.add("field", "required", f"is required for {kind}: the property to aggregate")
+    multiplier = _checked_multiplier(sent, kind, faults)
+    bucket_size = _checked_buckets(sent, kind, faults)
+    return Aggregation(
+        type=kind, field=sent.field or None, multiplier=None if multiplier is None else decimal_text(multiplier),
+        bucket_size=bucket_size, group_by=sent.group_by or None,
+    )  # fmt: skip
+
+
 def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFilter]:
     checked = []
     for number, condition in enumerate(sent):
@@ -223,6 +202,27 @@ def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFil
 
 def _check_reset(text: str) -> str:
     return one_of(*_RESETS)(_RESET_ALIASES.get(text.lower(), text))
+
+
+def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
+    """Check a meter and return its columns; record what is wrong with it (API: Meters)."""
+    name = check_name("name", sent.name, faults)
+    event_name = check_name("event_name", (sent.event_name or "").strip(), faults)
+    aggregation = Aggregation("COUNT")
+    if sent.aggregation is None:
+        faults.add("aggregation", "required", 'is required: an object like {"type": "SUM", "field": "tokens"}')
+    else:
+        with faults.within("aggregation"):
+            aggregation = _checked_aggregation(sent.aggregation, faults)
+    if not sent.reset_usage:
+        faults.add("reset_usage", "required", f"is required: one of {', '.join(_RESETS)}")
+    return {
+        "name": name,
+        "event_name": event_name,
+        "aggregation": ENCODER.encode(aggregation).decode(),
+        "filters": ENCODER.encode(_checked_filters(sent.filters or [], faults)).decode(),
+        "reset_usage": faults.check("reset_usage", _check_reset, sent.reset_usage),
+    }
 
 
 def filters_in_both(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
@@ -269,7 +269,7 @@ def all_meters(conn: sqlite3.Connection, environment: str) -> list[StoredMeter]:
 
 
 def require_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> StoredMeter:
-    """Return a meter. Raises ApiError not_found if there is none with this id."""
+    """Return a meter. Raises ApiError not_found if the id is unknown."""
     found = _select_meters(conn, sql(f"{IN_ENVIRONMENT} AND id = :id", environment=environment, id=meter_id))
     if not found:
         raise ApiError("not_found", f"no meter with the id {quoted(meter_id)} in this environment")
@@ -343,16 +343,6 @@ async def find_meters(service: Service, request: Request) -> Response:
     return JsonResponse(await service.store.read(select))
 
 
-async def disable_meter(service: Service, request: Request) -> Response:
-    """POST /v1/meters/{id}/disable: it counts nothing new (API: Meters)."""
-    return await _archive(service, request, "Meter disabled successfully")
-
-
-async def delete_meter(service: Service, request: Request) -> Response:
-    """DELETE /v1/meters/{id}: the same as to disable it (API: Meters)."""
-    return await _archive(service, request, "Meter deleted successfully")
-
-
 async def _archive(service: Service, request: Request, message: str) -> Response:
     view, meter_id = service.view(request), request.path_params["id"]
 
@@ -362,6 +352,16 @@ async def _archive(service: Service, request: Request, message: str) -> Response
 
     await service.store.write(archive)
     return JsonResponse(Done(message))
+
+
+async def disable_meter(service: Service, request: Request) -> Response:
+    """POST /v1/meters/{id}/disable: it counts nothing new (API: Meters)."""
+    return await _archive(service, request, "Meter disabled successfully")
+
+
+async def delete_meter(service: Service, request: Request) -> Response:
+    """DELETE /v1/meters/{id}: the same as to disable it (API: Meters)."""
+    return await _archive(service, request, "Meter deleted successfully")
 
 
 # ---------------------------------------------------------------------------------------------- Usage of a meter
@@ -411,12 +411,13 @@ def _meter_query(sent: MeterUsageIn, meter: Meter, view: View) -> UsageQuery:
     return replace(query, property_filters=filters_in_both(query.property_filters, meter), lifetime=is_lifetime)
 
 
-async def _lifetime_value(service: Service, query: UsageQuery) -> float:
-    """Add up all buckets before the end of the range. A bucket that the range's start cuts in two counts as a whole."""
-    if query.aggregation == "SUM":
-        unbucketed = replace(query, windows=None, bucketed=False, lifetime=True)
-        return float(await aggregate(service, unbucketed, lambda query, _spans, cells: usage_value(query, cells)))
-    return await service.store.read(partial(_sum_of_buckets, query=query), quick=False)
+def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
+    """Return up to 50,000 buckets; only the start and the end of the range cut one."""
+    buckets = query.windows or Windows("DAY")
+    minutes = WINDOW_MINUTES.get(buckets.size, 1440)
+    end_us = min(start_us + _LIFETIME_WINDOWS * minutes * MINUTE_US, query.end_us)
+    spans = buckets.spans(start_us, end_us)
+    return spans if end_us == query.end_us else spans[:-1]
 
 
 def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
@@ -435,13 +436,12 @@ def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
         next_us = spans[-1].end_us
 
 
-def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
-    """Return up to 50,000 buckets; only the start and the end of the range cut one."""
-    buckets = query.windows or Windows("DAY")
-    minutes = WINDOW_MINUTES.get(buckets.size, 1440)
-    end_us = min(start_us + _LIFETIME_WINDOWS * minutes * MINUTE_US, query.end_us)
-    spans = buckets.spans(start_us, end_us)
-    return spans if end_us == query.end_us else spans[:-1]
+async def _lifetime_value(service: Service, query: UsageQuery) -> float:
+    """Add up all buckets before the end of the range. A bucket that the range's start cuts in two counts as a whole."""
+    if query.aggregation == "SUM":
+        unbucketed = replace(query, windows=None, bucketed=False, lifetime=True)
+        return float(await aggregate(service, unbucketed, lambda query, _spans, cells: usage_value(query, cells)))
+    return await service.store.read(partial(_sum_of_buckets, query=query), quick=False)
 
 
 async def compute_meter_usage(service: Service, request: Request) -> Response:

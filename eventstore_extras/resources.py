@@ -1,4 +1,4 @@
-"""What meters and features have in common: they have names, and are stored, listed and archived (API: Lists).
+"""Resources: how meters and features are named, stored, listed and archived (API: Lists).
 
 From top to bottom: numbers, times and names; rows; lists; what the OpenAPI document says of a list.
 """
@@ -191,18 +191,6 @@ def sorts_by(names: Iterable[Any], faults: Faults) -> list[SortIn]:
     return [SortIn(faults.check("sort", _check_sort, name)) for name in names]
 
 
-def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: str, faults: Faults) -> ListQuery:
-    """Check the fields that all lists have; record what is wrong with them (API: Lists)."""
-    where = sql(f"{table}.{IN_ENVIRONMENT}", environment=environment)
-    created = _created_within(table, sent, faults)
-    status = faults.check("status", _check_status, sent.status)
-    default_direction = faults.check("order", check_order, sent.order) or "desc"
-    order_by = _order_by(table, sorts, default_direction, faults)
-    limit = faults.check("limit", _check_limit, sent.limit) or _DEFAULT_LIMIT
-    offset = faults.check("offset", check_offset, sent.offset) or 0
-    return ListQuery(all_of([where, *created, *_has_status(table, status)]), order_by, limit, offset)
-
-
 def _created_within(table: str, sent: _ListIn, faults: Faults) -> list[Sql]:
     """Build the conditions for start_time and end_time, both inclusive."""
     start_us = faults.check("start_time", parse_time, sent.start_time)
@@ -234,6 +222,18 @@ def _order_by(table: str, sorts: Sequence[SortIn], default_direction: str, fault
         owner = "meters" if field == "event_name" else table  # a feature is sorted by its meter's event name
         terms.append(f"{owner}.{SORT_COLUMNS[field]} {direction}")
     return ", ".join([*terms, f"{table}.id {direction}"])
+
+
+def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: str, faults: Faults) -> ListQuery:
+    """Check the fields that all lists have; record what is wrong with them (API: Lists)."""
+    where = sql(f"{table}.{IN_ENVIRONMENT}", environment=environment)
+    created = _created_within(table, sent, faults)
+    status = faults.check("status", _check_status, sent.status)
+    default_direction = faults.check("order", check_order, sent.order) or "desc"
+    order_by = _order_by(table, sorts, default_direction, faults)
+    limit = faults.check("limit", _check_limit, sent.limit) or _DEFAULT_LIMIT
+    offset = faults.check("offset", check_offset, sent.offset) or 0
+    return ListQuery(all_of([where, *created, *_has_status(table, status)]), order_by, limit, offset)
 
 
 def is_any_of(column: str, values: Iterable[str], name: str) -> Sql:
