@@ -353,6 +353,7 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
     return {flag: default for flag, default in flags.items() if flag != "--help"}
 
 
+@pytest.mark.slow
 def test_every_flag_is_documented_with_its_default(tmp_path):
     flags = {command: help_of(tmp_path, command) for command in ("serve", "import", "export", "replay", "prune")}
     everything = {flag for of_command in flags.values() for flag in of_command}
@@ -485,6 +486,7 @@ def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
     return httpx.post(f"http://127.0.0.1:{port}/v1/events", json=event, headers={"x-api-key": key})
 
 
+@pytest.mark.slow
 @needs_shell
 @pytest.mark.parametrize("command", BACKUPS, ids=lambda command: command.split()[0])
 def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path, command):
@@ -509,6 +511,7 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
         assert ids_on(port) == ["before 0", "before 1", "before 2", "after"]
 
 
+@pytest.mark.slow
 def test_a_key_is_changed_without_losing_a_request(tmp_path):
     """The three steps of Keys, while an application sends that tries again when it is refused a connection."""
     port, key, over, sent = free_port(), "old-key", threading.Event(), []
@@ -585,6 +588,7 @@ def fill_with_meters(server: MockServer) -> None:
     make(f"meters/{ids[5]}/disable")
 
 
+@pytest.mark.slow
 def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path):
     (program,) = blocks(section(OPERATING, "Moving to FlexPrice"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:

@@ -231,6 +231,7 @@ def test_events_of_another_environment_are_passed_over_a_span_at_a_time(tmp_path
     assert progress_of(tmp_path)["last_id"] == "first"
 
 
+@pytest.mark.slow
 def test_a_request_holds_at_most_10_mb_unless_one_event_is_longer(tmp_path):
     with serving(tmp_path) as client:
         for one in numbered(20, properties={"x": "y" * 1_500_000}):
@@ -281,6 +282,7 @@ def test_nothing_is_skipped_whatever_else_than_202_a_target_answers(caplog, tric
     assert (len(line.message) < 700, line.message.isprintable()) == (True, True)
 
 
+@pytest.mark.slow
 def test_a_target_that_resets_large_bodies_gets_smaller_ones_and_larger_ones_once_it_takes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(forward, "GROW_AFTER", 2)
     path = str(tmp_path / "events.db")
@@ -616,6 +618,7 @@ def hanging():
     return socket.create_server(("127.0.0.1", 0), backlog=100)
 
 
+@pytest.mark.slow
 @table("trick", ["hangs", "slow", "refuses", "is away"])
 def test_sigterm_ends_it_within_ten_seconds_and_saves_what_was_sent(tmp_path, trick):
     filled(tmp_path, 3000)

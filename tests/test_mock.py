@@ -434,6 +434,7 @@ def send():
 """
 
 
+@pytest.mark.slow
 def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhere(pytester):
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makeconftest("import application")
@@ -458,6 +459,7 @@ def test_a_client_made_at_import_sends_to_the_mock_and_before_there_is_one_nowhe
     run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 @table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
 def test_a_suite_that_means_the_real_thing_keeps_its_variables(pytester, monkeypatch, flags, ini):
     monkeypatch.setenv("FLEXPRICE_API_HOST", "http://real.example/v1")
@@ -490,6 +492,7 @@ def test_the_variables_are_as_before_when_the_run_is_over(tmp_path):
     assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
 
 
+@pytest.mark.slow
 def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
@@ -510,6 +513,7 @@ def test_each_worker_of_xdist_has_a_server_of_its_own(pytester):
     assert len(urls) == len(set(urls)) == 2
 
 
+@pytest.mark.slow
 def test_a_test_can_count_the_requests_and_what_met_them(pytester):
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
@@ -541,6 +545,7 @@ def test_a_test_can_count_the_requests_and_what_met_them(pytester):
     run_tests(pytester).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_a_fault_that_no_request_met_is_a_warning_at_the_end_of_its_test(pytester):
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(

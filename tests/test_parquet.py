@@ -559,6 +559,7 @@ def test_a_terminal_is_no_place_for_it(tmp_path):
     )
 
 
+@pytest.mark.slow
 @table(
     "arguments",
     ["import in --db new.db", "import lines --format parquet --db new.db", "export --db old.db -o out.parquet"],

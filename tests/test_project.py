@@ -78,6 +78,7 @@ def test_the_soak_names_what_did_not_stay_flat(later, verdict):
 # ---------------------------------------------------------------------------------------------- the rooms
 
 
+@pytest.mark.slow
 def test_the_service_alone_in_a_folder_serves_and_says_what_other_commands_need(tmp_path):
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
@@ -108,6 +109,7 @@ def test_the_service_imports_nothing_of_what_grew_around_it_and_no_pytest():
     assert python(code).stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_whatever_a_command_imports_there_is_one_copy_of_the_service(tmp_path):
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))

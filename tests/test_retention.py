@@ -233,6 +233,7 @@ def test_a_steady_load_keeps_the_size_of_the_file(tmp_path):
 # ---------------------------------------------------------------------------------------------- flags and prune
 
 
+@pytest.mark.slow
 def test_the_banner_says_for_how_long_events_are_kept_and_0_days_are_refused(tmp_path):
     for days, said in (("0.5", "0.5 days"), ("1", "1 day")):
         with Live(tmp_path, "--retain-days", days, "--api-key", KEY) as live:
@@ -287,6 +288,7 @@ def test_a_prune_that_cannot_start_says_why(tmp_path, flags, part):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db"]
 
 
+@pytest.mark.slow
 def test_a_prune_says_what_it_deleted_and_what_it_must_keep(tmp_path):
     path = stored(tmp_path, [(1, NOW), (2, NOW + 1), (1, NOW + 2), (1, NOW + 3), (1, NOW + DAY_US)])
     file = progress(path, "https://host/v1", "development", 1)
@@ -308,6 +310,7 @@ def test_a_prune_says_what_it_deleted_and_what_it_must_keep(tmp_path):
     assert kept_ids(tmp_path) == ["00004"]
 
 
+@pytest.mark.slow
 def test_a_prune_beside_a_server_under_load_disturbs_nobody(tmp_path):
     stored(tmp_path, [(1, NOW - DAY_US)] * 20_000)
     stop, statuses, sent = threading.Event(), set(), []
@@ -344,6 +347,7 @@ sys.exit(eventstore.main())
 """
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_prune_says_how_far_it_came_and_goes_on(tmp_path, number):
     stored(tmp_path, [(1, NOW)] * 30_000)

@@ -291,6 +291,7 @@ def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path, form):
     assert peaks[1] - peaks[0] < 12_000_000
 
 
+@pytest.mark.slow
 def test_an_import_and_a_server_share_a_file(tmp_path):
     (tmp_path / "in.ndjson").write_bytes(lines_of(*[event(f"i{number}") for number in range(20_000)]))
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
@@ -373,6 +374,7 @@ def test_an_exported_file_appears_when_it_is_complete(tmp_path, capsys, monkeypa
         assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "in", "out.ndjson"]
 
 
+@pytest.mark.slow
 def test_standard_output_holds_data_only_and_may_be_closed_early(tmp_path):
     imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(5000)]))
     whole = run(*SCRIPT, "export", cwd=tmp_path, text=False)
@@ -606,6 +608,7 @@ def test_what_does_not_answer_202_is_no_target_and_a_redirect_gets_no_key(tmp_pa
         assert len(target.bodies) == 1
 
 
+@pytest.mark.slow
 def test_a_replay_sends_less_at_a_time_to_a_target_that_resets_large_bodies_or_answers_413(
     tmp_path, capsys, monkeypatch
 ):
@@ -735,6 +738,7 @@ def test_a_replay_of_a_filter_has_its_own_progress_and_a_dry_one_sends_nothing(t
             assert "another database" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_request_holds_at_most_10_mb(tmp_path):
     source = imported(
         tmp_path / "source", lines_of(*[event(f"{n:02}", properties={"x": "y" * 1_500_000}) for n in range(20)])
