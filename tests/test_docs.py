@@ -360,6 +360,7 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune"])
+@pytest.mark.slow
 def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: Any) -> None:
     flags = help_of(tmp_path, command)
     table = section(REFERENCE, f"eventstore {command}", level=3)
@@ -495,6 +496,7 @@ def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
     return httpx.post(f"http://127.0.0.1:{port}/v1/events", json=event, headers={"x-api-key": key})
 
 
+@pytest.mark.slow
 @needs_shell
 @pytest.mark.parametrize("command", BACKUPS, ids=lambda command: command.split()[0])
 def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path: Path, command: Any) -> None:
@@ -519,6 +521,7 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
         assert ids_on(port) == ["before 0", "before 1", "before 2", "after"]
 
 
+@pytest.mark.slow
 def test_a_key_is_changed_without_losing_a_request(tmp_path: Path) -> None:
     """Follow the documented steps while an application sends events and retries refused connections."""
     port, key, over, sent = free_port(), "old-key", threading.Event(), []
@@ -596,6 +599,7 @@ def fill_with_meters(server: MockServer) -> None:
     make(f"meters/{ids[5]}/disable")
 
 
+@pytest.mark.slow
 def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path: Path) -> None:
     (program,) = blocks(section(OUTBOX, "Moving to FlexPrice"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:

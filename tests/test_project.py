@@ -85,6 +85,7 @@ def test_the_soak_names_the_figures_that_did_not_stay_flat(later: dict[str, Any]
 # ---------------------------------------------------------------------------------------------- imports
 
 
+@pytest.mark.slow
 def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: Path) -> None:
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
@@ -115,6 +116,7 @@ def test_the_service_imports_no_extras_and_no_pytest() -> None:
     assert python(code).stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path: Path) -> None:
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
