@@ -120,6 +120,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     query_timeout_s: float = 30.0
     queue_events: int = 100_000  # events that may wait for the writer
     wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
+    warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of it, at most 1 GB (API: Health)
     queue_bytes: int = 256 * 1024 * 1024  # request bodies held at one time; a single body may be longer
     rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
@@ -291,6 +292,7 @@ MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each stil
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 _RAWS = msgspec.json.Decoder(list[Raw])
 decoder_of = lru_cache(msgspec.json.Decoder)
+_fields_of = lru_cache(msgspec.structs.fields)  # 100 us without the cache
 PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; an empty list matches all
 
 _TYPE_NAMES = {
@@ -333,7 +335,7 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
         return struct()
     values = {}
     faults.ignore(members.keys() - {*struct.__struct_fields__})  # type: ignore[attr-defined]
-    for field in msgspec.structs.fields(struct):  # type: ignore[arg-type]
+    for field in _fields_of(struct):  # type: ignore[arg-type]
         if field.name in members:
             values[field.name] = _decode_member(struct, field, bytes(members[field.name]), faults)
     return struct(**values)
@@ -679,6 +681,11 @@ def _data_file(name: str) -> str:
     return (Path(__file__).resolve().parent / name).read_text("utf-8")
 
 
+def real_path(db: str) -> str:
+    """Return the absolute path without symbolic links: SQLite keeps the WAL beside the file that a link leads to."""
+    return os.path.realpath(db)
+
+
 def prepare_file(path: str) -> int:
     """Create the file, or check that it is ours; return its number of events. Raises StartError."""
     if sqlite3.sqlite_version_info < (3, 38):
@@ -690,7 +697,7 @@ def prepare_file(path: str) -> int:
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
-    if _ends_in_half_a_page(path):
+    if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
     with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
         _migrate(conn, path)
@@ -782,14 +789,35 @@ def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s:
         return 0
     if len(rows) > INSERT_ROWS:
         execute_writing(conn, lock_timeout_s, "BEGIN IMMEDIATE")
+    inserted = _insert_chunks(conn, rows, lock_timeout_s)
+    if conn.in_transaction:
+        conn.execute("COMMIT")
+    return inserted
+
+
+def _insert_chunks(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
     inserted = 0
     for start in range(0, len(rows), INSERT_ROWS):
         chunk = rows[start : start + INSERT_ROWS]
         values = list(itertools.chain.from_iterable(chunk))
         inserted += execute_writing(conn, lock_timeout_s, insert_statement(len(chunk)), values).rowcount
-    if conn.in_transaction:
-        conn.execute("COMMIT")
     return inserted
+
+
+def try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Write rows into the WAL and take them back, inside a transaction. Raises sqlite3.Error if there is no room.
+
+    With a cache of a few pages SQLite writes the others at once instead of at the commit.
+    """
+    (cache_size,) = conn.execute("PRAGMA cache_size").fetchone()
+    conn.execute("PRAGMA cache_size = 10")
+    try:
+        conn.execute("SAVEPOINT trial")
+        _insert_chunks(conn, rows, WRITE_LOCK_TIMEOUT_S)
+        conn.execute("ROLLBACK TO trial")
+        conn.execute("RELEASE trial")
+    finally:
+        conn.execute(f"PRAGMA cache_size = {cache_size}")
 
 
 # The newest rows, as many as were inserted. Ignored rows use up numbers as well, so the numbers alone do not tell.
@@ -827,6 +855,7 @@ READER_THREADS = 4
 # event is 0.15 s this way, and 1.2 s in the order of arrival.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _FEW_EVENTS = 10
+_BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError)  # wrong calls, which say nothing of the database
 _TRIAL_PAUSE_S = 1.0  # pause between two trial commits after a failed one
 
 
@@ -852,6 +881,50 @@ class _Task(NamedTuple):
             self.answer.set_result(outcome)
 
 
+_ROW_BYTES = 500  # of the file, for an event and its index entries
+
+
+def _size_of(rows: Iterable[Row]) -> int:
+    return sum(_ROW_BYTES + len(row.properties) for row in rows)
+
+
+_SPACE_PAUSE_S = 1.0  # between two looks at the free space after commits
+
+
+class FreeSpace:
+    """Notices when the disk of the database is nearly full (API: Health). For any thread."""
+
+    def __init__(self, path: str, limit_bytes: int | None) -> None:
+        self._folder = os.path.dirname(path)
+        self._limit_bytes = limit_bytes
+        self._next_s = 0.0
+        self._is_low = False
+
+    def watch(self) -> None:
+        """Check, at most once a second, so that the log has a line also if nobody asks for /health."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + _SPACE_PAUSE_S
+            self.warning()
+
+    def warning(self) -> str | None:
+        """Return a warning if there is little space; log it when that begins and when it is over."""
+        try:
+            disk = os.statvfs(self._folder)
+        except (AttributeError, OSError):  # Windows has no statvfs
+            return None
+        limit, free = self._limit_bytes, disk.f_bavail * disk.f_frsize
+        if limit is None:
+            limit = min(disk.f_blocks * disk.f_frsize // 20, 10**9)
+        reason = f"the disk has {free / 1e6:,.1f} MB left, fewer than {limit / 1e6:,.1f}: make room before it is full"
+        if free < limit and not self._is_low:
+            self._is_low = True
+            log.warning("%s", reason)
+        elif self._is_low and free >= 1.1 * limit:  # no line for each change of a disk that is just at the limit
+            self._is_low = False
+            log.info("the disk has room again: %s MB are left", f"{free / 1e6:,.1f}")
+        return reason if free < limit else None
+
+
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
@@ -870,6 +943,8 @@ class Writer:
         self._short_until_s = 0.0
         self._pending_events = 0  # only the event loop uses it
         self.failure: str | None = None  # why the last commit failed
+        self._failed_rows: list[Row] = []  # the largest commit that a full or broken disk refused
+        self.space = FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
 
     def start(self) -> None:
@@ -909,6 +984,7 @@ class Writer:
             for task, outcome in zip(group, self._commit(group), strict=True):
                 task.settle(outcome)
             self._shorten_wal()
+            self.space.watch()
         with suppress(sqlite3.Error):
             self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process; the WAL is as safe
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -943,8 +1019,21 @@ class Writer:
                 if self._conn.in_transaction:
                     self._conn.execute("ROLLBACK")
             return self._outcomes_of_failure(group, error)
-        self.failure = None
+        if self._failed_rows and _size_of(_rows_of(group)) >= _size_of(self._failed_rows):
+            self._failed_rows = []
+        if not self._failed_rows:
+            self.failure = None
         return outcomes
+
+    async def try_again(self) -> None:
+        """After a failed commit, try one that is as large, and commit nothing of it. Raises ApiError."""
+        await self.run(self._try_failed_rows)
+
+    def _try_failed_rows(self, conn: sqlite3.Connection) -> None:
+        conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # to have something to commit
+        if self._failed_rows:
+            try_insert(conn, self._failed_rows)
+            self._failed_rows = []
 
     def _write(self, group: list[_Task]) -> list[object]:
         if not callable(group[0].work):
@@ -957,7 +1046,13 @@ class Writer:
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
         if isinstance(error, ApiError):  # an operation refused its request
             return [error]
+        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, _BUGS):
+            log.error("a bug in an operation; nothing of its %d requests was stored", len(group), exc_info=error)
+            return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
         known, self.failure = self.failure, failure_reason(error)
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            # A smaller commit may still fit, and would say nothing about the events that are refused.
+            self._failed_rows = max(self._failed_rows, _rows_of(group), key=_size_of)
         if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
             if self.failure != known:  # log one traceback; each refused request has a line of its own
                 log.exception("a commit failed; none of its %d requests was stored", len(group))
@@ -998,6 +1093,10 @@ class Writer:
                 log.warning("%s-wal has %d MB: some query keeps it from being shortened", self._path, megabytes)
             else:
                 self._wal_limit_bytes = self._settings.wal_bytes
+
+
+def _rows_of(group: Iterable[_Task]) -> list[Row]:
+    return [row for task in group if not callable(task.work) for row in task.work]
 
 
 def failure_reason(error: Exception) -> str:
@@ -1085,14 +1184,15 @@ class Store:
 
     def __init__(self, settings: Settings) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="eventstore-") if settings.db == ":memory:" else None
-        self.path = os.path.join(self._folder.name, "events.db") if self._folder else settings.db
+        self.name = os.path.join(self._folder.name, "events.db") if self._folder else settings.db  # for messages
+        self.path = real_path(self.name)
         # A temporary file is removed at exit, so that its commits need no sync.
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if self._folder else WRITER_PRAGMAS
-        self.events_at_start = prepare_file(self.path)
+        self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> number in rows
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with _start_errors(self.path):  # connect here: callers of a thread that died would wait for ever
+        with _start_errors(self.name):  # connect here: callers of a thread that died would wait for ever
             self._writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -1135,8 +1235,12 @@ class Store:
         if self._writer.failure and time.monotonic() > self._trial_s + _TRIAL_PAUSE_S:
             self._trial_s = time.monotonic()
             with suppress(ApiError):
-                await self.write(lambda conn: conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+                await self._writer.try_again()
         return self._writer.failure
+
+    def warning(self) -> str | None:
+        """Return a warning if the disk is nearly full, although events can be stored."""
+        return self._writer.space.warning()
 
     def close(self) -> None:
         """End running queries, commit what waits, checkpoint and close the file. A second call does nothing."""
@@ -1200,6 +1304,8 @@ class Service:
         self.outboxes: dict[str, Outbox] = {}  # by environment
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # run until the server stops, then cancelled
         self.notices: list[str] = []  # lines of the banner
+        self.is_stopping: Callable[[], bool] = lambda: False  # whether the server ends requests because it stops
+        self.next_search_s = 0.0  # when unknown fields of events are looked for again
         self.held_bytes = 0  # size of all bodies that are being received or worked on
         # A commit answers several clients at once, and their next batches arrive together. Checked in a row they would
         # hold up every other request: beside 8 such clients p99 of a page is 19 ms with turns, 31 ms without.
@@ -1284,7 +1390,10 @@ class _Endpoint:
             service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
         try:
             response = await self._handler(service, request)
-        except asyncio.CancelledError:  # uvicorn would answer 500 in plain text
+        except asyncio.CancelledError:
+            if not service.is_stopping():  # the caller's own, such as asyncio.timeout() around an in-process client
+                raise
+            # uvicorn would answer 500 in plain text
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
         finally:
             service.held_bytes -= scope.get("held_bytes", 0)
@@ -1470,11 +1579,14 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientD
 # ---------------------------------------------------------------------------------------------- Ingest
 
 MAX_BATCH = 1000
+MAX_FIELD_CHARS = 1024  # each is copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
+_MAX_DOUBLE_DIGITS = 309  # of an integer below 1.8e308
+_DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_COMMAS = 2_000_000  # limit on commas before counting events; counting costs 64 bytes per event
 
 
-# Unknown fields are forbidden here so that decode_members sees and logs them. They are then ignored.
+# Unknown fields are forbidden here so that they are noticed and logged. They are then ignored.
 class EventIn(Struct, forbid_unknown_fields=True):
     """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same."""
 
@@ -1485,6 +1597,10 @@ class EventIn(Struct, forbid_unknown_fields=True):
     source: str | None = None
     timestamp: str | None = None
     properties: Raw = msgspec.field(default_factory=Raw)  # JSON Schema cannot express a Raw as a default
+
+
+class _TolerantEventIn(EventIn, forbid_unknown_fields=False):
+    """The same, without noticing unknown fields."""
 
 
 def _batch_of(item: type) -> Any:
@@ -1518,12 +1634,18 @@ class BulkAccepted(Struct):
 
 EVENT = msgspec.json.Decoder(EventIn)
 _BULK = msgspec.json.Decoder(BulkIn)
+_TOLERANT_EVENT: Any = msgspec.json.Decoder(_TolerantEventIn)
+_TolerantBulkIn = msgspec.defstruct("_TolerantBulkIn", [("events", _batch_of(_TolerantEventIn))])
+_TOLERANT_BULK: Any = msgspec.json.Decoder(_TolerantBulkIn)
 _RAW_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("RawBulkIn", [("events", _batch_of(Raw))]))
 _OUTER_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("OuterBulkIn", [("events", Raw, Raw(b"null"))]))
 
 
+_TOO_LARGE = "holds a number that no 64-bit float can hold"
+
+
 def check_properties(raw: bytes) -> str:
-    """Return the JSON text of an event's properties.
+    """Return the JSON text of an event's properties; of members with the same name it keeps the last.
 
     Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
     """
@@ -1534,16 +1656,66 @@ def check_properties(raw: bytes) -> str:
         value = _OBJECT.decode(raw)
     except msgspec.ValidationError as error:
         if "out of range" in str(error):
-            raise FieldError("out_of_range", "holds a number that no 64-bit float or 4,300 digits can hold") from None
+            raise FieldError("out_of_range", _TOO_LARGE) from None
         raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
     except RecursionError:
         raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
     except msgspec.DecodeError as error:
         reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
         raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
-    if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
-        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
-    return text
+    if len(text) > _MAX_DOUBLE_DIGITS:
+        if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
+            raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
+        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
+            _check_integers(value)
+    # The text has a colon for each member and those in strings, the decoded value the same, but each name only once.
+    # A colon may also be written as \u003a.
+    colons = text.count(":")
+    if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
+        return text
+    return _without_repeated_keys(text)
+
+
+def _containers_in(value: object) -> Iterator[dict[str, Any] | list[Any]]:
+    """Yield the value and everything in it that is an object or an array. Not recursive: it may have 500 levels."""
+    found = [value]
+    for each in found:
+        if isinstance(each, dict | list):
+            yield each
+            inside = each.values() if isinstance(each, dict) else each
+            found += [item for item in inside if isinstance(item, dict | list)]
+
+
+def _check_integers(value: object) -> None:
+    """Raises FieldError if there is an integer that no double can hold; msgspec accepts up to 4,300 digits."""
+    for each in _containers_in(value):
+        for item in each.values() if isinstance(each, dict) else each:
+            try:
+                if isinstance(item, int):
+                    float(item)
+            except OverflowError:
+                raise FieldError("out_of_range", _TOO_LARGE) from None
+
+
+def _without_repeated_keys(text: str) -> str:
+    """Return the JSON text with only the last member of each name, as JSON readers see it; SQLite takes the first.
+
+    Numbers keep their digits; white space and the spelling of escapes change. Return the text itself if no name is
+    repeated.
+    """
+    is_repeated = False
+
+    def join(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal is_repeated
+        joined = dict(members)
+        is_repeated = is_repeated or len(joined) < len(members)
+        return joined
+
+    def keep_digits(number: str) -> Raw:
+        return Raw(number.encode())
+
+    value = json.loads(text, object_pairs_hook=join, parse_int=keep_digits, parse_float=keep_digits)
+    return ENCODER.encode(value).decode() if is_repeated else text
 
 
 def _is_deeper_than(value: object, limit: int) -> bool:
@@ -1554,43 +1726,106 @@ def _is_deeper_than(value: object, limit: int) -> bool:
     return bool(level)
 
 
+def _check_lengths(event: EventIn, faults: Faults) -> None:
+    for field in ("event_name", "external_customer_id", "event_id", "customer_id", "source"):
+        length = len(getattr(event, field) or "")
+        if length > MAX_FIELD_CHARS:
+            faults.add(field, "out_of_range", f"may have {MAX_FIELD_CHARS:,} characters, got {length:,}")
+
+
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
     """Make the row of an event. If this records a fault, the row must not be used."""
-    event_name = (event.event_name or "").strip()
+    sent_name, customer, event_id = event.event_name or "", event.external_customer_id or "", event.event_id or ""
+    customer_id, source = event.customer_id or "", event.source or ""
+    if len(sent_name) + len(customer) + len(event_id) + len(customer_id) + len(source) > MAX_FIELD_CHARS:
+        _check_lengths(event, faults)
+    event_name = sent_name.strip()
     if not event_name:
         faults.add("event_name", "required", "is required")
-    if not event.external_customer_id:
+    if not customer:
         faults.add("external_customer_id", "required", "is required")
     timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
     timestamp_us = now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
     return Row(
-        environment, event.event_id or make_id(now), event.external_customer_id or "", event.customer_id or "",
-        event_name, event.source or "", timestamp_us, now,
+        environment, event_id or make_id(now), customer, customer_id, event_name, source, timestamp_us, now,
         faults.check("properties", check_properties, event.properties) or "{}",
     )  # fmt: skip
 
 
-def _event_rows(service: Service, request: Request, events: list[Any], bulk: bool) -> list[Row]:
+def _event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
     """Make the rows of a request's events. Raises ApiError that names every fault (API: Sending events)."""
     environment, now = service.store.environments[request["environment"]], service.settings.clock()
     faults = Faults(whole="event")
+    faults.ignore(sent.unknown_fields)
     rows = []
-    for index, sent in enumerate(events):
+    events = sent.events
+    for index, sent_event in enumerate(events):
         faults.index = index
-        events[index] = event = decode_members(EventIn, sent, faults) if isinstance(sent, Raw) else sent
+        is_raw = isinstance(sent_event, Raw)
+        events[index] = event = decode_members(EventIn, sent_event, faults) if is_raw else sent_event
         rows.append(event_row(event, environment, now, service.make_id, faults))
     faults.raise_any(events, bulk)
     service.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
     return rows
 
 
-def _decode_batch(body: bytes) -> list[Any]:
-    """Return a batch's events, all of them raw if one does not fit EventIn. Raises ApiError (API: A batch)."""
-    batch = decode(_BULK, body) or decode(_RAW_BULK, body)
-    events = [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
+_SEARCH_PAUSES = 20  # a search for unknown fields is followed by a pause of this many times its duration: at most 5 %
+_MAX_SEARCHED_BYTES = 65_536  # a larger event is not searched: it may have millions of fields
+
+
+class _Sent(NamedTuple):
+    events: list[Any]  # EventIn, or Raw if the event does not fit
+    unknown_fields: Iterable[str] = ()
+
+
+def _decode_batch(service: Service, body: bytes) -> _Sent:
+    """Decode a batch, each event for itself if one has a wrong type. Raises ApiError (API: A batch)."""
+    searches = time.monotonic() >= service.next_search_s
+    batch = decode(_BULK if searches else _TOLERANT_BULK, body)
+    unknown: Iterable[str] = ()
+    if batch is None and searches:
+        with _pausing(service):
+            unknown = _unknown_fields(_events_of(decode(_RAW_BULK, body)))
+            batch = decode(_TOLERANT_BULK, body)
+    events = _events_of(batch)
+    if batch is None:
+        raws = _events_of(decode(_RAW_BULK, body))
+        events = [decode(_TOLERANT_EVENT, bytes(raw)) or raw for raw in raws]
     if not events:
         _refuse_batch(body)
-    return events
+    return _Sent(events, unknown)
+
+
+def _events_of(batch: Any) -> list[Any]:
+    return [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
+
+
+def _decode_single(service: Service, body: bytes) -> _Sent:
+    searches = time.monotonic() >= service.next_search_s
+    event = decode(EVENT if searches else _TOLERANT_EVENT, body)
+    if event is not None or not searches:
+        return _Sent([event or Raw(body)])
+    with _pausing(service):
+        return _Sent([decode(_TOLERANT_EVENT, body) or Raw(body)], _unknown_fields([Raw(body)]))
+
+
+@contextmanager
+def _pausing(service: Service) -> Iterator[None]:
+    """Let events with unknown fields pass without a search for a while after this one: a client that always sends them
+    must not slow down the others."""
+    start_s = time.monotonic()
+    yield
+    end_s = time.monotonic()
+    service.next_search_s = end_s + _SEARCH_PAUSES * (end_s - start_s)
+
+
+def _unknown_fields(events: Iterable[Raw]) -> Iterable[str]:
+    """Return the names of unknown fields, as many as the log takes."""
+    found: dict[str, None] = {}
+    for raw in map(bytes, events):
+        if len(found) < _MAX_LOGGED_NAMES and len(raw) <= _MAX_SEARCHED_BYTES:
+            found |= dict.fromkeys((decode(MEMBERS, raw) or {}).keys() - EventIn.__struct_fields__)
+    return itertools.islice(found, _MAX_LOGGED_NAMES)
 
 
 def _refuse_batch(body: bytes) -> NoReturn:
@@ -1610,7 +1845,7 @@ def _refuse_batch(body: bytes) -> NoReturn:
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
-    rows = _event_rows(service, request, [decode(EVENT, body) or Raw(body)], bulk=False)
+    rows = _event_rows(service, request, _decode_single(service, body), bulk=False)
     return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
@@ -1619,7 +1854,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     body = await read_body(service, request)
     async with service.batch_turn:
         await asyncio.sleep(0)  # let other requests run between two batches
-        rows = _event_rows(service, request, _decode_batch(body), bulk=True)
+        rows = _event_rows(service, request, _decode_batch(service, body), bulk=True)
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
@@ -2036,15 +2271,18 @@ async def monitor_events(service: Service, request: Request) -> Response:
 class Health(Struct):
     """The answer to /health."""
 
-    status: str = "ok"  # or failing
+    status: str = "ok"  # or warning, or failing
     version: str = __version__
-    reason: str | UnsetType = UNSET  # why events cannot be stored
+    reason: str | UnsetType = UNSET  # why events cannot be stored, or soon cannot
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET or POST /health: this process answers; 503 with a reason while it cannot store events."""
-    reason = await service.store.failure()
-    return JsonResponse(Health()) if reason is None else JsonResponse(Health("failing", reason=reason), 503)
+    """GET or POST /health: this process answers; 503 with a reason while it cannot store events (API: Health)."""
+    if reason := await service.store.failure():
+        return JsonResponse(Health("failing", reason=reason), 503)
+    if warning := service.store.warning():
+        return JsonResponse(Health("warning", reason=warning))
+    return JsonResponse(Health())
 
 
 def _debugger_handler() -> _Handler:
@@ -2450,7 +2688,7 @@ def _banner(app: Starlette, base_url: str, found: _FoundKeys) -> str:
     event = '{"event_name": "api_request", "external_customer_id": "cust_42", "properties": {"tokens": 1250}}'
     fragment = f"#key={found.made}" if found.made else ""  # browsers do not send a fragment to the server
     return f"""eventstore {__version__}: FlexPrice's Events API on SQLite
-  database     {service.store.path} ({plural(service.store.events_at_start, "event")})
+  database     {service.store.name} ({plural(service.store.events_at_start, "event")})
   base URL     {base_url}
   API key      {key_note}
   environment  {environments}
@@ -2521,6 +2759,7 @@ def serve(arguments: argparse.Namespace) -> int:
                     _extra(module, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
             if arguments.api_key_file:
                 _read_api_keys_on_sighup(service, arguments)
+            service.is_stopping = lambda: server.should_exit
             base_url = _base_url(arguments.host, listener.getsockname()[1])
             print(_banner(app, base_url, found), flush=True)
             _collect_less_garbage()
@@ -2606,6 +2845,9 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
     add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
+    add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
+        help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
+        "if not given; 0 never warns")  # fmt: skip
     add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", type=_rate_limits, default={},
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip

@@ -36,6 +36,7 @@ from eventstore import (
     log,
     plural,
     quoted,
+    real_path,
     sql,
     to_datetime,
 )
@@ -104,7 +105,7 @@ def open_forward_progress(
 
 def read_all_forward_progress(db: str) -> list[ForwardProgress]:
     """Return the progress for each target to which events of this database are or were forwarded. Raises StartError."""
-    paths = sorted(glob.glob(f"{glob.escape(db)}.forward-*.json"))
+    paths = sorted(glob.glob(f"{glob.escape(real_path(db))}.forward-*.json"))
     return [read_progress(Path(path), ForwardProgress, _START_OVER) for path in paths]
 
 
@@ -120,7 +121,7 @@ class _RefusedEvent(ExportedEvent):
 
 
 def refused_path(db: str) -> Path:
-    return Path(f"{db}.refused.ndjson")
+    return Path(f"{real_path(db)}.refused.ndjson")
 
 
 def append_line(path: Path, line: bytes) -> None:

@@ -372,10 +372,11 @@ def _closed_at_exit(store: Store) -> Iterator[None]:
 
 
 @contextmanager
-def _serving_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+def _serving_in_thread(app: ASGIApp, listener: socket.socket, service: Service) -> Iterator[None]:
     """Serve until the block ends. A request that comes before the thread is ready waits in the listening socket."""
     listener.listen(2048)
     server = uvicorn_server(app, shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
+    service.is_stopping = lambda: server.should_exit
     thread = threading.Thread(target=server.run, args=[[listener]], name="eventstore-server", daemon=True)
     thread.start()
     try:
@@ -413,7 +414,7 @@ def running_server(
         with _closed_at_exit(service.store):
             forwarder = _forward_to(forward_to, service, next(iter(api_keys.values()))) if forward_to else None
             recorder = _Recorder(app)
-            with _serving_in_thread(recorder, listening):
+            with _serving_in_thread(recorder, listening, service):
                 url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
                 yield MockServer(url, api_keys, store=service.store, fault_queue=fault_queue, recorder=recorder,
                                  forwarder=forwarder)  # fmt: skip

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from eventstore import (
     ENCODER,
     MAX_BATCH,
+    MAX_FIELD_CHARS,
     MAX_FILTER_KEYS,
     MAX_OFFSET,
     ORDERS,
@@ -50,9 +51,11 @@ def choice(*values: str) -> dict[str, Any]:
 # What the wire types do not say of their fields. Operation.schemas adds to it.
 _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventIn": {
-        "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"},
-        "external_customer_id": {"type": "string", "minLength": 1},
-        "event_id": {"type": ["string", "null"], "description": "The idempotency key; made by the server if absent."},
+        "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]", "maxLength": MAX_FIELD_CHARS},
+        "external_customer_id": {"type": "string", "minLength": 1, "maxLength": MAX_FIELD_CHARS},
+        "event_id": {"type": ["string", "null"], "maxLength": MAX_FIELD_CHARS,
+                     "description": "The idempotency key; made by the server if absent."},
+        **{name: {"type": ["string", "null"], "maxLength": MAX_FIELD_CHARS} for name in ("customer_id", "source")},
         "timestamp": TIME_SCHEMA, "properties": {"type": ["object", "null"]},
     },
     "EventQueryIn": {

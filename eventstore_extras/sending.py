@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
-from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, quoted, sql
+from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, quoted, real_path, sql
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
 from eventstore_extras.stored import StoredRow, select_rows
@@ -186,7 +186,7 @@ class ProgressFile(Generic[P]):
 
 def progress_path(db: str, kind: str, identity: Any) -> Path:
     """Return the path beside the database where the progress of this replay or forwarding is kept."""
-    return Path(f"{db}.{kind}-{hashlib.sha256(ENCODER.encode(identity)).hexdigest()[:16]}.json")
+    return Path(f"{real_path(db)}.{kind}-{hashlib.sha256(ENCODER.encode(identity)).hexdigest()[:16]}.json")
 
 
 def read_progress(path: Path, progress_type: type[P], advice: str) -> P:
