@@ -70,8 +70,7 @@ def test_the_last_value_of_a_repeated_key_counts_everywhere(tmp_path: Path, prop
             assert page(client, "POST", property_filters={"tokens": [value]})["total_count"] == found
         for kind in ("SUM", "MAX", "LATEST"):
             assert usage(client, kind, property_name="tokens", **EVER)["value"] == 250
-        meter = make_meter(client, "SUM", aggregation={"type": "SUM", "field": "tokens"},
-                           filters=[{"key": "tokens", "values": ["250"]}])  # fmt: skip
+        meter = make_meter(client, "SUM", field="tokens", filters={"tokens": ["250"]})
         assert float(metered_usage(client, meter["id"], **EVER)["value"]) == 250
     sent = json.loads(exported(tmp_path).splitlines()[0])["properties"]
     assert sent == json.loads(properties)
