@@ -1752,7 +1752,7 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     )  # fmt: skip
 
 
-def _event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
+def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
     """Make the rows of a request's events. Raises ApiError that names every fault (API: Sending events)."""
     environment, now = service.store.environments[request["environment"]], service.settings.clock()
     faults = Faults(whole="event")
@@ -1778,7 +1778,7 @@ class _Sent(NamedTuple):
     unknown_fields: Iterable[str] = ()
 
 
-def _decode_batch(service: Service, body: bytes) -> _Sent:
+def decode_batch(service: Service, body: bytes) -> _Sent:
     """Decode a batch, each event for itself if one has a wrong type. Raises ApiError (API: A batch)."""
     searches = time.monotonic() >= service.next_search_s
     batch = decode(_BULK if searches else _TOLERANT_BULK, body)
@@ -1845,7 +1845,7 @@ def _refuse_batch(body: bytes) -> NoReturn:
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
-    rows = _event_rows(service, request, _decode_single(service, body), bulk=False)
+    rows = event_rows(service, request, _decode_single(service, body), bulk=False)
     return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
@@ -1854,7 +1854,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     body = await read_body(service, request)
     async with service.batch_turn:
         await asyncio.sleep(0)  # let other requests run between two batches
-        rows = _event_rows(service, request, _decode_batch(service, body), bulk=True)
+        rows = event_rows(service, request, decode_batch(service, body), bulk=True)
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 

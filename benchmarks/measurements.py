@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sqlite3
 import statistics
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from starlette.requests import Request
 
 from benchmarks.bench import Bench, create_tables
 from benchmarks.events import (
+    ENVIRONMENT,
     ENVIRONMENT_NUMBER,
+    KEY,
     bulk_requests,
     http_request,
     make_row,
@@ -29,7 +33,22 @@ from benchmarks.events import (
     wire_event,
 )
 from benchmarks.servers import Server, floor_server, our_server
-from eventstore import DAY_US, MAX_BATCH, READER_PRAGMAS, WRITER_PRAGMAS, Row, connect, insert_statement, to_datetime
+from eventstore import (
+    DAY_US,
+    MAX_BATCH,
+    READER_PRAGMAS,
+    WRITER_PRAGMAS,
+    ApiError,
+    ApiKey,
+    Row,
+    Service,
+    Settings,
+    connect,
+    decode_batch,
+    event_rows,
+    insert_statement,
+    to_datetime,
+)
 
 __all__ = ["MEASUREMENTS", "Figures", "Measurement"]
 
@@ -101,6 +120,43 @@ def _answer_singles(bench: Bench) -> Figures:
     outcome = bench.send(bench.floor, single_requests(bench.effort.singles), 64, repeat=False).result()
     return outcome.per_second, outcome.percentile_ms(99)
 
+
+def _check_batches(change: Callable[[int], dict[str, object]], bench: Bench) -> Figures:
+    """Decode and check a batch as the server's event loop does, again and again. `change` makes its n-th event odd."""
+    events = [wire_event(make_row(number, str(uuid.uuid4()))) | change(number) for number in range(MAX_BATCH)]
+    body = msgspec.json.encode({"events": events})
+    service = Service(Settings(db=":memory:", api_keys=(ApiKey.hashed(KEY, ENVIRONMENT),)), ())
+    request = Request({"type": "http", "method": "POST", "environment": ENVIRONMENT})
+
+    def check() -> None:
+        with suppress(ApiError):
+            event_rows(service, request, decode_batch(service, body), bulk=True)
+
+    logging.disable()  # the log names the unknown fields
+    try:
+        with closing(service.store):
+            return _repeated_ms(check, bench)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _unchanged(_: int) -> dict[str, object]:
+    return {}
+
+
+def _unknown_field(_: int) -> dict[str, object]:
+    return {"metadata": "x"}
+
+
+def _one_wrong(number: int) -> dict[str, object]:
+    return {"source": 7} if number == MAX_BATCH // 2 else {}
+
+
+_CHECKS = [
+    Measurement({f"check of a batch, {what}": "ms"}, "without it",
+                partial(_check_batches, change), partial(_check_batches, _unchanged))
+    for what, change in {"an unknown field in each": _unknown_field, "one wrong value": _one_wrong}.items()
+]  # fmt: skip
 
 _INGEST = [
     Measurement({"bulk of 1000, uuid4 ids": "events/s"}, _SQLITE,
@@ -434,4 +490,4 @@ _RESOURCES = [
                 lambda bench: (bench.bytes_per_event,), _wire_bytes_per_event),
 ]  # fmt: skip
 
-MEASUREMENTS = (*_INGEST, *_PAGES, *_USAGE, _FORWARDING, _ANALYTICS, _RETENTION, *_RESOURCES)
+MEASUREMENTS = (*_INGEST, *_CHECKS, *_PAGES, *_USAGE, _FORWARDING, _ANALYTICS, _RETENTION, *_RESOURCES)
