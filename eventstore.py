@@ -1746,10 +1746,10 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
         faults.add("external_customer_id", "required", "is required")
     timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
     timestamp_us = now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
-    return Row(
-        environment, event_id or make_id(now), customer, customer_id, event_name, source, timestamp_us, now,
-        faults.check("properties", check_properties, event.properties) or "{}",
-    )  # fmt: skip
+    properties = faults.check("properties", check_properties, event.properties) or "{}"
+    # Row() would take 0.2 us longer, a twentieth of what an event costs the event loop.
+    return tuple.__new__(Row, (environment, event_id or make_id(now), customer, customer_id, event_name, source,
+                               timestamp_us, now, properties))  # fmt: skip
 
 
 def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
