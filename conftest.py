@@ -14,7 +14,7 @@ import pytest
 pytest.register_assert_rewrite("helpers", "oracle")  # before they are imported
 
 from eventstore import Operation  # noqa: E402
-from helpers import KEY, Live, serving  # noqa: E402
+from helpers import KEY, Live, at, event, serving, store  # noqa: E402
 
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
@@ -74,6 +74,16 @@ def client(tmp_path: Path, operations: Sequence[Operation]) -> Iterator[httpx.Cl
 def shared(tmp_path_factory: pytest.TempPathFactory, operations: Sequence[Operation]) -> Iterator[httpx.Client]:
     """A client for all tests of a module that look at their own events alone."""
     with serving(tmp_path_factory.mktemp("shared"), operations) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """1002 events, their ids in the order of their times."""
+    with serving(tmp_path_factory.mktemp("many")) as client:
+        events = [event(f"{number:04}", timestamp=at(number - 2000)) for number in range(1002)]
+        store(client, *events[:1000])
+        store(client, *events[1000:])
         yield client
 
 

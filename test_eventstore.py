@@ -20,23 +20,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import httpx
-import msgspec
 import pytest
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.testclient import TestClient
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eventstore
 from eventstore import ApiError, ApiKey, Settings, Store, create_app
-from eventstore_extras import usage as usage_extra
 from helpers import (
     BODY,
     DAY_US,
@@ -63,7 +57,6 @@ from helpers import (
     rows_to_insert,
     serving,
     store,
-    store_of,
     stores_nothing,
     table,
     total,
@@ -531,6 +524,15 @@ def test_a_route_without_v1_is_404_and_says_what_the_base_url_is(shared: httpx.C
     refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1, so "/v1{path}"?')
 
 
+@table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
+def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(
+    client: httpx.Client, path: str
+) -> None:
+    refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
+    message = client.post(path, json={}).json()["message"]
+    assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
+
+
 WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/bulk", {"POST"}),
                  ("PATCH", "/v1/events/query", {"POST"}), ("DELETE", "/health", {"GET", "POST"}),
                  ("POST", "/", {"GET", "HEAD"})]  # fmt: skip
@@ -662,16 +664,6 @@ def test_a_plus_that_arrived_as_a_space_is_read_as_a_plus(client: httpx.Client, 
     local = f"2025-10-15T17:08:47.962{plus}05:30"
     answer = client.get(f"/v1/events?start_time={local}&end_time={local}")
     assert [stored["id"] for stored in answer.json()["events"]] == ["now"]
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """1002 events, their ids in the order of their times."""
-    with serving(tmp_path_factory.mktemp("many")) as client:
-        events = [event(f"{number:04}", timestamp=at(number - 2000)) for number in range(1002)]
-        store(client, *events[:1000])
-        store(client, *events[1000:])
-        yield client
 
 
 PAGE_SIZES = [
@@ -947,141 +939,6 @@ def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(
     refused(ask(many, method, **query, sort="event_name"), part=f'by event_name, got "0500x": {begin_anew}')
 
 
-def counting(counter: Iterator[int]) -> Callable[[], None]:
-    """Return a progress handler that counts the instructions of SQLite's machine."""
-
-    def count() -> None:
-        next(counter)
-
-    return count
-
-
-@table("descending", [True, False], ids=["desc", "asc"])
-@table("by_name", [False, True], ids=["timestamp", "event_name"])
-@table("filters", [{}, {"external_customer_id": "cust"}, {"event_name": "call"}], ids=str)
-def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(
-    many: Any, by_name: bool, descending: bool, filters: dict[str, Any]
-) -> None:
-    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
-             "property_filters": {}, "page_size": 20, "by_name": by_name, "descending": descending, "after": None,
-             "before": None, "count": None}  # fmt: skip
-    pages = [{}, *[{side: number} for side in ("after", "before") for number in (100, 900)]]
-    if by_name and "external_customer_id" in filters:
-        del pages[0]  # no index has this order, and a sort of one customer's events is as good
-    steps = []
-    with closing(sqlite3.connect(store_of(many).path)) as conn:
-        for one in pages:
-            cursors = {side: eventstore.Cursor(NOW + number - 2000, f"{number:04}") for side, number in one.items()}
-            statements: list[str] = []
-            counter = itertools.count()
-            conn.set_trace_callback(statements.append)
-            conn.set_progress_handler(counting(counter), 1)
-            found = eventstore.list_events(conn, eventstore.EventQuery(**query | cursors))
-            assert len(found.events) == 20
-            conn.set_trace_callback(None)
-            conn.set_progress_handler(None, 1)
-            steps.append(next(counter))  # of SQLite's machine: what a query costs, the same on every machine
-            (statement,) = [text for text in statements if "ORDER BY" in text]
-            plan = "\n".join(row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}"))
-            assert "SEARCH events USING" in plan
-            assert "SCAN events" not in plan
-            if by_name and "external_customer_id" in filters:  # sorting one customer's events is cheaper than a scan
-                assert "events_by_customer" in plan
-            else:
-                assert "TEMP B-TREE" not in plan
-    if not (by_name and "external_customer_id" in filters):
-        assert max(steps) < 2 * min(steps)
-
-
-RARE = {"external_customer_id": "rare", "event_name": "rare", "id": "0500"}
-COMMON = {"external_customer_id": "cust", "event_name": "call", "source": ""}
-
-
-@pytest.fixture(scope="module")
-def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """3,000 events; ten are of a rare customer, ten others have a rare name."""
-    path = str(tmp_path_factory.mktemp("rare") / "events.db")
-    eventstore.prepare_file(path)
-    with closing(eventstore.connect(path)) as conn:
-        environment = eventstore.environment_number(conn, "development")
-        rows = [
-            eventstore.Row(environment, f"{number:04}", "rare" if number % 300 == 50 else "cust", "",
-                           "rare" if number % 300 == 250 else f"call{number % 7}" if number % 2 else "call", "",
-                           NOW - 3000 + number, NOW, "{}")
-            for number in range(3000)
-        ]  # fmt: skip
-        eventstore.insert_events(conn, rows, 5)
-    return path
-
-
-@table(
-    "rare",
-    [names for n in range(4) for names in itertools.combinations(RARE, n)],
-    ids=lambda names: "+".join(names) or "none",
-)
-@table(
-    "common",
-    [names for n in range(4) for names in itertools.combinations(COMMON, n)],
-    ids=lambda names: "+".join(names) or "none",
-)
-def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many: Any, common: Any, rare: Any) -> None:
-    """Every combination of filters, sorts and cursors. SQLite's steps stand for rows: some 60 steps each."""
-    filters = {name: COMMON[name] for name in common} | {name: RARE[name] for name in rare}
-    if "id" in rare:
-        rows = 1
-    elif "external_customer_id" in filters:  # its index, also where the name would be rarer
-        rows = 10 if "external_customer_id" in rare else 3000
-    else:
-        rows = 10 if rare else 60  # without a rare filter the page itself, in the order of an index
-    half = eventstore.Cursor(NOW - 1500, "1500")
-    sides = [(None, None), (half, None), (None, half)]
-    with closing(eventstore.connect_reader(rare_among_many)) as conn:
-        for by_name, descending, (after, before) in itertools.product([False, True], [False, True], sides):
-            query = eventstore.EventQuery(view=eventstore.View("development", NOW), start_us=NOW - DAY_US, end_us=NOW, filters=filters,
-                                          offset=0, page_size=20, by_name=by_name, descending=descending, count=None, after=after,
-                                          before=before)  # fmt: skip
-            counter = itertools.count()
-            conn.set_progress_handler(counting(counter), 1)
-            eventstore.list_events(conn, query)
-            assert next(counter) < 100 * rows + 1500, (by_name, descending, after, before)
-
-
-@table(
-    ("filters", "index"),
-    [({}, "time"), ({"external_customer_id": "cust"}, "customer"), ({"event_name": "call"}, "name"), ({"source": ""}, "time"),
-     ({"event_name": "call", "external_customer_id": "cust"}, "customer"), ({"external_customer_id": "cust", "id": "0001"}, "id")],
-    ids=str,
-)  # fmt: skip
-def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rather_take(
-    many: Any, filters: dict[str, Any], index: str
-) -> None:
-    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
-             "property_filters": {}}  # fmt: skip
-    page: Json = {
-        "offset": 0,
-        "page_size": 20,
-        "by_name": False,
-        "descending": True,
-        "after": None,
-        "before": None,
-        "count": True,
-    }
-    statements: list[str] = []
-    with closing(eventstore.connect_reader(store_of(many).path)) as conn:
-        conn.set_trace_callback(statements.append)
-        eventstore.list_events(conn, eventstore.EventQuery(**query | page))
-        for kind in ("COUNT", "SUM", "MAX", "LATEST"):
-            aggregation = usage_extra.UsageQuery(**query, aggregation=kind, property_name="n")
-            usage_extra.select_cells(conn, aggregation, [eventstore.Span(0, NOW, 0)])
-        conn.set_trace_callback(None)
-        selects = [text for text in statements if "FROM events" in text]
-        assert len(selects) == 5
-        for statement in selects:
-            plan = [row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}")]
-            used = {re.findall(r"INDEX (\w+) ", step)[0] for step in plan if "SEARCH events" in step}
-            assert (used, [step for step in plan if "SCAN events" in step]) == ({f"events_by_{index}"}, [])
-
-
 # ---------------------------------------------------------------------------------------------- 6: lookup
 
 ODD_IDS = ["a/b", "/", "//a//", "?", "a?b=c#d", "%", "%2F", "a::b", "::", "lookup", "bulk", "query", "usage",
@@ -1146,221 +1003,6 @@ def test_a_lookup_can_be_narrowed(client: httpx.Client, narrowed: dict[str, Any]
                  "?id=%ff", f"?id=a&start_time={NOW}", "?id=a&start_time=2025-01-02T00:00:00Z&end_time=2025-01-01T00:00:00Z"])  # fmt: skip
 def test_a_bad_lookup_is_refused(shared: httpx.Client, query: str) -> None:
     refused(shared.get(f"/v1/events/lookup{query}"))
-
-
-# ---------------------------------------------------------------------------------------------- 9: rate limits
-
-
-def limits(response: httpx.Response) -> list[int]:
-    return [int(response.headers[f"X-RateLimit-{name}"]) for name in ("Limit", "Remaining", "Reset")]
-
-
-@pytest.mark.slow
-def test_without_the_flag_nothing_is_limited(client: httpx.Client) -> None:
-    for response in [client.post("/v1/events", json={}) for _ in range(1001)]:
-        assert response.status_code == 400
-        assert "x-ratelimit" not in str(response.headers)
-
-
-@table(("flag", "path", "limit"), [pytest.param("documented", "/v1/events", 1000, marks=pytest.mark.slow), ("documented", "/v1/events/bulk", 100),
-                                   ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
-def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(
-    tmp_path: Path, flag: str, path: str, limit: int
-) -> None:
-    clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60
-    rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limits
-    good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
-    with serving(tmp_path, clock=clock, rate_limits=rate_limits) as client:
-        for left in reversed(range(limit)):
-            response = client.post(path, json={} if left else good)  # a refused one counts, too
-            assert (response.status_code, limits(response)) == (400 if left else 202, [limit, left, reset])
-        stored = total(client)
-        for step_us, retry_after in ((0, 13), (12_000_000, 1), (37_999, 1)):
-            clock.return_value += step_us
-            response = client.post(path, json=good)
-            refused(response, 429, "too_many_requests", str(limit))
-            assert (limits(response), int(response.headers["Retry-After"])) == ([limit, 0, reset], retry_after)
-        assert total(client) == stored == 1
-        for unlimited in ("/v1/events", "/v1/events/lookup?id=a", "/v1/events/monitoring", "/health"):
-            response = client.get(unlimited)
-            assert response.status_code in (200, 404)
-            assert "x-ratelimit" not in str(response.headers)
-        assert client.post(other, json=good).status_code == 202
-        response = client.post(path, json=good, headers={"x-api-key": STAGING_KEY})
-        assert (response.status_code, limits(response)) == (202, [limit, limit - 1, reset])
-        refused(client.post(path, json=good, headers={"x-api-key": "unknown"}), 401, "unauthorized")
-        clock.return_value += 1
-        response = client.post(path, json=good)
-        assert (response.status_code, limits(response)) == (202, [limit, limit - 1, reset + 60])
-
-
-@table("flag", ["", "5", "0,5", "5,0", "-1,5", "a,b", "1,2,3", "1.5,2", "Documented", ","])
-def test_a_bad_rate_limit_exits_with_2(capsys: pytest.CaptureFixture[str], flag: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        eventstore.main(["serve", "--rate-limit", flag])
-    assert stopped.value.code == 2
-    assert "--rate-limit" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------- OpenAPI
-
-
-def test_the_openapi_document_is_valid_public_and_has_every_route(client: httpx.Client) -> None:
-    from openapi_spec_validator import validate
-
-    response = client.get("/openapi.json", headers={"x-api-key": "unknown"})
-    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
-    document = response.json()
-    assert document["openapi"].startswith("3.1")
-    validate(document)
-    served = {(operation.public_path, operation.method.lower()) for operation in eventstore.OPERATIONS}
-    assert len(served) == len(eventstore.OPERATIONS)
-    assert {(path, method) for path, methods in document["paths"].items() for method in methods} == served
-    for path, method in served:
-        described = document["paths"][path][method]
-        assert described["security"] == ([] if path in ("/health", "/openapi.json") else [{"ApiKey": []}])
-        assert ("429" in described["responses"]) is (
-            (path, method) in {("/v1/events", "post"), ("/v1/events/bulk", "post")}
-        )
-        if example := described.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example"):
-            assert client.request(method, path, json=example).status_code in (200, 202)
-
-
-@table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
-def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(
-    client: httpx.Client, path: str
-) -> None:
-    refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
-    message = client.post(path, json={}).json()["message"]
-    assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
-
-
-# ---------------------------------------------------------------------------------------------- what an embedder adds
-
-
-class Name(msgspec.Struct):
-    name: str
-
-
-class Greeting(msgspec.Struct):
-    text: str
-
-
-async def greet(service: eventstore.Service, request: Request) -> Response:
-    """POST /v1/hello: says hello."""
-    name = json.loads(await eventstore.read_body(service, request))["name"]
-    return eventstore.JsonResponse(Greeting(f"hello {name} of {request['environment']}"))
-
-
-class Stamp:
-    """Middleware that says in a header for which environment it ran."""
-
-    def __init__(self, app: ASGIApp, name: str) -> None:
-        self.app, self.name = app, name
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def stamped(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                stamp = (self.name.encode(), scope.get("environment", "none").encode())
-                message["headers"] = [*message["headers"], stamp]
-            await send(message)
-
-        await self.app(scope, receive, stamped)
-
-
-def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path: Path) -> None:
-    from openapi_spec_validator import validate
-
-    hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, example={"name": "you"},
-                                 schemas={"Name": {"name": {"type": "string", "maxLength": 9}}})  # fmt: skip
-    settings = Settings(db=str(tmp_path / "events.db"), api_keys=KEYS)
-    app = create_app(settings, operations=[hello], middleware=[Middleware(Stamp, name="x-stamp")])
-    with TestClient(app, headers={"x-api-key": STAGING_KEY}) as client:
-        refused(client.post("/v1/hello", json={"name": "a"}, headers={"x-api-key": "unknown"}), 401, "unauthorized")
-        answer = client.post("/v1/hello", json={"name": "a"})
-        assert (answer.status_code, answer.json()) == (200, {"text": "hello a of staging"})
-        assert answer.headers["x-stamp"] == store(client, event()).headers["x-stamp"] == "staging"
-        refused(client.get("/v1/hello"), 405, "method_not_allowed", "allowed: POST")
-        refused(client.get("/v1/nowhere"), 404, "not_found", "POST /v1/hello")
-        refused(client.post("/hello"), 404, "not_found", 'so "/v1/hello"?')
-        validate(document := client.get("/openapi.json").json())
-    described = document["paths"]["/v1/hello"]["post"]
-    assert described["security"] == [{"ApiKey": []}]
-    assert described["requestBody"]["content"]["application/json"]["example"] == {"name": "you"}
-    schemas = document["components"]["schemas"]
-    assert (schemas["Name"]["required"], schemas["Name"]["properties"]["name"]["maxLength"]) == (["name"], 9)
-    assert schemas["Greeting"]["properties"] == {"text": {"type": "string"}}
-
-
-# ---------------------------------------------------------------------------------------------- SDK
-
-
-def test_the_official_sdk_writes_reads_and_pages(live: Live) -> None:
-    from flexprice import Flexprice
-
-    who = {"external_customer_id": "sdk_customer"}
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-        one = {"event_name": "call", "event_id": "sdk_1", "properties": {"tokens": "12"}, "source": "sdk", **who}
-        assert sdk.events.ingest_event(**one) == {"message": "Event accepted for processing", "event_id": "sdk_1"}
-        batch = [{"event_name": "batch", "event_id": f"sdk_{number}", **who} for number in range(1, 4)]
-        assert sdk.events.ingest_events_bulk(events=batch) == {"message": "Events accepted for processing"}
-        found = [sdk.events.list_raw_events(**who, page_size=1, order="asc")]
-        while found[-1].has_more:
-            key = found[-1].iter_last_key
-            found.append(sdk.events.list_raw_events(**who, page_size=1, order="asc", iter_last_key=key))
-        assert [[stored.id for stored in answer.events] for answer in found] == [["sdk_1"], ["sdk_2"], ["sdk_3"]]
-        assert (found[0].total_count, found[0].offset, found[0].events[0].environment_id) == (3, 1, "development")
-        tokens = sdk.events.list_raw_events(**who, property_filters={"tokens": ["12", "13"]})
-        assert [(stored.id, stored.properties, stored.source) for stored in tokens.events] == [
-            ("sdk_1", {"tokens": "12"}, "sdk")
-        ]
-
-
-def test_the_official_async_sdk_writes_and_reads(live: Live) -> None:
-    from flexprice import Flexprice
-
-    async def round_trip() -> list[str]:
-        who = {"external_customer_id": "async_customer"}
-        async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-            await sdk.events.ingest_event_async(event_name="call", event_id="async_1", **who)
-            await sdk.events.ingest_events_bulk_async(events=[{"event_name": "call", "event_id": "async_2", **who}])
-            answer = await sdk.events.list_raw_events_async(**who, order="asc")
-            return [stored.id for stored in answer.events]
-
-    assert asyncio.run(round_trip()) == ["async_1", "async_2"]
-
-
-@table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
-def test_the_official_sdk_raises_the_servers_message(live: Live, key: str, status: int, message: str) -> None:
-    from flexprice import Flexprice
-    from flexprice.models.errors import FlexpriceError
-
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=key) as sdk:
-        with pytest.raises(FlexpriceError, match=message) as refusal:
-            sdk.events.ingest_event(event_name="call", external_customer_id="cust", timestamp="yesterday")
-        assert refusal.value.status_code == status
-
-
-def test_the_official_sdk_looks_up_an_event_and_computes_usage(live: Live) -> None:
-    from flexprice import Flexprice
-
-    who = {"event_name": "sdk_usage", "external_customer_id": "sdk_usage_customer"}
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-        for number, (value, hour) in enumerate([("1.5", "03"), ("2", "05"), ("x", "06")]):
-            sdk.events.ingest_event(**who, event_id=f"sdk/usage?{number}", properties={"n": value},
-                                    timestamp=f"2026-03-08T{hour}:30:00Z")  # fmt: skip
-        answer = sdk.events.get_event(id="sdk/usage?0", external_customer_id=who["external_customer_id"])
-        assert (answer.event.id, answer.event.properties, answer.status) == ("sdk/usage?0", {"n": "1.5"}, "processed")
-        query = who | {"property_name": "n", "start_time": datetime(2026, 3, 1, tzinfo=UTC),
-                       "end_time": datetime(2026, 3, 9, tzinfo=UTC), "timezone": "America/New_York"}  # fmt: skip
-        whole = sdk.events.get_usage_statistics(aggregation_type="SUM", **query)
-        assert (whole.value, whole.type, whole.event_name, whole.results) == (3.5, "SUM", "sdk_usage", [])
-        daily = sdk.events.get_usage_statistics(aggregation_type="SUM", window_size="DAY", **query)
-        days = [datetime(2026, 3, day, 5, tzinfo=UTC) for day in (7, 8)]
-        assert [(datetime.fromisoformat(row.window_size), row.value) for row in daily.results] == [
-            (days[0], 1.5),
-            (days[1], 2),
-        ]
 
 
 # ---------------------------------------------------------------------------------------------- the store
