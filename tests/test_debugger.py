@@ -203,7 +203,7 @@ def some(count: int, **fields: Any) -> list[dict[str, Any]]:
     return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]
 
 
-def test_the_page_is_small_whole_and_sets_nothing_as_markup() -> None:
+def test_the_page_is_small_and_self_contained_and_never_sets_markup() -> None:
     assert len(DEBUGGER.encode()) <= 60_000
     foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
     assert re.findall(foreign, DEBUGGER) == []
@@ -213,7 +213,7 @@ def test_the_page_is_small_whole_and_sets_nothing_as_markup() -> None:
 
 
 @table("method", ["GET", "HEAD"])
-def test_the_page_needs_no_key_and_lets_nothing_foreign_in(shared: TestClient, method: str) -> None:
+def test_the_page_needs_no_key_and_its_headers_forbid_foreign_content(shared: TestClient, method: str) -> None:
     response = TestClient(shared.app).request(method, "/")
     assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert response.text == (DEBUGGER if method == "GET" else "")
@@ -228,7 +228,7 @@ def test_the_page_needs_no_key_and_lets_nothing_foreign_in(shared: TestClient, m
 
 
 @no_browser
-def test_the_key_of_the_link_leaves_the_address_bar_and_stays_for_the_session(debugger: Debugger) -> None:
+def test_the_key_in_the_link_leaves_the_address_bar_and_is_kept_for_the_session(debugger: Debugger) -> None:
     assert debugger.driver.current_url == f"{debugger.live.url}/"
     debugger.driver.refresh()
     debugger.opens("#pulse", "Live")
@@ -236,7 +236,7 @@ def test_the_key_of_the_link_leaves_the_address_bar_and_stays_for_the_session(de
 
 
 @no_browser
-def test_without_a_key_or_with_a_wrong_one_it_asks_and_keeps_the_filters(debugger: Debugger) -> None:
+def test_without_a_valid_key_the_page_asks_for_one_and_keeps_the_filters(debugger: Debugger) -> None:
     store(debugger.client, event("a", source="app"), event("b"))
     debugger.ask("sessionStorage.clear()")
     debugger.open(f"{debugger.live.url}/?source=app")
@@ -252,7 +252,7 @@ def test_without_a_key_or_with_a_wrong_one_it_asks_and_keeps_the_filters(debugge
 
 
 @no_browser
-def test_new_events_appear_by_themselves_and_marked_even_those_a_little_late(debugger: Debugger) -> None:
+def test_new_events_appear_and_are_marked_even_if_they_arrive_a_little_late(debugger: Debugger) -> None:
     store(debugger.client, event("first", timestamp=ago(5)))
     debugger.shows("first")
     store(debugger.client, event("second", timestamp=ago(1)))
@@ -297,7 +297,7 @@ def test_filters_are_in_the_address_and_a_link_reproduces_the_view(debugger: Deb
 
 
 @no_browser
-def test_the_mark_beside_a_value_filters_by_it_and_the_row_opens_the_event(debugger: Debugger) -> None:
+def test_the_button_beside_a_value_filters_by_it_and_the_row_opens_the_event(debugger: Debugger) -> None:
     events = [event("a", source="app", properties={"city": "Paris, France", "n": 1}), event("b", properties={"n": 2})]
     store(debugger.client, *({**one, "timestamp": ago(3 - number)} for number, one in enumerate(events)))
     for selector, parameter, value in (
@@ -317,7 +317,7 @@ def test_the_mark_beside_a_value_filters_by_it_and_the_row_opens_the_event(debug
 
 
 @no_browser
-def test_what_the_api_refuses_is_said_beside_its_field_once(debugger: Debugger) -> None:
+def test_an_error_of_the_api_is_shown_once_beside_its_field(debugger: Debugger) -> None:
     for field, text in (("property_filters", "abc"), ("property_filters", "{"), ("start_time", "yesterday")):
         parameters = {field: text} | ({"range": "own"} if field == "start_time" else {})
         debugger.visit(**parameters)
@@ -334,7 +334,7 @@ def test_what_the_api_refuses_is_said_beside_its_field_once(debugger: Debugger) 
 
 
 @no_browser
-def test_usage_refuses_a_property_filter_that_is_none(debugger: Debugger) -> None:
+def test_usage_refuses_a_malformed_property_filter(debugger: Debugger) -> None:
     usage_of_models(debugger, event_name="call", property_filters="abc")
     debugger.opens("#property_filters-fault", "must look like key1:v1,v2;key2:v3")
     assert debugger.text("#sum") == ""
@@ -364,7 +364,7 @@ def test_scrolling_reaches_the_last_of_1000_events_with_few_rows_in_the_document
 
 
 @no_browser
-def test_of_very_many_events_a_stretch_is_held_and_the_way_back_is_the_same(debugger: Debugger) -> None:
+def test_at_most_10000_events_are_held_while_scrolling_down_and_back(debugger: Debugger) -> None:
     for at in range(0, 12_000, 1000):
         numbers = range(at, at + 1000)
         store(debugger.client, *(event(f"e{number:05}", timestamp=ago(6000 - number / 10)) for number in numbers))
@@ -391,7 +391,7 @@ EXACT = '{"price": 0.10, "big": 12345678901234567890, "it\'s": {"2": [1E+2, -0.0
 
 
 @no_browser
-def test_an_event_is_shown_and_copied_whole_to_the_last_digit(debugger: Debugger) -> None:
+def test_an_event_is_shown_and_copied_exactly(debugger: Debugger) -> None:
     raw = '{"event_name": "call", "external_customer_id": "o\'neil", "event_id": "it\'s $(1) `2` %%", "properties": %s}'
     raw = raw.replace("%s", EXACT)
     assert debugger.client.post("/v1/events", content=raw).status_code == 202
@@ -422,7 +422,7 @@ def test_an_event_is_shown_and_copied_whole_to_the_last_digit(debugger: Debugger
 
 
 @no_browser
-def test_without_an_api_for_the_clipboard_a_line_is_copied_all_the_same(debugger: Debugger) -> None:
+def test_copying_works_without_the_clipboard_api(debugger: Debugger) -> None:
     debugger.opens("#first", "No events yet")
     debugger.driver.set_permissions("clipboard-write", "granted")
     debugger.ask("void Object.defineProperty(navigator, 'clipboard', { value: undefined })")  # as on plain HTTP
@@ -433,7 +433,7 @@ def test_without_an_api_for_the_clipboard_a_line_is_copied_all_the_same(debugger
 
 
 @no_browser
-def test_a_test_event_is_stored_or_known_or_refused_field_by_field(debugger: Debugger) -> None:
+def test_the_answer_to_a_test_event_is_shown_stored_duplicate_or_refused_field_by_field(debugger: Debugger) -> None:
     debugger.click("#send")
     event_id = json.loads(debugger.ask("document.getElementById('send-input').value"))["event_id"]
     for outcome in ("202 stored", "202 duplicate: the first one with this id stays"):
@@ -454,7 +454,7 @@ MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @no_browser
-def test_markup_in_an_event_is_text_everywhere(debugger: Debugger) -> None:
+def test_markup_in_an_event_is_shown_as_text_everywhere(debugger: Debugger) -> None:
     fields = dict.fromkeys(("event_name", "external_customer_id", "customer_id", "source", "event_id"), MARKUP)
     properties = {MARKUP: MARKUP, "deep": {MARKUP: [MARKUP]}}
     assert debugger.client.post("/v1/events", json={**fields, "properties": properties}).status_code == 202
@@ -472,7 +472,7 @@ def test_markup_in_an_event_is_text_everywhere(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_a_server_that_went_away_is_missed_and_found_again(browser: Debugger, tmp_path: Path) -> None:
+def test_the_page_notices_that_the_server_stopped_and_reconnects(browser: Debugger, tmp_path: Path) -> None:
     browser.look()
     with Live(tmp_path) as live:
         link, key = re.findall(r"(http\S+/#key=(\S+))", live.banner)[0]
@@ -493,7 +493,7 @@ def test_a_server_that_went_away_is_missed_and_found_again(browser: Debugger, tm
 
 
 @no_browser
-def test_the_histogram_counts_narrows_and_widens(debugger: Debugger) -> None:
+def test_the_histogram_counts_events_and_changes_the_range(debugger: Debugger) -> None:
     from selenium.webdriver import ActionChains
 
     for hours in (1, 12, 23):
@@ -519,7 +519,7 @@ def test_the_histogram_counts_narrows_and_widens(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_usage_is_shown_per_window_with_its_numbers(debugger: Debugger) -> None:
+def test_usage_is_shown_as_a_total_a_table_and_a_chart(debugger: Debugger) -> None:
     hour = datetime.now(UTC).replace(minute=30, second=0, microsecond=0)  # when one begins in Kabul
     for event_id, before, tokens in (("a", 3, 1000), ("b", 3, "0.5"), ("c", 2, 250)):
         timestamp = (hour - timedelta(hours=before)).isoformat()
@@ -541,7 +541,7 @@ def test_usage_is_shown_per_window_with_its_numbers(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_the_keyboard_does_it_all(debugger: Debugger) -> None:
+def test_the_list_can_be_used_with_the_keyboard_alone(debugger: Debugger) -> None:
     from selenium.webdriver.common.keys import Keys
 
     store(debugger.client, *some(100))
@@ -587,7 +587,7 @@ CONTRASTS = """(() => {
 
 @no_browser
 @table("scheme", ["light", "dark"])
-def test_every_text_has_the_contrast_of_wcag_aa(debugger: Debugger, scheme: str) -> None:
+def test_every_text_has_the_contrast_that_wcag_aa_requires(debugger: Debugger, scheme: str) -> None:
     from selenium.webdriver.common.keys import Keys
 
     debugger.look(scheme=scheme)
@@ -614,7 +614,7 @@ def test_every_text_has_the_contrast_of_wcag_aa(debugger: Debugger, scheme: str)
 
 @no_browser
 @table("width", [375, 2560])
-def test_nothing_is_wider_than_the_screen(debugger: Debugger, width: int) -> None:
+def test_no_view_scrolls_sideways(debugger: Debugger, width: int) -> None:
     debugger.look(width, 812)
     long = {"source": "s" * 200, "event_name": "n" * 200, "properties": {"key" * 50: "value" * 100}}
     store(debugger.client, event("wide" * 50, **long))
@@ -667,7 +667,7 @@ def test_the_count_and_the_histogram_follow_the_filters(
 
 
 @no_browser
-def test_a_filter_that_no_url_can_hold_is_counted_and_the_bars_say_that_they_leave_it_out(debugger: Debugger) -> None:
+def test_the_bars_say_that_they_ignore_a_filter_that_get_cannot_express(debugger: Debugger) -> None:
     cities = ("Paris, France", "Paris, France", "Rome")
     store(
         debugger.client, *(event(f"e{n}", timestamp=ago(9), properties={"city": city}) for n, city in enumerate(cities))
@@ -690,7 +690,7 @@ def test_an_event_at_the_end_of_the_range_is_listed_and_counted(debugger: Debugg
 
 
 @no_browser
-def test_the_count_is_live(debugger: Debugger) -> None:
+def test_the_count_is_updated_as_events_arrive(debugger: Debugger) -> None:
     store(debugger.client, event("a", timestamp=ago(9)))
     debugger.opens("#matches", "1 event")
     store(debugger.client, event("b", timestamp=ago(8)))
@@ -708,7 +708,7 @@ def usage_of_models(debugger: Debugger, **parameters: str) -> None:
 
 
 @no_browser
-def test_usage_opens_with_a_question_and_what_there_is_to_choose(debugger: Debugger) -> None:
+def test_usage_opens_with_a_question_and_suggestions(debugger: Debugger) -> None:
     usage_of_models(debugger)
     debugger.opens("#ask h2", "Which events")
     assert debugger.texts("#ask button") == ["call", "cust", "model", "tokens", "job"]
@@ -723,7 +723,7 @@ def test_usage_opens_with_a_question_and_what_there_is_to_choose(debugger: Debug
 
 
 @no_browser
-def test_a_sum_follows_what_arrives_unless_paused(debugger: Debugger) -> None:
+def test_a_sum_is_updated_as_events_arrive_unless_paused(debugger: Debugger) -> None:
     def arrives(tokens: int, matches: str) -> None:
         store(debugger.client, event(timestamp=ago(9), properties={"tokens": tokens}))
         debugger.opens("#matches", matches)
@@ -743,7 +743,7 @@ def test_a_sum_follows_what_arrives_unless_paused(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_a_sum_asks_of_which_property(debugger: Debugger) -> None:
+def test_a_sum_without_a_property_asks_for_one(debugger: Debugger) -> None:
     usage_of_models(debugger, event_name="call", aggregation_type="SUM")
     debugger.opens("#ask h2", "SUM of which property?")
     debugger.click("#ask div:last-child button:nth-of-type(2)")
@@ -761,14 +761,14 @@ def test_a_sum_asks_of_which_property(debugger: Debugger) -> None:
         ("no.such", "A number in no.such: 0 of 3 events."),
     ],
 )
-def test_a_sum_of_nothing_says_so(debugger: Debugger, name: str, says: str) -> None:
+def test_a_sum_says_that_no_event_has_a_number_in_the_property(debugger: Debugger, name: str, says: str) -> None:
     usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name=name)
     debugger.opens("#usage-says", says)
     assert not debugger.find("#usage table").is_displayed()
 
 
 @no_browser
-def test_white_space_around_a_number_makes_it_none_as_in_the_api(debugger: Debugger) -> None:
+def test_a_number_with_white_space_around_it_does_not_count_as_in_the_api(debugger: Debugger) -> None:
     numbers = ("1", " 2", "0x3", "4e0")
     store(debugger.client, *(event(timestamp=ago(9), properties={"tokens": number}) for number in numbers))
     debugger.visit(view="usage", event_name="call", aggregation_type="SUM", property_name="tokens")
@@ -807,7 +807,7 @@ def asked(debugger: Debugger, path: str) -> int:
 
 
 @no_browser
-def test_meters_are_offered_beside_event_names_and_one_chosen_says_what_it_counts(debugger: Debugger) -> None:
+def test_meters_are_offered_before_event_names_and_the_chosen_one_says_what_it_counts(debugger: Debugger) -> None:
     store_tokens(debugger, 1, 2, properties={"model": "large"})
     store_tokens(debugger, 4, properties={"model": "small"})
     large = make_meter(debugger, name="Large", filters=[{"key": "model", "values": ["large", "huge"]}])
@@ -837,7 +837,7 @@ def test_meters_are_offered_beside_event_names_and_one_chosen_says_what_it_count
     ("properties.model", ["large", "no model"], ["0.6", "0.25"]),
     ("external_customer_id", ["cust", "other"], ["0.75", "0.1"]),
 ], ids=str)  # fmt: skip
-def test_a_meter_is_grouped_by_source_or_a_property(
+def test_a_meter_can_be_grouped_by_source_customer_or_property(
     debugger: Debugger, group_by: str, heads: list[Any], totals: list[Any]
 ) -> None:
     store_tokens(debugger, "0.5", source="app", properties={"model": "large"})
@@ -854,7 +854,7 @@ def test_a_meter_is_grouped_by_source_or_a_property(
 
 
 @no_browser
-def test_of_a_meter_with_a_feature_analytics_is_asked_for_no_other(debugger: Debugger) -> None:
+def test_analytics_is_requested_for_the_feature_of_the_chosen_meter_only(debugger: Debugger) -> None:
     store_tokens(debugger, 1, source="app")
     alone = make_meter(debugger, name="Alone")
     feature = {"name": "Tokens", "type": "metered", "meter_id": make_meter(debugger)}
@@ -872,7 +872,7 @@ def test_of_a_meter_with_a_feature_analytics_is_asked_for_no_other(debugger: Deb
 
 
 @no_browser
-def test_a_meter_s_events_are_counted_and_added_up_once(debugger: Debugger) -> None:
+def test_a_meters_events_are_counted_and_summed_once(debugger: Debugger) -> None:
     store_tokens(debugger, 1, 2)
     store_tokens(debugger, 4, event_name="other")
     debugger.visit(view="usage", meter_id=make_meter(debugger))
@@ -885,7 +885,7 @@ def test_a_meter_s_events_are_counted_and_added_up_once(debugger: Debugger) -> N
 
 @no_browser
 @table(("kind", "stacked"), [("SUM", True), ("COUNT", True), ("MAX", False)])
-def test_the_chart_stacks_what_can_be_added_up_and_has_a_title_for_each_part(
+def test_the_chart_stacks_additive_kinds_and_each_part_has_a_title(
     debugger: Debugger, kind: str, stacked: bool
 ) -> None:
     store_tokens(debugger, 3, source="a")
@@ -908,7 +908,7 @@ def test_the_chart_stacks_what_can_be_added_up_and_has_a_title_for_each_part(
 
 @no_browser
 @table(("kind", "others"), [("SUM", ["19.5", "19.5"]), ("AVG", ["", ""])])
-def test_of_many_groups_the_largest_have_a_colour_and_the_others_are_one(
+def test_the_largest_groups_have_a_colour_each_and_the_others_share_one(
     debugger: Debugger, kind: str, others: list[Any]
 ) -> None:
     for number in range(1, 12):
@@ -926,7 +926,7 @@ def test_of_many_groups_the_largest_have_a_colour_and_the_others_are_one(
 
 @no_browser
 @table("scheme", ["light", "dark"])
-def test_every_colour_of_the_chart_is_seen(debugger: Debugger, scheme: str) -> None:
+def test_every_colour_of_the_chart_contrasts_with_the_background(debugger: Debugger, scheme: str) -> None:
     debugger.look(scheme=scheme)
     ratios = debugger.ask("""(() => {
       const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
@@ -946,7 +946,7 @@ def test_every_colour_of_the_chart_is_seen(debugger: Debugger, scheme: str) -> N
 
 
 @no_browser
-def test_empty_states_say_what_to_send_first(debugger: Debugger) -> None:
+def test_an_empty_view_shows_what_to_send_first(debugger: Debugger) -> None:
     debugger.click("#show-usage")
     debugger.opens("#first", "No events yet")
     assert debugger.find("#first").is_displayed()
@@ -966,7 +966,7 @@ def test_empty_states_say_what_to_send_first(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_a_question_is_made_a_meter_by_the_line_below_it_and_the_meter_is_there_at_once(debugger: Debugger) -> None:
+def test_the_line_below_a_query_creates_a_meter_that_appears_at_once(debugger: Debugger) -> None:
     usage_of_models(
         debugger, event_name="call", aggregation_type="SUM_WITH_MULTIPLIER", property_name="tokens", multiplier="2"
     )
@@ -985,7 +985,7 @@ def test_a_question_is_made_a_meter_by_the_line_below_it_and_the_meter_is_there_
 
 
 @no_browser
-def test_opening_usage_asks_for_it_once(debugger: Debugger) -> None:
+def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name="tokens")
     debugger.opens("#sum", "3")
     before = asked(debugger, "/v1/events/monitoring")
@@ -994,7 +994,7 @@ def test_opening_usage_asks_for_it_once(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_a_server_without_meters_offers_event_names_only(browser: Debugger, tmp_path: Path) -> None:
+def test_without_meters_on_the_server_only_event_names_are_offered(browser: Debugger, tmp_path: Path) -> None:
     browser.look()
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
@@ -1020,7 +1020,9 @@ def test_a_server_without_meters_offers_event_names_only(browser: Debugger, tmp_
 
 
 @no_browser
-def test_it_says_where_the_server_forwards_to_and_how_far_it_is_behind(browser: Debugger, tmp_path: Path) -> None:
+def test_the_header_shows_where_the_server_forwards_to_and_how_far_it_is_behind(
+    browser: Debugger, tmp_path: Path
+) -> None:
     browser.look()
     flags = ("--api-key", "key", "--forward-to", "http://127.0.0.1:1/v1")  # where nobody listens
     with Live(tmp_path, *flags, EVENTSTORE_FORWARD_API_KEY="other") as live, live.client("key") as client:
@@ -1036,7 +1038,7 @@ def test_it_says_where_the_server_forwards_to_and_how_far_it_is_behind(browser: 
 
 
 @no_browser
-def test_it_says_nothing_of_forwarding_where_there_is_none(debugger: Debugger) -> None:
+def test_the_header_shows_nothing_about_forwarding_without_it(debugger: Debugger) -> None:
     debugger.opens("#matches", "0 events")
     assert debugger.text("#forwards") == ""
 
@@ -1045,7 +1047,9 @@ def test_it_says_nothing_of_forwarding_where_there_is_none(debugger: Debugger) -
 
 
 @no_browser
-def test_a_long_environment_name_is_cut_and_the_header_stays_in_one_row(browser: Debugger, tmp_path: Path) -> None:
+def test_a_long_environment_name_is_truncated_and_the_header_stays_in_one_row(
+    browser: Debugger, tmp_path: Path
+) -> None:
     browser.look()
     with Live(tmp_path, "--api-key", "key=" + "long-name-" * 12) as live:
         browser.open(f"{live.url}/#key=key")
@@ -1056,7 +1060,7 @@ def test_a_long_environment_name_is_cut_and_the_header_stays_in_one_row(browser:
 
 
 @no_browser
-def test_the_footer_names_the_keys_that_do_something(debugger: Debugger) -> None:
+def test_the_footer_names_the_keys_that_work_in_this_view(debugger: Debugger) -> None:
     shown = "[...document.querySelectorAll('footer > span')].filter((node) => node.checkVisibility()).map((node) => node.textContent)"
     store(debugger.client, event("a", timestamp=ago(9)))
     debugger.shows("a")
@@ -1070,7 +1074,7 @@ def test_the_footer_names_the_keys_that_do_something(debugger: Debugger) -> None
 
 
 @no_browser
-def test_one_time_zone_is_named_and_holds_everywhere(debugger: Debugger) -> None:
+def test_the_chosen_time_zone_applies_everywhere(debugger: Debugger) -> None:
     time, in_kabul = datetime(2026, 3, 9, 20, 10, 5, 123456, UTC), "2026-03-10 00:40:05.123456"
     store(debugger.client, event("a", timestamp=time.isoformat()))
     where = {"range": "own", "start_time": "2026-03-09T00:00:00Z", "end_time": "2026-03-10T00:00:00Z", "open": "a"}
@@ -1130,7 +1134,7 @@ def test_an_empty_source_and_customer_id_look_alike(debugger: Debugger) -> None:
 
 
 @no_browser
-def test_the_marks_have_names_and_are_seen_on_the_row_under_the_pointer(debugger: Debugger) -> None:
+def test_filter_buttons_have_names_and_appear_on_the_row_under_the_pointer(debugger: Debugger) -> None:
     from selenium.webdriver import ActionChains
 
     store(debugger.client, event("a", properties={"region": "eu"}))
@@ -1145,9 +1149,7 @@ def test_the_marks_have_names_and_are_seen_on_the_row_under_the_pointer(debugger
 
 @no_browser
 @table(("span", "shown"), [("24h", False), ("7d", True)])
-def test_a_phone_shows_the_date_where_the_range_is_longer_than_a_day(
-    debugger: Debugger, span: str, shown: bool
-) -> None:
+def test_a_phone_shows_the_date_if_the_range_is_longer_than_a_day(debugger: Debugger, span: str, shown: bool) -> None:
     debugger.look(390, 800)
     store(debugger.client, event("a"))
     debugger.visit(range=span)
@@ -1190,7 +1192,7 @@ def test_an_empty_environment_shows_how_to_send_the_first_event(debugger: Debugg
 
 
 @no_browser
-def test_no_events_match_is_said_of_filters_only_and_the_environment_keeps_its_name(debugger: Debugger) -> None:
+def test_no_events_match_is_shown_only_with_filters_and_the_environment_keeps_its_name(debugger: Debugger) -> None:
     name = environment_of(debugger.key)
     debugger.visit(source="nobody")
     debugger.opens("#foot", "No events match.")
@@ -1216,7 +1218,7 @@ def test_monitoring_names_the_environment_in_a_header(tmp_path: Path) -> None:
 
 
 @no_browser
-def test_at_1400_pixels_a_date_field_shows_its_whole_date_and_all_filters_are_in_one_row(debugger: Debugger) -> None:
+def test_at_1400_pixels_dates_are_fully_visible_and_all_filters_are_in_one_row(debugger: Debugger) -> None:
     debugger.look(1400, 900)
     start, end = "2026-11-20T22:10:20Z", "2026-11-21T22:10:20Z"
     debugger.visit(range="own", start_time=start, end_time=end)
@@ -1240,7 +1242,7 @@ def test_at_1400_pixels_a_date_field_shows_its_whole_date_and_all_filters_are_in
 
 @no_browser
 @table("width", [380, 1280])
-def test_whatever_the_state_is_called_it_stands_in_the_first_row(debugger: Debugger, width: int) -> None:
+def test_the_state_stands_in_the_first_row(debugger: Debugger, width: int) -> None:
     debugger.look(width, 800)
     debugger.visit(range="own", start_time=ago(3600), end_time=ago(60))
     debugger.opens("#pulse", "Fixed range")
@@ -1251,7 +1253,7 @@ def test_whatever_the_state_is_called_it_stands_in_the_first_row(debugger: Debug
 
 
 @no_browser
-def test_no_error_stands_under_a_focus_ring(debugger: Debugger) -> None:
+def test_no_focus_ring_covers_an_error(debugger: Debugger) -> None:
     debugger.visit(property_filters="abc")
     debugger.opens("#property_filters-fault", "must ")
     debugger.click("#property_filters")
@@ -1283,7 +1285,7 @@ def test_nothing_moves_when_clear_filters_or_copied_appears(debugger: Debugger) 
 
 
 @no_browser
-def test_a_fault_names_its_field_once(debugger: Debugger) -> None:
+def test_an_error_names_its_field_once(debugger: Debugger) -> None:
     debugger.click("#send")
     debugger.fill("#send-input", "{}")
     debugger.click("#send-form .main")
@@ -1337,7 +1339,7 @@ def proxy(port: str, prefix: str) -> Iterator[str]:
 
 @no_browser
 @table("slash", ["/", ""])
-def test_it_works_below_a_path_behind_a_proxy(debugger: Debugger, slash: str) -> None:
+def test_the_page_works_below_a_path_behind_a_proxy(debugger: Debugger, slash: str) -> None:
     with proxy(debugger.live.port, "/flexprice") as url:
         debugger.open(f"{url}{slash}#key={debugger.key}")
         debugger.opens("#first pre", f"{url}/v1")
@@ -1360,6 +1362,6 @@ def test_it_works_below_a_path_behind_a_proxy(debugger: Debugger, slash: str) ->
 
 
 @no_browser
-def test_the_page_names_no_address_from_the_root(debugger: Debugger) -> None:
+def test_the_page_uses_no_absolute_paths(debugger: Debugger) -> None:
     source = debugger.ask("document.querySelector('script').textContent")
     assert re.findall(r"[\"'`]/(?:v1|health)", source) == []

@@ -47,7 +47,7 @@ class Stamp:
         await self.app(scope, receive, stamped)
 
 
-def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path: Path) -> None:
+def test_added_operations_and_middleware_are_served_and_described_like_the_built_in_ones(tmp_path: Path) -> None:
     from openapi_spec_validator import validate
 
     hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, example={"name": "you"},

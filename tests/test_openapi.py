@@ -7,7 +7,7 @@ import httpx
 import eventstore
 
 
-def test_the_openapi_document_is_valid_public_and_has_every_route(client: httpx.Client) -> None:
+def test_the_openapi_document_is_valid_and_public_and_describes_every_route(client: httpx.Client) -> None:
     from openapi_spec_validator import validate
 
     response = client.get("/openapi.json", headers={"x-api-key": "unknown"})

@@ -356,7 +356,7 @@ REUSED_DESCRIPTOR = r"""
 """
 
 
-def test_a_descriptor_belongs_to_a_file_from_the_moment_when_openat_returned_it(tmp_path: Path) -> None:
+def test_a_descriptor_belongs_to_a_file_once_openat_has_returned_it(tmp_path: Path) -> None:
     def hexadecimal(path: Path) -> str:
         return "".join(f"\\x{byte:02x}" for byte in bytes(path))
 
@@ -404,7 +404,7 @@ def check_that_much_happened(a_run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(
+def test_acknowledged_requests_survive_a_power_cut_at_any_moment(
     tmp_path: Path, record: Any, target: Any, choose: random.Random
 ) -> None:
     a_run = record()
@@ -453,7 +453,7 @@ retention.checkpoint = lambda _: None  # it syncs, and so soon that little is lo
     ],
     ids=["commits", "progress not synced, deleted too early", "put aside too late", "progress first"],
 )
-def test_power_cuts_show_what_the_server_does_in_the_wrong_way(
+def test_power_cuts_reveal_each_deliberate_defect(
     lines: str, says: list[Any], tmp_path: Path, record: Any, choose: random.Random
 ) -> None:
     """What the test above would say if the server did not keep its word."""

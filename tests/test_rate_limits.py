@@ -17,7 +17,7 @@ def limits(response: httpx.Response) -> list[int]:
 
 
 @pytest.mark.slow
-def test_without_the_flag_nothing_is_limited(client: httpx.Client) -> None:
+def test_requests_are_unlimited_without_the_flag(client: httpx.Client) -> None:
     for response in [client.post("/v1/events", json={}) for _ in range(1001)]:
         assert response.status_code == 400
         assert "x-ratelimit" not in str(response.headers)
@@ -25,9 +25,7 @@ def test_without_the_flag_nothing_is_limited(client: httpx.Client) -> None:
 
 @table(("flag", "path", "limit"), [pytest.param("documented", "/v1/events", 1000, marks=pytest.mark.slow), ("documented", "/v1/events/bulk", 100),
                                    ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
-def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(
-    tmp_path: Path, flag: str, path: str, limit: int
-) -> None:
+def test_a_key_over_its_limit_gets_429_until_the_next_minute(tmp_path: Path, flag: str, path: str, limit: int) -> None:
     clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60
     rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limits
     good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
@@ -56,7 +54,7 @@ def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(
 
 
 @table("flag", ["", "5", "0,5", "5,0", "-1,5", "a,b", "1,2,3", "1.5,2", "Documented", ","])
-def test_a_bad_rate_limit_exits_with_2(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+def test_an_invalid_rate_limit_exits_with_2(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         eventstore.main(["serve", "--rate-limit", flag])
     assert stopped.value.code == 2

@@ -46,7 +46,9 @@ def test_the_official_async_sdk_writes_and_reads(live: Live) -> None:
 
 
 @table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
-def test_the_official_sdk_raises_the_servers_message(live: Live, key: str, status: int, message: str) -> None:
+def test_the_official_sdk_raises_an_error_with_the_servers_message(
+    live: Live, key: str, status: int, message: str
+) -> None:
     from flexprice import Flexprice
     from flexprice.models.errors import FlexpriceError
 
