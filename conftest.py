@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -11,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-pytest.register_assert_rewrite("helpers", "oracle")  # before they are imported
+pytest.register_assert_rewrite("browser", "helpers", "oracle")  # before they are imported
 
+from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
 from helpers import KEY, Live, at, event, serving, store  # noqa: E402
 
@@ -94,3 +96,31 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield live
         assert KEY not in live.banner + live.log
         assert "Traceback" not in live.log
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debugger]:
+    """A browser, and a server with a fresh environment for each test, whose key the link of the banner would have."""
+    keys = [f"key-{number}" for number in range(99)]
+    flags = itertools.chain.from_iterable(("--api-key", f"{key}={environment_of(key)}") for key in keys)
+    with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
+        debugger = Debugger()
+        debugger.live, debugger.keys = live, keys
+        yield debugger
+        debugger.driver.quit()
+        assert "Traceback" not in live.log
+        assert "ignored" not in live.log  # the page sends nothing that the API does not know
+
+
+@pytest.fixture
+def debugger(browser: Debugger) -> Iterator[Debugger]:
+    """The debugger as its link opens it; `client` is one with the same key."""
+    browser.key = browser.keys.pop()
+    with browser.live.client(browser.key) as browser.client:
+        browser.complaints()
+        browser.look()
+        browser.open(f"{browser.live.url}/#key={browser.key}")
+        browser.opens("#pulse", "Live")
+        yield browser
+        browser.ask("localStorage.clear()")
+        assert browser.complaints() == []
