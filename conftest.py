@@ -100,7 +100,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debugger]:
-    """A browser, and a server with a fresh environment for each test, whose key the link of the banner would have."""
+    """A browser, and a server that has a fresh environment, with its own key, for each test."""
     keys = [f"key-{number}" for number in range(99)]
     flags = itertools.chain.from_iterable(("--api-key", f"{key}={environment_of(key)}") for key in keys)
     with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
@@ -109,12 +109,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debugger]:
         yield debugger
         debugger.driver.quit()
         assert "Traceback" not in live.log
-        assert "ignored" not in live.log  # the page sends nothing that the API does not know
+        assert "ignored" not in live.log  # the server logs unknown names that it ignores; the page sends none
 
 
 @pytest.fixture
 def debugger(browser: Debugger) -> Iterator[Debugger]:
-    """The debugger as its link opens it; `client` is one with the same key."""
+    """The page as the link in the banner opens it; `debugger.client` uses the same key."""
     browser.key = browser.keys.pop()
     with browser.live.client(browser.key) as browser.client:
         browser.complaints()

@@ -1,7 +1,7 @@
-"""What eventstore promises, in sentences; the numbers in the headings are SPEC's.
+"""Test what the service promises about ingest, queries, lookup and errors; headings give SPEC's section numbers.
 
-Most tests talk to the application in this process; where the wire matters they start `eventstore.py serve` as a user
-would. The database is always a real file, and the clock stands still, so that nothing here waits or measures time.
+Most tests talk to the application in this process. Where the wire matters, they start `eventstore.py serve` as a user
+would. The database is always a real file, and the clock stands still, so no test waits or measures time.
 
 Usage, monitoring and the visibility lag are in tests/test_usage.py, flags, keys and the banner in
 tests/test_command_line.py, what grew around the service in the other files of tests/.
@@ -299,7 +299,7 @@ def test_overlapping_concurrent_batches_each_get_their_own_counts(client: httpx.
 
 # ---------------------------------------------------------------------------------------------- 1: bad input
 
-LEVELS = 1_000_000  # more than a stack holds, which since Python 3.14 is the limit
+LEVELS = 1_000_000  # deeper than the stack, the only limit since Python 3.14
 DEEP = b"[" * LEVELS + b"]" * LEVELS
 DEEP_OBJECTS = b'{"a":' * LEVELS + b"1" + b"}" * LEVELS
 NO_OBJECT = {
@@ -333,7 +333,7 @@ BAD_TIMES = [
     "\u0662\u0660\u0662\u0665-10-15T11:38:47Z", "Wed, 15 Oct 2025 11:38:47 GMT",
 ]  # fmt: skip
 TIMES_OUT_OF_RANGE = ["0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01"]
-BAD_FIELDS = [  # field, its JSON ("": the field is missing), code
+BAD_FIELDS = [  # field, its JSON ("" leaves the field out), error code
     *[("event_name", raw, "required") for raw in ("", "null", '""', r'" \t\n"')],
     *[("external_customer_id", raw, "required") for raw in ("", "null", '""')],
     *[("event_name", raw, "invalid_type") for raw in ("5", "true", '["call"]', "{}")],
@@ -405,7 +405,7 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with serving(tmp_path_factory.mktemp("hostile")) as client:
         for text in HOSTILE:
             sent = event(text, event_name=f"n{text}n", external_customer_id=text, customer_id=text, source=text)
@@ -415,14 +415,18 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @both_ways
 @table("field", ["event_id", "event_name", "external_customer_id", "source"])
-def test_fragments_of_sql_and_paths_are_stored_and_found_literally(hostile: Any, field: str, method: str) -> None:
+def test_fragments_of_sql_and_paths_are_stored_and_found_literally(
+    hostile: httpx.Client, field: str, method: str
+) -> None:
     for text in HOSTILE:
         assert ids(hostile, method, **{field: f"n{text}n" if field == "event_name" else text}) == [text]
     assert ids(hostile, method, **{field: "x' OR 1=1 --"}) == []
 
 
 @table("key", [None, "same"], ids=["key", "value"])
-def test_fragments_of_sql_and_paths_are_taken_literally_in_property_filters(hostile: Any, key: str | None) -> None:
+def test_fragments_of_sql_and_paths_are_taken_literally_in_property_filters(
+    hostile: httpx.Client, key: str | None
+) -> None:
     for text in HOSTILE:
         assert ids(hostile, "POST", property_filters={key or text: [text]}) == [text]
 
@@ -430,7 +434,7 @@ def test_fragments_of_sql_and_paths_are_taken_literally_in_property_filters(host
 @both_ways
 @table(("sort", "place"), [("timestamp", str), ("event_name", "n{}n".format)])
 def test_fragments_of_sql_and_paths_are_taken_literally_in_cursors(
-    hostile: Any, sort: str, place: Callable[..., Any], method: str
+    hostile: httpx.Client, sort: str, place: Callable[..., Any], method: str
 ) -> None:
     in_order = sorted(HOSTILE, key=place)
     for number, text in enumerate(in_order):
@@ -618,7 +622,7 @@ PAGE_SIZES = [
 
 
 @table(("method", "size", "given"), PAGE_SIZES)
-def test_a_page_has_the_requested_size_up_to_the_limit(many: Any, method: str, size: Any, given: int) -> None:
+def test_a_page_has_the_requested_size_up_to_the_limit(many: httpx.Client, method: str, size: Any, given: int) -> None:
     found = page(many, method, offset=1, page_size=size)
     newest_first = [f"{number:04}" for number in range(1001, -1, -1)]
     assert [stored["id"] for stored in found["events"]] == newest_first[1 : 1 + given]
@@ -641,7 +645,7 @@ TOTALS = [
 
 @table(("method", "query", "answered"), TOTALS)
 def test_get_returns_a_total_on_request_and_post_by_default(
-    many: Any, method: str, query: dict[str, Any], answered: Any
+    many: httpx.Client, method: str, query: dict[str, Any], answered: Any
 ) -> None:
     found = page(many, method, **query)
     assert found.pop("total_count", "absent") == answered
@@ -678,19 +682,19 @@ BAD_BODIES = [(name, value) for name, values in BAD_VALUES.items() for value in 
     *[("GET", *bad) for bad in BAD_QUERIES + BAD_TIMES_AND_CURSORS],
     *[("POST", *bad) for bad in BAD_BODIES + BAD_TIMES_AND_CURSORS],
 ], ids=lambda value: str(value)[:40])  # fmt: skip
-def test_an_invalid_parameter_is_refused_and_named(many: Any, method: str, field: str, value: Any) -> None:
+def test_an_invalid_parameter_is_refused_and_named(many: httpx.Client, method: str, field: str, value: Any) -> None:
     response = many.get("/v1/events", params={field: value}) if method == "GET" else ask(many, "POST", **{field: value})
     (fault,) = refused(response, part=field)["errors"]
     assert (fault["field"], fault["index"], fault["event_id"]) == (field, None, None)
     assert fault["code"] in ("invalid_type", "invalid_format", "out_of_range")
 
 
-def test_all_invalid_parameters_are_named_at_once(many: Any) -> None:
+def test_all_invalid_parameters_are_named_at_once(many: httpx.Client) -> None:
     details = refused(many.get("/v1/events?page_size=x&offset=-1&sort=up&start_time=now"))
     assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
 
 
-def test_a_direction_in_sort_is_refused_with_a_hint_to_use_order(many: Any) -> None:
+def test_a_direction_in_sort_is_refused_with_a_hint_to_use_order(many: httpx.Client) -> None:
     (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
     allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
     assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
@@ -705,17 +709,17 @@ CONTRADICTIONS = {
 
 @both_ways
 @table("query", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_contradictory_parameters_are_refused(many: Any, method: str, query: dict[str, Any]) -> None:
+def test_contradictory_parameters_are_refused(many: httpx.Client, method: str, query: dict[str, Any]) -> None:
     (fault,) = refused(ask(many, method, **query))["errors"]
     assert fault["field"].endswith(("_time", "_key"))
 
 
 @table("name", ["event_name", "page_size", "order", "iter_last_key"])
-def test_a_parameter_given_twice_is_refused(many: Any, name: str) -> None:
+def test_a_parameter_given_twice_is_refused(many: httpx.Client, name: str) -> None:
     refused(many.get(f"/v1/events?{name}=&{name}="), part=name)
 
 
-def test_unknown_parameters_and_null_fields_are_ignored(many: Any) -> None:
+def test_unknown_parameters_and_null_fields_are_ignored(many: httpx.Client) -> None:
     assert page(many, tenant="x", limit=3, event_name="") == page(many)
     fields = dict.fromkeys(eventstore.EventQueryIn.__struct_fields__)
     assert page(many, "POST", **fields, unknown={}) == page(many, "POST")
@@ -799,7 +803,7 @@ four_orders = table(("sort", "order"), [*itertools.product(["timestamp", "event_
 
 
 def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict[str, Any]]:
-    """Events with few names and times, so that most of them tie, and with awkward ids."""
+    """Return events with awkward ids and so few names and times that most of them tie."""
     return [
         event(prefix + randomness.choice(["", "::", "Z", "a", "\u00e9", "\U0001f600"]) + str(number),
               event_name=randomness.choice("AaB"), external_customer_id=randomness.choice("cd"),
@@ -852,7 +856,7 @@ def test_every_page_matches_a_plain_python_model(client: httpx.Client, sort: str
 
 @four_orders
 def test_iter_first_key_polls_for_new_events(client: httpx.Client, sort: str, order: str) -> None:
-    def new(number: int) -> dict[str, Any]:  # newer events come before the first page, in every order
+    def new(number: int) -> dict[str, Any]:  # new events sort before the first page in every order
         step = number if order == "desc" else -number
         return event(f"evt::{number}", event_name=f"n{500 + step}", timestamp=at(step * 10 - 500))
 
@@ -872,7 +876,7 @@ def test_iter_first_key_polls_for_new_events(client: httpx.Client, sort: str, or
 @both_ways
 @table(("side", "neighbour"), [("iter_last_key", "0500"), ("iter_first_key", "0501")])
 def test_a_cursor_of_an_unknown_event_works_when_sorting_by_time_but_not_by_name(
-    many: Any, method: str, side: str, neighbour: str
+    many: httpx.Client, method: str, side: str, neighbour: str
 ) -> None:
     query = {"page_size": 1, side: f"{NOW - 1500}000::0500x"}
     assert ids(many, method, **query) == [neighbour]
@@ -887,7 +891,7 @@ ODD_IDS = ["a/b", "/", "//a//", "?", "a?b=c#d", "%", "%2F", "a::b", "::", "looku
 
 
 @pytest.fixture(scope="module")
-def odd_ids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def odd_ids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with serving(tmp_path_factory.mktemp("odd_ids")) as client:
         store(client, *[event(event_id, properties={"n": event_id}) for event_id in ODD_IDS])
         yield client
@@ -901,7 +905,7 @@ def found(response: httpx.Response) -> dict[str, Any]:
 
 
 @table("event_id", ODD_IDS)
-def test_an_event_can_be_looked_up_by_any_id(odd_ids: Any, event_id: str) -> None:
+def test_an_event_can_be_looked_up_by_any_id(odd_ids: httpx.Client, event_id: str) -> None:
     (listed,) = page(odd_ids, event_id=event_id)["events"]
     assert listed["properties"] == {"n": event_id}
     assert found(odd_ids.get("/v1/events/lookup", params={"id": event_id})) == listed
@@ -909,7 +913,7 @@ def test_an_event_can_be_looked_up_by_any_id(odd_ids: Any, event_id: str) -> Non
 
 @table("event_id", [event_id for event_id in ODD_IDS if event_id not in ("lookup", "monitoring")])
 def test_an_event_can_be_looked_up_by_any_id_in_the_path(live: Live, event_id: str) -> None:
-    with live.client() as client, live.connect() as sock:  # a socket, because clients and test clients edit paths
+    with live.client() as client, live.connect() as sock:  # a socket, because HTTP clients normalize paths
         store(client, event(event_id))
         path = urllib.parse.quote(event_id).encode()
         sock.sendall(b"GET /v1/events/%b HTTP/1.1\r\nHost: a\r\nx-api-key: %b\r\n\r\n" % (path, KEY.encode()))
@@ -927,7 +931,7 @@ def test_a_lookup_finds_events_of_any_time_but_only_of_its_environment(client: h
 @table(("narrowed", "is_found"), [
     ({"external_customer_id": "cust"}, True), ({"external_customer_id": "other"}, False),
     ({"external_customer_id": "", "start_time": "", "end_time": ""}, True),
-    ({"start_time": at()}, True), ({"end_time": at()}, True),  # both inclusive, as in 4
+    ({"start_time": at()}, True), ({"end_time": at()}, True),  # both inclusive, as in section 4
     ({"start_time": at(1)}, False), ({"end_time": at(-1)}, False),
 ])  # fmt: skip
 def test_a_lookup_can_be_narrowed_by_customer_and_time(
@@ -982,7 +986,7 @@ def test_closing_the_store_commits_queued_events_and_refuses_later_ones(tmp_path
         store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
         with write_lock(tmp_path):
             waiting = [asyncio.ensure_future(store.insert(rows_to_insert(f"{number}"))) for number in range(50)]
-            await asyncio.sleep(0)  # each of them runs until it waits for the writer
+            await asyncio.sleep(0)  # let each of them run until it waits for the writer
             closed = asyncio.ensure_future(asyncio.to_thread(store.close))
             await asyncio.sleep(0)
         await closed
@@ -1005,7 +1009,7 @@ def test_a_single_event_overtakes_queued_batches(tmp_path: Path) -> None:
 
         with write_lock(tmp_path):
             inserting = [insert("first")]
-            await asyncio.sleep(0.1)  # the writer has it and waits for the lock
+            await asyncio.sleep(0.1)  # by now the writer has taken it and waits for the lock
             inserting += [insert(*(f"{batch}-{number}" for number in range(1000))) for batch in range(4)]
             inserting += [insert("single")]
             await asyncio.sleep(0)

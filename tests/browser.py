@@ -1,4 +1,4 @@
-"""A browser that drives the debugger's page, and what its tests read on the page."""
+"""Drive the debugger's page in Chromium, and read what the page shows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def needs_browser(test: Test) -> Test:
-    """Mark a test that drives Chromium: slow, and skipped where there is none."""
+    """Mark a test that drives Chromium as slow, and skip it if Chromium is missing."""
     is_there = shutil.which("chromium") and shutil.which("chromedriver")
     needs = pytest.mark.skipif(not is_there, reason="needs a browser: apt-get install chromium chromium-driver")
     marked: Test = pytest.mark.slow(needs(test))
     return marked
 
 
-# The page asks the server every 250 ms instead of every second, so that tests wait less.
+# Makes the page poll the server every 250 ms instead of every second, so that tests wait less.
 POLL_SOONER = """
 const later = setTimeout;
 globalThis.setTimeout = (call, ms, ...rest) => later(call, ms === 1000 ? 250 : ms, ...rest);
@@ -35,8 +35,7 @@ globalThis.setTimeout = (call, ms, ...rest) => later(call, ms === 1000 ? 250 : m
 
 
 class Debugger:
-    """The page in a real browser, as a person at its screen and keyboard has it: in Kabul, whose clock differs from UTC
-    by half an hour more than whole hours."""
+    """The page in a real browser, used as a person would. Its time zone is Kabul, 4.5 hours ahead of UTC."""
 
     live: Live
     keys: list[str]
@@ -70,7 +69,7 @@ class Debugger:
         self.open(f"{self.live.url}/?{urllib.parse.urlencode(parameters)}")
 
     def address(self) -> dict[str, list[str]]:
-        """What the address bar has after the question mark."""
+        """Return the parameters in the address bar."""
         return urllib.parse.parse_qs(urllib.parse.urlsplit(self.driver.current_url).query)
 
     def ask(self, script: str, *arguments: object) -> Any:
@@ -94,7 +93,7 @@ class Debugger:
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def fill(self, selector: str, text: str) -> None:
-        """What a person types, key by key, and then leaves the field."""
+        """Type the text into the field key by key, then leave the field."""
         field = self.find(selector)
         field.clear()
         field.send_keys(text)
@@ -113,7 +112,7 @@ class Debugger:
         eventually(lambda: part in self.text(selector))
 
     def pasted(self) -> str:
-        """What is in the clipboard."""
+        """Return the text in the clipboard, by pasting it into a field of the page."""
         from selenium.webdriver.common.keys import Keys
 
         self.click("#send")
@@ -124,7 +123,7 @@ class Debugger:
         return str(text)
 
     def complaints(self, but: str = "the server responded with a status of 4") -> list[str]:
-        """What the browser's console says, but for the answers that a test provokes; reading it empties it."""
+        """Return and clear the messages of the browser's console, except those of refusals that tests provoke."""
         lines: list[dict[str, str]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [line["message"] for line in lines if but not in line["message"]]
 
@@ -138,24 +137,24 @@ def ago(seconds: float = 0) -> str:
 
 
 def bars_of(debugger: Debugger) -> list[int]:
-    """The histogram: how many events each bar stands for; none is drawn where there are none."""
+    """Return the number of events for each bar of the histogram, after a check that only non-empty bars are drawn."""
     counts = debugger.ask("state.bars.counts")
     assert [height > 0 for height in heights(debugger, "bars")] == [count > 0 for count in counts]
     return list(counts)
 
 
 def places(debugger: Debugger, *selectors: str) -> list[list[float]]:
-    """Where things are on the screen, and how wide they are."""
+    """Return x, y and width of each element, in pixels."""
     box = "(({ x, y, width }) => [x, y, width])(document.querySelector(arguments[0]).getBoundingClientRect())"
     return [[round(number) for number in debugger.ask(box, selector)] for selector in selectors]
 
 
 def heights(debugger: Debugger, name: str = "chart") -> list[float]:
-    """Of the parts of a drawing, the first window's first."""
+    """Return the heights of the bars of a drawing, in the order of time."""
     parts = "[...document.getElementById(arguments[0]).children]"
     return list(debugger.ask(f"{parts}.map((bar) => Number(bar.getAttribute('height')))", name))
 
 
 def some(count: int, **fields: Any) -> list[dict[str, Any]]:
-    """Events of the last minutes, the oldest first: e0000, e0001 ..."""
+    """Return events of the last minutes, oldest first, with the ids e0000, e0001 ..."""
     return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]

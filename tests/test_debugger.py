@@ -1,4 +1,4 @@
-"""The debugger's page, in a browser."""
+"""Test the debugger's page in a browser."""
 
 from __future__ import annotations
 
@@ -143,15 +143,15 @@ def test_an_error_of_the_api_is_shown_once_beside_its_field(debugger: Debugger) 
         parameters = {field: text} | ({"range": "own"} if field == "start_time" else {})
         debugger.visit(**parameters)
         debugger.opens(f"#{field}-fault", "must ")
-        assert field not in debugger.text(f"#{field}-fault")  # it stands beside it
+        assert field not in debugger.text(f"#{field}-fault")  # the message stands beside the field
         assert debugger.ask("document.getElementById(arguments[0]).ariaInvalid", field) == "true"
     refusals = debugger.live.log.count("/v1/events/usage: 400")
     total = {"event_name": "call", "property_name": "n", "aggregation_type": "SUM_WITH_MULTIPLIER"}
     debugger.visit(view="usage", **total, multiplier="many")
     debugger.opens("#multiplier-fault", "must be a decimal number")
-    eventually(lambda: debugger.ask("performance.now() > POLL_MS"))  # time enough to ask again
+    eventually(lambda: debugger.ask("performance.now() > POLL_MS"))  # long enough for another request
     assert debugger.live.log.count("/v1/events/usage: 400") == refusals + 1
-    assert not debugger.find("#next").is_displayed()  # a line to paste would be refused, too
+    assert not debugger.find("#next").is_displayed()  # the server would refuse the line to paste as well
 
 
 @needs_browser
@@ -211,7 +211,7 @@ def test_an_event_is_shown_and_copied_exactly(debugger: Debugger) -> None:
     assert debugger.client.post("/v1/events", content=raw).status_code == 202
     eventually(debugger.ids)
     debugger.click(".row .time")
-    debugger.opens("#tree", "1: -0.0")  # an inner object is drawn by the toggle event of the one around it
+    debugger.opens("#tree", "1: -0.0")  # drawn when the toggle event of the outer object arrives
     tree = debugger.text("#tree")
     for part in ("price: 0.10", "big: 12345678901234567890", "it's {2}", "2 [3]", "0: 1E+2", "1: -0.0", "no: null"):
         assert part in tree
@@ -282,7 +282,7 @@ def test_markup_in_an_event_is_shown_as_text_everywhere(debugger: Debugger) -> N
     debugger.ask("(state.view = 'usage', change())")
     debugger.opens("#usage-says", "COUNT")
     assert debugger.ask("document.querySelectorAll('img, script:not(:first-of-type)').length") == 0
-    assert debugger.driver.title == "Event debugger"  # an alert would not let itself be ignored
+    assert debugger.driver.title == "Event debugger"  # an alert would have raised an error by now
 
 
 @needs_browser
@@ -311,7 +311,7 @@ def test_the_histogram_counts_events_and_changes_the_range(debugger: Debugger) -
     from selenium.webdriver import ActionChains
 
     for hours in (1, 12, 23):
-        time = ago(3600 * hours)  # one time, or they would straddle two bars on the quarter hour
+        time = ago(3600 * hours)  # the same time for all, so that they are in one bar
         store(debugger.client, *(event(f"{hours}_{number}", timestamp=time) for number in range(hours)))
     debugger.opens("#matches", "36 events")
     bars = bars_of(debugger)
@@ -360,7 +360,7 @@ def test_the_list_can_be_used_with_the_keyboard_alone(debugger: Debugger) -> Non
     assert debugger.ask(unnamed) == []
 
 
-# Of each text on the screen: its contrast with the nearest background that is not transparent.
+# Returns each visible text with its contrast to the nearest background that is not transparent.
 CONTRASTS = """(() => {
   const channels = (color) => color.match(/[\\d.]+/g).map(Number);
   const light = (color) => channels(color).slice(0, 3).map((part) => part / 255)
@@ -497,7 +497,7 @@ def test_the_header_shows_where_the_server_forwards_to_and_how_far_it_is_behind(
     browser: Debugger, tmp_path: Path
 ) -> None:
     browser.look()
-    flags = ("--api-key", "key", "--forward-to", "http://127.0.0.1:1/v1")  # where nobody listens
+    flags = ("--api-key", "key", "--forward-to", "http://127.0.0.1:1/v1")  # nothing listens there
     with Live(tmp_path, *flags, EVENTSTORE_FORWARD_API_KEY="other") as live, live.client("key") as client:
         store(client, *some(1000))
         store(client, *(event(f"f{number}") for number in range(234)))
@@ -565,7 +565,7 @@ def test_the_chosen_time_zone_applies_everywhere(debugger: Debugger) -> None:
             lambda: debugger.ask("document.readyState === 'complete' && document.getElementById('zone').value") == "utc"
         )
     debugger.visit(range="own", start_time=where["start_time"])
-    eventually(lambda: debugger.text("#zone option:checked") == "UTC")  # it is remembered
+    eventually(lambda: debugger.text("#zone option:checked") == "UTC")  # the zone is remembered
     debugger.ask("(document.getElementById('start_time').value = '2026-03-09T12:00:00', readFields())")
     assert debugger.address()["start_time"] == ["2026-03-09T12:00:00.000Z"]
 
@@ -588,7 +588,7 @@ def test_the_open_event_is_in_the_address_and_a_link_opens_it(debugger: Debugger
     debugger.visit(open="odd / id?")
     debugger.opens("#detail dl", "odd / id?")
     assert debugger.text(".row[aria-selected=true] .id") == "odd / id?"
-    debugger.visit(open="odd / id?", event_id="b")  # it is not in the list
+    debugger.visit(open="odd / id?", event_id="b")  # the list has only b
     debugger.opens("#detail dl", "odd / id?")
     debugger.press(Keys.ESCAPE)
     assert debugger.address() == {"event_id": ["b"]}
@@ -627,11 +627,11 @@ def test_a_phone_shows_the_date_if_the_range_is_longer_than_a_day(debugger: Debu
     store(debugger.client, event("a"))
     debugger.visit(range=span)
     debugger.shows("a")
-    eventually(lambda: not debugger.ask("document.querySelector('.row.new')"))  # which says "new" in its place
+    eventually(lambda: not debugger.ask("document.querySelector('.row.new')"))  # a new row shows "new" instead
     assert (f"{datetime.now(UTC) + timedelta(hours=4.5):%m-%d }" in debugger.find(".row .time").text + " ") is shown
 
 
-# ---------------------------------------------------------------------------------------------- nothing there
+# ---------------------------------------------------------------------------------------------- no events
 
 
 @needs_browser
@@ -687,7 +687,7 @@ def test_monitoring_names_the_environment_in_a_header(tmp_path: Path) -> None:
         assert response.headers["X-Environment-Id"] == "Z%C3%BCrich%201"
 
 
-# ---------------------------------------------------------------------------------------------- looks
+# ---------------------------------------------------------------------------------------------- layout
 
 
 @needs_browser
@@ -731,7 +731,8 @@ def test_no_focus_ring_covers_an_error(debugger: Debugger) -> None:
     debugger.opens("#property_filters-fault", "must ")
     debugger.click("#property_filters")
     bottom, top = debugger.ask(
-        "[document.getElementById('property_filters').getBoundingClientRect().bottom + 3, "  # the ring: 1 away, 2 wide
+        # the ring is 2 pixels wide and 1 pixel away
+        "[document.getElementById('property_filters').getBoundingClientRect().bottom + 3, "
         "document.getElementById('property_filters-fault').getBoundingClientRect().top]"
     )
     assert top >= bottom
@@ -772,7 +773,7 @@ def test_an_error_names_its_field_once(debugger: Debugger) -> None:
 
 @contextmanager
 def proxy(port: str, prefix: str) -> Iterator[str]:
-    """A reverse proxy that has the server below a path, and nothing else."""
+    """Run a reverse proxy that serves the server below a path, and nothing else."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -826,12 +827,12 @@ def test_the_page_works_below_a_path_behind_a_proxy(debugger: Debugger, slash: s
         assert debugger.ask("curl('v1/events')").startswith(f"curl '{url}/v1/events'")
         debugger.click("#show-usage")
         debugger.opens("#ask", "Which events")
-        debugger.driver.refresh()  # the key is kept below this path
+        debugger.driver.refresh()  # the key is kept for this path
         debugger.opens("#ask", "Which events")
         debugger.click("#send")
         debugger.click("#send-form .main")
         debugger.opens("#answer", "202 stored")
-        debugger.open(f"{debugger.live.url}/health")  # not to miss the proxy
+        debugger.open(f"{debugger.live.url}/health")  # leave the proxy before it stops
 
 
 @needs_browser

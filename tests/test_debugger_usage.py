@@ -1,4 +1,4 @@
-"""The view of usage and meters on the debugger's page, in a browser."""
+"""Test the usage view of the debugger's page in a browser."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def usage_of_models(debugger: Debugger, **parameters: str) -> None:
 
 @needs_browser
 def test_usage_is_shown_as_a_total_a_table_and_a_chart(debugger: Debugger) -> None:
-    hour = datetime.now(UTC).replace(minute=30, second=0, microsecond=0)  # when one begins in Kabul
+    hour = datetime.now(UTC).replace(minute=30, second=0, microsecond=0)  # an hour begins in Kabul
     for event_id, before, tokens in (("a", 3, 1000), ("b", 3, "0.5"), ("c", 2, 250)):
         timestamp = (hour - timedelta(hours=before)).isoformat()
         store(debugger.client, event(event_id, timestamp=timestamp, properties={"tokens": tokens}))
@@ -73,7 +73,8 @@ def test_a_sum_is_updated_as_events_arrive_unless_paused(debugger: Debugger) -> 
     debugger.opens("#sum", "3")
     arrives(10, "4 events match")
     eventually(lambda: debugger.text("#sum") == "13")
-    eventually(lambda: debugger.ask("state.summed === state.total"))  # nothing is under way that would see the next one
+    # Without this line, a request under way could count the next event.
+    eventually(lambda: debugger.ask("state.summed === state.total"))
     debugger.click("#pause")
     assert debugger.text("#pulse") == "Paused"
     arrives(100, "5 events match")
@@ -142,14 +143,14 @@ def make_meter(debugger: Debugger, kind: str = "SUM", field: str | None = "token
 
 
 def store_tokens(debugger: Debugger, *tokens: object, hours: float = 2, **fields: Any) -> None:
-    """Of one window each call, if it is two hours long or shorter than those between two calls."""
+    """Store an event for each number of tokens, all at about the same time, so many hours ago."""
     for number in tokens:
         properties = fields.get("properties", {}) | {"tokens": number}
         store(debugger.client, event(timestamp=ago(3600 * hours), **fields | {"properties": properties}))
 
 
 def asked(debugger: Debugger, path: str) -> int:
-    """How often the page has asked for it since it was opened."""
+    """Return how often the page has requested the path since it was opened."""
     names = "performance.getEntriesByType('resource').map((one) => new URL(one.name).pathname)"
     return list(debugger.ask(names)).count(path)
 
@@ -172,7 +173,7 @@ def test_meters_are_offered_before_event_names_and_the_chosen_one_says_what_it_c
         assert debugger.find(f"#{field}").is_displayed() is shown
     debugger.click("#clear")
     debugger.opens("#ask h2", "Which events")
-    debugger.visit(view="usage", meter_id=large)  # as somebody may write it
+    debugger.visit(view="usage", meter_id=large)  # without event_name, as a user may write the link
     debugger.opens("#sum", "3")
     debugger.visit(view="usage", meter_id="meter_unknown")
     debugger.opens("#notice", "This environment has no such meter.")
@@ -193,7 +194,8 @@ def test_a_meter_can_be_grouped_by_source_customer_or_property(
     store_tokens(debugger, "0.1", external_customer_id="other", properties={"model": "large"})
     debugger.visit(view="usage", meter_id=make_meter(debugger), group_by=group_by, window_size="DAY")
     debugger.opens("#sum", "0.85")
-    assert debugger.texts("#groups th")[1:] == [f"{head}{head}" for head in heads]  # its mark has it as a title
+    texts = [f"{head}{head}" for head in heads]  # once as text, once as the title of its colour
+    assert debugger.texts("#groups th")[1:] == texts
     rows = debugger.ask("[...document.querySelectorAll('#windows tr')].map((row) => row.innerText.split('\\t'))")
     assert rows[0] == ["whole range", *totals]
     assert len(rows) == 2
@@ -337,7 +339,7 @@ def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name="tokens")
     debugger.opens("#sum", "3")
     before = asked(debugger, "/v1/events/monitoring")
-    eventually(lambda: asked(debugger, "/v1/events/monitoring") > before + 1)  # it has been counted again
+    eventually(lambda: asked(debugger, "/v1/events/monitoring") > before + 1)  # the count was requested again
     assert asked(debugger, "/v1/events/usage") == 2  # in all, and by window
 
 
@@ -346,7 +348,7 @@ def test_without_meters_on_the_server_only_event_names_are_offered(browser: Debu
     browser.look()
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
-    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
+    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # hides this checkout, which site-packages links to
     libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
     with Live(tmp_path, "--api-key", "key", command=alone, **libraries) as live, live.client("key") as client:
         store(client, event(timestamp=ago(9), properties={"tokens": 1}))

@@ -1,4 +1,4 @@
-"""What a program that embeds the service can add: operations and middleware."""
+"""Embed the service in a program that adds an operation and middleware."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Greeting(msgspec.Struct):
 
 
 async def greet(service: eventstore.Service, request: Request) -> Response:
-    """POST /v1/hello: says hello."""
+    """Answer POST /v1/hello with a greeting."""
     name = json.loads(await eventstore.read_body(service, request))["name"]
     return eventstore.JsonResponse(Greeting(f"hello {name} of {request['environment']}"))
 
 
 class Stamp:
-    """Middleware that says in a header for which environment it ran."""
+    """Middleware that names the environment of the request in a header of the answer."""
 
     def __init__(self, app: ASGIApp, name: str) -> None:
         self.app, self.name = app, name

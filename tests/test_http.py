@@ -1,4 +1,4 @@
-"""Bytes on real connections: upgrades, long heads, half-closed and abandoned connections, malformed requests."""
+"""Send bytes on real connections: upgrades, long heads, malformed requests, half-closed and abandoned connections."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def new_id() -> str:
 
 
 def on_each_route(**options: Any) -> list[tuple[bytes, int]]:
-    """A request to each kind of route, and the status of its answer."""
+    """Return a request to each kind of route with the status of its answer."""
     return [
         (request_bytes("POST", "/v1/events", body_of(new_id()), **options), 202),
         (request_bytes("POST", "/v1/events/bulk", body_of(new_id(), new_id()), **options), 202),
@@ -111,7 +111,7 @@ def answers_to(live: Live, *packets: bytes, shut_down: bool = False) -> list[htt
         for packet in packets:
             sock.sendall(packet)
             if len(packets) < 5:
-                time.sleep(0.005)  # the server sees the packets one by one
+                time.sleep(0.005)  # so that the server receives the packets one by one
         if shut_down:
             sock.shutdown(socket.SHUT_WR)
         received = b"".join(iter(lambda: sock.recv(65536), b""))
@@ -119,7 +119,7 @@ def answers_to(live: Live, *packets: bytes, shut_down: bool = False) -> list[htt
 
 
 def answers_in(received: bytes) -> list[httpx.Response]:
-    """Cut the answers apart by their Content-Length: nothing else may be between them."""
+    """Split the bytes into answers by their Content-Length; nothing else may be between them."""
     found = []
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
@@ -244,12 +244,12 @@ class Client {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("javac"), reason="there is no JDK")
+@pytest.mark.skipif(not shutil.which("javac"), reason="needs a JDK")
 def test_the_http_client_of_java_loses_no_events(live: Live, tmp_path: Path) -> None:
     (tmp_path / "Client.java").write_text(JAVA)
     done = run("java", "-Djdk.httpclient.HttpClient.log=headers", tmp_path / "Client.java", live.url, KEY)
     assert done.stdout.split("\n") == ["202 HTTP_1_1"] * 20 + [""], done.stderr
-    assert "Upgrade: h2c" in done.stderr, "this Java asks for no upgrade"
+    assert "Upgrade: h2c" in done.stderr, "this Java does not request an upgrade"
     with live.client() as client:
         found = client.get("/v1/events", params={"event_name": "java"}).json()["events"]
         assert {one["id"] for one in found} == {f"java_{number}" for number in range(20)}
@@ -259,7 +259,7 @@ def curl_speaks_http2() -> bool:
     return bool(shutil.which("curl")) and "HTTP2" in run("curl", "--version").stdout
 
 
-@pytest.mark.skipif(not curl_speaks_http2(), reason="there is no curl with HTTP/2")
+@pytest.mark.skipif(not curl_speaks_http2(), reason="needs curl with HTTP/2")
 @table("chunked", [False, True], ids=["length", "chunked"])
 def test_curl_with_http2_stores_an_event(live: Live, chunked: bool) -> None:
     headers = ["-H", "Transfer-Encoding: chunked"] if chunked else []
@@ -333,7 +333,7 @@ def test_trailers_and_chunk_sizes_are_limited_like_a_head(live: Live, part: byte
 def resident_bytes(live: Live) -> int:
     status = Path(f"/proc/{live.process.pid}/status")
     if not status.exists():
-        pytest.skip("only Linux says how much memory another process has")
+        pytest.skip("needs /proc, to read the memory of another process")
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
@@ -349,7 +349,7 @@ def test_a_head_of_400_mb_takes_neither_memory_nor_time(live: Live, start: bytes
             sock.sendall(start)
             for _ in range(100):  # 4 MB each
                 sock.sendall(piece * 512)
-        except OSError:  # closed meanwhile
+        except OSError:  # the server has closed the connection
             pass
         assert time.monotonic() - started < 5
         assert store(client, event(new_id())).status_code == 202
@@ -476,7 +476,7 @@ def test_a_request_that_is_answered_before_it_ends_gets_no_second_answer(live: L
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong")
     with live.connect() as sock:
         sock.sendall(head)
-        time.sleep(0.1)  # the answer is sent before the rest arrives
+        time.sleep(0.1)  # so that the answer is sent before the rest arrives
         sock.sendall(b"zz\r\n")
         assert statuses(answers_in(b"".join(iter(lambda: sock.recv(65536), b"")))) == [401]
 
@@ -489,7 +489,7 @@ def test_the_answer_arrives_even_if_the_client_keeps_sending(live: Live) -> None
         assert sock.recv(1) == b""
 
 
-DRIPS = {  # what is sent at first, then again and again
+DRIPS = {  # the bytes to send first, and those to repeat
     "head": (b"", b"X"),
     "second head": (posting(BODY) + b"GET / HTTP/1.1\r\nX: ", b"y"),
     "line breaks": (b"", b"\r\n"),
@@ -526,10 +526,10 @@ def takes(sock: socket.socket, data: bytes) -> bool:
 
 
 def test_a_lost_connection_leaves_no_timer_behind() -> None:
-    """A port probe connects and leaves; its protocol object must not live on until the timer for headers expires."""
+    """A port probe connects and leaves. Its protocol object must not be kept until the timer for headers expires."""
 
     async def until(condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110 - nothing tells when
+        while not condition():  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(0.001)
 
     async def probe() -> int:
@@ -546,8 +546,8 @@ def test_a_lost_connection_leaves_no_timer_behind() -> None:
                 await until(lambda: state.connections)
                 made.update(state.connections)
                 if sent.startswith(b"garbage"):
-                    await asyncio.sleep(0.05)  # its answer is on the way
-                if sent:  # a reset instead of an end
+                    await asyncio.sleep(0.05)  # wait for its answer
+                if sent:  # close with a reset
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await until(lambda: not state.connections)
         listening.close()

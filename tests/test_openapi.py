@@ -1,4 +1,4 @@
-"""The OpenAPI document."""
+"""Test the OpenAPI document."""
 
 from __future__ import annotations
 

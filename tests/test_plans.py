@@ -1,4 +1,4 @@
-"""The indexes that queries use, and the rows that they read."""
+"""Check which index each query uses and how many rows it reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
+import httpx
 import pytest
 
 import eventstore
@@ -17,7 +18,7 @@ from helpers import DAY_US, NOW, Json, store_of, table
 
 
 def counting(counter: Iterator[int]) -> Callable[[], None]:
-    """Return a progress handler that counts the instructions of SQLite's machine."""
+    """Return a progress handler that counts the virtual machine instructions of SQLite."""
 
     def count() -> None:
         next(counter)
@@ -29,14 +30,14 @@ def counting(counter: Iterator[int]) -> Callable[[], None]:
 @table("by_name", [False, True], ids=["timestamp", "event_name"])
 @table("filters", [{}, {"external_customer_id": "cust"}, {"event_name": "call"}], ids=str)
 def test_a_deep_page_uses_an_index_and_costs_no_more_than_the_first(
-    many: Any, by_name: bool, descending: bool, filters: dict[str, Any]
+    many: httpx.Client, by_name: bool, descending: bool, filters: dict[str, Any]
 ) -> None:
     query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
              "property_filters": {}, "page_size": 20, "by_name": by_name, "descending": descending, "after": None,
              "before": None, "count": None}  # fmt: skip
     pages = [{}, *[{side: number} for side in ("after", "before") for number in (100, 900)]]
     if by_name and "external_customer_id" in filters:
-        del pages[0]  # no index has this order, and a sort of one customer's events is as good
+        del pages[0]  # no index has this order; all events of the customer are read and sorted
     steps = []
     with closing(sqlite3.connect(store_of(many).path)) as conn:
         for one in pages:
@@ -49,12 +50,13 @@ def test_a_deep_page_uses_an_index_and_costs_no_more_than_the_first(
             assert len(found.events) == 20
             conn.set_trace_callback(None)
             conn.set_progress_handler(None, 1)
-            steps.append(next(counter))  # of SQLite's machine: what a query costs, the same on every machine
+            steps.append(next(counter))  # instructions of SQLite: a measure of cost that is the same on every computer
             (statement,) = [text for text in statements if "ORDER BY" in text]
             plan = "\n".join(row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}"))
             assert "SEARCH events USING" in plan
             assert "SCAN events" not in plan
-            if by_name and "external_customer_id" in filters:  # sorting one customer's events is cheaper than a scan
+            if by_name and "external_customer_id" in filters:
+                # sorting one customer's events is cheaper than scanning the events of all customers by name
                 assert "events_by_customer" in plan
             else:
                 assert "TEMP B-TREE" not in plan
@@ -67,8 +69,8 @@ COMMON = {"external_customer_id": "cust", "event_name": "call", "source": ""}
 
 
 @pytest.fixture(scope="module")
-def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """3,000 events; ten are of a rare customer, ten others have a rare name."""
+def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a file with 3,000 events: ten of a rare customer, ten others with a rare name."""
     path = str(tmp_path_factory.mktemp("rare") / "events.db")
     eventstore.prepare_file(path)
     with closing(eventstore.connect(path)) as conn:
@@ -93,15 +95,17 @@ def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [names for n in range(4) for names in itertools.combinations(COMMON, n)],
     ids=lambda names: "+".join(names) or "none",
 )
-def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many: Any, common: Any, rare: Any) -> None:
-    """Every combination of filters, sorts and cursors. SQLite's steps stand for rows: some 60 steps each."""
+def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(
+    rare_among_many: str, common: tuple[str, ...], rare: tuple[str, ...]
+) -> None:
+    """Try every combination of filters, sorts and cursors. Reading a row takes SQLite about 60 instructions."""
     filters = {name: COMMON[name] for name in common} | {name: RARE[name] for name in rare}
     if "id" in rare:
         rows = 1
-    elif "external_customer_id" in filters:  # its index, also where the name would be rarer
+    elif "external_customer_id" in filters:  # uses the index by customer even if the name is rarer
         rows = 10 if "external_customer_id" in rare else 3000
     else:
-        rows = 10 if rare else 60  # without a rare filter the page itself, in the order of an index
+        rows = 10 if rare else 60  # without a rare filter an index has the order: only the page is read
     half = eventstore.Cursor(NOW - 1500, "1500")
     sides = [(None, None), (half, None), (None, half)]
     with closing(eventstore.connect_reader(rare_among_many)) as conn:
@@ -121,7 +125,9 @@ def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many: 
      ({"event_name": "call", "external_customer_id": "cust"}, "customer"), ({"external_customer_id": "cust", "id": "0001"}, "id")],
     ids=str,
 )  # fmt: skip
-def test_each_query_uses_the_index_that_suits_its_filters(many: Any, filters: dict[str, Any], index: str) -> None:
+def test_each_query_uses_the_index_that_suits_its_filters(
+    many: httpx.Client, filters: dict[str, Any], index: str
+) -> None:
     query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
              "property_filters": {}}  # fmt: skip
     page: Json = {

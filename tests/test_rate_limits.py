@@ -1,4 +1,4 @@
-"""Rate limits: SPEC 9."""
+"""Test `serve --rate-limit` (SPEC 9)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_key_over_its_limit_gets_429_until_the_next_minute(tmp_path: Path, fla
     good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
     with serving(tmp_path, clock=clock, rate_limits=rate_limits) as client:
         for left in reversed(range(limit)):
-            response = client.post(path, json={} if left else good)  # a refused one counts, too
+            response = client.post(path, json={} if left else good)  # refused requests count as well
             assert (response.status_code, limits(response)) == (400 if left else 202, [limit, left, reset])
         stored = total(client)
         for step_us, retry_after in ((0, 13), (12_000_000, 1), (37_999, 1)):

@@ -1,4 +1,4 @@
-"""The official Python SDK of FlexPrice, pointed at the server."""
+"""Point the official Python SDK of FlexPrice at the server."""
 
 from __future__ import annotations
 
