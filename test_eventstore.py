@@ -87,12 +87,12 @@ def test_a_stored_event_is_returned_with_all_its_fields(client: httpx.Client, me
 
 
 OPTIONAL = ("event_id", "customer_id", "source", "timestamp", "properties")
-NOTHING_SAID = {"absent": {}, "null": dict.fromkeys(OPTIONAL), "empty": dict.fromkeys(OPTIONAL[:-1], ""),
+EMPTY_FIELDS = {"absent": {}, "null": dict.fromkeys(OPTIONAL), "empty": dict.fromkeys(OPTIONAL[:-1], ""),
                 "zero time": {"timestamp": "0001-01-01T00:00:00Z", "properties": {}},
                 "zero time in digits": {"timestamp": "0001-01-01T00:00:00.000000000Z"}}  # fmt: skip
 
 
-@table("fields", NOTHING_SAID.values(), ids=NOTHING_SAID)
+@table("fields", EMPTY_FIELDS.values(), ids=EMPTY_FIELDS)
 def test_only_the_name_and_the_customer_of_an_event_are_required(client: httpx.Client, fields: dict[str, Any]) -> None:
     response = client.post("/v1/events", json={"event_name": "call", "external_customer_id": "cust"} | fields)
     (stored,) = page(client)["events"]
@@ -217,7 +217,7 @@ def test_duplicates_in_a_batch_are_counted_and_the_first_is_kept(client: httpx.C
     assert counts(store(client, *batch)) == (0, 5)
 
 
-NO_BATCH = {
+INVALID_BATCHES = {
     "empty": ('{"events": []}', " 0"), "1001": (json.dumps({"events": [event()] * 1001}), "1001"),
     "54321": (json.dumps({"events": [{}] * 54_321}), "54321"), "object": ('{"events": {"event_id": "a"}}', ""),
     "string": ('{"events": "all"}', ""), "number": ('{"events": 7}', ""), "null": ('{"events": null}', ""),
@@ -225,7 +225,7 @@ NO_BATCH = {
 }  # fmt: skip
 
 
-@table(("content", "number"), NO_BATCH.values(), ids=NO_BATCH)
+@table(("content", "number"), INVALID_BATCHES.values(), ids=INVALID_BATCHES)
 def test_an_invalid_batch_is_refused_with_the_limit_and_the_number_sent(
     shared: httpx.Client, content: str, number: str
 ) -> None:
@@ -302,7 +302,7 @@ def test_overlapping_concurrent_batches_each_get_their_own_counts(client: httpx.
 LEVELS = 1_000_000  # deeper than the stack, the only limit since Python 3.14
 DEEP = b"[" * LEVELS + b"]" * LEVELS
 DEEP_OBJECTS = b'{"a":' * LEVELS + b"1" + b"}" * LEVELS
-NO_OBJECT = {
+NOT_OBJECTS = {
     "nothing": b"", "blanks": b" \n", "words": b"hello", "cut off": b'{"event_name": "call", "source": "ap',
     "not closed": b'{"events": [{"event_name": "call"}', "two values": b"{} {}", "comma at the end": b'{"a": 1,}',
     "NaN": b'{"a": NaN}', "leading zero": b'{"a": 01}', "single quotes": b"{'a': 1}", "line break": b'{"a": "\n"}',
@@ -314,7 +314,7 @@ NO_OBJECT = {
 }  # fmt: skip
 
 
-@table("content", NO_OBJECT.values(), ids=NO_OBJECT)
+@table("content", NOT_OBJECTS.values(), ids=NOT_OBJECTS)
 def test_a_body_that_is_not_a_json_object_is_refused(shared: httpx.Client, content: bytes) -> None:
     with stores_nothing(shared):
         for path in ("/v1/events", "/v1/events/bulk", "/v1/events/query"):
@@ -432,11 +432,11 @@ def test_fragments_of_sql_and_paths_are_taken_literally_in_property_filters(
 
 
 @both_ways
-@table(("sort", "place"), [("timestamp", str), ("event_name", "n{}n".format)])
+@table(("sort", "key"), [("timestamp", str), ("event_name", "n{}n".format)])
 def test_fragments_of_sql_and_paths_are_taken_literally_in_cursors(
-    hostile: httpx.Client, sort: str, place: Callable[..., Any], method: str
+    hostile: httpx.Client, sort: str, key: Callable[[str], str], method: str
 ) -> None:
-    in_order = sorted(HOSTILE, key=place)
+    in_order = sorted(HOSTILE, key=key)
     for number, text in enumerate(in_order):
         query = {"sort": sort, "order": "asc", "iter_last_key": f"{NOW}000::{text}"}
         assert ids(hostile, method, **query) == in_order[number + 1 :]

@@ -156,14 +156,14 @@ def compare(command: str, expected: str, printed: str) -> dict[str, str]:
     now = datetime.now(UTC)
     twins = list(VARIES.finditer(printed))
     masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
-    has, has_too = iter(masks), iter(zip(twins, masks, strict=True))
+    masks_left, twins_and_masks = iter(masks), iter(zip(twins, masks, strict=True))
 
     def mask_like_its_twin(found: re.Match[str]) -> str:
-        twin, mask = next(has_too, (None, ""))
+        twin, mask = next(twins_and_masks, (None, ""))
         return mask if twin and twin.lastgroup == found.lastgroup and mask != twin[0] else found[0]
 
     wanted = VARIES.sub(mask_like_its_twin, expected)
-    assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
+    assert VARIES.sub(lambda _: next(masks_left), printed).rstrip() == wanted.rstrip(), command
     pairs = zip(VARIES.finditer(expected), twins, strict=True)
     return {shown[0]: twin[0] for shown, twin in pairs if twin.lastgroup == "id"}
 
@@ -369,7 +369,7 @@ def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: str)
     assert documented == {flag: default.replace("False", "").removesuffix(".0") for flag, default in flags.items()}
 
 
-ROOMS = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
+MODULES = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
 SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 
 
@@ -380,7 +380,7 @@ def test_every_route_is_documented(operation: eventstore.Operation) -> None:
 
 
 def test_the_sections_of_the_api_that_the_code_names_exist() -> None:
-    named = {name for path in ROOMS for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
+    named = {name for path in MODULES for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
              for name in names.split(", ")}  # fmt: skip
     assert len(named) > 10
     own = re.findall(r"^#+ (.+)$", prose(API), re.MULTILINE)
@@ -463,7 +463,7 @@ def test_a_documented_fault_does_what_the_page_says(fault: str) -> None:
 def test_the_documented_log_lines_are_in_the_source() -> None:
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(RELIABILITY, "What to watch"), re.MULTILINE)
     assert len(rows) == 14
-    source = "".join(path.read_text("utf-8") for path in ROOMS)
+    source = "".join(path.read_text("utf-8") for path in MODULES)
     for row in rows:
         for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
             part = re.sub(r"\b\d+ (?=requests|MB)", "%d ", re.sub(r"^\d{3} \w+(: )?", "", text))

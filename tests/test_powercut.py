@@ -115,11 +115,11 @@ class PickyTarget(FakeTarget):
 
     def __init__(self) -> None:
         self.accepted_batches: list[list[str]] = []
-        self.is_there: Iterator[bool] = itertools.repeat(True)  # one value for each request
+        self.answers_requests: Iterator[bool] = itertools.repeat(True)  # one value for each request
         super().__init__(self.judge)
 
     def judge(self, handler: Handler, ids: list[str]) -> bool:
-        if not next(self.is_there):
+        if not next(self.answers_requests):
             return reply(handler, 503, b"{}")
         if any(map(is_refused, ids)):
             return reply(handler, 400, b"{}")
@@ -160,7 +160,7 @@ class Run:
             self.due.append({one["event_id"] for sent in self.requests.values() for it in sent for one in it.events})
             trace = folder / f"trace{number}.txt"
             *first, last = PRESENCE[number]
-            target.is_there = itertools.chain(first, itertools.repeat(last))
+            target.answers_requests = itertools.chain(first, itertools.repeat(last))
             command = [*strace(trace), *server(number, *lines)]
             with Live(self.data, *FLAGS, target.url, command=command, **ENVIRON) as live:
                 self.send_all([requests_of(6 * number + client, choose) for client in range(6)], live)
@@ -218,7 +218,7 @@ def properties_sent(cut: Cut) -> dict[str, dict[str, Any]]:
     return {one["event_id"]: one["properties"] for request in cut.sent for one in request.events}
 
 
-def put_aside(cut: Cut) -> set[str]:
+def in_refused_file(cut: Cut) -> set[str]:
     """Return the ids of events that stand on a complete line of the file of refused events."""
     sent, found = properties_sent(cut), set()
     path = Path(forward.refused_path(str(cut.folder / "events.db")))
@@ -237,17 +237,23 @@ def the_file_is_sound(cut: Cut) -> Iterator[str]:
         yield f"integrity_check: {answer[:3]}"
 
 
-def what_was_acknowledged_is_there_once(cut: Cut) -> Iterator[str]:
+def acknowledged_events_are_stored_once(cut: Cut) -> Iterator[str]:
     """Check that each acknowledged event is stored once.
 
     An event that was due may be missing if the target accepted it or the file of refused events has it.
     """
     found = Counter(event_id for (event_id,) in rows(cut, "id", "events"))
-    may_be_gone = cut.due & (cut.accepted | put_aside(cut))
+    may_be_gone = cut.due & (cut.accepted | in_refused_file(cut))
     for event_id in {one["event_id"] for request in cut.acknowledged for one in request.events}:
         if found[event_id] != 1 and not (found[event_id] == 0 and event_id in may_be_gone):
-            why = "" if event_id not in cut.due else ", not put aside" if is_refused(event_id) else ", not accepted"
-            yield f"{event_id} was told 202 and is there {found[event_id]} times{why}"
+            why = (
+                ""
+                if event_id not in cut.due
+                else ", not in the refused file"
+                if is_refused(event_id)
+                else ", not accepted"
+            )
+            yield f"{event_id} was answered with 202 and is stored {found[event_id]} times{why}"
 
 
 def batches_are_whole_or_absent(cut: Cut) -> Iterator[str]:
@@ -255,14 +261,14 @@ def batches_are_whole_or_absent(cut: Cut) -> Iterator[str]:
     for request in cut.sent:
         names = {one["event_id"] for one in request.events}
         if not names & cut.due and (there := len(found & names)) not in (0, len(names)):
-            yield f"of the batch of {min(names)} {there} of {len(names)} events are there"
+            yield f"the batch with {min(names)} is stored in part: {there} of {len(names)} events"
 
 
-def nothing_else_is_there(cut: Cut) -> Iterator[str]:
+def only_events_that_were_sent_are_stored(cut: Cut) -> Iterator[str]:
     sent = properties_sent(cut)
     for event_id, properties in rows(cut, "id, properties", "events"):
         if sent.get(event_id) != json.loads(properties):
-            yield f"{event_id} is not as it was sent"
+            yield f"{event_id} differs from what was sent"
 
 
 def answered_now(cut: Cut, path: str, identity: str) -> dict[str, Any]:
@@ -275,30 +281,30 @@ def answered_now(cut: Cut, path: str, identity: str) -> dict[str, Any]:
         return dict(json.loads(ENCODER.encode(found)))
 
 
-def meters_and_features_are_as_they_were_answered(cut: Cut) -> Iterator[str]:
+def meters_and_features_match_their_answers(cut: Cut) -> Iterator[str]:
     there = {path: {identity for (identity,) in rows(cut, "id", path)} for path in ("meters", "features")}
     disabled = {it.answer["id"] for it in cut.sent if it.path.endswith("disable")}
     must_be = {it.answer["id"] for it in cut.acknowledged if it.path.endswith("disable")}
     for path, identity, answer in {(it.path, it.answer["id"], json.dumps(it.answer)) for it in cut.acknowledged
                                    if it.path in there}:  # fmt: skip
         if identity not in there[path]:
-            yield f"{identity} was told 201 and is not there"
+            yield f"{identity} was answered with 201 and is missing"
             continue
         now, as_answered = answered_now(cut, path, identity), json.loads(answer)
         if now["status"] == "archived" and identity in disabled:
             now |= {"status": "published", "updated_at": as_answered["updated_at"]}
         elif identity in must_be:
-            yield f"{identity} was disabled, which was told 200, and is not"
+            yield f"{identity} is not disabled, although that was answered with 200"
         if now != as_answered:
-            yield f"{identity} is {now}, and was answered {as_answered}"
+            yield f"{identity} is {now}, but the answer was {as_answered}"
 
 
-def a_feature_and_its_meter_are_there_or_neither(cut: Cut) -> Iterator[str]:
+def a_feature_and_its_meter_are_stored_together(cut: Cut) -> Iterator[str]:
     features = {(name, meter) for name, meter in rows(cut, "name, meter_id", "features")}
     of_features = {(name.removeprefix("of "), identity) for name, identity in rows(cut, "name, id", "meters")
                    if name.startswith("of ")}  # fmt: skip
     if features != of_features:
-        yield f"without their meters, or these without them: {features ^ of_features}"
+        yield f"features without their meters, or meters without their features: {features ^ of_features}"
 
 
 def forwarding_is_never_ahead(cut: Cut) -> Iterator[str]:
@@ -306,7 +312,7 @@ def forwarding_is_never_ahead(cut: Cut) -> Iterator[str]:
 
     Progress may lag behind: those events are sent again.
     """
-    db, passed = str(cut.folder / "events.db"), cut.accepted | put_aside(cut)
+    db, passed = str(cut.folder / "events.db"), cut.accepted | in_refused_file(cut)
     if not forward.forward_progress_path(db, cut.target, "development").exists():
         return
     with database(cut.folder) as conn:
@@ -317,13 +323,13 @@ def forwarding_is_never_ahead(cut: Cut) -> Iterator[str]:
             return
     for seq, event_id in rows(cut, "seq, id", "events"):
         if seq <= progress.seq and event_id not in passed:
-            yield f"progress has passed {event_id}, which is {'not put aside' if is_refused(event_id) else 'not sent'}"
+            yield f"progress has passed {event_id}, which is {'not in the refused file' if is_refused(event_id) else 'not sent'}"
 
 
 Check = Callable[[Cut], Iterator[str]]  # yields a sentence for each problem
 CHECKS: list[Check] = [  # for another kind of stored data, add a check here and requests to requests_of
-    the_file_is_sound, what_was_acknowledged_is_there_once, batches_are_whole_or_absent, nothing_else_is_there,
-    meters_and_features_are_as_they_were_answered, a_feature_and_its_meter_are_there_or_neither,
+    the_file_is_sound, acknowledged_events_are_stored_once, batches_are_whole_or_absent, only_events_that_were_sent_are_stored,
+    meters_and_features_match_their_answers, a_feature_and_its_meter_are_stored_together,
     forwarding_is_never_ahead,
 ]  # fmt: skip
 
@@ -346,8 +352,8 @@ def starts(cut: Cut, target: PickyTarget) -> Iterator[str]:
             yield f"the server did not stop cleanly: {live.log}"
     after = cut._replace(accepted=cut.accepted.union(*target.accepted_batches))
     for (event_id,) in rows(after, "id", "events"):
-        if event_id not in after.accepted | put_aside(after):
-            yield f"{event_id} is neither accepted nor put aside"
+        if event_id not in after.accepted | in_refused_file(after):
+            yield f"{event_id} is neither accepted nor in the refused file"
     yield from problems(after)
 
 
@@ -429,7 +435,7 @@ def test_acknowledged_requests_survive_a_power_cut_at_any_moment(
     with database(a_run.data) as conn:
         conn.execute("DELETE FROM features WHERE id = (SELECT min(id) FROM features)")
         conn.commit()
-    assert [*a_feature_and_its_meter_are_there_or_neither(cut._replace(folder=a_run.data))]
+    assert [*a_feature_and_its_meter_are_stored_together(cut._replace(folder=a_run.data))]
 
 
 AHEAD = """
@@ -455,9 +461,9 @@ retention.checkpoint = lambda _: None  # it would sync so soon that little is lo
 @table(
     ("lines", "says"),
     [
-        (NORMAL, ["told 202 and is there 0 times", "told 201"]),
-        (CARELESS, ["cannot read the progress", "is there 0 times, not accepted"]),
-        (LATE, ["not put aside"]),
+        (NORMAL, ["answered with 202 and is stored 0 times", "answered with 201"]),
+        (CARELESS, ["cannot read the progress", "is stored 0 times, not accepted"]),
+        (LATE, ["not in the refused file"]),
         (AHEAD, ["progress has passed"]),
     ],
     ids=[
