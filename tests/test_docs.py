@@ -31,7 +31,7 @@ import msgspec
 import pytest
 
 import eventstore
-from eventstore_extras import analytics, meters
+from eventstore_extras import analytics, features, meters, resources
 from eventstore_extras.mock import MockServer, running_server
 from helpers import free_port
 
@@ -422,8 +422,8 @@ def wire_types(kind: Any) -> Iterator[type]:
 # The section that must document the fields of each type, not by chance another one.
 SECTIONS = {
     "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
-    "Features": [meters.FeatureIn, meters.FeatureSearchIn, meters.FeaturePage, meters.SortIn],
-    "Usage of a meter": [analytics.MeterUsageIn],
+    "Features": [features.FeatureIn, features.FeatureSearchIn, features.FeaturePage, resources.SortIn],
+    "Usage of a meter": [meters.MeterUsageIn],
     "Analytics": [analytics.AnalyticsIn, analytics.AnalyticsItem, analytics.AnalyticsPoint],
 }
 ELSEWHERE = {"Features": ("Meters",), "Analytics": ("Meters", "Features")}  # sections that it links to

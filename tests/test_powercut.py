@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from eventstore import ENCODER, StartError
-from eventstore_extras import forward, meters
+from eventstore_extras import features, forward, meters
 from fake_target import FakeTarget, lag, reply
 from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from powercut import Disk, Entry, Recording, strace
@@ -256,8 +256,8 @@ def answered_now(cut: Cut, path: str, identity: str) -> dict:
     """A meter or a feature as the server would answer it."""
     with database(cut.folder) as conn:
         if path == "meters":
-            return json.loads(ENCODER.encode(meters.known_meter(conn, 1, identity).meter))
-        return json.loads(ENCODER.encode(meters.known_feature(conn, meters.Place(1, "development", 0), identity)))
+            return json.loads(ENCODER.encode(meters.require_meter(conn, "development", identity).meter))
+        return json.loads(ENCODER.encode(features.require_feature(conn, "development", identity)))
 
 
 def meters_and_features_are_as_they_were_answered(cut: Cut) -> Iterator[str]:
