@@ -211,10 +211,8 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     faults.raise_any()
     customer = {"external_customer_id": sent.external_customer_id} if sent.external_customer_id else {}
     events = Selection(view=view, start_us=start_us, end_us=end_us, filters=customer, property_filters=property_filters)
-    return _Query(
-        events, frozenset(sent.feature_ids or ()), sent.sources or [], window_size, dimensions,
-        frozenset(sent.expand or ()),
-    )  # fmt: skip
+    feature_ids, expand = frozenset(sent.feature_ids or ()), frozenset(sent.expand or ())
+    return _Query(events, feature_ids, sent.sources or [], window_size, dimensions, expand)
 
 
 # ---------------------------------------------------------------------------------------------- Aggregations

@@ -31,7 +31,7 @@ import msgspec
 import pytest
 
 import eventstore
-from eventstore_extras import analytics, features, meters, resources
+from eventstore_extras import analytics, features, meters, resources, usage
 from eventstore_extras.mock import MockServer, running_server
 from helpers import free_port
 
@@ -442,7 +442,7 @@ def test_every_field_and_code_is_documented():
     fields = {name for kind in (*kinds, eventstore.EventIn, eventstore.ErrorBody) for struct in wire_types(kind)
               for name in struct.__struct_fields__ if not name.startswith("event_") or not name[6:].isdigit()}  # fmt: skip
     words = set(re.findall(r"\w+", " ".join(API_PAGES)))
-    assert {*fields, *eventstore.STATUS_OF_CODE, *eventstore.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
+    assert {*fields, *eventstore.STATUS_OF_CODE, *usage.AGGREGATIONS, *eventstore.WINDOW_SIZES} - words == set()
 
 
 FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "Faults"), re.MULTILINE)

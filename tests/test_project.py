@@ -121,7 +121,8 @@ def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_ser
 
     script = (sys.executable, "-v", ROOT / "eventstore.py")
     with Live(tmp_path, "--mock", command=script) as live:
-        served = ("", ".meters", ".analytics", ".faults", ".mock")
+        meters = (".resources", ".meters", ".features", ".analytics", ".usage", ".openapi")
+        served = ("", *meters, ".rate_limits", ".faults", ".mock")
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
     for command, needed in (("import -", {"job", "entries", "files", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
                             ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "forward", "retention"}),
