@@ -279,7 +279,7 @@ def _point_size(query: _Query, named: NamedMeter) -> str | None:
 
 
 def _windows(query: _Query, size: str | None) -> list[Span]:
-    """Return the windows of the range; without a size, the range as one window. An empty range has no windows."""
+    """Return the windows of the range; without a size, the range as one window; none if it is empty."""
     start_us, end_us = query.events.start_us, query.events.end_us
     spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
     return spans if start_us < end_us else []

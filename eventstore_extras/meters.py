@@ -226,7 +226,7 @@ def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
 
 
 def filters_in_both(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
-    """Combine a request's filters with a meter's. If several have the same key, keep the values that all of them have."""
+    """Combine a request's filters with a meter's. If several have one key, keep the values that all of them have."""
     filters = dict(asked)
     for condition in meter.filters:
         values = filters.get(condition.key, condition.values)
@@ -355,12 +355,12 @@ async def _archive(service: Service, request: Request, message: str) -> Response
 
 
 async def disable_meter(service: Service, request: Request) -> Response:
-    """POST /v1/meters/{id}/disable: archive a meter (API: What is archived)."""
+    """POST /v1/meters/{id}/disable: archive a meter (API: Archived meters)."""
     return await _archive(service, request, "Meter disabled successfully")
 
 
 async def delete_meter(service: Service, request: Request) -> Response:
-    """DELETE /v1/meters/{id}: archive a meter (API: What is archived)."""
+    """DELETE /v1/meters/{id}: archive a meter (API: Archived meters)."""
     return await _archive(service, request, "Meter deleted successfully")
 
 
