@@ -2156,6 +2156,7 @@ class _Protocol(HttpToolsProtocol):
     clients that have shut down their sending side, and refuses malformed requests with the JSON error body.
 
     `timeout_keep_alive_task` is the only timer of a connection: for a head, between requests, or before it closes.
+    Methods that run for each request call HttpToolsProtocol's directly: with super() they take 1.5 us longer, 5 %.
     """
 
     url = b""
@@ -2177,8 +2178,11 @@ class _Protocol(HttpToolsProtocol):
         if not (self._framing_bytes or self._in_body):
             self._unset_keepalive_if_required()
         try:
-            for start in range(0, len(data), _PIECE_BYTES):
-                self._parse(data[start : start + _PIECE_BYTES])
+            if len(data) <= _PIECE_BYTES:
+                self._parse(data)
+            else:
+                for start in range(0, len(data), _PIECE_BYTES):
+                    self._parse(data[start : start + _PIECE_BYTES])
         except (httptools.HttpParserError, ApiError) as error:
             self._refuse(error)
         else:
@@ -2201,7 +2205,6 @@ class _Protocol(HttpToolsProtocol):
                 lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
         if self._framing_bytes > MAX_HEAD_BYTES:
             raise self._head_too_long()
@@ -2220,22 +2223,22 @@ class _Protocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             if self.timeout_keep_alive_task is not None:
                 self._unset_keepalive_if_required()
-            super().on_headers_complete()
+            HttpToolsProtocol.on_headers_complete(self)
             self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
-        super().on_body(body)
+        HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
         if self._in_body:  # not after the head of a request to upgrade, which is fed again
             self._framing_bytes = 0
             self._in_body = False
-            super().on_message_complete()
+            HttpToolsProtocol.on_message_complete(self)
 
     def on_response_complete(self) -> None:
         was_last = self._last_answer is not None and not self.pipeline
-        super().on_response_complete()
+        HttpToolsProtocol.on_response_complete(self)
         if was_last:
             self._close()
 
@@ -2243,13 +2246,12 @@ class _Protocol(HttpToolsProtocol):
         """Keep the connection open until the requests that arrived in full are answered."""
         if self._last_answer is None:
             self._end(b"")
-        elif self.timeout_keep_alive_task is not None:  # the last answer has been sent
-            self.transport.close()
         return True
 
-    def _refuse(self, error: BaseException | None) -> None:
+    def _refuse(self, error: BaseException) -> None:
+        """Answer with the error's JSON body, log it, and close, after the answers to the requests before."""
         if isinstance(error, httptools.HttpParserCallbackError):
-            error = error.__context__  # what the callback raised
+            error = error.__context__ or error  # what the callback raised
         if not isinstance(error, ApiError):
             hint = f"the request is not valid HTTP/1.1: {error}"
             if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:

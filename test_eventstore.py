@@ -17,9 +17,12 @@ import re
 import sqlite3
 import urllib.parse
 import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import httpx
@@ -29,6 +32,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eventstore
 from eventstore import ApiError, ApiKey, Settings, Store, create_app
@@ -43,6 +47,8 @@ from helpers import (
     NOW,
     POST,
     STAGING_KEY,
+    Json,
+    Live,
     answer_on,
     ask,
     at,
@@ -57,6 +63,7 @@ from helpers import (
     rows_to_insert,
     serving,
     store,
+    store_of,
     stores_nothing,
     table,
     total,
@@ -69,7 +76,7 @@ from oracle import cursor, expected_page, sort_key
 both_ways = table("method", ["GET", "POST"])
 
 
-def test_a_single_event_is_answered_with_202_and_its_id(client):
+def test_a_single_event_is_answered_with_202_and_its_id(client: httpx.Client) -> None:
     response = client.post("/v1/events", json=event("evt_1"))
     assert (response.status_code, response.headers["content-type"]) == (202, "application/json")
     assert response.json() == {"message": "Event accepted for processing", "event_id": "evt_1"}
@@ -77,7 +84,7 @@ def test_a_single_event_is_answered_with_202_and_its_id(client):
 
 
 @both_ways
-def test_a_stored_event_comes_back_whole(client, method):
+def test_a_stored_event_comes_back_whole(client: httpx.Client, method: str) -> None:
     store(client, event("evt_1", customer_id="c1", source="app", properties={"n": {"a": [1, None]}}, timestamp=at(-1)))
     (stored,) = page(client, method)["events"]
     times = stored.pop("timestamp"), stored.pop("ingested_at")
@@ -95,7 +102,7 @@ NOTHING_SAID = {"absent": {}, "null": dict.fromkeys(OPTIONAL), "empty": dict.fro
 
 
 @table("fields", NOTHING_SAID.values(), ids=NOTHING_SAID)
-def test_an_event_needs_nothing_but_a_name_and_a_customer(client, fields):
+def test_an_event_needs_nothing_but_a_name_and_a_customer(client: httpx.Client, fields: dict[str, Any]) -> None:
     response = client.post("/v1/events", json={"event_name": "call", "external_customer_id": "cust"} | fields)
     (stored,) = page(client)["events"]
     assert stored["id"] == response.json()["event_id"]
@@ -122,13 +129,15 @@ TIMES = [
 
 
 @table(("sent", "stored"), TIMES)
-def test_a_time_is_cut_to_the_microsecond_and_answered_in_utc_as_go_writes_it(shared, sent, stored):
+def test_a_time_is_cut_to_the_microsecond_and_answered_in_utc_as_go_writes_it(
+    shared: httpx.Client, sent: str, stored: str
+) -> None:
     store(shared, event(f"at {sent}", timestamp=sent))
     (found,) = page(shared, **EVER, event_id=f"at {sent}")["events"]
     assert found["timestamp"] == stored
 
 
-def test_the_servers_ids_are_ulids_and_ascend_even_when_the_clock_goes_back(tmp_path):
+def test_the_servers_ids_are_ulids_and_ascend_even_when_the_clock_goes_back(tmp_path: Path) -> None:
     clock, made = Mock(return_value=NOW), []
     with serving(tmp_path, clock=clock) as client:
         for step_us in (0, 0, 1, 999, -5_000_000, 0, 1000, 10_000_000):
@@ -142,13 +151,13 @@ def test_the_servers_ids_are_ulids_and_ascend_even_when_the_clock_goes_back(tmp_
     assert sum(digit << 5 * power for power, digit in enumerate(digits)) == NOW // 1000
 
 
-def test_white_space_is_trimmed_off_the_event_name_only(client):
+def test_white_space_is_trimmed_off_the_event_name_only(client: httpx.Client) -> None:
     store(client, event(" id ", event_name=" \t api call\u00a0\n", external_customer_id=" c ", source=" s "))
     (stored,) = page(client, event_name="api call")["events"]
     assert (stored["id"], stored["external_customer_id"], stored["source"]) == (" id ", " c ", " s ")
 
 
-def test_unknown_fields_and_the_content_type_are_ignored(client):
+def test_unknown_fields_and_the_content_type_are_ignored(client: httpx.Client) -> None:
     content = json.dumps(event("evt_1", tenant_id=5, id="x", ingested_at=[{"deep": None}]))
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         response = client.post("/v1/events", content=content, headers={"content-type": content_type})
@@ -165,8 +174,8 @@ VALUES = [
 
 @both_ways
 @table("raw", VALUES, ids=lambda raw: raw[:30])
-def test_properties_come_back_with_the_same_types_and_digits(shared, raw, method):
-    def literally(text: str):
+def test_properties_come_back_with_the_same_types_and_digits(shared: httpx.Client, raw: str, method: str) -> None:
+    def literally(text: str) -> Any:
         return json.loads(text, parse_int=lambda digits: ("int", digits), parse_float=lambda digits: ("float", digits))
 
     properties = f'{{"a": {raw}, "\\u0000": 1, "": {{}}}}'
@@ -178,7 +187,7 @@ def test_properties_come_back_with_the_same_types_and_digits(shared, raw, method
 
 
 @table("path", ["/v1/events", "/v1/events/bulk"])
-def test_202_means_that_another_connection_sees_the_event(client, tmp_path, path):
+def test_202_means_that_another_connection_sees_the_event(client: httpx.Client, tmp_path: Path, path: str) -> None:
     with database(tmp_path) as conn:
         for number in range(1, 6):
             sent = event(f"evt_{number}")
@@ -186,7 +195,7 @@ def test_202_means_that_another_connection_sees_the_event(client, tmp_path, path
             assert conn.execute("SELECT count(*), max(id) FROM events").fetchone() == (number, f"evt_{number}")
 
 
-def test_the_first_event_with_an_id_stays_whatever_comes_later(client):
+def test_the_first_event_with_an_id_stays_whatever_comes_later(client: httpx.Client) -> None:
     store(client, event("evt_1", properties={"n": 1}))
     (first,) = page(client)["events"]
     later = event("evt_1", event_name="other", external_customer_id="x", timestamp="2024-01-01T00:00:00Z", source="y")
@@ -200,14 +209,14 @@ def test_the_first_event_with_an_id_stays_whatever_comes_later(client):
 
 
 @table("size", [1, 2, 257, 999, 1000])
-def test_a_batch_of_up_to_1000_is_stored_whole(client, size):
+def test_a_batch_of_up_to_1000_is_stored_whole(client: httpx.Client, size: int) -> None:
     response = store(client, *[event(f"evt_{number}") for number in range(size)])
     assert response.json() == {"message": "Events accepted for processing"}
     assert counts(response) == (size, 0)
     assert sorted(ids(client, "POST", page_size=1000)) == sorted(f"evt_{number}" for number in range(size))
 
 
-def test_a_batch_counts_its_duplicates_and_keeps_the_first(client):
+def test_a_batch_counts_its_duplicates_and_keeps_the_first(client: httpx.Client) -> None:
     store(client, event("known"))
     batch = [event("a", source="1"), event("known"), event("b"), event("a", source="2"), event("a", source="3")]
     assert counts(store(client, *batch)) == (2, 3)
@@ -224,14 +233,16 @@ NO_BATCH = {
 
 
 @table(("content", "number"), NO_BATCH.values(), ids=NO_BATCH)
-def test_what_is_no_batch_is_refused_with_the_limit_and_the_number_sent(shared, content, number):
+def test_what_is_no_batch_is_refused_with_the_limit_and_the_number_sent(
+    shared: httpx.Client, content: str, number: str
+) -> None:
     with stores_nothing(shared):
         response = shared.post("/v1/events/bulk", content=content)
         refused(response, part="1000")
         assert number in response.json()["message"]
 
 
-def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
+def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client: httpx.Client) -> None:
     batch = [event(f"evt_{number}") for number in range(1000)]
     batch[17] = event("evt_9", event_name=" ")
     batch[40] = event(timestamp="yesterday")
@@ -251,7 +262,7 @@ def test_a_batch_with_bad_events_stores_nothing_and_lists_every_fault(client):
     assert {(fault["index"], fault["event_id"]) for fault in details["errors"][2:]} == {(999, None)}
 
 
-def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client):
+def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client: httpx.Client) -> None:
     with stores_nothing(client):
         details = refused(client.post("/v1/events/bulk", json={"events": [event(), None, 5, event(), [event()], "x"]}))
     assert details["rejected"] == 4
@@ -259,20 +270,20 @@ def test_what_is_no_object_in_a_batch_is_a_fault_at_its_index(client):
 
 
 @table(("bad", "truncated"), [(99, False), (100, False), (101, True), (1000, True)])
-def test_at_most_100_faults_are_listed(shared, bad, truncated):
+def test_at_most_100_faults_are_listed(shared: httpx.Client, bad: int, truncated: bool) -> None:
     batch = [event(event_name=None)] * bad + [event()] * (1000 - bad)
     with stores_nothing(shared):
         details = refused(shared.post("/v1/events/bulk", json={"events": batch}), part=f"{bad} of 1000 events")
     assert (details["rejected"], details["truncated"], len(details["errors"])) == (bad, truncated, min(bad, 100))
 
 
-def test_an_echoed_value_is_cut_to_100_characters(shared):
+def test_an_echoed_value_is_cut_to_100_characters(shared: httpx.Client) -> None:
     response = shared.post("/v1/events", json=event("i" * 5000, timestamp="x" * 5000, properties=["y" * 5000]))
     refused(response)
     assert [letter for letter in "ixy" if letter * 101 in response.text] == []
 
 
-def test_50_concurrent_retries_of_one_event_store_it_once(live):
+def test_50_concurrent_retries_of_one_event_store_it_once(live: Live) -> None:
     def send(attempt: int) -> httpx.Response:
         sent = event("retried", properties={"attempt": attempt})
         return store(client, sent) if attempt % 2 else client.post("/v1/events", json=sent)
@@ -285,7 +296,7 @@ def test_50_concurrent_retries_of_one_event_store_it_once(live):
     assert counts(answers[stored["properties"]["attempt"]]) == (1, 0)
 
 
-def test_concurrent_batches_that_overlap_get_each_their_own_counts(client):
+def test_concurrent_batches_that_overlap_get_each_their_own_counts(client: httpx.Client) -> None:
     batches = [range(start, start + 300) for start in range(0, 1000, 50)]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda batch: counts(store(client, *[event(f"{id}") for id in batch])), batches))
@@ -311,7 +322,7 @@ NO_OBJECT = {
 
 
 @table("content", NO_OBJECT.values(), ids=NO_OBJECT)
-def test_a_body_that_is_no_json_object_is_refused(shared, content):
+def test_a_body_that_is_no_json_object_is_refused(shared: httpx.Client, content: bytes) -> None:
     with stores_nothing(shared):
         for path in ("/v1/events", "/v1/events/bulk", "/v1/events/query"):
             refused(shared.post(path, content=content))
@@ -343,7 +354,9 @@ BAD_FIELDS = [  # field, its JSON ("": the field is missing), code
 
 
 @table(("field", "raw", "code"), BAD_FIELDS, ids=lambda value: value[:40])
-def test_an_event_with_a_bad_field_is_refused_and_the_field_named(shared, field, raw, code):
+def test_an_event_with_a_bad_field_is_refused_and_the_field_named(
+    shared: httpx.Client, field: str, raw: str, code: str
+) -> None:
     fields = {name: json.dumps(value) for name, value in event("evt_1").items()} | {field: raw}
     bad = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items() if value) + "}"
     with stores_nothing(shared):
@@ -364,7 +377,7 @@ BAD_JSON = {"deep arrays": b'{"a": %s}' % DEEP, "deep objects": DEEP_OBJECTS, "l
 
 
 @table("raw", BAD_JSON.values(), ids=BAD_JSON)
-def test_bad_json_in_properties_is_refused(shared, raw):
+def test_bad_json_in_properties_is_refused(shared: httpx.Client, raw: bytes) -> None:
     single = b'{"event_name": "call", "external_customer_id": "cust", "properties": %s}' % raw
     with stores_nothing(shared):
         refused(shared.post("/v1/events", content=single))
@@ -374,7 +387,7 @@ def test_bad_json_in_properties_is_refused(shared, raw):
 
 @table("send", [bytes, lambda content: iter([content])], ids=["announced", "chunked"])
 @table("path", ["/v1/events", "/v1/events/bulk", "/v1/events/query"])
-def test_a_body_may_be_as_long_as_the_limit_and_no_longer(tmp_path, path, send):
+def test_a_body_may_be_as_long_as_the_limit_and_no_longer(tmp_path: Path, path: str, send: Callable[..., Any]) -> None:
     fitting = json.dumps({"events": [event()], **event()}).encode().ljust(2000)
     with serving(tmp_path, max_body_bytes=2000) as client:
         with stores_nothing(client):
@@ -383,7 +396,7 @@ def test_a_body_may_be_as_long_as_the_limit_and_no_longer(tmp_path, path, send):
 
 
 @table("send", [b"".join, iter], ids=["announced", "chunked"])
-def test_33_mib_are_over_the_default_limit(live, send):
+def test_33_mib_are_over_the_default_limit(live: Live, send: Callable[..., Any]) -> None:
     with live.client() as client, stores_nothing(client):
         refused(client.post("/v1/events/bulk", content=send([b" " * 2**20] * 33)), part=str(2**25))
 
@@ -408,13 +421,13 @@ BAD_HTTP = {
 
 
 @table("request_bytes", BAD_HTTP.values(), ids=BAD_HTTP)
-def test_what_is_not_http_is_refused_with_the_same_error_body(live, request_bytes):
+def test_what_is_not_http_is_refused_with_the_same_error_body(live: Live, request_bytes: bytes) -> None:
     with live.client() as client, stores_nothing(client), live.connect() as sock:
         sock.sendall(request_bytes)
         refused(answer_on(sock))
 
 
-def test_requests_sent_in_one_go_are_answered_one_after_another(live):
+def test_requests_sent_in_one_go_are_answered_one_after_another(live: Live) -> None:
     event_id = "pipelined"
     body = json.dumps(event(event_id)).encode()
     with live.client(), live.connect() as sock:
@@ -431,13 +444,13 @@ def test_requests_sent_in_one_go_are_answered_one_after_another(live):
     assert event_id.encode() in rest
 
 
-def test_a_body_over_the_limit_is_refused_before_its_end(live):
+def test_a_body_over_the_limit_is_refused_before_its_end(live: Live) -> None:
     with live.client() as client, stores_nothing(client), live.connect() as sock:
         sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n4000000\r\n" + b" " * (2**25 + 1))
         refused(answer_on(sock), part=str(2**25))
 
 
-def test_a_client_that_goes_away_in_its_body_leaves_nothing_behind(live):
+def test_a_client_that_goes_away_in_its_body_leaves_nothing_behind(live: Live) -> None:
     with live.client() as client, stores_nothing(client):
         seen = live.log.count("client went away")
         with live.connect() as sock:
@@ -454,7 +467,7 @@ HOSTILE = [
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with serving(tmp_path_factory.mktemp("hostile")) as client:
         for text in HOSTILE:
             sent = event(text, event_name=f"n{text}n", external_customer_id=text, customer_id=text, source=text)
@@ -464,21 +477,23 @@ def hostile(tmp_path_factory):
 
 @both_ways
 @table("field", ["event_id", "event_name", "external_customer_id", "source"])
-def test_fragments_of_sql_and_paths_are_stored_and_found_literally(hostile, field, method):
+def test_fragments_of_sql_and_paths_are_stored_and_found_literally(hostile: Any, field: str, method: str) -> None:
     for text in HOSTILE:
         assert ids(hostile, method, **{field: f"n{text}n" if field == "event_name" else text}) == [text]
     assert ids(hostile, method, **{field: "x' OR 1=1 --"}) == []
 
 
 @table("key", [None, "same"], ids=["key", "value"])
-def test_fragments_of_sql_and_paths_are_literal_in_property_filters(hostile, key):
+def test_fragments_of_sql_and_paths_are_literal_in_property_filters(hostile: Any, key: str | None) -> None:
     for text in HOSTILE:
         assert ids(hostile, "POST", property_filters={key or text: [text]}) == [text]
 
 
 @both_ways
 @table(("sort", "place"), [("timestamp", str), ("event_name", "n{}n".format)])
-def test_fragments_of_sql_and_paths_are_literal_in_cursors(hostile, sort, place, method):
+def test_fragments_of_sql_and_paths_are_literal_in_cursors(
+    hostile: Any, sort: str, place: Callable[..., Any], method: str
+) -> None:
     in_order = sorted(HOSTILE, key=place)
     for number, text in enumerate(in_order):
         query = {"sort": sort, "order": "asc", "iter_last_key": f"{NOW}000::{text}"}
@@ -489,7 +504,7 @@ def test_fragments_of_sql_and_paths_are_literal_in_cursors(hostile, sort, place,
 
 
 @table("key", [None, "", "wrong", KEY.upper(), KEY[:-1], KEY + "x", f"{KEY}, {KEY}", b"\xff\xfe"])
-def test_without_a_known_key_everything_is_401(shared, key):
+def test_without_a_known_key_everything_is_401(shared: TestClient, key: Any) -> None:
     paths = ("/v1/events", "/v1/events/bulk", "/v1/events/query", "/v1/customers", "/v1", "/v1/", "/x")
     stranger = TestClient(shared.app, headers={} if key is None else {"x-api-key": key}, raise_server_exceptions=False)
     with stores_nothing(shared):
@@ -499,20 +514,20 @@ def test_without_a_known_key_everything_is_401(shared, key):
 
 @both_ways
 @table("key", [KEY, "", "wrong"])
-def test_health_needs_no_key(shared, method, key):
+def test_health_needs_no_key(shared: httpx.Client, method: str, key: str) -> None:
     response = shared.request(method, "/health", headers={"x-api-key": key})
     assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
     assert response.json()["status"] == "ok"
 
 
 @table("path", ["/v1/customers", "/v1/meters/1", "/v1/invoices", "/v1", "/v2/events", "/index.html", "/v1/a%0Ab"])
-def test_an_unknown_route_is_404_and_says_what_this_server_has(shared, path):
+def test_an_unknown_route_is_404_and_says_what_this_server_has(shared: httpx.Client, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
         refused(shared.request(method, path), 404, "not_found", "this server has POST /v1/events,")
 
 
 @table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
-def test_a_route_without_v1_is_404_and_says_what_the_base_url_is(shared, path):
+def test_a_route_without_v1_is_404_and_says_what_the_base_url_is(shared: httpx.Client, path: str) -> None:
     refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1, so "/v1{path}"?')
 
 
@@ -522,13 +537,13 @@ WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/
 
 
 @table(("method", "path", "allowed"), WRONG_METHODS)
-def test_a_wrong_method_is_405_with_the_right_ones(shared, method, path, allowed):
+def test_a_wrong_method_is_405_with_the_right_ones(shared: httpx.Client, method: str, path: str, allowed: Any) -> None:
     response = shared.request(method, path)
     refused(response, 405, "method_not_allowed")
     assert allowed <= set(response.headers["Allow"].split(", ")) <= allowed | {"GET", "HEAD"}
 
 
-def test_keys_never_reach_the_log(shared, caplog):
+def test_keys_never_reach_the_log(shared: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(0)
     for headers in ({}, {"x-api-key": "wrong-but-secret"}):
         for method, path in (("POST", "/v1/events"), ("GET", "/v1/events"), ("GET", "/nowhere"), ("PUT", "/v1/events")):
@@ -543,7 +558,9 @@ REFUSED = [("POST", "/v1/events", "{", 400), ("POST", "/v1/events", json.dumps(e
 
 
 @table("request_", REFUSED, ids=str)
-def test_a_refused_request_is_one_line_in_the_log_and_a_good_one_none(shared, caplog, request_):
+def test_a_refused_request_is_one_line_in_the_log_and_a_good_one_none(
+    shared: httpx.Client, caplog: pytest.LogCaptureFixture, request_: Any
+) -> None:
     method, path, content, status = request_
     store(shared, event())
     shared.request(method, path, content=content)
@@ -553,7 +570,7 @@ def test_a_refused_request_is_one_line_in_the_log_and_a_good_one_none(shared, ca
     assert "\n" not in record.getMessage()
 
 
-def test_environments_do_not_see_each_other(client):
+def test_environments_do_not_see_each_other(client: httpx.Client) -> None:
     store(client, event("same", source="development"), event("only_here"))
     for key, environment, expected in ((STAGING_KEY, "staging", ["same"]), (KEY, "development", ["same", "only_here"])):
         client.headers["x-api-key"] = key
@@ -568,7 +585,7 @@ def test_environments_do_not_see_each_other(client):
         assert by_name.status_code == (400 if key == STAGING_KEY else 200)
 
 
-def test_an_application_without_a_key_is_not_made(tmp_path):
+def test_an_application_without_a_key_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="API key"):
         create_app(Settings(db=str(tmp_path / "events.db")))
     assert list(tmp_path.iterdir()) == []
@@ -579,14 +596,16 @@ def test_an_application_without_a_key_is_not_made(tmp_path):
     ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),
     ("GET", "/v1/events/usage", "use POST"),
 ])  # fmt: skip
-def test_who_misses_a_route_is_told_the_one_that_is_meant(tmp_path, method, path, part):
+def test_who_misses_a_route_is_told_the_one_that_is_meant(tmp_path: Path, method: str, path: str, part: str) -> None:
     with serving(tmp_path) as client:
         response = client.request(method, path)
         refused(response, 404, "not_found")
         assert part in response.json()["message"]
 
 
-def test_what_is_ignored_because_nothing_has_its_name_is_said_once_in_the_log(tmp_path, caplog):
+def test_what_is_ignored_because_nothing_has_its_name_is_said_once_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(tmp_path) as client:
         for _ in range(2):
             store(client, event("a") | {"propertes": {"n": 1}}, event("b"))
@@ -609,7 +628,7 @@ KEYS_OF_A_PAGE = {"events", "has_more", "iter_first_key", "iter_last_key", "offs
 
 @both_ways
 @table("field", ["event_id", "event_name", "external_customer_id", "source"])
-def test_a_filter_matches_exactly(client, field, method):
+def test_a_filter_matches_exactly(client: httpx.Client, field: str, method: str) -> None:
     values = {"event_id": "a", "event_name": "call", "external_customer_id": "cust", "source": "app"}
     other = values | {"event_id": "b", field: values[field].upper()}
     store(client, values, other)
@@ -620,14 +639,14 @@ def test_a_filter_matches_exactly(client, field, method):
 
 
 @both_ways
-def test_the_range_includes_both_ends(client, method):
+def test_the_range_includes_both_ends(client: httpx.Client, method: str) -> None:
     store(client, *[event(f"{us:+}", timestamp=at(us)) for us in (-11, -10, 0, 10, 11)])
     assert ids(client, method, start_time=at(-10), end_time=at(10)) == ["+10", "+0", "-10"]
     assert ids(client, method, start_time=at(10), end_time=at(10)) == ["+10"]
 
 
 @both_ways
-def test_the_range_defaults_to_the_seven_days_before_now(client, method):
+def test_the_range_defaults_to_the_seven_days_before_now(client: httpx.Client, method: str) -> None:
     too_old, week_ago, day_ago = f"{-7 * DAY_US - 1}", f"{-7 * DAY_US}", f"{-DAY_US}"
     store(client, *[event(us, timestamp=at(int(us))) for us in (too_old, week_ago, day_ago, "0", "1")])
     assert ids(client, method) == ["0", day_ago, week_ago]
@@ -638,7 +657,7 @@ def test_the_range_defaults_to_the_seven_days_before_now(client, method):
 
 
 @table("plus", ["+", "%20", "%2B"])
-def test_a_plus_that_arrived_as_a_space_is_read_as_a_plus(client, plus):
+def test_a_plus_that_arrived_as_a_space_is_read_as_a_plus(client: httpx.Client, plus: str) -> None:
     store(client, event("before", timestamp=at(-1)), event("now"))
     local = f"2025-10-15T17:08:47.962{plus}05:30"
     answer = client.get(f"/v1/events?start_time={local}&end_time={local}")
@@ -646,7 +665,7 @@ def test_a_plus_that_arrived_as_a_space_is_read_as_a_plus(client, plus):
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory):
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """1002 events, their ids in the order of their times."""
     with serving(tmp_path_factory.mktemp("many")) as client:
         events = [event(f"{number:04}", timestamp=at(number - 2000)) for number in range(1002)]
@@ -664,7 +683,7 @@ PAGE_SIZES = [
 
 
 @table(("method", "size", "given"), PAGE_SIZES)
-def test_a_page_has_the_size_asked_for_within_its_limit(many, method, size, given):
+def test_a_page_has_the_size_asked_for_within_its_limit(many: Any, method: str, size: Any, given: int) -> None:
     found = page(many, method, offset=1, page_size=size)
     newest_first = [f"{number:04}" for number in range(1001, -1, -1)]
     assert [stored["id"] for stored in found["events"]] == newest_first[1 : 1 + given]
@@ -672,7 +691,7 @@ def test_a_page_has_the_size_asked_for_within_its_limit(many, method, size, give
 
 
 @both_ways
-def test_an_empty_page_has_every_key_and_null_cursors(client, method):
+def test_an_empty_page_has_every_key_and_null_cursors(client: httpx.Client, method: str) -> None:
     nothing = {"events": [], "has_more": False, "iter_first_key": None, "iter_last_key": None, "offset": 50}
     assert page(client, method) == nothing | ({"total_count": 0} if method == "POST" else {})
 
@@ -686,7 +705,9 @@ TOTALS = [
 
 
 @table(("method", "query", "answered"), TOTALS)
-def test_get_has_a_total_when_asked_to_count_and_post_always(many, method, query, answered):
+def test_get_has_a_total_when_asked_to_count_and_post_always(
+    many: Any, method: str, query: dict[str, Any], answered: Any
+) -> None:
     found = page(many, method, **query)
     assert found.pop("total_count", "absent") == answered
     assert set(found) == KEYS_OF_A_PAGE
@@ -706,33 +727,35 @@ BAD_TIMES_AND_CURSORS = [
         "x", "1760528327962000000", "1760528327962000000:a", "::a", "a::b", "1.5::a", "12::", " 1::a", "1e3::a",
         "\u0661::a", "0x1::a", "9" * 30 + "::a", "' OR 1=1::a")),
 ]  # fmt: skip
-BAD_BODIES = [
-    *[("page_size", value) for value in ("7", 1.5, True, [], 1e300)],
-    *[("offset", value) for value in (-1, "0", 0.5, 10**30)],
-    *[(name, value) for name in ("sort", "order") for value in (1, "Desc", ["asc"])],
-    *[("count_total", value) for value in ("true", 1, "yes")],
-    *[(name, value) for name in ("start_time", "iter_last_key", "event_name", "event_id") for value in (5, {})],
-    *[("property_filters", value) for value in ("a:b", [], {"a": "b"}, {"a": [1]}, {"a": [None]}, {"": ["v"]})],
-]
+BAD_VALUES: dict[str, list[Any]] = {
+    "page_size": ["7", 1.5, True, [], 1e300],
+    "offset": [-1, "0", 0.5, 10**30],
+    "sort": [1, "Desc", ["asc"]],
+    "order": [1, "Desc", ["asc"]],
+    "count_total": ["true", 1, "yes"],
+    **{name: [5, {}] for name in ("start_time", "iter_last_key", "event_name", "event_id")},
+    "property_filters": ["a:b", [], {"a": "b"}, {"a": [1]}, {"a": [None]}, {"": ["v"]}],
+}
+BAD_BODIES = [(name, value) for name, values in BAD_VALUES.items() for value in values]
 
 
 @table(("method", "field", "value"), [
     *[("GET", *bad) for bad in BAD_QUERIES + BAD_TIMES_AND_CURSORS],
     *[("POST", *bad) for bad in BAD_BODIES + BAD_TIMES_AND_CURSORS],
 ], ids=lambda value: str(value)[:40])  # fmt: skip
-def test_a_bad_parameter_is_refused_and_named(many, method, field, value):
+def test_a_bad_parameter_is_refused_and_named(many: Any, method: str, field: str, value: Any) -> None:
     response = many.get("/v1/events", params={field: value}) if method == "GET" else ask(many, "POST", **{field: value})
     (fault,) = refused(response, part=field)["errors"]
     assert (fault["field"], fault["index"], fault["event_id"]) == (field, None, None)
     assert fault["code"] in ("invalid_type", "invalid_format", "out_of_range")
 
 
-def test_every_bad_parameter_is_named_at_once(many):
+def test_every_bad_parameter_is_named_at_once(many: Any) -> None:
     details = refused(many.get("/v1/events?page_size=x&offset=-1&sort=up&start_time=now"))
     assert {fault["field"] for fault in details["errors"]} == {"page_size", "offset", "sort", "start_time"}
 
 
-def test_a_direction_in_sort_is_told_where_it_goes(many):
+def test_a_direction_in_sort_is_told_where_it_goes(many: Any) -> None:
     (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
     allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
     assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
@@ -747,17 +770,17 @@ CONTRADICTIONS = {
 
 @both_ways
 @table("query", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_parameters_that_contradict_each_other_are_refused(many, method, query):
+def test_parameters_that_contradict_each_other_are_refused(many: Any, method: str, query: dict[str, Any]) -> None:
     (fault,) = refused(ask(many, method, **query))["errors"]
     assert fault["field"].endswith(("_time", "_key"))
 
 
 @table("name", ["event_name", "page_size", "order", "iter_last_key"])
-def test_a_parameter_given_twice_is_refused(many, name):
+def test_a_parameter_given_twice_is_refused(many: Any, name: str) -> None:
     refused(many.get(f"/v1/events?{name}=&{name}="), part=name)
 
 
-def test_unknown_parameters_and_null_fields_change_nothing(many):
+def test_unknown_parameters_and_null_fields_change_nothing(many: Any) -> None:
     assert page(many, tenant="x", limit=3, event_name="") == page(many)
     fields = dict.fromkeys(eventstore.EventQueryIn.__struct_fields__)
     assert page(many, "POST", **fields, unknown={}) == page(many, "POST")
@@ -783,7 +806,7 @@ DIFFERS = [
 
 @table("matches", [True, False])
 @table("more", ["", r', "with a backslash": "\t"'])
-def test_a_property_filter_compares_text(client, matches, more):
+def test_a_property_filter_compares_text(client: httpx.Client, matches: bool, more: str) -> None:
     for number, (value, raw) in enumerate(MATCHES if matches else DIFFERS):
         for space in ("", " "):
             properties = f'{{"a"{space}:{space}{raw}{more}}}'
@@ -801,7 +824,7 @@ LITERAL_KEYS = [
 
 
 @table("ensure_ascii", [True, False], ids=["escaped", "unescaped"])
-def test_a_property_key_is_literal(client, ensure_ascii):
+def test_a_property_key_is_literal(client: httpx.Client, ensure_ascii: bool) -> None:
     others = {"a": {"b": "hit", "": "hit"}, "x": ["hit"], "b": "hit", "\u00e9": "miss", "u0061": "hit"}
     for number, key in enumerate(LITERAL_KEYS):
         for name, properties in ("hit", {key: "hit"}), ("no", {key: "miss", **others}), ("longer", {f"{key}x": "hit"}):
@@ -813,7 +836,7 @@ def test_a_property_key_is_literal(client, ensure_ascii):
 
 
 @both_ways
-def test_values_of_a_key_are_alternatives_and_keys_must_all_match(client, method):
+def test_values_of_a_key_are_alternatives_and_keys_must_all_match(client: httpx.Client, method: str) -> None:
     for model, region in itertools.product("abc", "xyz"):
         store(client, event(model + region, properties={"model": model, "region": region}))
     query = {"order": "asc", "property_filters": {"model": ["a", "c"], "region": ["y", "z", "nowhere"]}}
@@ -824,13 +847,13 @@ def test_values_of_a_key_are_alternatives_and_keys_must_all_match(client, method
 
 
 @both_ways
-def test_a_filter_is_split_at_the_first_colon(client, method):
+def test_a_filter_is_split_at_the_first_colon(client: httpx.Client, method: str) -> None:
     store(client, event("1", properties={"url": "http://x:80/"}), event("2", properties={"url": "http"}))
     assert ids(client, method, property_filters={"url": ["http://x:80/"]}) == ["1"]
 
 
 @table("filters", [{}, {"a": []}, {"a": None}, {"a": [], "b": ["1"]}, None])
-def test_a_key_without_values_filters_nothing(client, filters):
+def test_a_key_without_values_filters_nothing(client: httpx.Client, filters: Any) -> None:
     store(client, event("1", properties={"b": 1}))
     assert ids(client, "POST", property_filters=filters) == ["1"]
 
@@ -840,7 +863,7 @@ def test_a_key_without_values_filters_nothing(client, filters):
 four_orders = table(("sort", "order"), [*itertools.product(["timestamp", "event_name"], ["desc", "asc"])])
 
 
-def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict]:
+def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict[str, Any]]:
     """Events with few names and times, so that most of them tie, and with awkward ids."""
     return [
         event(prefix + randomness.choice(["", "::", "Z", "a", "\u00e9", "\U0001f600"]) + str(number),
@@ -852,11 +875,14 @@ def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict]:
 
 @four_orders
 @table("size", [1, 7, 50])
-def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client, sort, order, size):
+def test_paging_visits_every_event_once_and_in_order_while_others_arrive(
+    client: httpx.Client, sort: str, order: str, size: int
+) -> None:
     randomness = random.Random(size)
     originals, arriving = crowd(randomness, 40), iter(crowd(randomness, 60, "new"))
     store(client, *originals)
-    known, visited, query, has_more = list(originals), [], {"sort": sort, "order": order, "page_size": size}, True
+    query: Json = {"sort": sort, "order": order, "page_size": size}
+    known, visited, has_more = list(originals), list[str](), True
     while has_more:
         found = page(client, **query)
         has_more, query["iter_last_key"] = found["has_more"], found["iter_last_key"]
@@ -872,7 +898,9 @@ def test_paging_visits_every_event_once_and_in_order_while_others_arrive(client,
 
 @four_orders
 @both_ways
-def test_every_page_is_the_one_that_the_rules_describe(client, sort, order, method):
+def test_every_page_is_the_one_that_the_rules_describe(
+    client: httpx.Client, sort: str, order: str, method: str
+) -> None:
     randomness = random.Random(4)
     events = crowd(randomness, 40)
     store(client, *events)
@@ -890,12 +918,12 @@ def test_every_page_is_the_one_that_the_rules_describe(client, sort, order, meth
 
 
 @four_orders
-def test_iter_first_key_polls_for_what_is_new(client, sort, order):
-    def new(number: int) -> dict:  # newer events come before the first page, in every order
+def test_iter_first_key_polls_for_what_is_new(client: httpx.Client, sort: str, order: str) -> None:
+    def new(number: int) -> dict[str, Any]:  # newer events come before the first page, in every order
         step = number if order == "desc" else -number
         return event(f"evt::{number}", event_name=f"n{500 + step}", timestamp=at(step * 10 - 500))
 
-    def poll(key: str) -> tuple[list[str], bool, str]:
+    def poll(key: str | None) -> tuple[list[str], bool, str | None]:
         found = page(client, sort=sort, order=order, iter_first_key=key, page_size=3)
         return [stored["id"] for stored in found["events"]], found["has_more"], found["iter_first_key"]
 
@@ -910,30 +938,44 @@ def test_iter_first_key_polls_for_what_is_new(client, sort, order):
 
 @both_ways
 @table(("side", "neighbour"), [("iter_last_key", "0500"), ("iter_first_key", "0501")])
-def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(many, method, side, neighbour):
+def test_a_cursor_of_an_unknown_event_is_a_place_in_time_but_not_among_names(
+    many: Any, method: str, side: str, neighbour: str
+) -> None:
     query = {"page_size": 1, side: f"{NOW - 1500}000::0500x"}
     assert ids(many, method, **query) == [neighbour]
     begin_anew = "if it was deleted since, begin anew without a cursor"
     refused(ask(many, method, **query, sort="event_name"), part=f'by event_name, got "0500x": {begin_anew}')
 
 
+def counting(counter: Iterator[int]) -> Callable[[], None]:
+    """Return a progress handler that counts the instructions of SQLite's machine."""
+
+    def count() -> None:
+        next(counter)
+
+    return count
+
+
 @table("descending", [True, False], ids=["desc", "asc"])
 @table("by_name", [False, True], ids=["timestamp", "event_name"])
 @table("filters", [{}, {"external_customer_id": "cust"}, {"event_name": "call"}], ids=str)
-def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(many, by_name, descending, filters):
-    query = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
+def test_a_deep_page_is_found_by_an_index_and_costs_what_the_first_one_does(
+    many: Any, by_name: bool, descending: bool, filters: dict[str, Any]
+) -> None:
+    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
              "property_filters": {}, "page_size": 20, "by_name": by_name, "descending": descending, "after": None,
              "before": None, "count": None}  # fmt: skip
     pages = [{}, *[{side: number} for side in ("after", "before") for number in (100, 900)]]
     if by_name and "external_customer_id" in filters:
         del pages[0]  # no index has this order, and a sort of one customer's events is as good
     steps = []
-    with closing(sqlite3.connect(many.app.state.service.store.path)) as conn:
+    with closing(sqlite3.connect(store_of(many).path)) as conn:
         for one in pages:
             cursors = {side: eventstore.Cursor(NOW + number - 2000, f"{number:04}") for side, number in one.items()}
-            statements, counter = [], itertools.count()
+            statements: list[str] = []
+            counter = itertools.count()
             conn.set_trace_callback(statements.append)
-            conn.set_progress_handler(lambda counter=counter: next(counter) and None, 1)
+            conn.set_progress_handler(counting(counter), 1)
             found = eventstore.list_events(conn, eventstore.EventQuery(**query | cursors))
             assert len(found.events) == 20
             conn.set_trace_callback(None)
@@ -956,7 +998,7 @@ COMMON = {"external_customer_id": "cust", "event_name": "call", "source": ""}
 
 
 @pytest.fixture(scope="module")
-def rare_among_many(tmp_path_factory):
+def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """3,000 events; ten are of a rare customer, ten others have a rare name."""
     path = str(tmp_path_factory.mktemp("rare") / "events.db")
     eventstore.prepare_file(path)
@@ -982,7 +1024,7 @@ def rare_among_many(tmp_path_factory):
     [names for n in range(4) for names in itertools.combinations(COMMON, n)],
     ids=lambda names: "+".join(names) or "none",
 )
-def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many, common, rare):
+def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many: Any, common: Any, rare: Any) -> None:
     """Every combination of filters, sorts and cursors. SQLite's steps stand for rows: some 60 steps each."""
     filters = {name: COMMON[name] for name in common} | {name: RARE[name] for name in rare}
     if "id" in rare:
@@ -999,7 +1041,7 @@ def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many, 
                                           offset=0, page_size=20, by_name=by_name, descending=descending, count=None, after=after,
                                           before=before)  # fmt: skip
             counter = itertools.count()
-            conn.set_progress_handler(lambda counter=counter: next(counter) and None, 1)
+            conn.set_progress_handler(counting(counter), 1)
             eventstore.list_events(conn, query)
             assert next(counter) < 100 * rows + 1500, (by_name, descending, after, before)
 
@@ -1010,10 +1052,12 @@ def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(rare_among_many, 
      ({"event_name": "call", "external_customer_id": "cust"}, "customer"), ({"external_customer_id": "cust", "id": "0001"}, "id")],
     ids=str,
 )  # fmt: skip
-def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rather_take(many, filters, index):
-    query = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
+def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rather_take(
+    many: Any, filters: dict[str, Any], index: str
+) -> None:
+    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
              "property_filters": {}}  # fmt: skip
-    page = {
+    page: Json = {
         "offset": 0,
         "page_size": 20,
         "by_name": False,
@@ -1023,7 +1067,7 @@ def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rat
         "count": True,
     }
     statements: list[str] = []
-    with closing(eventstore.connect_reader(many.app.state.service.store.path)) as conn:
+    with closing(eventstore.connect_reader(store_of(many).path)) as conn:
         conn.set_trace_callback(statements.append)
         eventstore.list_events(conn, eventstore.EventQuery(**query | page))
         for kind in ("COUNT", "SUM", "MAX", "LATEST"):
@@ -1034,7 +1078,7 @@ def test_one_customers_events_are_found_by_their_index_whatever_sqlite_would_rat
         assert len(selects) == 5
         for statement in selects:
             plan = [row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}")]
-            used = {re.search(r"INDEX (\w+) ", step)[1] for step in plan if "SEARCH events" in step}
+            used = {re.findall(r"INDEX (\w+) ", step)[0] for step in plan if "SEARCH events" in step}
             assert (used, [step for step in plan if "SCAN events" in step]) == ({f"events_by_{index}"}, [])
 
 
@@ -1045,28 +1089,28 @@ ODD_IDS = ["a/b", "/", "//a//", "?", "a?b=c#d", "%", "%2F", "a::b", "::", "looku
 
 
 @pytest.fixture(scope="module")
-def odd_ids(tmp_path_factory):
+def odd_ids(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with serving(tmp_path_factory.mktemp("odd_ids")) as client:
         store(client, *[event(event_id, properties={"n": event_id}) for event_id in ODD_IDS])
         yield client
 
 
-def found(response: httpx.Response) -> dict:
+def found(response: httpx.Response) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     answer = response.json()
     assert answer | {"event": {}} == {"event": {}, "status": "processed", "processed_events": [], "debug_tracker": None}
-    return answer["event"]
+    return dict(answer["event"])
 
 
 @table("event_id", ODD_IDS)
-def test_an_event_is_looked_up_by_any_id(odd_ids, event_id):
+def test_an_event_is_looked_up_by_any_id(odd_ids: Any, event_id: str) -> None:
     (listed,) = page(odd_ids, event_id=event_id)["events"]
     assert listed["properties"] == {"n": event_id}
     assert found(odd_ids.get("/v1/events/lookup", params={"id": event_id})) == listed
 
 
 @table("event_id", [event_id for event_id in ODD_IDS if event_id not in ("lookup", "monitoring")])
-def test_an_event_is_looked_up_by_its_path(live, event_id):
+def test_an_event_is_looked_up_by_its_path(live: Live, event_id: str) -> None:
     with live.client() as client, live.connect() as sock:  # a socket, because clients and test clients edit paths
         store(client, event(event_id))
         path = urllib.parse.quote(event_id).encode()
@@ -1074,7 +1118,7 @@ def test_an_event_is_looked_up_by_its_path(live, event_id):
         assert found(answer_on(sock))["id"] == event_id
 
 
-def test_a_lookup_finds_events_of_all_times_of_its_environment_only(client):
+def test_a_lookup_finds_events_of_all_times_of_its_environment_only(client: httpx.Client) -> None:
     store(client, event("old", timestamp="0001-01-02T00:00:00Z"), event("new", timestamp="9999-12-30T00:00:00Z"))
     for event_id in ("old", "new"):
         assert found(client.get(f"/v1/events/{event_id}"))["id"] == event_id
@@ -1088,7 +1132,7 @@ def test_a_lookup_finds_events_of_all_times_of_its_environment_only(client):
     ({"start_time": at()}, True), ({"end_time": at()}, True),  # both inclusive, as in 4
     ({"start_time": at(1)}, False), ({"end_time": at(-1)}, False),
 ])  # fmt: skip
-def test_a_lookup_can_be_narrowed(client, narrowed, is_found):
+def test_a_lookup_can_be_narrowed(client: httpx.Client, narrowed: dict[str, Any], is_found: bool) -> None:
     store(client, event("evt_1", timestamp=at()))
     for path, query in (("/v1/events/lookup", {"id": "evt_1"}), ("/v1/events/evt_1", {})):
         response = client.get(path, params=narrowed | query)
@@ -1100,7 +1144,7 @@ def test_a_lookup_can_be_narrowed(client, narrowed, is_found):
 
 @table("query", ["", "?id=", "?external_customer_id=cust", "?id=a&id=b", "?id=a&start_time=yesterday",
                  "?id=%ff", f"?id=a&start_time={NOW}", "?id=a&start_time=2025-01-02T00:00:00Z&end_time=2025-01-01T00:00:00Z"])  # fmt: skip
-def test_a_bad_lookup_is_refused(shared, query):
+def test_a_bad_lookup_is_refused(shared: httpx.Client, query: str) -> None:
     refused(shared.get(f"/v1/events/lookup{query}"))
 
 
@@ -1112,7 +1156,7 @@ def limits(response: httpx.Response) -> list[int]:
 
 
 @pytest.mark.slow
-def test_without_the_flag_nothing_is_limited(client):
+def test_without_the_flag_nothing_is_limited(client: httpx.Client) -> None:
     for response in [client.post("/v1/events", json={}) for _ in range(1001)]:
         assert response.status_code == 400
         assert "x-ratelimit" not in str(response.headers)
@@ -1120,7 +1164,9 @@ def test_without_the_flag_nothing_is_limited(client):
 
 @table(("flag", "path", "limit"), [pytest.param("documented", "/v1/events", 1000, marks=pytest.mark.slow), ("documented", "/v1/events/bulk", 100),
                                    ("3,2", "/v1/events", 3), ("3,2", "/v1/events/bulk", 2)])  # fmt: skip
-def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(tmp_path, flag, path, limit):
+def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(
+    tmp_path: Path, flag: str, path: str, limit: int
+) -> None:
     clock, reset = Mock(return_value=NOW), NOW // 60_000_000 * 60 + 60
     rate_limits = eventstore.parse_arguments(["serve", "--rate-limit", flag]).rate_limits
     good, other = {"events": [event()], **event()}, {"/v1/events": "/v1/events/bulk"}.get(path, "/v1/events")
@@ -1149,7 +1195,7 @@ def test_over_the_limit_of_a_minute_a_key_gets_429_until_the_next(tmp_path, flag
 
 
 @table("flag", ["", "5", "0,5", "5,0", "-1,5", "a,b", "1,2,3", "1.5,2", "Documented", ","])
-def test_a_bad_rate_limit_exits_with_2(capsys, flag):
+def test_a_bad_rate_limit_exits_with_2(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         eventstore.main(["serve", "--rate-limit", flag])
     assert stopped.value.code == 2
@@ -1159,7 +1205,7 @@ def test_a_bad_rate_limit_exits_with_2(capsys, flag):
 # ---------------------------------------------------------------------------------------------- OpenAPI
 
 
-def test_the_openapi_document_is_valid_public_and_has_every_route(client):
+def test_the_openapi_document_is_valid_public_and_has_every_route(client: httpx.Client) -> None:
     from openapi_spec_validator import validate
 
     response = client.get("/openapi.json", headers={"x-api-key": "unknown"})
@@ -1181,7 +1227,9 @@ def test_the_openapi_document_is_valid_public_and_has_every_route(client):
 
 
 @table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
-def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(client, path):
+def test_what_flexprice_has_and_this_server_has_not_is_a_404_that_lists_what_it_has(
+    client: httpx.Client, path: str
+) -> None:
     refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
     message = client.post(path, json={}).json()["message"]
     assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
@@ -1207,20 +1255,20 @@ async def greet(service: eventstore.Service, request: Request) -> Response:
 class Stamp:
     """Middleware that says in a header for which environment it ran."""
 
-    def __init__(self, app, name: str):
+    def __init__(self, app: ASGIApp, name: str) -> None:
         self.app, self.name = app, name
 
-    async def __call__(self, scope, receive, send) -> None:
-        async def stamped(message) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 stamp = (self.name.encode(), scope.get("environment", "none").encode())
-                message = message | {"headers": [*message["headers"], stamp]}
+                message["headers"] = [*message["headers"], stamp]
             await send(message)
 
         await self.app(scope, receive, stamped)
 
 
-def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path):
+def test_an_embedders_operation_and_middleware_are_served_and_described_like_the_others(tmp_path: Path) -> None:
     from openapi_spec_validator import validate
 
     hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, example={"name": "you"},
@@ -1247,7 +1295,7 @@ def test_an_embedders_operation_and_middleware_are_served_and_described_like_the
 # ---------------------------------------------------------------------------------------------- SDK
 
 
-def test_the_official_sdk_writes_reads_and_pages(live):
+def test_the_official_sdk_writes_reads_and_pages(live: Live) -> None:
     from flexprice import Flexprice
 
     who = {"external_customer_id": "sdk_customer"}
@@ -1268,7 +1316,7 @@ def test_the_official_sdk_writes_reads_and_pages(live):
         ]
 
 
-def test_the_official_async_sdk_writes_and_reads(live):
+def test_the_official_async_sdk_writes_and_reads(live: Live) -> None:
     from flexprice import Flexprice
 
     async def round_trip() -> list[str]:
@@ -1283,7 +1331,7 @@ def test_the_official_async_sdk_writes_and_reads(live):
 
 
 @table(("key", "status", "message"), [(KEY, 400, "timestamp must be RFC 3339"), ("wrong", 401, "x-api-key")])
-def test_the_official_sdk_raises_the_servers_message(live, key, status, message):
+def test_the_official_sdk_raises_the_servers_message(live: Live, key: str, status: int, message: str) -> None:
     from flexprice import Flexprice
     from flexprice.models.errors import FlexpriceError
 
@@ -1293,7 +1341,7 @@ def test_the_official_sdk_raises_the_servers_message(live, key, status, message)
         assert refusal.value.status_code == status
 
 
-def test_the_official_sdk_looks_up_an_event_and_computes_usage(live):
+def test_the_official_sdk_looks_up_an_event_and_computes_usage(live: Live) -> None:
     from flexprice import Flexprice
 
     who = {"event_name": "sdk_usage", "external_customer_id": "sdk_usage_customer"}
@@ -1319,7 +1367,7 @@ def test_the_official_sdk_looks_up_an_event_and_computes_usage(live):
 
 
 @table("more", [0, 1, 500], ids=["one statement", "with BEGIN", "several statements"])
-def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more):
+def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path: Path, more: int) -> None:
     with serving(tmp_path) as client:
         store(client, event("known"), event('old \0 \x1e "::"'))
     requests = [["a", "known", "a"], ["b", "a"], ["known"], ['old \0 \x1e "::"', 'c \0 \x1e "::"']]
@@ -1334,7 +1382,7 @@ def test_requests_that_share_a_commit_are_counted_each_for_itself(tmp_path, more
     assert len(rows_of(tmp_path)) == 2 * (5 + 64 * more)
 
 
-def test_a_restart_keeps_everything(tmp_path):
+def test_a_restart_keeps_everything(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         store(client, event("a", properties={"n": 0.10}), event("b::c"))
         before = page(client)
@@ -1344,7 +1392,7 @@ def test_a_restart_keeps_everything(tmp_path):
         assert counts(store(client, event("a"), event("new"))) == (1, 1)
 
 
-def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_path):
+def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_path: Path) -> None:
     async def close_while_writing() -> list[int]:
         store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
         with write_lock(tmp_path):
@@ -1363,7 +1411,7 @@ def test_closing_the_store_commits_what_waits_and_refuses_what_comes_later(tmp_p
         assert conn.execute("SELECT count(*), count(*) FILTER (WHERE id = 'late') FROM events").fetchone() == (50, 0)
 
 
-def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path):
+def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path: Path) -> None:
     async def store_beside_batches() -> None:
         store = Store(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
 
@@ -1385,7 +1433,7 @@ def test_a_single_event_does_not_wait_for_the_batches_before_it(tmp_path):
     assert (stored[:3], len(stored)) == (["first", "single", "0-0"], 4002)
 
 
-def test_an_event_takes_less_than_500_bytes_of_the_file(tmp_path):
+def test_an_event_takes_less_than_500_bytes_of_the_file(tmp_path: Path) -> None:
     make_id, properties = random.Random(0), {"model": "model-7", "endpoint": "/v1/items/42", "tokens": 1250,
                                              "duration_ms": 12.5, "region": "eu-west-1"}  # fmt: skip
     with serving(tmp_path) as client:
@@ -1396,7 +1444,7 @@ def test_an_event_takes_less_than_500_bytes_of_the_file(tmp_path):
     assert (tmp_path / "events.db").stat().st_size < 500 * 20_000
 
 
-def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path):
+def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path: Path) -> None:
     keys = (*KEYS, ApiKey.hashed("third", "später"))
     with serving(tmp_path, api_keys=keys) as client:
         store(client, event("a", timestamp="1969-12-31T23:59:59.5Z", source="app", properties={"n": 1}), event("b"))
@@ -1413,7 +1461,7 @@ def test_people_read_the_file_by_a_view_with_names_and_times(tmp_path):
     assert (second["id"], second["timestamp"], third["environment"]) == ("b", ingested_at, "später")
 
 
-def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
+def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path: Path) -> None:
     def numbers() -> list[int]:
         with database(tmp_path, isolation_level=None) as conn:
             found = [seq for (seq,) in conn.execute("SELECT seq FROM events ORDER BY seq")]
@@ -1427,7 +1475,9 @@ def test_the_number_of_a_deleted_event_is_not_given_again(tmp_path):
     assert min(numbers()) > max(before)
 
 
-def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(tmp_path, monkeypatch):
+def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(eventstore, "WRITE_LOCK_TIMEOUT_S", 0.2)
     monkeypatch.setattr(eventstore, "TRIAL_PAUSE_S", 0.2)
     with serving(tmp_path) as client:

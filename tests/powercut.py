@@ -114,13 +114,27 @@ class Entry(NamedTuple):
             entries[self.name] = self.file
 
 
+Change = Write | Truncation | Entry
+
+
+def change_entries(entries: dict[str, int], change: Change | None) -> None:
+    assert isinstance(change, Entry)
+    change.apply(entries)
+
+
+def change_content(content: bytearray, change: Change | None, torn_by: random.Random | None = None) -> None:
+    """Apply the change of a file, or the part of it that reaches the disk if it is torn."""
+    assert isinstance(change, (Write, Truncation))
+    (change.torn(torn_by) if torn_by else change).apply(content)
+
+
 class Step(NamedTuple):
     """Something that the run did at a line of the trace: it changed a file or the folder, ended a sync or an answer."""
 
     line: int
     done: int  # a sync that began later covers it
     file: int | None  # None: the folder
-    change: Write | Truncation | Entry | None = None
+    change: Change | None = None
     synced_from: int = -1  # the line at which a sync began that has ended here
     answered: int = -1  # the port of a client that is told 2xx from here on, or of a server that has told it
 
@@ -154,14 +168,14 @@ class Recording:
 
     def _name(self, path: str) -> str | None:
         """The name of a file of the folder; SQLite's shared memory is none: it does not outlive the system."""
-        path = self.folder / readable(path)
-        return path.name if path.parent == self.folder and not path.name.endswith("-shm") else None
+        file = self.folder / readable(path)
+        return file.name if file.parent == self.folder and not file.name.endswith("-shm") else None
 
-    def _change(self, call: Call, file: int | None, change: Write | Truncation | Entry) -> None:
+    def _change(self, call: Call, file: int | None, change: Change) -> None:
         self.steps.append(Step(call.begun, call.done, file, change))
 
     def _openat(self, call: Call) -> None:
-        path, flags = re.search(r', "([^"]*)", ([A-Z_|]+)', call.arguments).groups()
+        path, flags = re.findall(r', "([^"]*)", ([A-Z_|]+)', call.arguments)[0]
         if (name := self._name(path)) is None:
             return
         self._offsets[call.result] = 0
@@ -175,7 +189,9 @@ class Recording:
             self._offsets[call.result] = self._sizes[self._live[name]]
 
     def _pwrite64(self, call: Call) -> None:
-        descriptor, path, data, offset = _WRITE.fullmatch(call.arguments).groups()
+        match = _WRITE.fullmatch(call.arguments)
+        assert match, call
+        descriptor, path, data, offset = match.groups()
         if (file := self._live.get(self._name(path) or "")) is not None:
             at = self._offsets[int(descriptor)] if offset is None else int(offset)
             written = unhex(data)[: call.result]
@@ -187,7 +203,7 @@ class Recording:
     _write = _pwrite64
 
     def _ftruncate(self, call: Call) -> None:
-        path, size = re.fullmatch(r"\d+<(.*?)>, (\d+)", call.arguments).groups()
+        ((path, size),) = re.findall(r"^\d+<(.*?)>, (\d+)$", call.arguments)
         if (file := self._live.get(self._name(path) or "")) is not None:
             self._truncate(call, file, int(size))
 
@@ -196,7 +212,7 @@ class Recording:
         self._sizes[file] = size
 
     def _fsync(self, call: Call) -> None:
-        path = re.fullmatch(r"\d+<(.*?)>", call.arguments)[1]
+        (path,) = re.findall(r"^\d+<(.*?)>$", call.arguments)
         file = self._live.get(self._name(path) or "")
         if file is not None or Path(readable(path)) == self.folder:
             self.steps.append(Step(call.done, call.done, file, synced_from=call.begun))
@@ -211,7 +227,7 @@ class Recording:
 
     def _unlink(self, call: Call) -> None:
         name = self._name(re.findall(r'"([^"]*)"', call.arguments)[0])
-        if self._live.pop(name or "", None) is not None:
+        if name and self._live.pop(name, None) is not None:
             self._change(call, None, Entry(name, None))
 
     def files(self) -> dict[str, bytes]:
@@ -255,25 +271,26 @@ class Disk:
         elif step.change:
             self._pending[step.file].append(step)
         else:
-            target = self._entries if step.file is None else self._contents[step.file]
             later = []
             for pending in self._pending[step.file]:
-                if pending.done < step.synced_from:
-                    pending.change.apply(target)
-                else:
+                if pending.done >= step.synced_from:
                     later.append(pending)
+                elif step.file is None:
+                    change_entries(self._entries, pending.change)
+                else:
+                    change_content(self._contents[step.file], pending.change)
             self._pending[step.file] = later
 
     def files(self) -> dict[str, bytes]:
         """Return every file with all that is under way to it."""
         entries = dict(self._entries)
         for step in self._pending[None]:
-            step.change.apply(entries)
+            change_entries(entries, step.change)
         files = {}
         for name, file in entries.items():
             content = bytearray(self._contents[file])
             for step in self._pending[file]:
-                step.change.apply(content)
+                change_content(content, step.change)
             files[name] = bytes(content)
         return files
 
@@ -283,12 +300,12 @@ class Disk:
         entries = dict(self._entries)
         for step in self._pending[None]:
             if choose.random() < share:
-                step.change.apply(entries)
+                change_entries(entries, step.change)
         for name, file in entries.items():
             content = bytearray(self._contents[file])
             for step in self._pending[file]:
                 if choose.random() < share:
-                    step.change.apply(content)
+                    change_content(content, step.change)
                 elif choose.random() < 0.5:
-                    step.change.torn(choose).apply(content)
+                    change_content(content, step.change, torn_by=choose)
             (folder / name).write_bytes(content)

@@ -39,6 +39,7 @@ from helpers import (
 )
 
 
+@pytest.mark.slow
 @table("statements", ["PRAGMA user_version = 2", "PRAGMA user_version = 99", "DROP TABLE environments"])
 def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, statements: str) -> None:
     with serving(tmp_path) as client:
@@ -98,6 +99,7 @@ def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path: Path,
     assert sizes_in(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path: Path) -> None:
     version = run(*SCRIPT, "--version", cwd=tmp_path)
     assert (version.returncode, version.stdout) == (0, f"eventstore {eventstore.__version__}\n")
@@ -199,7 +201,7 @@ def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned
     with Live(tmp_path, "--api-key-file", "keys", *to_nobody, EVENTSTORE_FORWARD_API_KEY="a-key") as live:
         (tmp_path / "keys").write_text("new=production")
         live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: 'no API key is for the environment "development" any more' in live.log)
+        eventually(lambda: 'no API key is left for the environment "development"' in live.log)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")

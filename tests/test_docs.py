@@ -60,7 +60,7 @@ def section(page: str, heading: str, level: int = 2) -> str:
     """Return the text under a heading, up to the next heading of its level or above."""
     pattern = rf"^{'#' * level} {heading}\n(.*?)(?=^#{{2,{level}}} |\Z)"
     (found,) = re.findall(pattern, page, re.MULTILINE | re.DOTALL)
-    return found
+    return str(found)
 
 
 def prose(page: str) -> str:
@@ -85,7 +85,7 @@ def run(folder: Path, *command: object, **variables: str) -> subprocess.Complete
     )  # fmt: skip
 
 
-def wait_for(port: int, process: subprocess.Popen) -> None:
+def wait_for(port: int, process: subprocess.Popen[Any]) -> None:
     """Wait for an answer. The port accepts connections before that, while the server still opens its database."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -93,13 +93,13 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
             return
         except httpx.TransportError:
-            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+            assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
             time.sleep(0.05)
     raise AssertionError(f"nobody listens on port {port}")
 
 
 @contextmanager
-def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
     try:
         yield process
     finally:
@@ -108,7 +108,7 @@ def ended(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
 
 
 @contextmanager
-def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen]:
+def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen[Any]]:
     """Run `eventstore serve` in the folder; its events.db is there."""
     command = [*EVENTSTORE, "serve", "--port", str(port)]
     with open(folder / "server.log", "ab") as log:
@@ -196,11 +196,12 @@ PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE))
 
 @needs_shell
 @pytest.mark.parametrize("name", PASTED)
-def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name, tmp_path):
+def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name: Any, tmp_path: Path) -> None:
     pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
     python = blocks(PAGES[name], "python")
     ports = {"8080": free_port()}
-    started, missing, ids = [], set(), {}
+    started, missing = [], set()
+    ids: dict[str, str] = {}
     with serving(tmp_path, ports["8080"]):
         try:
             for command, expected in pasted:
@@ -245,7 +246,7 @@ def run_program(name: str, program: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_masks_leave_what_does_not_vary():
+def test_the_masks_leave_what_does_not_vary() -> None:
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     compare("", "at 2026-11-01T03:30:00Z, now 2026-11-25T10:49:52.268441Z", f"at 2026-11-01T03:30:00Z, now {now}")
     old, new = "meter_01M80W6JV7116EN36KDG44YBRY", "meter_01M80W6JV7116EN36KDG44YBRZ"
@@ -270,7 +271,7 @@ def links(page: str) -> list[str]:
 
 
 @each_page
-def test_every_link_leads_somewhere(name):
+def test_every_link_leads_somewhere(name: Any) -> None:
     for link in links(PAGES[name]):
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
@@ -280,61 +281,61 @@ def test_every_link_leads_somewhere(name):
 
 
 @each_page
-def test_no_two_headings_of_a_page_share_an_anchor(name):
+def test_no_two_headings_of_a_page_share_an_anchor(name: Any) -> None:
     found = anchors(PAGES[name])
     assert len(found) == len(set(found)), found  # a link always leads to the first one
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/")])
-def test_every_section_is_in_its_pages_table_of_contents(name):
+def test_every_section_is_in_its_pages_table_of_contents(name: Any) -> None:
     contents = PAGES[name].partition("\n## ")[0]
     assert {f"#{anchor}" for anchor in anchors(PAGES[name], "##")} - set(links(contents)) == set()
 
 
-def test_every_page_is_reached_from_the_readme():
+def test_every_page_is_reached_from_the_readme() -> None:
     direct = {Path(link.partition("#")[0]) for link in links(PAGES["README.md"])}
     assert {Path(name) for name in PAGES} - direct == {Path("README.md")}
 
 
-def test_the_readmes_first_screen_says_where_to_read_what_differs_from_flexprice():
+def test_the_readmes_first_screen_says_where_to_read_what_differs_from_flexprice() -> None:
     assert "docs/fidelity.md" in links(PAGES["README.md"].partition("\n```")[0])
 
 
 @each_page
-def test_every_page_is_short(name):
+def test_every_page_is_short(name: Any) -> None:
     assert len(PAGES[name].splitlines()) <= (200 if name == "README.md" else 249)
 
 
 @each_page
-def test_lines_of_prose_are_at_most_120_characters_long(name):
+def test_lines_of_prose_are_at_most_120_characters_long(name: Any) -> None:
     lines = [line for line in prose(PAGES[name]).splitlines() if not line.startswith("|")]
     assert [line for line in lines if len(line) > 120] == []
 
 
 @each_page
-def test_a_page_names_nothing_that_its_reader_does_not_have(name):
+def test_a_page_names_nothing_that_its_reader_does_not_have(name: Any) -> None:
     assert re.findall(r"\bSPEC\b|/work/|\bissue \d", PAGES[name]) == []
 
 
 @each_page
-def test_every_code_block_says_its_language(name):
+def test_every_code_block_says_its_language(name: Any) -> None:
     fences = re.findall(r"^```(.*)$", PAGES[name], re.MULTILINE)
     assert all(fences[::2]), fences
     assert not any(fences[1::2]), fences
 
 
-def test_the_files_that_the_readme_names_exist():
+def test_the_files_that_the_readme_names_exist() -> None:
     names = re.findall(r"`([^`]+\.\w+|\w+/)`", section(PAGES["README.md"], "Files"))
     assert len(names) >= 4
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_the_pytest_plugin_is_left_out_by_the_documented_name():
+def test_the_pytest_plugin_is_left_out_by_the_documented_name() -> None:
     (name,) = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]
     assert f"`pytest -p no:{name}`" in PAGES["docs/testing.md"]
 
 
-def test_what_ci_runs_is_the_readmes_second_command():
+def test_what_ci_runs_is_the_readmes_second_command() -> None:
     script = ROOT / ".ci" / "run"
     if not script.exists():
         pytest.skip("no .ci in this copy")
@@ -359,7 +360,8 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune"])
-def test_every_flag_is_documented_with_its_default(tmp_path, command):
+@pytest.mark.slow
+def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: Any) -> None:
     flags = help_of(tmp_path, command)
     table = section(REFERENCE, f"eventstore {command}", level=3)
     rows = dict(re.findall(r"^\| `(--[a-z-]+)[^|]*\| ([^|]*?) ?\|", table, re.MULTILINE))
@@ -372,12 +374,12 @@ SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", SERVED, ids=lambda operation: f"{operation.method} {operation.public_path}")
-def test_every_route_is_documented(operation):
+def test_every_route_is_documented(operation: Any) -> None:
     row = f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}"
     assert re.search(rf"{re.escape(row)}[`?]", section(API, "Endpoints"))
 
 
-def test_the_sections_of_the_api_that_the_code_names_are_there():
+def test_the_sections_of_the_api_that_the_code_names_are_there() -> None:
     named = {name for path in ROOMS for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
              for name in names.split(", ")}  # fmt: skip
     assert len(named) > 10
@@ -387,7 +389,7 @@ def test_the_sections_of_the_api_that_the_code_names_are_there():
 
 
 @pytest.mark.parametrize("name", ["sending", "querying", "usage", "meters", "analytics"])
-def test_the_api_page_links_to_every_section_of_the_pages_it_indexes(name):
+def test_the_api_page_links_to_every_section_of_the_pages_it_indexes(name: Any) -> None:
     sections = {f"{name}.md#{anchor}" for anchor in anchors(PAGES[f"docs/{name}.md"], "##")}
     assert sections - set(links(API)) == set()
 
@@ -401,7 +403,7 @@ LEFT_OUT = [
 
 
 @pytest.mark.parametrize(("route", "status"), LEFT_OUT)
-def test_a_route_that_is_left_out_is_refused_as_documented(route, status):
+def test_a_route_that_is_left_out_is_refused_as_documented(route: Any, status: Any) -> None:
     method, path = route.split()
     with running_server() as server:
         url = server.url.removesuffix("/v1") + path
@@ -409,7 +411,7 @@ def test_a_route_that_is_left_out_is_refused_as_documented(route, status):
     assert answer.status_code == status
 
 
-def wire_types(kind: Any) -> Iterator[type]:
+def wire_types(kind: Any) -> Iterator[type[msgspec.Struct]]:
     """Yield a wire type and the types of its fields."""
     if hasattr(kind, "__struct_fields__"):
         yield kind
@@ -420,7 +422,7 @@ def wire_types(kind: Any) -> Iterator[type]:
 
 
 # The section that must document the fields of each type, not by chance another one.
-SECTIONS = {
+SECTIONS: dict[str, list[Any]] = {
     "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
     "Features": [features.FeatureIn, features.FeatureSearchIn, features.FeaturePage, resources.SortIn],
     "Usage of a meter": [meters.MeterUsageIn],
@@ -430,14 +432,14 @@ ELSEWHERE = {"Features": ("Meters",), "Analytics": ("Meters", "Features")}  # se
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
-def test_what_meters_and_analytics_have_for_fields_stands_under_their_heading(heading):
+def test_what_meters_and_analytics_have_for_fields_stands_under_their_heading(heading: Any) -> None:
     fields = {name for kind in SECTIONS[heading] for struct in wire_types(kind) for name in struct.__struct_fields__}
     texts = [section(METERS if name in ("Meters", "Features") else ANALYTICS, name)
              for name in (heading, *ELSEWHERE.get(heading, ()))]  # fmt: skip
     assert fields - set(re.findall(r"\w+", " ".join(texts))) == set()
 
 
-def test_every_field_and_code_is_documented():
+def test_every_field_and_code_is_documented() -> None:
     kinds = [kind for operation in SERVED for kind in (operation.body, operation.answer)]
     fields = {name for kind in (*kinds, eventstore.EventIn, eventstore.ErrorBody) for struct in wire_types(kind)
               for name in struct.__struct_fields__ if not name.startswith("event_") or not name[6:].isdigit()}  # fmt: skip
@@ -449,7 +451,7 @@ FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
+def test_a_fault_that_is_worth_a_test_does_what_it_says(fault: Any) -> None:
     fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
     with running_server() as server:
         server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
@@ -458,7 +460,7 @@ def test_a_fault_that_is_worth_a_test_does_what_it_says(fault):
         assert len(server.events()) == (fields.get("stored", False) or "status" not in fields)
 
 
-def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
+def test_the_log_lines_worth_an_alert_are_those_that_are_logged() -> None:
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(RELIABILITY, "What to watch"), re.MULTILINE)
     assert len(rows) == 14
     source = "".join(path.read_text("utf-8") for path in ROOMS)
@@ -469,7 +471,7 @@ def test_the_log_lines_worth_an_alert_are_those_that_are_logged():
             assert part in source or part == "Exception in ASGI application", part  # that one is uvicorn's
 
 
-def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path):
+def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
         conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
     done = run(tmp_path, *EVENTSTORE, "serve", "--port", "0")
@@ -494,9 +496,10 @@ def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
     return httpx.post(f"http://127.0.0.1:{port}/v1/events", json=event, headers={"x-api-key": key})
 
 
+@pytest.mark.slow
 @needs_shell
 @pytest.mark.parametrize("command", BACKUPS, ids=lambda command: command.split()[0])
-def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path, command):
+def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path: Path, command: Any) -> None:
     if shutil.which(command.split()[0]) is None:
         pytest.skip(f"needs {command.split()[0]}")
     port = free_port()
@@ -518,7 +521,8 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
         assert ids_on(port) == ["before 0", "before 1", "before 2", "after"]
 
 
-def test_a_key_is_changed_without_losing_a_request(tmp_path):
+@pytest.mark.slow
+def test_a_key_is_changed_without_losing_a_request(tmp_path: Path) -> None:
     """Follow the documented steps while an application sends events and retries refused connections."""
     port, key, over, sent = free_port(), "old-key", threading.Event(), []
 
@@ -554,7 +558,8 @@ def test_a_key_is_changed_without_losing_a_request(tmp_path):
 
 def published(server: MockServer, path: str) -> list[dict[str, Any]]:
     query = f"{server.url}/{path}?status=published&order=asc&limit=1000"
-    return httpx.get(query, headers={"x-api-key": server.api_key}).raise_for_status().json()["items"]
+    answer = httpx.get(query, headers={"x-api-key": server.api_key}).raise_for_status()
+    return list(answer.json()["items"])
 
 
 def what_moves(server: MockServer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -594,13 +599,14 @@ def fill_with_meters(server: MockServer) -> None:
     make(f"meters/{ids[5]}/disable")
 
 
-def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path):
+@pytest.mark.slow
+def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path: Path) -> None:
     (program,) = blocks(section(OUTBOX, "Moving to FlexPrice"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
         fill_with_meters(old)
         expected, features = what_moves(old)
         assert (len(expected), len(features)) == (5, 5)
-        ports = {"8080": str(httpx.URL(old.url).port), "8081": str(httpx.URL(new.url).port)}
+        ports = {"8080": httpx.URL(old.url).port or 0, "8081": httpx.URL(new.url).port or 0}
         (tmp_path / "carry.py").write_text(with_ports(program, ports))
         lost = "left out, its meter is archived: lost"
         there = [f"there already: {name}" for name in ("first", "second", "third")]
@@ -612,7 +618,7 @@ def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_ch
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_the_systemd_unit_is_one(tmp_path):
+def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
     (unit,) = blocks(DEPLOYING, "ini")
     unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # the program must exist
     (edited,) = blocks(OUTBOX, "systemd")
@@ -624,7 +630,7 @@ def test_the_systemd_unit_is_one(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")
 @pytest.mark.parametrize("number", [0, 1], ids=["a name of its own", "below a path"])
-def test_caddy_takes_its_configuration(tmp_path, number):
+def test_caddy_takes_its_configuration(tmp_path: Path, number: int) -> None:
     (tmp_path / "Caddyfile").write_text(blocks(DEPLOYING, "caddyfile")[number])
     command = ("caddy", "validate", "--adapter", "caddyfile", "--config", "Caddyfile")
     done = run(tmp_path, *command, HOME=str(tmp_path))
@@ -633,7 +639,7 @@ def test_caddy_takes_its_configuration(tmp_path, number):
 
 @pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl")
 @pytest.mark.parametrize("is_below", [False, True], ids=["a name of its own", "below a path"])
-def test_nginx_takes_its_configuration(tmp_path, is_below):
+def test_nginx_takes_its_configuration(tmp_path: Path, is_below: Any) -> None:
     certificate, key = tmp_path / "events.pem", tmp_path / "events.key"
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     run(tmp_path, "openssl", "req", "-x509", *curve, "-subj", "/CN=e", "-keyout", key, "-out", certificate)

@@ -124,6 +124,7 @@ def test_pages_join_without_gaps_or_repeats(tmp_path: Path, monkeypatch: pytest.
 # ---------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path) -> None:
     imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(5000)]))
     whole = run(*SCRIPT, "export", cwd=tmp_path)

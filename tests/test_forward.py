@@ -162,6 +162,7 @@ def test_events_of_another_environment_are_skipped_span_by_span(tmp_path: Path, 
     assert saved_progress(tmp_path)["last_id"] == "first"
 
 
+@pytest.mark.slow
 def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         for each in numbered(20, properties={"x": "y" * 1_500_000}):
@@ -217,6 +218,7 @@ def test_no_event_is_skipped_after_an_answer_other_than_202(caplog: Logs, trick:
     assert (len(line.message) < 700, line.message.isprintable()) == (True, True)
 
 
+@pytest.mark.slow
 def test_batches_shrink_for_a_target_that_resets_large_ones_and_grow_again(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(sending, "GROW_AFTER", 2)
     with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, client):
@@ -468,6 +470,7 @@ def test_after_a_kill_at_most_the_batches_of_half_a_second_are_sent_again(tmp_pa
 
 
 @table(("trick", "accepted"), [("hangs", 0), ("slow", 2000), ("refuses", 1000), ("is down", 0)])
+@pytest.mark.slow
 def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     tmp_path: Path, trick: str, accepted: int
 ) -> None:

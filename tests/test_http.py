@@ -10,17 +10,21 @@ import re
 import shutil
 import socket
 import struct
+import sys
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
 import eventstore
-from helpers import KEY, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
+from helpers import BODY, KEY, ROOT, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
 
 UPGRADES = {
     "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
@@ -33,7 +37,14 @@ NUMBERS = itertools.count()
 
 
 def request_bytes(
-    method: str, path: str, body: bytes = b"", headers: str = "", *, key: str = KEY, version: str = "1.1", chunked=False
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: str = "",
+    *,
+    key: str = KEY,
+    version: str = "1.1",
+    chunked: bool = False,
 ) -> bytes:
     head = f"{method} {path} HTTP/{version}\r\nHost: test\r\nx-api-key: {key}\r\n{headers}"
     if chunked:
@@ -54,7 +65,7 @@ def new_id() -> str:
     return f"http_{next(NUMBERS)}"
 
 
-def on_each_route(**options) -> list[tuple[bytes, int]]:
+def on_each_route(**options: Any) -> list[tuple[bytes, int]]:
     """A request to each kind of route, and the status of its answer."""
     return [
         (request_bytes("POST", "/v1/events", body_of(new_id()), **options), 202),
@@ -95,11 +106,13 @@ def answers_in(received: bytes) -> list[httpx.Response]:
     found = []
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
-        status, headers = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [^\r]*((?:\r\n[^\r]+)*)", head).groups()
-        headers = [line.split(b": ", 1) for line in headers.split(b"\r\n")[1:]]
+        match = re.fullmatch(rb"HTTP/1\.1 (\d{3}) [^\r]*((?:\r\n[^\r]+)*)", head)
+        assert match, head
+        lines = [line.partition(b": ") for line in match[2].split(b"\r\n")[1:]]
+        headers = [(name, value) for name, _, value in lines]
         length = int(dict(headers)[b"content-length"])
         assert len(received) >= length
-        found.append(httpx.Response(int(status), headers=headers, content=received[:length]))
+        found.append(httpx.Response(int(match[1]), headers=headers, content=received[:length]))
         received = received[length:]
     return found
 
@@ -114,7 +127,9 @@ LAST = request_bytes("GET", "/health", headers="Connection: close\r\n")
 @table("upgrade", UPGRADES)
 @table("chunked", [False, True], ids=["length", "chunked"])
 @table("route", range(len(ROUTES)), ids=ROUTES)
-def test_a_request_to_upgrade_is_answered_like_any_other_however_it_is_cut(live, upgrade, chunked, route):
+def test_a_request_to_upgrade_is_answered_like_any_other_however_it_is_cut(
+    live: Live, upgrade: str, chunked: bool, route: int
+) -> None:
     request, status = on_each_route(headers=UPGRADES[upgrade], chunked=chunked)[route]
     head_end = request.index(b"\r\n\r\n") + 4
     ways = {
@@ -127,7 +142,7 @@ def test_a_request_to_upgrade_is_answered_like_any_other_however_it_is_cut(live,
         assert statuses(answers_to(live, *packets)) == [status, 200], way
 
 
-def test_pipelined_requests_to_upgrade_are_all_answered_in_order(live):
+def test_pipelined_requests_to_upgrade_are_all_answered_in_order(live: Live) -> None:
     sent, expected = b"", []
     for upgrade in UPGRADES.values():
         for chunked in (False, True):
@@ -140,7 +155,7 @@ def test_pipelined_requests_to_upgrade_are_all_answered_in_order(live):
         assert statuses(answers_to(live, *packets, LAST)) == [*expected, 200]
 
 
-def test_an_event_sent_with_a_request_to_upgrade_is_stored_once(live):
+def test_an_event_sent_with_a_request_to_upgrade_is_stored_once(live: Live) -> None:
     with live.client() as client, live.connect() as sock:
         for upgrade in UPGRADES.values():
             sock.sendall(request_bytes("POST", "/v1/events", body_of("upgraded"), headers=upgrade))
@@ -152,14 +167,14 @@ def test_an_event_sent_with_a_request_to_upgrade_is_stored_once(live):
     assert "Unsupported upgrade" not in live.log
 
 
-def test_a_large_body_follows_a_request_to_upgrade(live):
+def test_a_large_body_follows_a_request_to_upgrade(live: Live) -> None:
     large = json.dumps(event(new_id(), properties={"text": "x" * 3_000_000})).encode()
     for chunked in (False, True):
         request = request_bytes("POST", "/v1/events", large, UPGRADES["h2c"], chunked=chunked)
         assert statuses(answers_to(live, request + LAST)) == [202, 200]
 
 
-def test_expect_100_continue_and_a_request_to_upgrade_together(live):
+def test_expect_100_continue_and_a_request_to_upgrade_together(live: Live) -> None:
     request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + "Expect: 100-continue\r\n")
     head, body = request.split(b"\r\n\r\n")
     with live.connect() as sock:
@@ -170,14 +185,15 @@ def test_expect_100_continue_and_a_request_to_upgrade_together(live):
 
 
 @table("version, headers", [("1.0", ""), ("1.1", "Connection: close\r\n")], ids=["HTTP/1.0", "close"])
-def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live, version, headers):
+def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live: Live, version: str, headers: str) -> None:
     request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + headers, version=version)
     assert statuses(answers_to(live, request)) == [202]
     assert statuses(answers_to(live, request[:-10], request[-10:])) == [202]
+    assert statuses(answers_to(live, request + LAST)) == [202]
 
 
 @table("target", ["example.com:443", "/v1/events"])
-def test_connect_is_refused_after_the_answers_before_it(live, target):
+def test_connect_is_refused_after_the_answers_before_it(live: Live, target: str) -> None:
     connect = f"CONNECT {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     first = request_bytes("POST", "/v1/events", body_of(new_id()))
     assert statuses(answers_to(live, connect)) == [405]
@@ -210,7 +226,7 @@ class Client {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("javac"), reason="there is no JDK")
-def test_the_http_client_of_java_loses_no_event(live, tmp_path):
+def test_the_http_client_of_java_loses_no_event(live: Live, tmp_path: Path) -> None:
     (tmp_path / "Client.java").write_text(JAVA)
     done = run("java", "-Djdk.httpclient.HttpClient.log=headers", tmp_path / "Client.java", live.url, KEY)
     assert done.stdout.split("\n") == ["202 HTTP_1_1"] * 20 + [""], done.stderr
@@ -226,7 +242,7 @@ def curl_speaks_http2() -> bool:
 
 @pytest.mark.skipif(not curl_speaks_http2(), reason="there is no curl with HTTP/2")
 @table("chunked", [False, True], ids=["length", "chunked"])
-def test_curl_with_http2(live, chunked):
+def test_curl_with_http2(live: Live, chunked: bool) -> None:
     headers = ["-H", "Transfer-Encoding: chunked"] if chunked else []
     command = ["curl", "-sv", "--http2", f"{live.url}/v1/events", "-H", f"x-api-key: {KEY}", *headers]
     done = run(*command, "-d", body_of(new_id()).decode(), "-w", " %{http_code}")
@@ -249,7 +265,7 @@ LONG_HEADS = {
 
 @table("name", LONG_HEADS)
 @table("size", [10**6, 10_000], ids=["one packet", "pieces"])
-def test_a_head_longer_than_the_limit_is_refused_and_the_connection_closed(live, name, size):
+def test_a_head_longer_than_the_limit_is_refused_and_the_connection_closed(live: Live, name: str, size: int) -> None:
     text, status, code = LONG_HEADS[name]
     sent = text.encode()
     for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
@@ -260,7 +276,7 @@ def test_a_head_longer_than_the_limit_is_refused_and_the_connection_closed(live,
     assert f": {status} {code}: " in live.log
 
 
-def test_a_head_just_below_the_limit_is_answered(live):
+def test_a_head_just_below_the_limit_is_answered(live: Live) -> None:
     with live.connect() as sock:
         for header in (f"X: {'a' * (LIMIT - 200)}\r\n", "X: y\r\n" * ((LIMIT - 200) // 6)):
             sock.sendall(request_bytes("GET", "/health", headers=header))
@@ -269,13 +285,13 @@ def test_a_head_just_below_the_limit_is_answered(live):
         assert answer_on(sock).status_code == 200
 
 
-def test_many_pipelined_requests_are_no_long_head(live):
+def test_many_pipelined_requests_are_no_long_head(live: Live) -> None:
     sent = request_bytes("POST", "/v1/events/query", b'{"page_size": 1}', "X-Long: " + "a" * 1000 + "\r\n") * 100
     assert len(sent) > LIMIT
     assert statuses(answers_to(live, sent + LAST)) == [200] * 101
 
 
-def test_a_body_in_tiny_chunks_is_no_long_head(live):
+def test_a_body_in_tiny_chunks_is_no_long_head(live: Live) -> None:
     body = json.dumps(event(new_id(), properties={"text": "x" * 30_000})).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n")
@@ -286,7 +302,7 @@ def test_a_body_in_tiny_chunks_is_no_long_head(live):
 @table(
     "part", [b"0\r\nX: ", b"1;", b"5\r\nabcde\r\n0\r\n" + b"X: y\r\n" * 12_000], ids=["trailer", "chunk", "trailers"]
 )
-def test_trailers_and_chunk_sizes_are_limited_like_a_head(live, part):
+def test_trailers_and_chunk_sizes_are_limited_like_a_head(live: Live, part: bytes) -> None:
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n")
     with live.client() as client, stores_nothing(client), live.connect() as sock:
         sock.settimeout(5)
@@ -299,14 +315,14 @@ def resident_bytes(live: Live) -> int:
     status = Path(f"/proc/{live.process.pid}/status")
     if not status.exists():
         pytest.skip("only Linux says how much memory another process has")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
 @table("start, piece", [
     (b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 8000 + b"\r\n"), (b"GET / HTTP/1.1\r\nX: ", b"a" * 8192),
     (b"GET /", b"a" * 8192), (b"", b"\r\n" * 4096),
 ], ids=["headers", "header", "URL", "line breaks"])  # fmt: skip
-def test_400_mb_of_a_head_take_neither_memory_nor_time(live, start, piece):
+def test_400_mb_of_a_head_take_neither_memory_nor_time(live: Live, start: bytes, piece: bytes) -> None:
     with live.client() as client, live.connect() as sock:
         before = resident_bytes(live)
         started = time.monotonic()
@@ -321,14 +337,16 @@ def test_400_mb_of_a_head_take_neither_memory_nor_time(live, start, piece):
         assert resident_bytes(live) < before + 20_000_000
 
 
-def test_a_request_is_answered_after_the_client_has_shut_down_its_sending_side(live):
+def test_a_request_is_answered_after_the_client_has_shut_down_its_sending_side(live: Live) -> None:
     for chunked in (False, True):
         for request, status in on_each_route(chunked=chunked):
             assert statuses(answers_to(live, request, shut_down=True)) == [status]
 
 
 @table("rest", [b"", b"POST /v1/ev", posting(body_of("never"))[:-1]], ids=["nothing", "half a head", "half a body"])
-def test_all_requests_before_a_half_close_are_answered_and_what_is_incomplete_is_not_stored(live, rest):
+def test_all_requests_before_a_half_close_are_answered_and_what_is_incomplete_is_not_stored(
+    live: Live, rest: bytes
+) -> None:
     requests = on_each_route()
     answers = answers_to(live, b"".join(request for request, _ in requests) + rest, shut_down=True)
     assert statuses(answers) == [status for _, status in requests]
@@ -337,7 +355,7 @@ def test_all_requests_before_a_half_close_are_answered_and_what_is_incomplete_is
 
 
 @table("part", [b"", b"POST /v1/ev", posting(body_of("never"))[:-1]], ids=["nothing", "half a head", "half a body"])
-def test_a_half_closed_connection_without_a_complete_request_is_closed(live, part):
+def test_a_half_closed_connection_without_a_complete_request_is_closed(live: Live, part: bytes) -> None:
     with live.client() as client, live.connect() as sock:
         sock.sendall(part)
         sock.shutdown(socket.SHUT_WR)
@@ -359,7 +377,7 @@ MALFORMED = {
 
 
 @table("name", MALFORMED)
-def test_a_malformed_request_is_refused_after_the_answers_before_it(live, name):
+def test_a_malformed_request_is_refused_after_the_answers_before_it(live: Live, name: str) -> None:
     sent, part = MALFORMED[name]
     for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
         *answers, last = answers_to(live, before + sent)
@@ -367,7 +385,7 @@ def test_a_malformed_request_is_refused_after_the_answers_before_it(live, name):
         refused(last, part=part)
 
 
-def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_nothing(live):
+def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_nothing(live: Live) -> None:
     bad = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n") + b"2\r\n{}\r\nzz\r\n"
     with live.client() as client, stores_nothing(client):
         assert statuses(answers_to(live, bad)) == [400]
@@ -378,7 +396,16 @@ def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_not
     ]
 
 
-def test_the_answer_arrives_although_the_client_sends_on(live):
+def test_a_request_that_was_answered_before_its_end_gets_no_second_answer(live: Live) -> None:
+    head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong")
+    with live.connect() as sock:
+        sock.sendall(head)
+        time.sleep(0.1)  # the answer is sent before the rest arrives
+        sock.sendall(b"zz\r\n")
+        assert statuses(answers_in(b"".join(iter(lambda: sock.recv(65536), b"")))) == [401]
+
+
+def test_the_answer_arrives_although_the_client_sends_on(live: Live) -> None:
     with live.connect() as sock:
         for _ in range(50):
             sock.sendall(b"garbage\r\n" * 10_000)
@@ -386,7 +413,43 @@ def test_the_answer_arrives_although_the_client_sends_on(live):
         assert sock.recv(1) == b""
 
 
-def test_a_lost_connection_leaves_no_timer_behind():
+DRIPS = {  # what is sent at first, then again and again
+    "head": (b"", b"X"),
+    "second head": (posting(BODY) + b"GET / HTTP/1.1\r\nX: ", b"y"),
+    "line breaks": (b"", b"\r\n"),
+    "line breaks after an answer": (posting(BODY), b"\r\n"),
+    "body after its answer": (request_bytes("POST", "/v1/events", b"x" * 10**6, key="wrong")[: -(10**6)], b"x"),
+    "trailers after their answer": (
+        request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong") + b"0\r\nX: ",
+        b"y",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_a_client_cannot_keep_a_connection_open_by_a_byte_now_and_then(tmp_path: Path) -> None:
+    code = "import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
+    command, flags = [sys.executable, "-c", code], ["--api-key", KEY, "--keep-alive-s", "1"]
+    with Live(tmp_path, *flags, command=command, PYTHONPATH=str(ROOT)) as live, ExitStack() as stack:
+        drips = {name: (stack.enter_context(live.connect()), drip) for name, (_, drip) in DRIPS.items()}
+        for name, (first, _) in DRIPS.items():
+            drips[name][0].sendall(first)
+        deadline = time.monotonic() + 10
+        while drips:
+            assert time.monotonic() < deadline, f"open: {[*drips]}"
+            drips = {name: (sock, drip) for name, (sock, drip) in drips.items() if takes(sock, drip)}
+            time.sleep(0.05)
+
+
+def takes(sock: socket.socket, data: bytes) -> bool:
+    try:
+        sock.sendall(data)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_lost_connection_leaves_no_timer_behind() -> None:
     """A port probe connects and leaves; its protocol object must not live on until the timer for headers expires."""
 
     async def until(condition: Callable[[], object]) -> None:
@@ -395,12 +458,12 @@ def test_a_lost_connection_leaves_no_timer_behind():
 
     async def probe() -> int:
         loop = asyncio.get_running_loop()
-        config = eventstore.uvicorn_server(lambda *_: None, 1).config
+        config = eventstore.uvicorn_server(Starlette(), 1).config
         config.load()
         state = ServerState()
         listening = await loop.create_server(lambda: eventstore._Protocol(config, state, {}, loop), "127.0.0.1", 0)
         address = listening.sockets[0].getsockname()
-        made = weakref.WeakSet()
+        made: weakref.WeakSet[Any] = weakref.WeakSet()
         for sent in (b"", b"GET / HT", b"garbage\r\n"):
             with socket.create_connection(address) as sock:
                 sock.sendall(sent)

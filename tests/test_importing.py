@@ -202,6 +202,7 @@ def test_an_import_that_cannot_start_says_why_in_one_line_and_changes_nothing(
     assert sizes_in(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_an_import_and_a_server_share_a_database(tmp_path: Path) -> None:
     (tmp_path / "in.ndjson").write_bytes(lines_of(*[event(f"i{number}") for number in range(20_000)]))
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
@@ -230,6 +231,7 @@ def test_one_large_event_in_an_array_takes_linear_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
 @table("form", ["ndjson", "csv"])
+@pytest.mark.slow
 def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: str) -> None:
     """The database stays small, as there are only 100 ids, and so do transactions: only holding the file would need more."""
     code = """if True:

@@ -452,6 +452,7 @@ def send():
 """
 
 
+@pytest.mark.slow
 def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makeconftest("import application")
@@ -476,6 +477,7 @@ def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytes
     run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
 
 
+@pytest.mark.slow
 @table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
 def test_flexprice_real_keeps_the_variables(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, flags: list[str], ini: str
@@ -510,6 +512,7 @@ def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
     assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
 
 
+@pytest.mark.slow
 def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
@@ -530,6 +533,7 @@ def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None
     assert len(urls) == len(set(urls)) == 2
 
 
+@pytest.mark.slow
 def test_requests_shows_each_request_and_its_fault(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
@@ -561,6 +565,7 @@ def test_requests_shows_each_request_and_its_fault(pytester: pytest.Pytester) ->
     run_tests(pytester).assert_outcomes(passed=1)
 
 
+@pytest.mark.slow
 def test_an_unused_fault_is_a_warning(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(

@@ -574,6 +574,7 @@ def test_an_export_to_a_terminal_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @table(
     "arguments",
     ["import in --db new.db", "import lines --format parquet --db new.db", "export --db old.db -o out.parquet"],

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from eventstore import ENCODER, StartError
 from eventstore_extras import features, forward, meters
-from fake_target import FakeTarget, lag, reply
+from fake_target import FakeTarget, Handler, lag, reply
 from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from powercut import Disk, Entry, Recording, strace
 
@@ -51,17 +51,18 @@ def server(number: int, *lines: str) -> list[str]:
 
 class Request(NamedTuple):
     path: str  # may hold the {id} that the answer before gave
-    body: dict
-    answer: dict = {}  # noqa: RUF012
+    body: dict[str, Any]
+    answer: dict[str, Any] = {}  # noqa: RUF012
 
     @property
-    def events(self) -> list[dict]:
+    def events(self) -> list[dict[str, Any]]:
         if not self.path.startswith("events"):
             return []
-        return self.body.get("events", [self.body])
+        events: list[dict[str, Any]] = self.body.get("events", [self.body])
+        return events
 
 
-def sent_event(name: str) -> dict:
+def sent_event(name: str) -> dict[str, Any]:
     """All of it follows from its id."""
     return event(name, properties={"id": name, "filler": "x" * random.Random(name).randrange(300)})
 
@@ -93,7 +94,8 @@ def requests_of(client: int, choose: random.Random) -> list[Request]:
 
 def send(live: Live, requests: list[Request]) -> tuple[int, list[Request]]:
     """Each waits for the answer to the one before; the port from which they came, and they with their answers."""
-    answer, answered = {}, []
+    answer: dict[str, Any] = {}
+    answered = []
     with live.connect() as sock:
         for request in requests:
             path = request.path.format(id=answer.get("id"))
@@ -112,10 +114,10 @@ class PickyTarget(FakeTarget):
 
     def __init__(self) -> None:
         self.accepted_batches: list[list[str]] = []
-        self.is_there = itertools.repeat(True)  # for each request
+        self.is_there: Iterator[bool] = itertools.repeat(True)  # for each request
         super().__init__(self.judge)
 
-    def judge(self, handler: object, ids: list[str]) -> bool:
+    def judge(self, handler: Handler, ids: list[str]) -> bool:
         if not next(self.is_there):
             return reply(handler, 503, b"{}")
         if any(map(is_refused, ids)):
@@ -139,6 +141,10 @@ class Cut(NamedTuple):
 PRESENCE = ((True,) * 8 + (False,), (False,) * 10 + (True,))
 
 
+def wait_for_line(file: Path, pattern: re.Pattern[str]) -> None:
+    eventually(lambda: pattern.search(file.read_text()))
+
+
 class Run:
     """Two servers one after the other on one folder, under strace, and who sent what to them."""
 
@@ -158,13 +164,16 @@ class Run:
             with Live(self.data, *FLAGS, target.url, command=command, **ENVIRON) as live:
                 self.send_all([requests_of(6 * number + client, choose) for client in range(6)], live)
                 if last:
-                    eventually(lambda live=live: lag(live.client())[0] == 0 and not self.kept() & self.due[-1])
+                    self.wait_until_nothing_is_due(live)
                 assert live.stop() == 0, live.log
             ended = re.compile(rf"^{live.process.pid} +\+\+\+ exited", re.MULTILINE)
-            eventually(lambda trace=trace, ended=ended: ended.search(trace.read_text()))
+            wait_for_line(trace, ended)
             self.recording.add(trace)
             self.check_the_recording()
         self.accepted = list(target.accepted_batches)
+
+    def wait_until_nothing_is_due(self, live: Live) -> None:
+        eventually(lambda: lag(live.client())[0] == 0 and not self.kept() & self.due[-1])
 
     def check_the_recording(self) -> None:
         """Fail if the model of the disk is wrong: its files, rebuilt from the trace, must equal the real ones."""
@@ -197,14 +206,14 @@ ENVIRON = {"PYTHONPATH": str(ROOT), "EVENTSTORE_FORWARD_API_KEY": KEY}
 # ---------------------------------------------------------------------------------------------- what is checked
 
 
-def rows(cut: Cut, columns: str, of_table: str) -> list[tuple]:
+def rows(cut: Cut, columns: str, of_table: str) -> list[tuple[Any, ...]]:
     with database(cut.folder) as conn:
         if not conn.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'events'").fetchone()[0]:
             return []  # the power failed before there was a table
         return conn.execute(f"SELECT {columns} FROM {of_table}").fetchall()
 
 
-def properties_sent(cut: Cut) -> dict[str, dict]:
+def properties_sent(cut: Cut) -> dict[str, dict[str, Any]]:
     return {one["event_id"]: one["properties"] for request in cut.sent for one in request.events}
 
 
@@ -252,12 +261,14 @@ def nothing_else_is_there(cut: Cut) -> Iterator[str]:
             yield f"{event_id} is not as it was sent"
 
 
-def answered_now(cut: Cut, path: str, identity: str) -> dict:
+def answered_now(cut: Cut, path: str, identity: str) -> dict[str, Any]:
     """A meter or a feature as the server would answer it."""
     with database(cut.folder) as conn:
         if path == "meters":
-            return json.loads(ENCODER.encode(meters.require_meter(conn, "development", identity).meter))
-        return json.loads(ENCODER.encode(features.require_feature(conn, "development", identity)))
+            found: Any = meters.require_meter(conn, "development", identity).meter
+        else:
+            found = features.require_feature(conn, "development", identity)
+        return dict(json.loads(ENCODER.encode(found)))
 
 
 def meters_and_features_are_as_they_were_answered(cut: Cut) -> Iterator[str]:
@@ -345,7 +356,7 @@ REUSED_DESCRIPTOR = r"""
 """
 
 
-def test_a_descriptor_belongs_to_a_file_from_the_moment_when_openat_returned_it(tmp_path):
+def test_a_descriptor_belongs_to_a_file_from_the_moment_when_openat_returned_it(tmp_path: Path) -> None:
     def hexadecimal(path: Path) -> str:
         return "".join(f"\\x{byte:02x}" for byte in bytes(path))
 
@@ -360,13 +371,13 @@ def test_a_descriptor_belongs_to_a_file_from_the_moment_when_openat_returned_it(
 
 
 @pytest.fixture
-def target():
+def target() -> Iterator[Any]:
     with PickyTarget() as target:
         yield target
 
 
 @pytest.fixture
-def record(tmp_path, target, choose):
+def record(tmp_path: Path, target: Any, choose: random.Random) -> Any:
     in_foreground = [word for word in strace(tmp_path / "trace.txt") if word != "-D"]
     if run(*in_foreground, "true").returncode != 0:
         pytest.skip("this process may not trace another")
@@ -393,7 +404,9 @@ def check_that_much_happened(a_run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(tmp_path, record, target, choose):
+def test_whatever_was_acknowledged_is_there_after_a_power_cut_at_any_moment(
+    tmp_path: Path, record: Any, target: Any, choose: random.Random
+) -> None:
     a_run = record()
     check_that_much_happened(a_run)
     to_start = set(choose.sample(range(CUTS), STARTS))
@@ -440,7 +453,9 @@ retention.checkpoint = lambda _: None  # it syncs, and so soon that little is lo
     ],
     ids=["commits", "progress not synced, deleted too early", "put aside too late", "progress first"],
 )
-def test_power_cuts_show_what_the_server_does_in_the_wrong_way(lines, says, tmp_path, record, choose):
+def test_power_cuts_show_what_the_server_does_in_the_wrong_way(
+    lines: str, says: list[Any], tmp_path: Path, record: Any, choose: random.Random
+) -> None:
     """What the test above would say if the server did not keep its word."""
     a_run = record(lines)
     found: Counter[str] = Counter()

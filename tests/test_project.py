@@ -85,6 +85,7 @@ def test_the_soak_names_the_figures_that_did_not_stay_flat(later: dict[str, Any]
 # ---------------------------------------------------------------------------------------------- imports
 
 
+@pytest.mark.slow
 def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: Path) -> None:
     for name in ("eventstore.py", "schema.sql", "debugger.html"):
         shutil.copy(ROOT / name, tmp_path)
@@ -115,14 +116,25 @@ def test_the_service_imports_no_extras_and_no_pytest() -> None:
     assert python(code).stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_service(tmp_path: Path) -> None:
     def imported(stderr: str) -> set[str]:
         return set(re.findall(r"^import '(eventstore\S*)'", stderr, re.MULTILINE))
 
     script = (sys.executable, "-v", ROOT / "eventstore.py")
     with Live(tmp_path, "--mock", command=script) as live:
-        meters = (".resources", ".meters", ".features", ".analytics", ".usage", ".openapi")
-        served = ("", *meters, ".rate_limits", ".faults", ".mock")
+        served = (
+            "",
+            ".openapi",
+            ".usage",
+            ".resources",
+            ".meters",
+            ".features",
+            ".analytics",
+            ".faults",
+            ".rate_limits",
+            ".mock",
+        )
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
     for command, needed in (("import -", {"job", "entries", "files", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
                             ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "forward", "retention"}),

@@ -175,6 +175,7 @@ def test_a_full_queue_is_a_503_while_reads_go_on(tmp_path: Path) -> None:
         assert counts(store(client, *[event()] * 1000)) == (1000, 0)  # more than the limit, but nothing waits
 
 
+@pytest.mark.slow
 def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path: Path) -> None:
     properties = {f"p{number}": "\\" * 100 for number in range(50)}
     filters = {f"p{number}": ["x", "\\" * 100] if number < 49 else ["x"] for number in range(50)}
@@ -579,6 +580,7 @@ def test_what_is_stored_after_a_failed_sync_is_whole_and_what_failed_is_gone(tmp
     assert [row[1] for row in rows_of(tmp_path)] == ["after", "before"]
 
 
+@pytest.mark.slow
 def test_a_start_writes_and_syncs_what_a_failed_sync_may_have_left_before_it_answers(tmp_path: Path) -> None:
     """The WAL of a server that died right after a failed sync: this system can read it, but the disk may not have it."""
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
@@ -714,6 +716,7 @@ def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path: Path, share: 
     assert file.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_nothing(tmp_path: Path) -> None:
     prefix: tuple[str, ...] = ()
     if is_root:  # root writes into any file, unless that right is taken from it
@@ -772,6 +775,7 @@ def peak_memory_bytes(live: Live) -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
+@pytest.mark.slow
 def test_more_than_the_queue_takes_is_a_503_and_memory_stays_bounded(tmp_path: Path) -> None:
     """150 requests of 1 MiB, of which 16 MiB may be held, while nothing can be written."""
     large = {"filler": "x" * 2**20}
@@ -818,6 +822,7 @@ def many_files() -> Iterator[Any]:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_path: Path, many_files: Any) -> None:
     few_files = ("sh", "-c", 'ulimit -S -n 256 && exec "$0" "$@"')  # what the server is given, not what it may ask for
     with ExitStack() as stack:
@@ -929,6 +934,7 @@ def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(
     assert usage(client, "COUNT_UNIQUE", property_name="p", **EVER)["value"] == 4
 
 
+@pytest.mark.slow
 def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_path: Path) -> None:
     over, overlaps = threading.Event(), []
 

@@ -126,6 +126,7 @@ def test_replay_stops_at_an_answer_that_no_api_gives_and_follows_no_redirect(
         assert len(target.batches) == 1
 
 
+@pytest.mark.slow
 def test_replay_sends_smaller_batches_to_a_target_that_resets_large_ones_or_answers_413(
     tmp_path: Path, capsys: Captured
 ) -> None:

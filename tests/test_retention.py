@@ -243,6 +243,7 @@ def test_the_file_stops_growing_under_a_steady_load(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- flags and prune
 
 
+@pytest.mark.slow
 def test_the_banner_says_how_long_events_are_kept_and_0_days_are_refused(tmp_path: Path) -> None:
     for days, said in (("0.5", "0.5 days"), ("1", "1 day")):
         with Live(tmp_path, "--retain-days", days, "--api-key", KEY) as live:
@@ -299,6 +300,7 @@ def test_prune_says_why_it_cannot_start(tmp_path: Path, flags: str, part: str) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db"]
 
 
+@pytest.mark.slow
 def test_prune_says_how_many_events_it_deleted_and_kept(tmp_path: Path) -> None:
     path = stored(tmp_path, [(1, NOW), (2, NOW + 1), (1, NOW + 2), (1, NOW + 3), (1, NOW + DAY_US)])
     file = progress(path, "https://host/v1", "development", 1)
@@ -320,6 +322,7 @@ def test_prune_says_how_many_events_it_deleted_and_kept(tmp_path: Path) -> None:
     assert kept_ids(tmp_path) == ["00004"]
 
 
+@pytest.mark.slow
 def test_prune_does_not_disturb_a_server_under_load(tmp_path: Path) -> None:
     stored(tmp_path, [(1, NOW - DAY_US)] * 20_000)
     stop, statuses = threading.Event(), set[int]()
@@ -357,6 +360,7 @@ sys.exit(eventstore.main())
 """
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_prune_says_how_many_events_it_deleted_and_can_continue(
     tmp_path: Path, number: signal.Signals

@@ -35,6 +35,7 @@ def rows_of_sizes(*sizes: int) -> list[tuple[int, Row]]:
     ],
     ids=["by number", "by 10 MB", "a larger event alone", "none"],
 )
+@pytest.mark.slow
 def test_a_batch_has_a_maximum_number_of_events_and_10_mb(
     sizes: list[int], batch_size: int, expected: list[int]
 ) -> None:
