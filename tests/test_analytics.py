@@ -1,5 +1,7 @@
-"""Analytics (SPEC-METERS 14) of examples worked out by hand; usage of a meter and analytics of random events compared
-with plain Python."""
+"""POST /v1/events/analytics: examples worked out by hand, and random events compared with plain Python.
+
+The comparison includes the usage of a meter; its other tests are in test_meter_usage.py.
+"""
 
 from __future__ import annotations
 
@@ -70,11 +72,11 @@ def few(client: httpx.Client) -> httpx.Client:
     return client
 
 
-# ---------------------------------------------------------------------------------------------- 14: items
+# ---------------------------------------------------------------------------------------------- Items
 
 
 def test_an_item_has_every_key(client: httpx.Client) -> None:
-    """SPEC's own sample, computed."""
+    """Compute an item with all its fields."""
     who = {"external_customer_id": "cust_42", "event_name": "llm.call"}
     store(client, *[event(f"{number}", timestamp=f"2026-01-0{day}T10:00:00Z", properties={"tokens": tokens, "model": model}, **who)
                     for number, (day, tokens, model) in enumerate([(1, 3.5, "gpt-4o"), (2, "8", "gpt-4o"), (2, 10.25, "gpt-4o"), (2, 1, "o3")])])  # fmt: skip
@@ -86,7 +88,7 @@ def test_an_item_has_every_key(client: httpx.Client) -> None:
     nothing = {"subtotal": "0", "discount": "0", "cost": "0", "computed_commitment_utilized_amount": "0", "computed_overage_amount": "0",
                "computed_true_up_amount": "0", "buckets": None}  # fmt: skip
     (item,) = analytics(client, **query)
-    assert item.pop("external_customer_id") in (None, "cust_42")  # SPEC leaves it open
+    assert item.pop("external_customer_id") in (None, "cust_42")
     assert item == {
         "feature_id": feature["id"], "name": "Tokens", "meter_id": feature["meter_id"], "event_name": "llm.call", "aggregation_type": "SUM",
         "total_usage": "21.75", "total_usage_display": "", "reporting_unit": None, "unit": "token", "unit_plural": "tokens", "event_count": 3,
@@ -145,7 +147,7 @@ TWO_HOURS = {"start_time": NOON, "end_time": "2025-10-14T14:00:00Z"}
 OF_TWO_HOURS = [after_noon(0, 4, g="a", k="k"), after_noon(30, 2, g="b", k="k"), after_noon(60, -3, g="b", k="k"), after_noon(90, "5", g="a", k="k"),
                 after_noon(105, k="k")]  # fmt: skip
 
-POINTS = {  # the points of the two hours, the total
+POINTS = {  # aggregation -> the points of the two hours, the total
     "COUNT": (["2", "3"], "5"),
     "SUM": (["6", "5"], "11"),
     "AVG": (["3", "1.66666666666667"], "2.2"),
@@ -153,7 +155,7 @@ POINTS = {  # the points of the two hours, the total
     "COUNT_UNIQUE": (["2", "2"], "4"),
     "LATEST": (["2", "0"], "0"),
     "SUM_WITH_MULTIPLIER": (["12", "10"], "22"),
-    "WEIGHTED_SUM": (["5.5", "1.25"], "6.75"),  # the shares of the whole range, not of the window
+    "WEIGHTED_SUM": (["5.5", "1.25"], "6.75"),  # weights refer to the whole range, not to the window
 }
 
 
@@ -168,7 +170,7 @@ def test_points_hold_the_usage_of_each_window(client: httpx.Client, kind: str, e
     assert item["window_size"] == "HOUR"
 
 
-IN_WINDOWS = {  # a size, the windows of events with n = 1, 2, 4, 8, 16, 32; October 12 was a Sunday
+IN_WINDOWS = {  # size -> the windows of events with n = 1, 2, 4, 8, 16, 32; October 12 was a Sunday
     "MINUTE": "09-30T23:59=1 10-11T23:59=2 10-12T00:00=4 10-12T00:14=8 10-12T11:30=16 10-14T12:00=32",
     "15MIN": "09-30T23:45=1 10-11T23:45=2 10-12T00:00=12 10-12T11:30=16 10-14T12:00=32",
     "30MIN": "09-30T23:30=1 10-11T23:30=2 10-12T00:00=12 10-12T11:30=16 10-14T12:00=32",
@@ -200,7 +202,7 @@ def test_windows_of_every_size(client: httpx.Client, size: str, expected: str) -
     assert item["window_size"] == size
 
 
-BUCKETED_ITEMS: dict[str, tuple[Json, Json, str, str, list[str]]] = {  # the aggregation, what is asked for, the total, the width, the points
+BUCKETED_ITEMS: dict[str, tuple[Json, Json, str, str, list[str]]] = {  # -> the aggregation, the request, the total, the size of points, the points
     "MAX": ({"kind": "MAX"}, {}, "9", "HOUR", []),
     "MAX in minutes": ({"kind": "MAX"}, {"window_size": "MINUTE"}, "9", "HOUR", ["4", "5"]),
     "MAX in hours": ({"kind": "MAX"}, {"window_size": "HOUR"}, "9", "HOUR", ["4", "5"]),
@@ -230,7 +232,7 @@ def test_points_of_a_bucketed_meter_have_the_larger_of_window_and_bucket_size(
     assert item["event_count"] == 5
 
 
-DECIMALS = {  # the values that are summed, the total
+DECIMALS = {  # -> the values to add up, the total
     "no value": ([], "0"),
     "zero": ([0, -0.0, "-0"], "0"),
     "negative": ([-5, "-1e9"], "0"),
@@ -267,7 +269,7 @@ def test_a_sum_beyond_the_largest_float_is_answered_as_the_largest_float(client:
         assert all(re.fullmatch(r"\d{300,}", text) for text in (item["total_usage"], item["points"][0]["usage"])), item
 
 
-DISPLAYS = [  # usage, conversion rate, what is shown
+DISPLAYS = [  # usage, conversion rate, display usage
     (21.75, 1000, "0.02"), (1500, 1000, "1.5"), (2000, "1000", "2"), (1005, 1000, "1.01"), (12345, 1000, "12.35"), (5, 1000, "0.01"), (4, 1000, "0"),
     (1, 8, "0.13"), (3, 8, "0.38"), (1, 3, "0.33"), (2, 3, "0.67"), (5, 0.1, "50"), (1, "0.001", "1000"), (0, 1000, "0"), (1.015, 1, "1.02"),
     (1e15, 1, "1000000000000000"), (1, 1e-9, "1000000000"), (199, 100, "1.99"), (1995, 1000, "2"), (100, 10, "10"),
@@ -286,7 +288,7 @@ def test_display_usage_is_divided_by_the_rate_and_rounded_half_away_from_zero(
     assert (item["total_usage_display"], item["reporting_unit"]) == (shown, unit | {"conversion_rate": float(rate)})
 
 
-# ---------------------------------------------------------------------------------------------- 14: dimensions
+# ---------------------------------------------------------------------------------------------- Dimensions
 
 
 def split(items: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], str]:
@@ -310,7 +312,7 @@ def pairs(**properties: Any) -> tuple[Any, ...]:
     return tuple(sorted(properties.items()))
 
 
-SPLITS = {  # the dimensions, the keys of an item, the usage by them
+SPLITS = {  # -> group_by, keys of an item, the usage by these keys
     "feature": (["feature_id"], ("name",), {("Sum",): "63"}),
     "meter, twice": (["meter_id", "feature_id", "meter_id"], ("name",), {("Sum",): "63"}),
     "source": (["source"], ("source",), {("app",): "25", ("web",): "2", (None,): "36"}),
@@ -373,7 +375,7 @@ def test_usage_is_narrowed_by_filters(mixed: httpx.Client, query: dict[str, Any]
 
 
 def test_expand_lists_the_sources_of_an_item(mixed: httpx.Client) -> None:
-    """That an event without a source adds none is not in SPEC."""
+    """An event without a source adds none."""
     (item,) = analytics(mixed, expand=["source"])
     assert (item["sources"], item["source"]) == (["app", "web"], None)
     by_region = analytics(mixed, expand=["source"], group_by=["properties.region"])
@@ -403,14 +405,18 @@ def test_items_are_sorted_by_name_meter_source_and_properties(client: httpx.Clie
         store(client, *[sent(f"{source}{model}", 10, source=source, model=model) for model in "yx"])
     makes = {name: [make_meter(client, name=name)["id"] for _ in range(2)] for name in ("m", "l")}
     make_feature(client, "a", meter_id=makes["m"][1])
-    in_order = [makes["m"][1], *makes["l"], makes["m"][0]]  # by the feature's name, else the meter's
+    in_order = [
+        makes["m"][1],
+        *makes["l"],
+        makes["m"][0],
+    ]  # sorted by the name of the feature or, without a feature, of the meter
     items = analytics(client, group_by=["properties.model", "source"])
     assert [(item["meter_id"], item["source"], item["properties"]["model"]) for item in items] == [
         (meter_id, source, model) for meter_id in in_order for source in "ab" for model in "xy"
     ]
 
 
-# ---------------------------------------------------------------------------------------------- 14: features and archived meters
+# ---------------------------------------------------------------------------------------------- Features and archived meters
 
 
 def test_feature_ids_select_the_meters_of_these_features(few: httpx.Client) -> None:
@@ -444,11 +450,11 @@ def test_which_of_several_features_names_a_meter(tmp_path: Path) -> None:
         assert names(feature_ids=[features["New"]]) == ["New"]
         assert names(feature_ids=[features["New"], features["Old"]]) == ["Old"]
         client.delete(f"/v1/features/{features['Older']}")
-        assert names() == ["Old"]  # published before archived
+        assert names() == ["Old"]  # a published feature comes before an archived one
         assert names(feature_ids=[features["Older"]]) == ["Older"]
         client.delete(f"/v1/features/{features['Old']}")
         client.delete(f"/v1/features/{features['New']}")
-        assert names() == ["Older"]  # all are archived, as is the meter
+        assert names() == ["Older"]  # all features and the meter are archived now
 
 
 @table("how", ["the meter", "its feature"])
@@ -463,7 +469,7 @@ def test_an_archived_meter_counts_the_events_stored_before_it_was_archived(tmp_p
         clock.return_value += SECOND_US
         store(client, sent("after", 10))
         assert [item["total_usage"] for item in analytics(client)] == ["1"]
-        assert client.delete(f"/v1/meters/{feature['meter_id']}").status_code == 200  # again, which changes nothing
+        assert client.delete(f"/v1/meters/{feature['meter_id']}").status_code == 200  # a second time changes nothing
         (item,) = analytics(client, window_size="DAY", group_by=["source"], feature_ids=[feature["id"]])
         assert (item["total_usage"], item["event_count"], item["points"][0]["usage"]) == ("1", 1, "1")
         assert metered_usage(client, feature["meter_id"])["value"] == 2
@@ -475,7 +481,7 @@ def test_analytics_counts_events_from_before_the_meter(few: httpx.Client) -> Non
     assert [item["total_usage"] for item in analytics(few, **RANGE)] == ["5"]
 
 
-# ---------------------------------------------------------------------------------------------- 14: bad requests
+# ---------------------------------------------------------------------------------------------- Bad requests and limits
 
 NO_OBJECTS = ["", "[]", "null", "5", "{", '{"meter_id": "\\ud83d"}', "[" * 5000]
 
@@ -540,7 +546,7 @@ def test_100000_windows_are_answered_and_more_are_a_400(client: httpx.Client) ->
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Ten meters over 10,001 events, each with a minute and a value of its own; the source of 10,000 is `most`."""
+    """Ten meters over 10,001 events in different minutes with different values; 10,000 of them have the source `most`."""
     with metering(tmp_path_factory.mktemp("wide")) as client:
         events = [
             sent(number, 60 * (number + 1), k=f"{number}", source="most" if number else "") for number in range(10_001)
@@ -563,7 +569,7 @@ def test_100000_items_or_points_are_answered_and_more_are_a_400(wide: Any, query
     assert response.status_code == 200, response.text[:500]
     assert response.content.count(b'"meter_id":' if what == "items" else b'"timestamp":') == 100_000
     refused(wide.post("/v1/events/analytics", json=query), part="100000")
-    assert len(analytics(wide)) == 10  # the server lives
+    assert len(analytics(wide)) == 10  # the server still answers
 
 
 @pytest.mark.slow
@@ -573,7 +579,7 @@ def test_more_than_100000_groups_are_a_400(tmp_path: Path) -> None:
             for number in range(100_001)]  # fmt: skip
     with metering(tmp_path) as client:
         make_meter(client)
-        store(client, event("first", event_name="other"))  # the environment has its number
+        store(client, event("first", event_name="other"))  # creates the environment
         with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
             assert eventstore.insert_events(conn, rows, 5) == 100_001
         by_value = {"group_by": ["properties.k"]}
@@ -607,7 +613,7 @@ def test_the_visibility_lag_hides_events_from_usage_and_analytics(tmp_path: Path
         assert (metered_usage(client, meter["id"])["value"], len(analytics(client))) == (1, 1)
 
 
-# ---------------------------------------------------------------------------------------------- odd names and values
+# ---------------------------------------------------------------------------------------------- Unusual names and values
 
 ODD_TEXTS = ["a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " ", "😀", "a\nb", "a\tb", "a\x1eb", '","', "}", "null", "true", "007",
              "e\u0301", "line\u2028", "' OR 1=1 --", "%", "_", "x" * 300]  # fmt: skip
@@ -651,7 +657,7 @@ def test_any_text_can_be_a_group(client: httpx.Client, ascii_only: bool) -> None
 
 @table("value", [{"a": [1, 2]}, [7, "x"], {}, []], ids=str)
 def test_objects_and_arrays_are_grouped_by_their_json_text(client: httpx.Client, value: Any) -> None:
-    """Not in SPEC: as COUNT_UNIQUE has them."""
+    """COUNT_UNIQUE uses the same text."""
     body = {"events": [sent(1, 10, k=value), sent(2, 10, k=value), sent(3, 10)]}
     assert client.post("/v1/events/bulk", content=json.dumps(body)).status_code == 202
     make_meter(client)
@@ -660,11 +666,11 @@ def test_objects_and_arrays_are_grouped_by_their_json_text(client: httpx.Client,
     assert split(items, "properties") == {(pairs(k=text),): "2", ((),): "1"}
 
 
-# ---------------------------------------------------------------------------------------------- beside plain Python
+# ---------------------------------------------------------------------------------------------- Compared with plain Python
 
 
 def test_the_rules_in_python_agree_with_examples_by_hand() -> None:
-    """What the server is compared with below must not be wrong in the same way."""
+    """Check the rules in Python, with which the tests below compare the server."""
 
     def meter(kind: str, reset: str = "NEVER", filters: dict[str, Any] | None = None, **how: Any) -> Json:
         aggregation = {"type": kind, "field": "n", "multiplier": None, "bucket_size": None, "group_by": None} | how
@@ -704,7 +710,7 @@ def test_the_rules_in_python_agree_with_examples_by_hand() -> None:
         )
 
 
-HOW: dict[str, list[dict[str, str]]] = {  # the aggregations of the ledger's meters, beside their fields
+HOW: dict[str, list[dict[str, str]]] = {  # aggregation type -> the other fields of the ledger's meters
     "COUNT": [{}],
     "SUM": [{}, {"bucket_size": "DAY"}, {"bucket_size": "15MIN"}],
     "AVG": [{}],
@@ -847,7 +853,7 @@ def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str, queries: 
 
 
 def starts_in_a_bucket(query: dict[str, Any], bucket: str) -> bool:
-    """Whether the first bucket is cut in two; SPEC leaves open what it has in `results` when usage is never reset."""
+    """Return whether the range's start cuts a bucket in two."""
     start = datetime.fromisoformat(query["start_time"])
     return window_start(start, bucket, query["timezone"]) != start
 

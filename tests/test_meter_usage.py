@@ -1,4 +1,4 @@
-"""The usage of a meter, worked out by hand (SPEC-METERS 13). test_analytics.py compares it with plain Python."""
+"""POST /v1/events/usage/meter: examples worked out by hand; test_analytics.py compares random ones with plain Python."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_with_windows_the_value_is_null(few: httpx.Client, reset: str) -> None:
     assert answer["value"] is None
     assert answer["results"] == [
         {"window_size": "2025-10-15T11:37:00Z", "value": 10.5},
-        {"window_size": "2025-10-15T11:38:00Z", "value": 0},  # what is negative is answered as 0
+        {"window_size": "2025-10-15T11:38:00Z", "value": 0},  # a negative value is answered as 0
     ]
 
 
@@ -79,11 +79,11 @@ def test_a_bucketed_meter_ignores_the_requested_windows_and_buckets(
 def test_a_bucket_across_the_start_counts_once_with_reset_usage_never(few: httpx.Client) -> None:
     meter = make_meter(few, "MAX", bucket_size="MINUTE", reset_usage="NEVER")
     answer = metered_usage(few, meter["id"], start_time=at(-60 * SECOND_US), end_time=at())
-    assert answer["value"] == 16.5  # 10 in 11:35 and 6.5 in 11:37, whose 4 was before the start
+    assert answer["value"] == 16.5  # 10 in 11:35, and 6.5 in 11:37, where 4 lies before the start
 
 
 def test_buckets_before_the_range_do_not_count_toward_the_limit_of_windows(client: httpx.Client) -> None:
-    """Not in SPEC: the limit of 100,000 windows is of the range."""
+    """The limit of 100,000 windows applies to the range only."""
     store(client, event("old", timestamp="2015-01-01T00:00:30Z", properties={"n": 7}), sent("new", 10, 5))
     meter = make_meter(client, "MAX", bucket_size="MINUTE", reset_usage="NEVER")
     answer = metered_usage(client, meter["id"], **RANGE)
@@ -91,7 +91,7 @@ def test_buckets_before_the_range_do_not_count_toward_the_limit_of_windows(clien
 
 
 def test_an_event_on_the_first_day_of_year_1_counts(client: httpx.Client) -> None:
-    """Not in SPEC: its week starts before all time, so it is cut short; in New York the day itself is."""
+    """The week of this day starts before year 1 and is cut off; in New York the day itself starts before year 1."""
     first = {"external_customer_id": "first", "timestamp": "0001-01-01T00:00:01Z", "properties": {"n": 7}}
     store(client, event("first", **first), event("next week", **first | {"timestamp": "0001-01-07T00:00:00Z"}))
     meter_id = make_meter(client, "MAX", bucket_size="WEEK", reset_usage="NEVER")["id"]
@@ -107,7 +107,7 @@ def test_the_bucket_size_of_a_request_has_no_effect(few: httpx.Client) -> None:
     assert metered_usage(few, meter["id"], **RANGE, bucket_size="MINUTE") == metered_usage(few, meter["id"], **RANGE)
 
 
-MATCHED = {  # the meter's filters, the request's, how many of x1 x2 y1 z, where one has no k
+MATCHED = {  # -> filters of the meter, of the request, number of matching events
     "none": ({}, {}, 5),
     "the meter's": ({"k": ["x", "y"]}, {}, 3),
     "the request's": ({}, {"k": ["x", "z"]}, 3),
@@ -135,7 +135,7 @@ def test_the_filters_of_meter_and_request_must_both_match(
 
 
 def test_two_filters_with_the_same_key_must_both_match(client: httpx.Client) -> None:
-    """Not in SPEC, but "AND over keys" is."""
+    """All filters must match, so only values in both match."""
     store(client, *[sent(k, 10, k=k) for k in "xyz"])
     body = {"name": "a", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER",
             "filters": [{"key": "k", "values": ["x", "y"]}, {"key": "k", "values": ["y", "z"]}]}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Meters and features: what is made, listed, archived and refused. The numbers in the headings are SPEC-METERS'."""
+"""Meters and features: creating, listing and archiving them; the mock, the OpenAPI document and the SDK with them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def clock() -> Any:
 
 @pytest.fixture
 def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
-    """A client whose clock can be set."""
+    """Yield a client whose clock can be set."""
     with metering(tmp_path, clock=clock) as client:
         yield client
 
@@ -82,14 +82,14 @@ def names(rows: list[dict[str, Any]]) -> str:
 
 
 def without(body: dict[str, Any], field: str) -> dict[str, Any]:
-    """A body in which a field, of the body or in one of its objects, is absent."""
+    """Return the body without a field of it, or of an object in it: aggregation.type."""
     outer, _, inner = field.partition(".")
     if inner:
         return body | {outer: without(body[outer], inner)}
     return {name: value for name, value in body.items() if name != field}
 
 
-# ---------------------------------------------------------------------------------------------- 11: a meter is made
+# ---------------------------------------------------------------------------------------------- Creating a meter
 
 
 def test_a_meter_has_every_key(client: httpx.Client) -> None:
@@ -126,7 +126,7 @@ def test_the_server_makes_the_id_and_names_may_repeat(client: httpx.Client) -> N
     assert len(listed(client)) == 2
 
 
-GOOD_METERS = {  # what is sent of an aggregation, what is answered
+GOOD_METERS = {  # aggregation in the request, in the answer
     "any case of the type": ({"type": "sum", "field": "n"}, {"type": "SUM", "field": "n"}),
     "average": ({"type": "AVG", "field": "n"}, {"type": "AVG", "field": "n"}),
     "unique": ({"type": "COUNT_UNIQUE", "field": "n"}, {"type": "COUNT_UNIQUE", "field": "n"}),
@@ -191,7 +191,7 @@ def one_bad(**aggregation: Any) -> dict[str, Any]:
     return {"aggregation": aggregation}
 
 
-BAD_METERS = {  # what is in the place of a good meter's fields, the faulty field
+BAD_METERS = {  # -> fields that replace those of a good meter, the faulty field
     "no name": ({"name": None}, "name"),
     "an empty name": ({"name": ""}, "name"),
     "a name that is a number": ({"name": 5}, "name"),
@@ -304,12 +304,12 @@ def test_a_body_other_than_a_json_object_is_a_400(shared: httpx.Client, path: st
     refused(shared.post(f"/v1/{path}", content=content.encode("latin-1")))
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are listed
+# ---------------------------------------------------------------------------------------------- Listing meters
 
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Meters a to e, made in this order at seconds 0, 10, 10, 20, 30; d is archived at 40."""
+    """Yield a client with the meters a to e, created at seconds 0, 10, 10, 20, 30; d is archived at 40."""
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("five"), clock=clock) as client:
         of_staging = meter_of(name="s")
@@ -323,7 +323,7 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client, made
 
 
-METER_LISTS = {  # the query, the names
+METER_LISTS = {  # query -> names
     "all": ({}, "edcba"),
     "nothing said": (dict.fromkeys(("limit", "offset", "status", "sort", "order", "start_time", "end_time", "event_name", "meter_ids"), ""), "edcba"),
     "ascending": ({"order": "asc"}, "abcde"),
@@ -413,7 +413,7 @@ BAD_LISTS = {
         for field, values in BAD_LISTS.items()
         for value in values
         for path in ("meters", "features")
-        if (path, field) != ("features", "sort")  # which is in the body of a search
+        if (path, field) != ("features", "sort")  # in the body of a search, sort is an array
     ],
 )
 def test_a_bad_parameter_of_a_list_is_a_400_that_names_it(five: Any, path: str, field: str, value: str) -> None:
@@ -427,7 +427,7 @@ def test_an_end_before_the_start_of_a_list_is_a_400(five: Any, path: str) -> Non
     refused(client.get(f"/v1/{path}", params={"start_time": at(1), "end_time": at()}), part="before")
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are archived
+# ---------------------------------------------------------------------------------------------- Archiving meters
 
 METHODS = {
     "disable": ("POST", "/disable", "Meter disabled successfully"),
@@ -467,7 +467,7 @@ def test_an_unsupported_method_is_a_405_that_lists_the_others(client: httpx.Clie
         method, path.replace("{id}", feature["meter_id"] if "meters" in path else feature["id"]), json={}
     )
     if path.startswith("/v1/events/") and response.status_code == 404:
-        return  # these are also the ids of events: GET /v1/events/{id}
+        return  # GET /v1/events/{id} serves these paths
     refused(response, 405, "method_not_allowed")
     assert response.headers["Allow"]
     assert method not in response.headers["Allow"].split(", ")
@@ -481,7 +481,7 @@ def test_a_post_to_an_unsupported_route_changes_nothing(client: httpx.Client, pa
     assert (listed(client), listed(client, "features")) == ([], [])
 
 
-# ---------------------------------------------------------------------------------------------- 12: a feature is made
+# ---------------------------------------------------------------------------------------------- Creating a feature
 
 
 def test_a_feature_has_every_key_and_its_meter(client: httpx.Client) -> None:
@@ -561,7 +561,7 @@ def unit(**fields: Any) -> dict[str, Any]:
     return {"reporting_unit": {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 1000} | fields}
 
 
-BAD_FEATURES = {  # the feature's fields, the faulty ones
+BAD_FEATURES = {  # -> fields of a feature, the faulty ones
     "no name": ({"name": None}, ["name"]),
     "an empty name": ({"name": ""}, ["name"]),
     "a long name": ({"name": "x" * 256, "lookup_key": "x"}, ["name"]),
@@ -618,7 +618,7 @@ def test_a_feature_with_an_unknown_meter_is_a_404_and_with_an_archived_one_a_400
     assert listed(client, "features") == []
 
 
-# ---------------------------------------------------------------------------------------------- 12: lookup keys
+# ---------------------------------------------------------------------------------------------- Lookup keys
 
 TAKEN = {
     "by name": ({}, {}),
@@ -656,7 +656,7 @@ def test_a_lookup_key_is_free_after_deletion_and_in_another_environment(client: 
 
 
 def test_one_of_several_simultaneous_features_gets_the_lookup_key(client: httpx.Client) -> None:
-    """Each of its own connection and thread, all sent at one moment."""
+    """Each request has a connection and a thread, and all are sent at the same moment."""
     callers = 6
     with ThreadPoolExecutor(callers) as pool:
         for turn in range(10):
@@ -687,12 +687,15 @@ def test_a_failed_commit_of_a_feature_is_a_500_and_stores_no_meter(
     assert make_feature(client)["meter"] in listed(client)
 
 
-# ---------------------------------------------------------------------------------------------- 12: features are listed
+# ---------------------------------------------------------------------------------------------- Searching features
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Features A to F, at seconds 0 to 50; B is deleted at 60; E is boolean; A and C have one meter."""
+    """Yield a client with the features A to F, created at seconds 0 to 50.
+
+    B is deleted at 60, E is boolean, A and C have the same meter.
+    """
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("six"), clock=clock) as client:
         client.post("/v1/features", json=feature_of("S"), headers={"x-api-key": STAGING_KEY})
@@ -706,7 +709,7 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client, made
 
 
-SCALAR_SEARCHES = {  # the query, the names
+SCALAR_SEARCHES = {  # query -> names
     "all": ({}, "FEDCBA"),
     "nothing said": (dict.fromkeys(("status", "order", "lookup_key", "name_contains", "start_time", "end_time", "expand"), ""), "FEDCBA"),
     "ascending": ({"order": "asc"}, "ABCDEF"),
@@ -804,7 +807,7 @@ def test_a_bad_search_is_a_400_that_names_the_field(six: Any, bad: dict[str, Any
     assert field in response.json()["message"]
 
 
-# ---------------------------------------------------------------------------------------------- 12: features are deleted
+# ---------------------------------------------------------------------------------------------- Deleting features
 
 
 def test_deleting_a_feature_archives_it_and_its_meter(timed: httpx.Client, clock: Any) -> None:
@@ -833,7 +836,7 @@ def test_a_feature_without_a_meter_can_be_deleted_twice(client: httpx.Client) ->
 
 
 def test_a_second_deletion_keeps_the_meter_that_another_feature_has(client: httpx.Client) -> None:
-    """Not in SPEC: the second DELETE is no new one."""
+    """The second DELETE of a feature must not archive its former meter."""
     meter = make_meter(client)
     first, _ = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
     for _ in range(2):
@@ -847,7 +850,7 @@ def test_an_unknown_feature_is_a_404(shared: httpx.Client, feature_id: str) -> N
         refused(shared.request(method, f"/v1/features/{feature_id}"), 404, "not_found")
 
 
-# ---------------------------------------------------------------------------------------------- environments, keys, restarts
+# ---------------------------------------------------------------------------------------------- Environments, keys, restarts
 
 
 def test_environments_do_not_see_each_others_meters_and_features(client: httpx.Client) -> None:
@@ -917,7 +920,7 @@ def test_queries_after_the_answer_know_the_meter(client: httpx.Client) -> None:
         assert len(analytics(client)) == number + 1
 
 
-# ---------------------------------------------------------------------------------------------- the mock
+# ---------------------------------------------------------------------------------------------- The mock
 
 
 @pytest.fixture(scope="module")
@@ -987,7 +990,7 @@ def test_the_pytest_fixture_lists_meters(flexprice: Any) -> None:
     assert flexprice.meters() == []
 
 
-# ---------------------------------------------------------------------------------------------- what is served, and how it is described
+# ---------------------------------------------------------------------------------------------- Routes, OpenAPI, log
 
 
 def test_the_list_of_routes() -> None:
