@@ -343,14 +343,14 @@ def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     assert asked(debugger, "/v1/events/usage") == 2  # in all, and by window
 
 
+WITHOUT_METERS = "import sys, eventstore; eventstore._more_operations = lambda: (); sys.exit(eventstore.main())"
+
+
 @needs_browser
 def test_without_meters_on_the_server_only_event_names_are_offered(browser: Debugger, tmp_path: Path) -> None:
     browser.look()
-    for name in ("eventstore.py", "schema.sql", "debugger.html"):
-        shutil.copy(ROOT / name, tmp_path)
-    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # hides this checkout, which site-packages links to
-    libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
-    with Live(tmp_path, "--api-key", "key", command=alone, **libraries) as live, live.client("key") as client:
+    command, environ = (sys.executable, "-c", WITHOUT_METERS), {"PYTHONPATH": str(ROOT)}
+    with Live(tmp_path, "--api-key", "key", command=command, **environ) as live, live.client("key") as client:
         store(client, event(timestamp=ago(9), properties={"tokens": 1}))
         browser.complaints()
         browser.open(f"{live.url}/?view=usage#key=key")
@@ -362,5 +362,30 @@ def test_without_meters_on_the_server_only_event_names_are_offered(browser: Debu
         assert asked(browser, "/v1/meters") == 1
         browser.click("#ask button")
         browser.opens("#sum", "1")
+        assert browser.complaints() == []
+        browser.open("about:blank")
+
+
+@needs_browser
+def test_the_service_alone_offers_event_names_and_says_that_usage_needs_the_extras(
+    browser: Debugger, tmp_path: Path
+) -> None:
+    browser.look()
+    for name in ("eventstore.py", "schema.sql", "debugger.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # hides this checkout, which site-packages links to
+    libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
+    with Live(tmp_path, "--api-key", "key", command=alone, **libraries) as live, live.client("key") as client:
+        store(client, event(timestamp=ago(9), properties={"tokens": 1}))
+        browser.complaints()
+        browser.open(f"{live.url}/?view=usage#key=key")
+        browser.opens("#ask h2", "Which events")
+        assert browser.texts("#ask button") == ["call", "cust", "tokens"]
+        assert not browser.find("#meter_id").is_displayed()
+        browser.click("#ask button")
+        browser.opens("#notice", "POST /v1/events/usage needs the folder eventstore_extras beside eventstore.py")
+        browser.click("#show-events")
+        browser.opens("#matches", "1 event match")
+        eventually(lambda: browser.text("#notice") == "")
         assert browser.complaints() == []
         browser.open("about:blank")
