@@ -123,7 +123,7 @@ def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path: Path) 
 
 def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
-        writer: Any = store_of(client)
+        writer: Any = store_of(client)._writer
         writer._conn = FailsOnce(writer._conn, "ROLLBACK")
         refuse_to_write(tmp_path, "new.id = '200'")
         response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
@@ -908,7 +908,7 @@ def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path: Path)
 def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eventstore, "MAX_PAGE_BYTES", 100_000)
+    monkeypatch.setattr(eventstore, "_MAX_PAGE_BYTES", 100_000)
     sizes = [20_000] * 10 + [150_000] + [10] * 40 + [60_000, 60_000]
     sent = [
         event(f"{number:02}", timestamp=at(number), properties={"p": "x" * size}) for number, size in enumerate(sizes)
