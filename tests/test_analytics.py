@@ -732,7 +732,7 @@ REGIONS = ["eu", "us", "5", 5, True, None, 'e"u', 2.5, ""]
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A client, its meters of all kinds, and for each the events that it may count.
 
-    Half of the events came before some meters were archived, half after. They spread over 18 days; half are in ASCII.
+    Of the events half came before some meters were archived, half after. All over 18 days, in ASCII and not.
     """
     choose, clock = random.Random(13), Mock(return_value=NOW)
     events = []
