@@ -1479,7 +1479,7 @@ def test_health_says_why_events_cannot_be_stored_and_that_they_can_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eventstore, "WRITE_LOCK_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(eventstore, "TRIAL_PAUSE_S", 0.2)
+    monkeypatch.setattr(eventstore, "_TRIAL_PAUSE_S", 0.2)
     with serving(tmp_path) as client:
         with write_lock(tmp_path):
             refused(client.post("/v1/events", json=event("a")), 503, "service_unavailable")
