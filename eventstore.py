@@ -1800,37 +1800,30 @@ def count_statement(query: Selection) -> Sql:
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
-    cursor = query.after or query.before
+    cursor, environment = query.after or query.before, query.view.environment
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
-    rows, is_cut = _fetch_page(conn, page_statement(query, cursor_name))
-    has_more = is_cut or len(rows) > query.page_size
-    rows = rows[: query.page_size]
+    events: list[Event] = []
+    times_us: list[int] = []
+    size, has_more, total = 0, False, None
+    with closing(conn.execute(*page_statement(query, cursor_name))) as rows:
+        for *columns, properties, time_us, total in rows:  # noqa: B007 - `total` is used below
+            size += len(properties)
+            if events and (len(events) == query.page_size or size > _MAX_PAGE_BYTES):
+                has_more = True
+                break
+            events.append(Event(*[*columns, Raw(properties), environment]))
+            times_us.append(time_us)
+    if query.count and not events:
+        total = conn.execute(*count_statement(query)).fetchone()[0]
     if query.before:
-        rows.reverse()
-    total_count: int | None = rows[0][-1] if rows else None
-    if query.count and not rows:
-        total_count = conn.execute(*count_statement(query)).fetchone()[0]
-    keys = [Cursor(timestamp_us, event_id).text for event_id, *_, timestamp_us, _total in rows[:1] + rows[-1:]]
-    environment = query.view.environment
+        events.reverse()
+        times_us.reverse()
+    first_key, last_key = (Cursor(times_us[at], events[at].id).text if events else None for at in (0, -1))
+    page_size = len(events) if has_more else query.page_size  # a page that is too large for memory is shorter
     return EventPage(
-        events=[Event(*[*row[:7], Raw(row[7]), environment]) for row in rows],
-        has_more=has_more, iter_first_key=keys[0] if keys else None, iter_last_key=keys[-1] if keys else None,
-        total_count=UNSET if query.count is None else total_count,
-        offset=None if cursor else query.offset + (len(rows) if is_cut else query.page_size),
+        events=events, has_more=has_more, iter_first_key=first_key, iter_last_key=last_key,
+        total_count=UNSET if query.count is None else total, offset=None if cursor else query.offset + page_size,
     )  # fmt: skip
-
-
-def _fetch_page(conn: sqlite3.Connection, statement: Sql) -> tuple[list[tuple[Any, ...]], bool]:
-    """Fetch rows until they are too large for one page, but at least one. The bool is true if that left rows out."""
-    rows: list[tuple[Any, ...]] = []
-    size = 0
-    with closing(conn.execute(*statement)) as found:
-        for row in found:
-            size += sum(map(len, row[:8]))
-            if rows and size > _MAX_PAGE_BYTES:
-                return rows, True
-            rows.append(row)
-    return rows, False
 
 
 def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str:
