@@ -348,9 +348,19 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
 
 # ---------------------------------------------------------------------------------------------- SQL
 
+# The statement of a scan that groups by one dimension, cut short. Any step can be run alone behind those before it.
+#
+#     WITH in_range AS (SELECT ... AS window, event_name, ... AS d0, ... AS x0 FROM events ... LIMIT -1),
+#          flagged AS (SELECT *, event_name = ... AS m0 FROM in_range LIMIT -1),
+#          by_window AS (SELECT d0, window, count(*) FILTER (WHERE m0) AS n0, total(x0) FILTER (WHERE m0) AS v0
+#                        FROM flagged WHERE m0 GROUP BY d0, window),
+#          with_latest AS (SELECT d0, window, n0, v0 FROM by_window)
+#     SELECT * FROM with_latest
+
 # Ends a step, so that SQLite does not merge it into the next one. Merged, a property would be read again for each use:
 # 20 meters over a million events would take 1.8 times as long.
 _SEPARATE = "LIMIT -1"
+_Row = tuple[Any, ...]  # of the last step
 
 
 class _Property(NamedTuple):
@@ -383,10 +393,6 @@ def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
     return properties
 
 
-def _condition_key(named: NamedMeter) -> tuple[object, ...]:
-    return (named.meter.event_name, named.archived_at_us, ENCODER.encode(named.meter.filters))
-
-
 class _Columns(NamedTuple):
     """The names of the columns that the steps share.
 
@@ -400,9 +406,11 @@ class _Columns(NamedTuple):
     @classmethod
     def of(cls, scan: _Scan) -> _Columns:
         needed = dict.fromkeys(each for named in scan.meters for each in _properties_of(scan, named))
-        keys = [_condition_key(named) for named in scan.meters]
-        flag_of = {key: f"m{number}" for number, key in enumerate(dict.fromkeys(keys))}
-        return cls({each: f"x{number}" for number, each in enumerate(needed)}, [flag_of[key] for key in keys])
+        conditions = [
+            (each.meter.event_name, each.archived_at_us, ENCODER.encode(each.meter.filters)) for each in scan.meters
+        ]
+        flag_of = {condition: f"m{number}" for number, condition in enumerate(dict.fromkeys(conditions))}
+        return cls({each: f"x{number}" for number, each in enumerate(needed)}, [flag_of[each] for each in conditions])
 
 
 def _dimension(name: str, column: str) -> Sql:
@@ -504,11 +512,8 @@ def _with_latest(scan: _Scan) -> Sql:
 
 
 def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
-    """Build the steps after `flagged` for a MAX meter with buckets.
-
-    They compute the maximum of each group in a bucket, add up the groups of a bucket, and return the sum and the
-    maximum of the buckets in each window.
-    """
+    """Build the steps after `flagged` for a MAX meter with buckets: the maximum of each group in a bucket, the sum of a
+    bucket's groups, the sum and the maximum of a window's buckets."""
     keys, key = _group_and_window(scan), _bucket_group(scan)
     group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
     maximum = _value(scan, scan.meters[0], columns, "")
@@ -534,17 +539,11 @@ def _steps(query: _Query, scan: _Scan) -> dict[str, Sql]:
     return steps | {"by_window": _by_window(scan, columns), "with_latest": _with_latest(scan)}
 
 
-def _statement(steps: Mapping[str, Sql]) -> Sql:
-    """Join steps into a statement that returns the rows of the last one."""
-    ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
-    return sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())
-
-
-_Row = tuple[Any, ...]
-
-
 def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
-    return conn.execute(*_statement(_steps(query, scan))).fetchall()
+    """Run the steps as one statement; return the rows of the last step."""
+    steps = _steps(query, scan)
+    ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
+    return conn.execute(*sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())).fetchall()
 
 
 # ---------------------------------------------------------------------------------------------- Answer
