@@ -1,16 +1,12 @@
-"""Meters and features: what is made, listed, archived and refused. The numbers in the headings are SPEC-METERS'."""
+"""Meters and features: creating, listing and archiving them; the mock, the OpenAPI document and the SDK with them."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing
-from datetime import datetime
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,7 +27,6 @@ from helpers import (
     analytics,
     at,
     counts,
-    database,
     event,
     faulty_fields,
     feature_of,
@@ -42,16 +37,12 @@ from helpers import (
     meter_of,
     metered_usage,
     metering,
-    refuse_to_write,
     refused,
     serving,
     store,
     table,
 )
-
-NOW_TEXT = "2025-10-15T11:38:47.962Z"
-ULID = "[0-9A-HJKMNP-TV-Z]{26}"
-SECOND_US = 1_000_000
+from meter_helpers import NOW_TEXT, SECOND_US, ULID, found, names
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +57,23 @@ def clock() -> Any:
 
 @pytest.fixture
 def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
-    """A client whose clock can be set."""
+    """Yield a client whose clock can be set."""
     with metering(tmp_path, clock=clock) as client:
         yield client
 
 
-def found(client: httpx.Client, path: str) -> dict[str, Any]:
-    response = client.get(f"/v1/{path}")
-    assert response.status_code == 200, response.text
-    return dict(response.json())
-
-
-def names(rows: list[dict[str, Any]]) -> str:
-    return "".join(row["name"] for row in rows)
-
-
 def without(body: dict[str, Any], field: str) -> dict[str, Any]:
-    """A body in which a field, of the body or in one of its objects, is absent."""
+    """Return the body without a field of it, or of an object in it: aggregation.type."""
     outer, _, inner = field.partition(".")
     if inner:
         return body | {outer: without(body[outer], inner)}
     return {name: value for name, value in body.items() if name != field}
 
 
-# ---------------------------------------------------------------------------------------------- 11: a meter is made
+# ---------------------------------------------------------------------------------------------- Creating a meter
 
 
-def test_a_meter_is_answered_whole_with_every_key(client: httpx.Client) -> None:
+def test_a_meter_has_every_key(client: httpx.Client) -> None:
     sent = {"name": "Tokens", "event_name": " llm.call\n", "reset_usage": "BILLING_PERIOD",
             "aggregation": {"type": "SUM", "field": "tokens"}, "filters": [{"key": "model", "values": ["gpt-4o"]}]}  # fmt: skip
     meter = make(client, "meters", sent)
@@ -106,7 +87,7 @@ def test_a_meter_is_answered_whole_with_every_key(client: httpx.Client) -> None:
     assert listed(client) == [meter]
 
 
-def test_a_meter_needs_no_filter_and_a_count_no_field(client: httpx.Client) -> None:
+def test_filters_and_the_field_of_a_count_are_optional(client: httpx.Client) -> None:
     sent = {"name": "Calls", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}
     nothing_said = dict.fromkeys(("filters", "id", "status", "tenant_id"))
     no_field = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"))
@@ -119,14 +100,14 @@ def test_a_meter_needs_no_filter_and_a_count_no_field(client: httpx.Client) -> N
         assert meter["aggregation"] == {"type": "COUNT"} | no_field
 
 
-def test_a_caller_cannot_choose_a_meters_id_and_names_need_not_be_unique(client: httpx.Client) -> None:
+def test_the_server_makes_the_id_and_names_may_repeat(client: httpx.Client) -> None:
     first, second = (make(client, "meters", meter_of() | {"id": "mine"}) for _ in range(2))
     assert "mine" not in (first["id"], second["id"])
     assert first["id"] < second["id"]
     assert len(listed(client)) == 2
 
 
-GOOD_METERS = {  # what is sent of an aggregation, what is answered
+GOOD_METERS = {  # aggregation in the request, in the answer
     "any case of the type": ({"type": "sum", "field": "n"}, {"type": "SUM", "field": "n"}),
     "average": ({"type": "AVG", "field": "n"}, {"type": "AVG", "field": "n"}),
     "unique": ({"type": "COUNT_UNIQUE", "field": "n"}, {"type": "COUNT_UNIQUE", "field": "n"}),
@@ -143,7 +124,7 @@ GOOD_METERS = {  # what is sent of an aggregation, what is answered
 
 
 @table(("sent", "answered"), GOOD_METERS.values(), ids=GOOD_METERS)
-def test_an_aggregation_is_answered_as_it_was_understood(
+def test_an_aggregation_is_answered_in_its_normal_form(
     shared: httpx.Client, sent: dict[str, Any], answered: dict[str, Any]
 ) -> None:
     meter = make(shared, "meters", meter_of() | {"aggregation": sent})
@@ -158,7 +139,7 @@ MULTIPLIERS = {"2.5": "2.5", 2.5: "2.5", "+25e-1": "2.5", 1000: "1000", "0.10": 
 
 @table(("sent", "answered"), MULTIPLIERS.items(), ids=str)
 @table("kind", ["SUM_WITH_MULTIPLIER", "SUM"])
-def test_a_multiplier_is_answered_as_a_decimal_string_with_another_type_too(
+def test_a_multiplier_is_answered_as_a_decimal_string_with_every_type(
     shared: httpx.Client, sent: Any, answered: str, kind: str
 ) -> None:
     assert make_meter(shared, kind, multiplier=sent)["aggregation"]["multiplier"] == answered
@@ -169,9 +150,7 @@ RESETS = {"BILLING_PERIOD": "BILLING_PERIOD", "NEVER": "NEVER", "Periodic": "BIL
 
 
 @table(("sent", "answered"), RESETS.items(), ids=str)
-def test_the_documents_words_for_reset_usage_are_taken_for_the_servers(
-    shared: httpx.Client, sent: str, answered: str
-) -> None:
+def test_reset_usage_accepts_the_words_of_the_documents(shared: httpx.Client, sent: str, answered: str) -> None:
     assert make_meter(shared, reset_usage=sent)["reset_usage"] == answered
     inline = make_feature(shared, sent, lookup_key=f"reset {sent}", meter=meter_of(reset_usage=sent))["meter"]
     assert inline["reset_usage"] == answered
@@ -186,14 +165,13 @@ def test_names_may_have_255_characters(shared: httpx.Client, field: str, letter:
 
 
 BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", -0.5, "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2"]
-BAD_RATES: list[Any] = [0, "0", -1, "-0.5", "x", "", True, [], "1e999", "NaN"]
 
 
 def one_bad(**aggregation: Any) -> dict[str, Any]:
     return {"aggregation": aggregation}
 
 
-BAD_METERS = {  # what is in the place of a good meter's fields, the faulty field
+BAD_METERS = {  # -> fields that replace those of a good meter, the faulty field
     "no name": ({"name": None}, "name"),
     "an empty name": ({"name": ""}, "name"),
     "a name that is a number": ({"name": 5}, "name"),
@@ -248,7 +226,7 @@ BAD_METERS = {  # what is in the place of a good meter's fields, the faulty fiel
 
 @table(("bad", "field"), BAD_METERS.values(), ids=BAD_METERS)
 @table("inline", [False, True], ids=["", "inline"])
-def test_a_bad_meter_is_refused_and_the_field_named(
+def test_a_bad_meter_is_a_400_that_names_the_field(
     shared: httpx.Client, bad: dict[str, Any], field: str, inline: bool
 ) -> None:
     before = len(listed(shared))
@@ -265,13 +243,13 @@ def test_a_bad_meter_is_refused_and_the_field_named(
 
 
 @table("missing", ["name", "event_name", "aggregation", "aggregation.type", "reset_usage"])
-def test_what_a_meter_must_have_is_required(shared: httpx.Client, missing: str) -> None:
+def test_required_fields_of_a_meter(shared: httpx.Client, missing: str) -> None:
     response = shared.post("/v1/meters", json=without(meter_of(), missing))
     (fault,) = refused(response)["errors"]
     assert (fault["index"], fault["field"], fault["code"]) == (0, missing, "required")
 
 
-def test_every_fault_of_a_meter_is_named_at_once(shared: httpx.Client) -> None:
+def test_one_answer_names_all_faults_of_a_meter(shared: httpx.Client) -> None:
     sent = {
         "name": "",
         "event_name": " ",
@@ -290,7 +268,7 @@ def test_every_fault_of_a_meter_is_named_at_once(shared: httpx.Client) -> None:
     assert faulty_fields(shared.post("/v1/meters", json=sent)) == expected
 
 
-def test_an_expression_is_refused_with_the_reason(shared: httpx.Client) -> None:
+def test_an_expression_is_a_400_with_the_reason(shared: httpx.Client) -> None:
     sent = meter_of() | one_bad(type="SUM", expression="tokens * 2")
     response = shared.post("/v1/meters", json=sent)
     assert "aggregation.expression" in faulty_fields(response)
@@ -302,16 +280,16 @@ NO_OBJECTS = ["", "[]", "null", "5", "{", '{"name": "\\ud83d"}', "[" * 5000, '{"
 
 @table("content", NO_OBJECTS)
 @table("path", ["meters", "features", "features/search"])
-def test_a_body_that_is_no_json_object_is_refused(shared: httpx.Client, path: str, content: str) -> None:
+def test_a_body_other_than_a_json_object_is_a_400(shared: httpx.Client, path: str, content: str) -> None:
     refused(shared.post(f"/v1/{path}", content=content.encode("latin-1")))
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are listed
+# ---------------------------------------------------------------------------------------------- Listing meters
 
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Meters a to e, made in this order at seconds 0, 10, 10, 20, 30; d is archived at 40."""
+    """Yield a client with the meters a to e, created at seconds 0, 10, 10, 20, 30; d is archived at 40."""
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("five"), clock=clock) as client:
         of_staging = meter_of(name="s")
@@ -325,7 +303,7 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client, made
 
 
-METER_LISTS = {  # the query, the names
+METER_LISTS = {  # query -> names
     "all": ({}, "edcba"),
     "nothing said": (dict.fromkeys(("limit", "offset", "status", "sort", "order", "start_time", "end_time", "event_name", "meter_ids"), ""), "edcba"),
     "ascending": ({"order": "asc"}, "abcde"),
@@ -357,7 +335,7 @@ METER_LISTS = {  # the query, the names
 
 
 @table(("query", "expected"), METER_LISTS.values(), ids=METER_LISTS)
-def test_meters_are_listed_by_filter_and_in_order(five: Any, query: dict[str, Any], expected: str) -> None:
+def test_lists_of_meters_are_filtered_and_sorted(five: Any, query: dict[str, Any], expected: str) -> None:
     client, _ = five
     response = client.get("/v1/meters", params=query)
     assert response.status_code == 200, response.text
@@ -370,7 +348,7 @@ def test_meters_are_listed_by_filter_and_in_order(five: Any, query: dict[str, An
 
 
 @table("separate", [True, False], ids=["repeated", "with commas"])
-def test_meters_are_listed_by_id_repeated_or_with_commas(five: Any, separate: bool) -> None:
+def test_meter_ids_may_be_repeated_or_separated_by_commas(five: Any, separate: bool) -> None:
     client, made = five
     wanted = [made["a"]["id"], made["d"]["id"], "meter_unknown"]
     parameters = [("meter_ids", one) for one in wanted] if separate else {"meter_ids": ",".join(wanted)}
@@ -379,7 +357,7 @@ def test_meters_are_listed_by_id_repeated_or_with_commas(five: Any, separate: bo
     assert client.get("/v1/meters", params={"meter_ids": "meter_unknown"}).json()["items"] == []
 
 
-def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(client: httpx.Client) -> None:
+def test_meters_of_the_same_time_are_sorted_by_id_in_both_directions(client: httpx.Client) -> None:
     made = [make_meter(client, name=name)["id"] for name in "abcd"]
     assert made == sorted(made)
     for order, expected in (("asc", made), ("desc", made[::-1])):
@@ -388,7 +366,7 @@ def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(c
 
 
 @table(("limit", "given"), [(0, 50), (1, 1), (1000, 1000), ("", 50)])
-def test_a_page_of_meters_has_1_to_1000_and_0_is_50(five: Any, limit: Any, given: int) -> None:
+def test_the_limit_is_1_to_1000_and_0_means_50(five: Any, limit: Any, given: int) -> None:
     client, _ = five
     answer = client.get("/v1/meters", params={"limit": limit}).json()
     assert (len(answer["items"]), answer["pagination"]) == (
@@ -415,21 +393,21 @@ BAD_LISTS = {
         for field, values in BAD_LISTS.items()
         for value in values
         for path in ("meters", "features")
-        if (path, field) != ("features", "sort")  # which is in the body of a search
+        if (path, field) != ("features", "sort")  # in the body of a search, sort is an array
     ],
 )
-def test_a_bad_parameter_of_a_list_is_refused_and_named(five: Any, path: str, field: str, value: str) -> None:
+def test_a_bad_parameter_of_a_list_is_a_400_that_names_it(five: Any, path: str, field: str, value: str) -> None:
     client, _ = five
     assert faulty_fields(client.get(f"/v1/{path}", params={field: value})) == [field]
 
 
 @table("path", ["meters", "features"])
-def test_a_list_whose_end_is_before_its_start_is_refused(five: Any, path: str) -> None:
+def test_an_end_before_the_start_of_a_list_is_a_400(five: Any, path: str) -> None:
     client, _ = five
     refused(client.get(f"/v1/{path}", params={"start_time": at(1), "end_time": at()}), part="before")
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are archived
+# ---------------------------------------------------------------------------------------------- Archiving meters
 
 METHODS = {
     "disable": ("POST", "/disable", "Meter disabled successfully"),
@@ -439,7 +417,7 @@ both_ways = table(("method", "suffix", "message"), METHODS.values(), ids=METHODS
 
 
 @both_ways
-def test_a_meter_is_archived_once_and_stays(
+def test_an_archived_meter_stays_archived(
     timed: httpx.Client, clock: Any, method: str, suffix: str, message: str
 ) -> None:
     meter = make_meter(timed)
@@ -453,7 +431,7 @@ def test_a_meter_is_archived_once_and_stays(
 
 
 @table("meter_id", ["meter_unknown", "a/b", "x" * 300, "%00", "' OR 1=1 --", "search"])
-def test_a_meter_that_is_not_there_is_a_404(shared: httpx.Client, meter_id: str) -> None:
+def test_an_unknown_meter_is_a_404(shared: httpx.Client, meter_id: str) -> None:
     for method, suffix in (("GET", ""), ("POST", "/disable"), ("DELETE", "")):
         response = shared.request(
             method, httpx.URL(f"http://testserver/v1/meters/{meter_id.replace('/', '%2F')}{suffix}")
@@ -463,399 +441,27 @@ def test_a_meter_that_is_not_there_is_a_404(shared: httpx.Client, meter_id: str)
 
 @table(("method", "path"), [("PUT", "/v1/meters/{id}"), ("PATCH", "/v1/meters/{id}"), ("PUT", "/v1/features/{id}"), ("DELETE", "/v1/meters"),
                             ("PUT", "/v1/features"), ("GET", "/v1/events/analytics"), ("GET", "/v1/events/usage/meter")])  # fmt: skip
-def test_a_method_that_is_left_out_is_405_with_the_right_ones(client: httpx.Client, method: str, path: str) -> None:
+def test_an_unsupported_method_is_a_405_that_lists_the_others(client: httpx.Client, method: str, path: str) -> None:
     feature = make_feature(client)
     response = client.request(
         method, path.replace("{id}", feature["meter_id"] if "meters" in path else feature["id"]), json={}
     )
     if path.startswith("/v1/events/") and response.status_code == 404:
-        return  # these are also the ids of events: GET /v1/events/{id}
+        return  # GET /v1/events/{id} serves these paths
     refused(response, 405, "method_not_allowed")
     assert response.headers["Allow"]
     assert method not in response.headers["Allow"].split(", ")
 
 
 @table("path", ["/v1/meters/search", "/v1/features/feat_1/clone", "/v1/features/clone"])
-def test_a_post_to_a_route_that_is_left_out_changes_nothing(client: httpx.Client, path: str) -> None:
+def test_a_post_to_an_unsupported_route_changes_nothing(client: httpx.Client, path: str) -> None:
     response = client.post(path, json=meter_of())
     assert response.status_code in (404, 405)
     refused(response, response.status_code, {404: "not_found", 405: "method_not_allowed"}[response.status_code])
     assert (listed(client), listed(client, "features")) == ([], [])
 
 
-# ---------------------------------------------------------------------------------------------- 12: a feature is made
-
-
-def test_a_feature_is_answered_whole_with_every_key_and_its_meter(client: httpx.Client) -> None:
-    sent = {"name": "Tokens", "type": "metered", "unit_singular": "token", "unit_plural": "tokens", "metadata": {"team": "core"},
-            "description": "of all models", "meter": meter_of("SUM", name="Sum of tokens"),
-            "reporting_unit": {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 1000}}  # fmt: skip
-    feature = make(client, "features", sent)
-    assert re.fullmatch(f"feat_{ULID}", feature["id"])
-    (meter,) = listed(client)
-    assert meter.items() >= {"name": "Sum of tokens", "event_name": "call", "status": "published"}.items()
-    assert feature == {
-        "id": feature["id"], "name": "Tokens", "lookup_key": "tokens", "description": "of all models", "meter_id": meter["id"],
-        "metadata": {"team": "core"}, "type": "metered", "unit_singular": "token", "unit_plural": "tokens",
-        "reporting_unit": sent["reporting_unit"], "alert_settings": None, "group_id": None, "group": None,
-        "environment_id": "development", "tenant_id": "", "status": "published", "created_at": NOW_TEXT, "updated_at": NOW_TEXT,
-        "created_by": "", "updated_by": "", "meter": meter}  # fmt: skip
-    assert found(client, f"features/{feature['id']}") == feature
-    assert listed(client, "features") == client.post("/v1/features/search", json={}).json()["items"] == [feature]
-
-
-NOTHING_SAID = {
-    "absent": {},
-    "null": dict.fromkeys(("lookup_key", "description", "unit_singular", "unit_plural", "reporting_unit", "metadata",
-                           "meter_id", "alert_settings", "group_id")),
-    "empty": dict.fromkeys(("lookup_key", "description", "unit_singular", "unit_plural", "meter_id", "group_id"), "") | {"metadata": {}},
-    "ignored": {"alert_settings": {"alert_enabled": True}, "group_id": "group_1", "group": {"id": "g"}, "status": "archived", "id": "mine"},
-}  # fmt: skip
-
-
-@table("said", NOTHING_SAID.values(), ids=NOTHING_SAID)
-def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client: httpx.Client, said: dict[str, Any]) -> None:
-    feature = make_feature(client, meter=meter_of(), **said)
-    expected: Json = {"lookup_key": "calls", "description": "", "metadata": {}, "reporting_unit": None, "alert_settings": None,
-                "group_id": None, "group": None, "status": "published", "type": "metered"}  # fmt: skip
-    assert feature.items() >= expected.items()
-    assert (feature["unit_singular"] or "", feature["unit_plural"] or "") == ("", "")
-    assert feature["id"] != "mine"
-
-
-@table("kind", ["boolean", "static", "config"])
-@table("meter", [{}, {"meter_id": "meter_unknown"}, {"meter": {"name": ""}}], ids=["", "a meter's id", "a bad meter"])
-def test_another_feature_than_a_metered_one_has_no_meter(
-    client: httpx.Client, kind: str, meter: dict[str, Any]
-) -> None:
-    feature = make_feature(client, type=kind, **meter)
-    assert (feature["type"], feature["meter_id"], feature["meter"]) == (kind, "", None)
-    assert listed(client) == []
-    assert listed(client, "features") == [feature]
-
-
-def test_of_a_meter_and_a_meter_id_the_id_counts(client: httpx.Client) -> None:
-    meter = make_meter(client)
-    feature = make_feature(client, meter_id=meter["id"], meter=meter_of("SUM"))
-    assert (feature["meter_id"], feature["meter"]) == (meter["id"], meter)
-    assert listed(client) == [meter]
-
-
-LOOKUP_KEYS = {"Tokens": "tokens", "API Calls (2024)": "api_calls_2024", "  x--y  ": "x_y", "A__B": "a_b", "Größe": "gr_e", "日本": "", "___": "",
-               "9 to 5!": "9_to_5", "a.b/c": "a_b_c", "٣": "", "camelCase": "camelcase"}  # fmt: skip
-
-
-@table(("name", "key"), LOOKUP_KEYS.items(), ids=str)
-def test_a_lookup_key_is_made_from_the_name_or_taken_as_it_is(client: httpx.Client, name: str, key: str) -> None:
-    assert make_feature(client, name)["lookup_key"] == key
-    assert make_feature(client, name, lookup_key="As-It Is!")["lookup_key"] == "As-It Is!"
-
-
-@table("sent", [1000, 1000.0, "1000", "1e3", 0.5, "0.001", 3])
-def test_a_conversion_rate_is_a_number_however_it_was_sent(shared: httpx.Client, sent: Any) -> None:
-    unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": sent}
-    answered = make_feature(shared, f"rate {sent!r}", lookup_key=f"rate {sent!r}", reporting_unit=unit)[
-        "reporting_unit"
-    ]
-    assert answered == unit | {"conversion_rate": float(sent)}
-    assert not isinstance(answered["conversion_rate"], str)
-
-
-def unit(**fields: Any) -> dict[str, Any]:
-    return {"reporting_unit": {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 1000} | fields}
-
-
-BAD_FEATURES = {  # the feature's fields, the faulty ones
-    "no name": ({"name": None}, ["name"]),
-    "an empty name": ({"name": ""}, ["name"]),
-    "a long name": ({"name": "x" * 256, "lookup_key": "x"}, ["name"]),
-    "a name that is a number": ({"name": 5}, ["name"]),
-    "no type": ({"type": None}, ["type"]),
-    "an unknown type": ({"type": "toggle"}, ["type"]),
-    "a type in upper case": ({"type": "METERED"}, ["type"]),
-    "no meter": ({"meter": None}, ["meter", "meter_id"]),
-    "an empty meter id": ({"meter": None, "meter_id": ""}, ["meter", "meter_id"]),
-    "a meter in a word": ({"meter": "meter_1"}, ["meter"]),
-    "a meter id that is a number": ({"meter_id": 5}, ["meter_id"]),
-    "a lookup key that is a number": ({"lookup_key": 5}, ["lookup_key"]),
-    "a description in a list": ({"description": ["x"]}, ["description"]),
-    "one unit": ({"unit_singular": "token"}, ["unit_plural", "unit_singular"]),
-    "the other unit": ({"unit_plural": "tokens"}, ["unit_plural", "unit_singular"]),
-    "a unit that is a number": ({"unit_singular": 5, "unit_plural": "tokens"}, ["unit_singular"]),
-    "an empty reporting unit": ({"reporting_unit": {}}, ["reporting_unit"]),
-    "a reporting unit in a word": ({"reporting_unit": "k"}, ["reporting_unit"]),
-    "a reporting unit without singular": (unit(unit_singular=""), ["reporting_unit"]),
-    "a reporting unit without plural": (unit(unit_plural=None), ["reporting_unit"]),
-    "a reporting unit without rate": (unit(conversion_rate=None), ["reporting_unit"]),
-    **{f"rate {bad!r}": (unit(conversion_rate=bad), ["reporting_unit"]) for bad in BAD_RATES},
-    "metadata in a list": ({"metadata": []}, ["metadata"]),
-    "metadata with a number": ({"metadata": {"a": 5}}, ["metadata"]),
-    "metadata with null": ({"metadata": {"a": None}}, ["metadata"]),
-    "metadata with an object": ({"metadata": {"a": {}}}, ["metadata"]),
-}  # fmt: skip
-
-
-@table(("bad", "fields"), BAD_FEATURES.values(), ids=BAD_FEATURES)
-def test_a_bad_feature_is_refused_and_the_field_named(
-    shared: httpx.Client, bad: dict[str, Any], fields: list[Any]
-) -> None:
-    before = len(listed(shared)), len(listed(shared, "features"))
-    faulty = faulty_fields(shared.post("/v1/features", json=feature_of() | bad))
-    assert faulty
-    assert all(one.startswith(tuple(fields)) for one in faulty)
-    assert (len(listed(shared)), len(listed(shared, "features"))) == before
-
-
-def test_every_fault_of_a_feature_and_of_its_meter_is_named_at_once(shared: httpx.Client) -> None:
-    sent = feature_of("", metadata=[], meter=meter_of("SUM", field="", name="", reset_usage="x"))
-    expected = ["metadata", "meter.aggregation.field", "meter.name", "meter.reset_usage", "name"]
-    assert faulty_fields(shared.post("/v1/features", json=sent)) == expected
-
-
-def test_a_feature_of_a_meter_that_is_not_there_is_a_404_and_of_an_archived_one_a_400(client: httpx.Client) -> None:
-    of_staging = client.post("/v1/meters", json=meter_of(), headers={"x-api-key": STAGING_KEY}).json()
-    for unknown in ("meter_unknown", of_staging["id"]):
-        refused(client.post("/v1/features", json=feature_of(meter_id=unknown)), 404, "not_found")
-    archived = make_meter(client)["id"]
-    client.delete(f"/v1/meters/{archived}")
-    assert faulty_fields(client.post("/v1/features", json=feature_of(meter_id=archived))) == ["meter_id"]
-    assert listed(client, "features") == []
-
-
-# ---------------------------------------------------------------------------------------------- 12: lookup keys
-
-TAKEN = {
-    "by name": ({}, {}),
-    "given": ({"lookup_key": "k"}, {"lookup_key": "k", "name": "Other"}),
-    "given, from a name": ({"lookup_key": "calls", "name": "Other"}, {}),
-    "a boolean": ({"type": "boolean"}, {}),
-}
-
-
-@table(("first", "second"), TAKEN.values(), ids=TAKEN)
-def test_a_lookup_key_that_is_taken_is_a_409_and_nothing_is_made(
-    client: httpx.Client, first: dict[str, Any], second: dict[str, Any]
-) -> None:
-    made = make(client, "features", feature_of() | {"meter": meter_of()} | first)
-    meters = listed(client)
-    response = client.post("/v1/features", json=feature_of() | second)
-    refused(response, 409, "already_exists", "lookup_key")
-    assert f'"{made["lookup_key"]}"' in response.json()["message"]
-    assert (listed(client, "features"), listed(client)) == ([made], meters)
-
-
-def test_an_empty_lookup_key_is_never_taken(client: httpx.Client) -> None:
-    assert [make_feature(client, "日本")["lookup_key"] for _ in range(3)] == ["", "", ""]
-    assert len(listed(client)) == 3
-
-
-def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_environment(
-    client: httpx.Client,
-) -> None:
-    first = make_feature(client)
-    response = client.post("/v1/features", json=feature_of(), headers={"x-api-key": STAGING_KEY})
-    assert (response.status_code, response.json()["environment_id"]) == (201, "staging")
-    client.delete(f"/v1/features/{first['id']}")
-    second = make_feature(client)
-    assert [one["id"] for one in listed(client, "features")] == [second["id"], first["id"]]
-    refused(client.post("/v1/features", json=feature_of()), 409, "already_exists")
-
-
-def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client: httpx.Client) -> None:
-    """Each of its own connection and thread, all sent at one moment."""
-    callers = 6
-    with ThreadPoolExecutor(callers) as pool:
-        for turn in range(10):
-            start = Barrier(callers)
-
-            def send(number: int, turn: int = turn, start: Barrier = start) -> int:
-                start.wait()
-                body = feature_of(f"turn {turn}", meter=meter_of(name=f"{turn} {number}"))
-                return client.post("/v1/features", json=body).status_code
-
-            assert sorted(pool.map(send, range(callers))) == [201] + [409] * (callers - 1)
-            assert (len(listed(client, "features")), len(listed(client))) == (turn + 1, turn + 1)
-
-
-@table("into", ["meters", "features"])
-def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(
-    client: httpx.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, into: str
-) -> None:
-    refuse_to_write(tmp_path, "true", into)
-    response = client.post("/v1/features", json=feature_of())
-    refused(response, 500, "database_error")
-    assert "full" in caplog.text
-    assert "full" not in response.text
-    assert (listed(client), listed(client, "features")) == ([], [])
-    assert counts(store(client, event())) == (1, 0)
-    with database(tmp_path) as conn:
-        conn.execute("DROP TRIGGER full")
-    assert make_feature(client)["meter"] in listed(client)
-
-
-# ---------------------------------------------------------------------------------------------- 12: features are listed
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Features A to F, at seconds 0 to 50; B is deleted at 60; E is boolean; A and C have one meter."""
-    clock = Mock(return_value=NOW)
-    with metering(tmp_path_factory.mktemp("six"), clock=clock) as client:
-        client.post("/v1/features", json=feature_of("S"), headers={"x-api-key": STAGING_KEY})
-        made = {"A": make_feature(client, "A", lookup_key="key%_a")}
-        for number, (name, fields) in enumerate({"B": {}, "C": {"meter_id": made["A"]["meter_id"]}, "D": {"lookup_key": "Ka"},
-                                                 "E": {"type": "boolean"}, "F": {}}.items(), 1):  # fmt: skip
-            clock.return_value = NOW + number * 10 * SECOND_US
-            made[name] = make_feature(client, name, **fields)
-        clock.return_value = NOW + 60 * SECOND_US
-        assert client.delete(f"/v1/features/{made['B']['id']}").status_code == 200
-        yield client, made
-
-
-SCALAR_SEARCHES = {  # the query, the names
-    "all": ({}, "FEDCBA"),
-    "nothing said": (dict.fromkeys(("status", "order", "lookup_key", "name_contains", "start_time", "end_time", "expand"), ""), "FEDCBA"),
-    "ascending": ({"order": "asc"}, "ABCDEF"),
-    "published": ({"status": "published"}, "FEDCA"),
-    "archived": ({"status": "archived"}, "B"),
-    "deleted": ({"status": "deleted"}, ""),
-    "by key": ({"lookup_key": "key%_a"}, "A"),
-    "by a key in another case": ({"lookup_key": "ka"}, ""),
-    "by a part of the name": ({"name_contains": "c"}, "C"),
-    "by a part that is a pattern": ({"name_contains": "%"}, ""),
-    "from": ({"start_time": at(40 * SECOND_US)}, "FE"),
-    "until": ({"end_time": at(10 * SECOND_US)}, "BA"),
-    "between": ({"start_time": at(10 * SECOND_US), "end_time": at(20 * SECOND_US)}, "CB"),
-    "the first page": ({"limit": 4}, "FEDC"),
-    "the next page": ({"limit": 4, "offset": 4}, "BA"),
-    "expanded": ({"expand": "meters"}, "FEDCBA"),
-    "several": ({"name_contains": "B", "status": "published"}, ""),
-}  # fmt: skip
-
-
-@table(("query", "expected"), SCALAR_SEARCHES.values(), ids=SCALAR_SEARCHES)
-@table("method", ["GET", "POST"])
-def test_features_are_found_by_parameters_and_by_a_body(
-    six: Any, method: str, query: dict[str, Any], expected: str
-) -> None:
-    client, _ = six
-    response = (
-        client.get("/v1/features", params=query) if method == "GET" else client.post("/v1/features/search", json=query)
-    )
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    assert names(answer["items"]) == expected
-    limit, offset = query.get("limit", 50), query.get("offset", 0)
-    assert answer["pagination"] == {
-        "total": 6 if "limit" in query else len(expected),
-        "limit": limit,
-        "offset": offset + limit,
-    }
-    assert all((one["meter"] or {"id": ""})["id"] == one["meter_id"] for one in answer["items"])
-
-
-SEARCHES = {
-    "by id": ({"feature_ids": ["A", "E", "?"]}, "EA"),
-    "by meter": ({"meter_ids": ["A", "?"]}, "CA"),
-    "by keys": ({"lookup_keys": ["f", "Ka", "nowhere"]}, "FD"),
-    "by id and meter": ({"feature_ids": ["C", "D"], "meter_ids": ["A"]}, "C"),
-    "by key and keys": ({"lookup_key": "f", "lookup_keys": ["Ka"]}, ""),
-    "sorted": ({"sort": [{"field": "name", "direction": "asc"}]}, "ABCDEF"),
-    "sorted backwards": ({"sort": [{"field": "name", "direction": "desc"}]}, "FEDCBA"),
-    "sorted by change": ({"sort": [{"field": "updated_at", "direction": "desc"}]}, "BFEDCA"),
-    "sorted by two": ({"sort": [{"field": "updated_at", "direction": "asc"}, {"field": "name", "direction": "asc"}]}, "ACDEFB"),
-    "not sorted": ({"sort": []}, "FEDCBA"),
-    "no condition": ({"filters": []}, "FEDCBA"),
-    "null": (dict.fromkeys(("limit", "offset", "status", "order", "feature_ids", "meter_ids", "lookup_key", "lookup_keys",
-                            "name_contains", "start_time", "end_time", "expand", "sort", "filters")), "FEDCBA"),
-    "unknown fields": ({"colour": "red"}, "FEDCBA"),
-}  # fmt: skip
-
-
-@table(("query", "expected"), SEARCHES.values(), ids=SEARCHES)
-def test_features_are_searched_by_lists_and_sorted(six: Any, query: dict[str, Any], expected: str) -> None:
-    client, made = six
-    ids = {"feature_ids": lambda name: made[name]["id"], "meter_ids": lambda name: made[name]["meter_id"]}
-    sent = {field: [ids[field](name) if name in made else name for name in value or []] if field in ids and value else value
-            for field, value in query.items()}  # fmt: skip
-    response = client.post("/v1/features/search", json=sent)
-    assert response.status_code == 200, response.text
-    assert names(response.json()["items"]) == expected
-
-
-def test_a_part_of_a_name_is_found_in_any_case(client: httpx.Client) -> None:
-    for name in ("API calls", "Größe", "100% of_x"):
-        make_feature(client, name)
-    for part, expected in (
-        ("api", "API calls"),
-        ("CALL", "API calls"),
-        ("RÖ", "Größe"),
-        ("0% OF_", "100% of_x"),
-        ("of%x", ""),
-        ("_", "100% of_x"),
-    ):
-        assert names(client.post("/v1/features/search", json={"name_contains": part}).json()["items"]) == expected, part
-
-
-@table(("bad", "field"), [
-    ({"limit": 1001}, "limit"), ({"limit": -1}, "limit"), ({"limit": "x"}, "limit"), ({"offset": -1}, "offset"), ({"status": "x"}, "status"),
-    ({"order": "up"}, "order"), ({"feature_ids": "feat_1"}, "feature_ids"), ({"meter_ids": [5]}, "meter_ids"), ({"lookup_keys": {}}, "lookup_keys"),
-    ({"name_contains": 5}, "name_contains"), ({"start_time": "x"}, "start_time"), ({"sort": "name"}, "sort"), ({"sort": [{"field": "id"}]}, "sort"),
-    ({"sort": [{"field": "name", "direction": "up"}]}, "sort"), ({"filters": [{"field": "name"}]}, "filters"),
-    ({"start_time": at(1), "end_time": at()}, "end_time"),
-], ids=str)  # fmt: skip
-def test_a_bad_search_is_refused_and_the_field_named(six: Any, bad: dict[str, Any], field: str) -> None:
-    client, _ = six
-    response = client.post("/v1/features/search", json=bad)
-    (faulty,) = faulty_fields(response)
-    assert faulty.startswith(field)
-    assert field in response.json()["message"]
-
-
-# ---------------------------------------------------------------------------------------------- 12: features are deleted
-
-
-def test_a_deleted_feature_and_its_meter_are_archived(timed: httpx.Client, clock: Any) -> None:
-    feature = make_feature(timed)
-    clock.return_value += 1000
-    response = timed.delete(f"/v1/features/{feature['id']}")
-    assert (response.status_code, response.json()) == (200, {"message": "feature deleted successfully"})
-    later = {"status": "archived", "updated_at": "2025-10-15T11:38:47.963Z"}
-    assert found(timed, f"features/{feature['id']}") == feature | later | {"meter": feature["meter"] | later}
-    assert (listed(timed, "features", status="published"), listed(timed, status="published")) == ([], [])
-
-
-def test_a_meter_is_archived_with_the_last_feature_that_has_it(client: httpx.Client) -> None:
-    meter = make_meter(client)
-    first, second = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
-    for feature, status in ((first, "published"), (second, "archived")):
-        assert client.delete(f"/v1/features/{feature['id']}").status_code == 200
-        assert found(client, f"meters/{meter['id']}")["status"] == status
-
-
-def test_a_feature_without_a_meter_is_deleted_and_a_deleted_one_again(client: httpx.Client) -> None:
-    feature = make_feature(client, type="boolean")
-    for _ in range(2):
-        assert client.delete(f"/v1/features/{feature['id']}").status_code == 200
-    assert found(client, f"features/{feature['id']}")["status"] == "archived"
-
-
-def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_has_it_now(client: httpx.Client) -> None:
-    """Not in SPEC: the second DELETE is no new one."""
-    meter = make_meter(client)
-    first, _ = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
-    for _ in range(2):
-        assert client.delete(f"/v1/features/{first['id']}").status_code == 200
-    assert found(client, f"meters/{meter['id']}")["status"] == "published"
-
-
-@table("feature_id", ["feat_unknown", "x" * 300, "' OR 1=1 --"])
-def test_a_feature_that_is_not_there_is_a_404(shared: httpx.Client, feature_id: str) -> None:
-    for method in ("GET", "DELETE"):
-        refused(shared.request(method, f"/v1/features/{feature_id}"), 404, "not_found")
-
-
-# ---------------------------------------------------------------------------------------------- environments, keys, restarts
+# ---------------------------------------------------------------------------------------------- Environments, keys, restarts
 
 
 def test_environments_do_not_see_each_others_meters_and_features(client: httpx.Client) -> None:
@@ -873,7 +479,7 @@ def test_environments_do_not_see_each_others_meters_and_features(client: httpx.C
     assert found(client, f"features/{feature_id}") == feature
 
 
-def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path: Path) -> None:
+def test_keys_of_the_same_environment_share_meters_and_features(tmp_path: Path) -> None:
     with metering(tmp_path, api_keys=(*KEYS, ApiKey.hashed("second"))) as client:
         feature = make_feature(client)
         client.headers["x-api-key"] = "second"
@@ -884,7 +490,7 @@ def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path: Pat
 
 @table("path", ["meters", "features", "meters/x", "features/x", "events/analytics", "events/usage/meter"])
 @table("key", [None, "unknown"])
-def test_without_a_known_key_everything_is_401(shared: httpx.Client, path: str, key: str | None) -> None:
+def test_every_route_without_a_known_key_is_a_401(shared: httpx.Client, path: str, key: str | None) -> None:
     headers = {} if key is None else {"x-api-key": key}
     bare = httpx.Headers(headers)
     known, shared.headers = shared.headers, bare
@@ -895,7 +501,7 @@ def test_without_a_known_key_everything_is_401(shared: httpx.Client, path: str, 
         shared.headers = known
 
 
-def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path: Path) -> None:
+def test_meters_and_features_survive_a_restart(tmp_path: Path) -> None:
     def everything(client: httpx.Client) -> list[Any]:
         return [listed(client), listed(client, "features"), analytics(client, expand=["meter", "feature"])]
 
@@ -917,7 +523,7 @@ def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path: Path)
         assert make_meter(client) in listed(client)
 
 
-def test_a_meter_is_known_to_every_query_that_follows_its_answer(client: httpx.Client) -> None:
+def test_queries_after_the_answer_know_the_meter(client: httpx.Client) -> None:
     store(client, event(timestamp=at(-1)))
     for number in range(20):
         meter = make_meter(client)
@@ -925,7 +531,7 @@ def test_a_meter_is_known_to_every_query_that_follows_its_answer(client: httpx.C
         assert len(analytics(client)) == number + 1
 
 
-# ---------------------------------------------------------------------------------------------- the mock
+# ---------------------------------------------------------------------------------------------- The mock
 
 
 @pytest.fixture(scope="module")
@@ -941,7 +547,7 @@ def caller(mock: MockServer) -> Iterator[Any]:
         yield client
 
 
-def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock: MockServer, caller: httpx.Client) -> None:
+def test_mock_meters_are_dicts_oldest_first_including_archived_ones(mock: MockServer, caller: httpx.Client) -> None:
     made = [make_meter(caller, name=name) for name in "abc"]
     caller.delete(f"/v1/meters/{made[1]['id']}")
     assert names(mock.meters()) == "abc"
@@ -949,7 +555,7 @@ def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock: MockServe
     assert caller.post("/v1/meters", json=meter_of(name="d"), headers={"x-api-key": "second"}).status_code == 201
 
 
-def test_a_mock_has_all_of_more_meters_than_a_page_has(mock: MockServer, caller: httpx.Client) -> None:
+def test_mock_meters_has_more_than_one_page(mock: MockServer, caller: httpx.Client) -> None:
     with closing(sqlite3.connect(mock._store.path)) as conn:
         make_meter(caller, name="a")
         columns = [row[1] for row in conn.execute("PRAGMA table_info(meters)")]
@@ -960,7 +566,7 @@ def test_a_mock_has_all_of_more_meters_than_a_page_has(mock: MockServer, caller:
     assert len(mock.meters()) == 1501
 
 
-def test_a_mock_that_is_reset_forgets_meters_and_features_of_all_environments(
+def test_reset_of_the_mock_deletes_meters_and_features_of_all_environments(
     mock: MockServer, caller: httpx.Client
 ) -> None:
     for key in ("first", "second"):
@@ -977,7 +583,7 @@ FAULTS = {"a meter": ("POST", "/v1/meters", meter_of()), "meters": ("GET", "/v1/
 
 
 @table(("method", "path", "body"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_meets_the_routes_of_meters_and_features(
+def test_faults_apply_to_the_routes_of_meters_and_features(
     mock: MockServer, caller: httpx.Client, method: str, path: str, body: Any
 ) -> None:
     mock.fail(method=method, path=path, status=503, retry_after_s=7)
@@ -987,7 +593,7 @@ def test_a_fault_meets_the_routes_of_meters_and_features(
     assert caller.request(method, path, json=body).status_code in (200, 201, 404)
 
 
-def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice: Any) -> None:
+def test_the_pytest_fixture_lists_meters(flexprice: Any) -> None:
     with httpx.Client(base_url=flexprice.url, headers={"x-api-key": flexprice.api_key}) as client:
         assert client.post("/features", json=feature_of()).status_code == 201
     assert names(flexprice.meters()) == "calls"
@@ -995,10 +601,10 @@ def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice: Any) -> None
     assert flexprice.meters() == []
 
 
-# ---------------------------------------------------------------------------------------------- what is served, and how it is described
+# ---------------------------------------------------------------------------------------------- Routes, OpenAPI, log
 
 
-def test_the_routes_are_those_of_the_specification() -> None:
+def test_the_list_of_routes() -> None:
     served = {(operation.method, operation.public_path) for operation in OPERATIONS}
     assert served == {("POST", "/v1/meters"), ("GET", "/v1/meters"), ("GET", "/v1/meters/{id}"), ("POST", "/v1/meters/{id}/disable"),
                       ("DELETE", "/v1/meters/{id}"), ("POST", "/v1/features"), ("GET", "/v1/features"), ("POST", "/v1/features/search"),
@@ -1036,7 +642,7 @@ def test_the_openapi_document_is_valid_and_describes_every_route(client: httpx.C
 
 
 @table("path", ["/v1/customers", "/v1/wallets", "/v1/events/huggingface-inference", "/v1/meter-usage/query"])
-def test_an_unknown_route_is_a_404_that_lists_what_is_served(client: httpx.Client, path: str) -> None:
+def test_an_unknown_route_is_a_404_that_lists_the_routes(client: httpx.Client, path: str) -> None:
     response = client.post(path, json={})
     refused(response, 404, "not_found")
     message = response.json()["message"]
@@ -1045,13 +651,13 @@ def test_an_unknown_route_is_a_404_that_lists_what_is_served(client: httpx.Clien
     assert [one.public_path for one in served if one.public_path not in message] == []
 
 
-def test_the_service_alone_serves_events_without_meters(tmp_path: Path) -> None:
+def test_the_service_alone_serves_no_meters(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         refused(client.post("/v1/meters", json=meter_of()), 404, "not_found")
         assert counts(store(client, event())) == (1, 0)
 
 
-def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path: Path) -> None:
+def test_rate_limits_do_not_count_meters_features_or_analytics(tmp_path: Path) -> None:
     with metering(tmp_path, rate_limits={"/v1/events": 1, "/v1/events/bulk": 1}) as client:
         for number in range(3):
             answers = [client.post("/v1/meters", json=meter_of()), client.post("/v1/features", json=feature_of(f"{number}")),
@@ -1062,13 +668,13 @@ def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path: Path) 
         refused(client.post("/v1/events", json=event()), 429, "too_many_requests")
 
 
-def test_a_served_process_has_meters(live: Live) -> None:
+def test_a_server_process_serves_meters(live: Live) -> None:
     with live.client() as client:
         feature = make_feature(client, "Served")
         assert feature["meter"] in listed(client)
 
 
-def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(
+def test_a_bad_meter_is_logged_in_one_line_and_a_good_one_is_not_logged(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_feature(client)
@@ -1076,96 +682,3 @@ def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(
     client.post("/v1/meters", json={})
     client.post("/v1/features", json=feature_of())
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-
-
-# ---------------------------------------------------------------------------------------------- SDK
-
-
-def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live: Live) -> None:
-    from flexprice import Flexprice
-
-    meter = {"name": "Tokens", "event_name": "sdk.call", "reset_usage": "BILLING_PERIOD", "filters": [{"key": "model", "values": ["a", "b"]}],
-             "aggregation": {"type": "SUM_WITH_MULTIPLIER", "field": "n", "multiplier": "2.5"}}  # fmt: skip
-    unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 1000}
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-        made = sdk.features.create_feature(name="SDK tokens", type_="metered", meter=meter, reporting_unit=unit, unit_singular="token",
-                                           unit_plural="tokens", metadata={"a": "b"})  # fmt: skip
-        assert (made.lookup_key, made.type, made.status, made.meter.id) == (
-            "sdk_tokens",
-            "metered",
-            "published",
-            made.meter_id,
-        )
-        assert (made.reporting_unit.conversion_rate, made.metadata, made.environment_id) == (
-            1000,
-            {"a": "b"},
-            "development",
-        )
-        aggregation = made.meter.aggregation
-        assert (aggregation.type, aggregation.field, aggregation.multiplier) == ("SUM_WITH_MULTIPLIER", "n", "2.5")
-        assert [(one.key, one.values) for one in made.meter.filters] == [("model", ["a", "b"])]
-        assert isinstance(made.created_at, datetime)
-        sort = [{"field": "name", "direction": "asc"}]
-        page = sdk.features.query_feature(
-            lookup_key="sdk_tokens", limit=10, sort=sort, status="published", expand="meters"
-        )
-        assert [one.id for one in page.items] == [made.id]
-        assert (page.pagination.total, page.pagination.limit, page.pagination.offset) == (1, 10, 10)
-        assert page.items[0] == made
-        assert sdk.features.delete_feature(id=made.id).message == "feature deleted successfully"
-        assert sdk.features.query_feature(lookup_keys=["sdk_tokens"], status="published").items == []
-        again = sdk.features.create_feature(name="SDK tokens", type_="boolean")
-        assert (again.meter_id, again.meter, again.metadata) == ("", None, {})
-
-
-def test_the_official_async_sdk_makes_finds_and_deletes_a_feature(live: Live) -> None:
-    from flexprice import Flexprice
-
-    async def round_trip() -> tuple[Any, ...]:
-        async with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-            made = await sdk.features.create_feature_async(name="Async", type_="metered", meter=meter_of())
-            page = await sdk.features.query_feature_async(feature_ids=[made.id])
-            deleted = await sdk.features.delete_feature_async(id=made.id)
-            return made.id, [one.id for one in page.items], deleted.message
-
-    made, found_ids, message = asyncio.run(round_trip())
-    assert (found_ids, message) == ([made], "feature deleted successfully")
-
-
-SDK_REFUSALS = {
-    "a bad meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered", meter=meter_of(event_name=" ")), 400, "meter.event_name"),
-    "no meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered"), 400, "meter"),
-    "an unknown feature": (lambda sdk: sdk.features.delete_feature(id="feat_x"), 404, "feat_x"),
-    "an unknown meter's usage": (lambda sdk: sdk.events.get_usage_by_meter(meter_id="meter_x"), 404, "meter_x"),
-    "a bad group": (lambda sdk: sdk.events.get_usage_analytics(group_by=["colour"]), 400, "group_by"),
-}  # fmt: skip
-
-
-@table(("call", "status", "message"), SDK_REFUSALS.values(), ids=SDK_REFUSALS)
-def test_the_official_sdk_raises_the_servers_message(
-    live: Live, call: Callable[..., Any], status: int, message: str
-) -> None:
-    from flexprice import Flexprice
-    from flexprice.models.errors import ErrorResponse
-
-    with (
-        Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk,
-        pytest.raises(ErrorResponse, match=message) as refusal,
-    ):
-        call(sdk)
-    assert refusal.value.status_code == refusal.value.data.http_status_code == status
-    assert refusal.value.data.code == {400: "validation_error", 404: "not_found"}[status]
-
-
-def test_the_official_sdk_raises_what_its_document_does_not_foresee(live: Live) -> None:
-    from flexprice import Flexprice
-    from flexprice.models.errors import FlexpriceError
-
-    with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
-        sdk.features.create_feature(name="Taken", type_="boolean")
-        with pytest.raises(FlexpriceError) as refusal:
-            sdk.features.create_feature(name="Taken", type_="boolean")
-        assert (refusal.value.status_code, "already_exists" in refusal.value.body) == (409, True)
-        with pytest.raises(FlexpriceError) as refusal:
-            sdk.features.create_feature(name="Other", type_="metered", meter_id="meter_x")
-        assert (refusal.value.status_code, "not_found" in refusal.value.body) == (404, True)
