@@ -14,7 +14,6 @@ from msgspec.structs import replace
 
 from eventstore import (
     ENCODER,
-    EVENT,
     MAX_TIME_US,
     MEMBERS,
     MIN_TIME_US,
@@ -35,8 +34,8 @@ from eventstore import (
 )
 
 __all__ = [
-    "EXPORTED_COLUMNS", "PROPERTY_PREFIX", "Entry", "ExportedEvent", "InputError", "TableRow", "check_columns",
-    "entry_row", "exported_event", "shown_content",
+    "EXPORTED_COLUMNS", "PROPERTY_PREFIX", "CheckedRow", "Entry", "ExportedEvent", "InputError", "TableRow",
+    "check_columns", "checked_row", "csv_cell", "csv_values", "exported_event", "shown_content",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- exported events
@@ -153,24 +152,43 @@ def _printable(text: str) -> str:
 # ---------------------------------------------------------------------------------------------- an entry's event
 
 
-def entry_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Row:
-    """Return the row to store for an entry, with 0 as its environment. Raises ApiError listing all its faults."""
+class CheckedRow(NamedTuple):
+    """The row to store for an entry, with 0 as its environment."""
+
+    row: Row
+    has_id: bool  # False if the id was made here
+    has_time: bool  # False if the timestamp is the time of the import
+
+    def is_stored_as(self, stored: Row) -> bool:
+        """Compare with the stored row of the same id: times to the millisecond, which is what FlexPrice keeps."""
+        row = self.row
+        if self.has_time and row.timestamp_us // 1000 != stored.timestamp_us // 1000:
+            return False
+        texts = [(each.external_customer_id, each.customer_id, each.event_name, each.source) for each in (row, stored)]
+        properties = row.properties, stored.properties
+        return texts[0] == texts[1] and (
+            properties[0] == properties[1]
+            or bool(msgspec.json.decode(properties[0]) == msgspec.json.decode(properties[1]))
+        )
+
+
+def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> CheckedRow:
+    """Check an entry like an event that came over HTTP. Raises ApiError listing all its faults."""
     if entry.problem:
         raise_fault(entry.unit, "invalid_format", entry.problem)
     columns = None
     if isinstance(entry.content, bytes):
-        event = decode_fields(EVENT, entry.content, faults)
-        if not entry.content.startswith(b"{"):
-            faults.raise_any()
+        event = _json_event(entry.content, faults)
     else:
-        columns = _csv_row(entry.content) if isinstance(entry.content, dict) else entry.content
+        columns = _csv_row(entry.content, faults) if isinstance(entry.content, dict) else entry.content
         event = _table_event(columns)
+    has_id = bool(event.event_id)
     event.event_id = event.event_id or _content_id(entry)
     row = event_row(event, 0, now, make_id, faults)
     if columns:
         row = _with_times(row, columns, faults)
     faults.raise_any()
-    return row
+    return CheckedRow(row, has_id, row.timestamp_us != now)
 
 
 def _content_id(entry: Entry) -> str:
@@ -180,23 +198,92 @@ def _content_id(entry: Entry) -> str:
     return "import_" + hashlib.sha256(b"%d:%b" % (number, content)).hexdigest()[:32]
 
 
+class _JsonEvent(Struct, forbid_unknown_fields=True):
+    """An event as a client sends it, or as a server answers it: with `id`, and with fields that only answers have."""
+
+    event_name: str | None = None
+    external_customer_id: str | None = None
+    event_id: str | None = None
+    customer_id: str | None = None
+    source: str | None = None
+    timestamp: str | None = None
+    properties: Raw = Raw()
+    id: str | None = None
+    ingested_at: Raw = Raw()
+    tenant_id: Raw = Raw()
+    environment_id: Raw = Raw()
+
+
+_JSON_EVENT = msgspec.json.Decoder(_JsonEvent)
+_ANSWERED_ONLY = ("ingested_at", "tenant_id", "environment_id")
+
+
+def _json_event(content: bytes, faults: Faults) -> EventIn:
+    """Decode an event. The `id` of an event without an event_id is its event_id, as in a server's answers."""
+    event = decode_fields(_JSON_EVENT, content, faults)
+    if not content.startswith(b"{"):
+        faults.raise_any()
+    event_id = event.event_id or event.id
+    if event_id != event.id:
+        faults.ignore(name for name in ("id", *_ANSWERED_ONLY) if getattr(event, name))
+    return EventIn(event.event_name, event.external_customer_id, event_id, event.customer_id, event.source,
+                   event.timestamp, event.properties)  # fmt: skip
+
+
 _TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
 _SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
 
 
-def _csv_row(cells: dict[str, str]) -> TableRow:
+_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
+_NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"  # instead of a missing id
+_ROUNDED_ID = r"[+-]?\d+(?:[.,]\d*)?[eE]\+\d+|[+-]?\d[.,]\d+[eE]\d\d+"  # such as 1.23457E+17
+_ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
+_RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
+_RESERVED_ID_CELL = re.compile(rf"\\+N|\\*(?:{_NO_ID}|{_ROUNDED_ID})", re.ASCII)
+
+
+def csv_cell(text: str, is_id: bool = False) -> str:
+    """Return the CSV cell for a text. A text that an import would not take as it is, such as NULL, gets a backslash."""
+    return "\\" + text if (_RESERVED_ID_CELL if is_id else _RESERVED_CELL).fullmatch(text) else text
+
+
+def _cell_text(cell: str, is_id: bool = False) -> str:
+    """Return the text of a cell that csv_cell() made."""
+    return cell[1:] if cell.startswith("\\") and csv_cell(cell[1:], is_id) == cell else cell
+
+
+def _id_text(cell: str) -> str:
+    """Return the id in a cell. Raises FieldError if it stands for no id, or for a number that has lost its digits."""
+    text = _cell_text(cell, is_id=True)
+    if text != cell or not _RESERVED_ID_CELL.fullmatch(cell):
+        return text
+    if _ROUNDED_ID_CELL.fullmatch(cell):
+        advice = "format that column as text before the file is opened, or export the events again"
+        problem = f"is {quoted(cell)}, a number that a spreadsheet has rounded: {advice}"
+    else:
+        problem = f"is {quoted(cell)}, which usually stands for no value: leave the cell empty"
+    raise FieldError("invalid_format", problem)
+
+
+def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
+    """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
+    return {name: cell for name, cell in zip(columns, cells, strict=True)
+            if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
+
+
+def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
     """Sort the cells of a CSV row into the fields of TableRow. Raises ApiError if a cell is not UTF-8."""
     try:
         "".join(cells.values()).encode()
     except UnicodeEncodeError:
         raise_fault("line", "invalid_format", "is not UTF-8")
+    named = {name.removeprefix(PROPERTY_PREFIX): cell for name, cell in cells.items() if _is_property(name)}
     row = TableRow()
     for name in cells.keys() & _TABLE_FIELDS:
-        setattr(row, name, cells[name])
-    named = {name.removeprefix(PROPERTY_PREFIX): cell for name, cell in cells.items() if _is_property(name)}
+        setattr(row, name, _cell_text(cells[name]))
     row.named = Raw(ENCODER.encode(named) if named else b"")
+    row.event_id = faults.check("event_id", _id_text, cells.get("id") or cells.get("event_id"))
     if "id" in cells:  # FlexPrice's own table, whose times are UTC but do not say so
-        row.event_id = cells["id"]
         row.timestamp, row.ingested_at = _with_zone(row.timestamp), _with_zone(row.ingested_at)
     return row
 

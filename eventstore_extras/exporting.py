@@ -10,15 +10,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import BinaryIO, cast
 
 import msgspec
 
 from eventstore import ENCODER, AddFlag, Row, StartError, list_events, plural, say, to_datetime
-from eventstore_extras.entries import ExportedEvent, exported_event
+from eventstore_extras.entries import ExportedEvent, csv_cell, exported_event
 from eventstore_extras.files import explain_missing_parquet, progress_bar, whole_file
-from eventstore_extras.job import run_job
+from eventstore_extras.job import StopError, run_job
 from eventstore_extras.stored import add_filter_flags, flag_query, no_events_hint, open_stored, stored_events
 
 __all__ = ["add_flags", "run"]
@@ -56,8 +56,8 @@ def _csv_lines(rows: list[Row]) -> bytes:
     writer = csv.writer(text, lineterminator="\r\n")  # with "\n" the writer would not quote a cell's lone \r
     for row in rows:
         time_text = msgspec.to_builtins(to_datetime(row.timestamp_us))
-        writer.writerow([row.event_name, row.id, row.external_customer_id, row.customer_id, row.source, time_text,
-                         row.properties])  # fmt: skip
+        writer.writerow([csv_cell(row.event_name), csv_cell(row.id, is_id=True), csv_cell(row.external_customer_id),
+                         csv_cell(row.customer_id), csv_cell(row.source), time_text, row.properties])  # fmt: skip
     return text.getvalue().encode()
 
 
@@ -141,8 +141,8 @@ def _export_events(arguments: argparse.Namespace) -> int:
 def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
     """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
     if path is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+        with _standard_output() as output:
+            yield output
         return
     path = os.path.realpath(path)
     _check_output(path, db)
@@ -152,6 +152,25 @@ def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, packed)
         else:
             yield file
+
+
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
+    if sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
+        raise StartError("standard output is closed: name a file with --output")
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "standard output"
+        with suppress(OSError):  # Linux knows the name of its file
+            name += f" ({os.readlink(f'/proc/self/fd/{sys.stdout.fileno()}')})"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what Python would still flush
+        problem = f"cannot write {name}: {error.strerror or error}; the export is incomplete, the database is unchanged"
+        raise StopError(f"{problem}; free some disk space, or name a file on another disk, and export again") from error
 
 
 def _check_output(path: str, db: str) -> None:

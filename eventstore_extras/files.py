@@ -24,11 +24,24 @@ __all__ = [
 
 Stream = io.BufferedReader | gzip.GzipFile
 _SKIP_BYTES = 1024 * 1024
+_MIN_GZIP_READ_BYTES = 4096  # the gzip module reads heads in smaller pieces, data in larger ones
 
 
 def unpacked(file: io.BufferedReader) -> Stream:
     """Return the stream that decompresses a gzipped file, or the file itself if it is not gzipped."""
-    return gzip.GzipFile(fileobj=file) if file.peek(2).startswith(b"\x1f\x8b") else file
+    return gzip.GzipFile(fileobj=_Arriving(file)) if file.peek(2).startswith(b"\x1f\x8b") else file
+
+
+class _Arriving:
+    """A file for GzipFile that returns what a pipe holds, instead of waiting until a whole buffer is full."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self.seek = file.seek
+
+    def read(self, size: int) -> bytes:
+        is_head = size < _MIN_GZIP_READ_BYTES  # the gzip module needs all the bytes of a head that it asks for
+        return self._file.read(size) if is_head else self._file.read1(size)
 
 
 def numbered_lines(stream: Stream, limit_bytes: int) -> Iterator[tuple[int, bytes, bool]]:

@@ -9,19 +9,22 @@ import gzip
 import io
 import os
 import re
+import select
+import signal
 import sqlite3
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
-from typing import BinaryIO, cast
+from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import Any, BinaryIO, cast
 
 import msgspec
 from msgspec import Raw, Struct
 
 from eventstore import (
     ENCODER,
+    INSERT_ROWS,
     WRITER_PRAGMAS,
     AddFlag,
     ApiError,
@@ -33,6 +36,7 @@ from eventstore import (
     StartError,
     add_db_flag,
     connect,
+    connect_reader,
     environment_number,
     insert_events,
     now_us,
@@ -42,7 +46,15 @@ from eventstore import (
     quoted,
     say,
 )
-from eventstore_extras.entries import Entry, InputError, check_columns, entry_row, shown_content
+from eventstore_extras.entries import (
+    CheckedRow,
+    Entry,
+    InputError,
+    check_columns,
+    checked_row,
+    csv_values,
+    shown_content,
+)
 from eventstore_extras.files import Stream, explain_missing_parquet, numbered_lines, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
 
@@ -71,18 +83,22 @@ def _read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
 _MAX_ARRAY_BYTES = 256 * 1024 * 1024
 
 
-class _Bulk(Struct):
-    """The body of POST /v1/events/bulk. Other members are ignored, as over HTTP."""
+class _Document(Struct):
+    """The body of POST /v1/events/bulk, a page of a query, or the answer to a lookup. Other members are ignored."""
 
-    events: list[Raw]
+    events: list[Raw] | None = None
+    event: Raw = Raw()
 
 
 _ARRAY = msgspec.json.Decoder(list[Raw])
-_BULK = msgspec.json.Decoder(_Bulk)
+_DOCUMENT = msgspec.json.Decoder(_Document)
 
 
 def _read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the elements of an array, or of the array `events` in an object. Raises InputError if it is not JSON."""
+    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
+
+    Raises InputError if the file is not JSON.
+    """
     text = bytearray()
     while chunk := stream.read(_BUFFER_BYTES):
         text += chunk
@@ -90,9 +106,11 @@ def _read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
             advice = "convert it to NDJSON, for example with jq -c '.[]'"
             raise InputError(None, f"is a JSON array of more than {_MAX_ARRAY_BYTES >> 20} MB: {advice}")
     line, end = 1, 0
-    for index, element in enumerate(_decode_array(text)):
+    for index, element in enumerate(_decode_events(text)):
         content = bytes(element)
-        start = text.index(content, end)  # only white space and a comma come before it, so this is the element itself
+        start = text.index(
+            content, end
+        )  # the element itself, or an equal value before it, on which only `line` depends
         line += text.count(b"\n", end, start)
         is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
         yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
@@ -100,27 +118,49 @@ def _read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
         line += content.count(b"\n")
 
 
-def _decode_array(text: bytearray) -> list[Raw]:
+def _decode_events(text: bytearray) -> Iterator[Raw]:
+    """Yield the events of an array, or of one object after another."""
+    rest = memoryview(text)
     try:
-        return _ARRAY.decode(text) if re.match(rb"\s*\[", text) else _BULK.decode(text).events
+        if re.match(rb"\s*\[", text):
+            yield from _ARRAY.decode(text)
+            return
+        while rest:
+            document, rest = _first_document(rest)
+            if document.events is None and not document.event:
+                raise InputError(None, 'must be an array of events, or {"events": [...]}')
+            yield from [document.event] if document.events is None else document.events
     except msgspec.ValidationError:
         raise InputError(None, 'must be an array of events, or {"events": [...]}') from None
     except RecursionError:
         raise InputError(None, "is nested too deep") from None
     except msgspec.DecodeError as error:
+        before = len(text) - len(rest)
         reason = str(error)
         if "truncated" in reason:
             raise InputError(text.count(b"\n") + 1, "the file ends inside the array: it is not whole") from None
         at = re.search(r"\(byte (\d+)\)", reason)
-        line = text.count(b"\n", 0, int(at[1])) + 1 if at else None
+        line = text.count(b"\n", 0, before + int(at[1])) + 1 if at else None
         raise InputError(line, f"is not valid JSON: {reason}") from None
+
+
+def _first_document(text: memoryview) -> tuple[_Document, memoryview]:
+    """Decode the first of the objects in a text; return it and the text after it. Raises msgspec.DecodeError."""
+    try:
+        return _DOCUMENT.decode(text), text[:0]
+    except msgspec.DecodeError as error:
+        trailing = re.fullmatch(r"JSON is malformed: trailing characters \(byte (\d+)\)", str(error))
+        end = int(trailing[1]) - 1 if trailing else 0  # msgspec counts bytes from 1
+        if not end or bytes(text[end : end + 1]) != b"{":
+            raise
+    return _DOCUMENT.decode(text[:end]), text[end:]
 
 
 # ---------------------------------------------------------------------------------------------- CSV
 
 
 def _read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the rows of a CSV file without their empty cells."""
+    """Yield the rows of a CSV file without the cells that are empty or NULL."""
     csv.field_size_limit(limit_bytes)
     reader = csv.reader(_csv_lines(stream, 2 * limit_bytes), strict=True)  # a cell's quotes are doubled
     columns: list[str] = []
@@ -140,9 +180,7 @@ def _read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
             problem = f"has {plural(len(cells), 'cell')}, the header has {len(columns)}"
             yield Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
         elif cells:
-            absent = ("", "\\N") if "id" in columns else ("",)  # ClickHouse writes \N for null
-            row = {name: cell for name, cell in zip(columns, cells, strict=True) if cell not in absent}
-            yield Entry(line, row)
+            yield Entry(line, csv_values(columns, cells))
 
 
 def _csv_lines(stream: Stream, limit_bytes: int) -> Iterator[str]:
@@ -173,7 +211,7 @@ def _detect_format(head: bytes) -> str:
     """Name the format of a file by its first bytes."""
     if head.startswith((b"PAR1", b"PARE")):  # PARE marks an encrypted file
         return "parquet"
-    if re.match(rb'\s*(\[|\{\s*"events"\s*:)', head):
+    if re.match(rb'\s*(\[|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))', head):
         return "json"
     return "ndjson" if head.lstrip()[:1] in (b"{", b"") else "csv"
 
@@ -204,7 +242,10 @@ def _read_entries(file: io.BufferedReader, arguments: argparse.Namespace) -> Ite
 _LOCK_TIMEOUT_S = 60.0
 _GROUP_EVENTS = 4000  # events in a transaction, during which a server on the same database cannot write
 _GROUP_BYTES = 16 * 1024 * 1024  # bytes of properties held in memory before a transaction stores them
+_INPUT_WAIT_S = 1.0  # events of a pipe are stored when they have waited this long for more
 _MAX_IGNORED = 100  # names of unknown fields kept for the summary
+_MAX_NAMED = 5  # events or environments that the summary names
+_DEFAULT_ENVIRONMENT = "development"
 
 
 class _Database:
@@ -212,16 +253,20 @@ class _Database:
     without a good event does not leave an empty database."""
 
     def __init__(self, path: str, environment: str) -> None:
-        self._path = path
+        self.path = path
         self._environment = environment
         self._conn: sqlite3.Connection | None = None
         self._number = 0  # of the environment
+        self.note = ""  # that the environment is new
 
     def open(self) -> sqlite3.Connection:
         """Return the connection, opening it first if need be. Raises StartError."""
         if self._conn is None:
-            prepare_file(self._path)
-            self._conn = connect(self._path, WRITER_PRAGMAS)
+            is_new = not os.path.exists(self.path)
+            prepare_file(self.path)
+            self._conn = connect(self.path, WRITER_PRAGMAS)
+            if not (is_new and self._environment == _DEFAULT_ENVIRONMENT):
+                self.note = _environment_note(_environments(self._conn), self._environment, "was created")
             self._number = environment_number(self._conn, self._environment)
         return self._conn
 
@@ -231,9 +276,36 @@ class _Database:
         rows = [Row(self._number, *row[1:]) for row in rows]  # before the lock is taken
         return insert_events(conn, rows, _LOCK_TIMEOUT_S)
 
+    def differing(self, events: list[CheckedRow]) -> set[int]:
+        """Return the positions of the events that are stored with other content. Raises sqlite3.Error."""
+        positions: dict[str, list[int]] = {}
+        for position, event in enumerate(events):
+            positions.setdefault(event.row.id, []).append(position)
+        ids, found = list(positions), set()
+        for start in range(0, len(ids), INSERT_ROWS):
+            chunk = ids[start : start + INSERT_ROWS]
+            places = ", ".join("?" * len(chunk))
+            select = f"SELECT {', '.join(Row._fields)} FROM events WHERE environment = ? AND id IN ({places})"
+            for stored in map(Row._make, self.open().execute(select, (self._number, *chunk))):
+                found |= {at for at in positions[stored.id] if not events[at].is_stored_as(stored)}
+        return found
+
     def close(self) -> None:
         if self._conn:
             self._conn.close()
+
+
+def _environments(conn: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
+
+
+def _environment_note(names: list[str], environment: str, created: str) -> str:
+    """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
+    if environment in names:
+        return ""
+    others = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
+    note = f"; the environment {quoted(environment)} is new and {created}"
+    return f"{note}, the database also has {others}" if names else note
 
 
 def _faults(error: ApiError) -> list[Fault]:
@@ -251,21 +323,27 @@ def _problem(entry: Entry, faults: list[Fault]) -> str:
 class _Rejects:
     """The file of --skip-invalid: bad entries, each as a line of JSON with its location and its faults."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, path: str, file: io.FileIO) -> None:
+        self.path = path
         self.number = 0
+        self._file = file
+        self._pending = bytearray()
 
-    def write(self, entry: Entry, faults: list[Fault]) -> None:
+    def add(self, entry: Entry, faults: list[Fault]) -> int:
+        """Add an entry, which flush() writes, and return its size in bytes."""
         location = {entry.unit: entry.number}
         if entry.array_index is not None:
             location["index"] = entry.array_index
         errors = [{"field": fault.field, "code": fault.code, "message": fault.message} for fault in faults]
-        reject = {**location, "errors": errors, "event": shown_content(entry.content)}
-        self._file.write(ENCODER.encode(reject) + b"\n")
+        line = ENCODER.encode({**location, "errors": errors, "event": shown_content(entry.content)}) + b"\n"
+        self._pending += line
         self.number += 1
+        return len(line)
 
     def flush(self) -> None:
-        self._file.flush()
+        """Raises OSError, for example if the disk is full."""
+        while self._pending:
+            del self._pending[: self._file.write(self._pending)]
 
 
 class _Importer:
@@ -276,88 +354,200 @@ class _Importer:
         self._database = database
         self._rejects = rejects
         self._make_id = IdMaker()
-        self._rows: list[Row] = []
+        self._events: list[CheckedRow] = []
+        self._locations: list[str] = []  # of each event, for the summary
         self._bytes = 0
+        self._since_s = 0.0  # when the first of these events was taken
         self._now = now_us()
         self.stored = self.new = 0
+        self.without_id = 0
         self.ignored: set[str] = set()  # unknown fields
+        self._differing = 0  # events whose id was stored with other content
+        self._named: list[str] = []  # the first of them
 
     def add(self, entry: Entry) -> bool:
         """Take an entry; return True if it completed a group, which is now stored. Raises InputError, StopError."""
         faults = Faults(entry.array_index or 0, "event")
+        if not self._bytes:
+            self._since_s = time.monotonic()
         try:
-            row = entry_row(entry, self._now, self._make_id, faults)
+            event = checked_row(entry, self._now, self._make_id, faults)
         except ApiError as error:
             if self._rejects is None:
                 raise InputError(entry.location, _problem(entry, _faults(error))) from error
-            self._rejects.write(entry, _faults(error))
-            return False
+            self._bytes += self._rejects.add(entry, _faults(error))
+        else:
+            self._events.append(event)
+            index = entry.array_index
+            self._locations.append(f"{entry.unit} {entry.number}" if index is None else f"events[{index}]")
+            self._bytes += len(event.row.properties)
         finally:
             if faults.ignored and len(self.ignored) < _MAX_IGNORED:
                 self.ignored |= faults.ignored
-        self._rows.append(row)
-        self._bytes += len(row.properties)
-        if len(self._rows) < _GROUP_EVENTS and self._bytes < _GROUP_BYTES:
+        if len(self._events) < _GROUP_EVENTS and self._bytes < _GROUP_BYTES:
             return False
         self.commit()
         return True
 
+    def wait(self, has_input: Callable[[float | None], bool]) -> None:
+        """Wait for input, but store events that have waited for more input for a second. Raises StopError."""
+        if self._bytes:
+            left_s = self._since_s + _INPUT_WAIT_S - time.monotonic()
+            if left_s <= 0 or not has_input(left_s):
+                self.commit()
+        has_input(None)
+
     def commit(self) -> None:
-        """Store the events taken since the last commit. Raises StopError."""
-        try:
-            new = self._database.store(self._rows) if self._database and self._rows else 0
-        except sqlite3.Error as error:
-            reason = f"the database refused the write: {error}; {self.so_far}"
-            raise StopError(f"{reason}; when it can be written again, import the file again") from error
-        self.stored += len(self._rows)
+        """Store the events taken since the last commit, and write the rejects. Raises StopError."""
+        new = self._store(self._database) if self._database and self._events else 0
+        self.stored += len(self._events)
+        self.without_id += sum(not event.has_id for event in self._events)
         self.new += new
-        self._rows, self._bytes, self._now = [], 0, now_us()
+        self._events, self._locations, self._bytes, self._now = [], [], 0, now_us()
         if self._rejects:
-            self._rejects.flush()
+            self._flush(self._rejects)
+
+    def _flush(self, rejects: _Rejects) -> None:
+        try:
+            rejects.flush()
+        except OSError as error:
+            reason = f"cannot write --skip-invalid {rejects.path}: {error.strerror}; {self.so_far}"
+            advice = "free some disk space or name a file on another disk, and import the file again"
+            raise StopError(f"{reason}; {advice}") from error
+
+    def _store(self, database: _Database) -> int:
+        """Store the events, and return how many were new. Note those that are stored with other content."""
+        try:
+            new = database.store([event.row for event in self._events])
+            differing = sorted(database.differing(self._events)) if new < len(self._events) else []
+        except sqlite3.Error as error:
+            reason = f"the database {database.path} refused the write: {error}; {self.so_far}"
+            raise StopError(f"{reason}; when it can be written again, import the file again") from error
+        self._differing += len(differing)
+        for at in differing[: _MAX_NAMED - len(self._named)]:
+            self._named.append(f"{self._locations[at]} ({quoted(self._events[at].row.id)})")
+        return new
 
     @property
     def so_far(self) -> str:
         """Describe the events before the one that stopped the import, for its message."""
         if self._database is None:
             return f"good before it: {plural(self.stored, 'event')}; nothing was stored"
-        return f"stored before it: {plural(self.stored, 'event')}, {self.new:,} of them new"
+        return f"stored before it: {plural(self.stored, 'event')}, {self.new:,} of them new{self.notes}"
+
+    @property
+    def notes(self) -> str:
+        """Return what the user should know about the stored events, for a message."""
+        notes = self._database.note if self._database else ""
+        if self._differing:
+            more = ", ..." if self._differing > len(self._named) else ""
+            have = "has" if self._differing == 1 else "have"
+            problem = f"{plural(self._differing, 'event')} {have} the event_id of an event with other content"
+            notes += f"; {problem} and cannot be stored under it: {', '.join(self._named)}{more}"
+        return notes
 
 
 # ---------------------------------------------------------------------------------------------- the command
+
+
+class _Signals:
+    """Turns the signals that ask to stop into KeyboardInterrupt, but only before more is read, or between events: those
+    that were read are stored first."""
+
+    def __init__(self) -> None:
+        self._is_waiting = False
+        self.is_stopping = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            if before[number] != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _handle(self, *_: object) -> None:
+        self.is_stopping = True
+        if self._is_waiting:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if there was a signal."""
+        if self.is_stopping:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let signals raise KeyboardInterrupt at once in the block, which must read nothing."""
+        self._is_waiting = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._is_waiting = False
+
+    def wait(self, pipe: io.FileIO, timeout_s: float | None) -> bool:
+        """Wait until there is something to read, or the pipe has ended; return False if the time is over before."""
+        with self.waiting():
+            return bool(select.select([pipe], [], [], timeout_s)[0])
+
+
+class _Input(io.FileIO):
+    """The file to import, which calls a function before it reads."""
+
+    before_read: Callable[[], None]
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.before_read()
+        return super().readinto(buffer)
 
 
 def _import_events(arguments: argparse.Namespace) -> int:
     """Store the events of a file. Raises StartError, StopError."""
     started_s = time.monotonic()
     with ExitStack() as stack:
-        file = _open_input(arguments.file, stack)
+        signals = _Signals()
+        stack.enter_context(signals.handled())
+        with signals.waiting():  # to open a named pipe takes until another process writes to it
+            raw = stack.enter_context(_open_input(arguments.file))
         is_new = _check_database(arguments.db)
-        rejects = _Rejects(_open_rejects(arguments, stack)) if arguments.skip_invalid else None
+        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
         database = None
         if not arguments.dry_run:
             database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
         importer = _Importer(database, rejects)
+        if raw.seekable() or os.name == "nt":  # Windows cannot wait for pipes
+            raw.before_read = signals.check
+        else:
+            raw.before_read = lambda: importer.wait(lambda timeout_s: signals.wait(raw, timeout_s))
+        name = "standard input" if arguments.file == "-" else arguments.file
         try:
-            _import_file(file, arguments, importer)
+            _import_file(io.BufferedReader(raw, _BUFFER_BYTES), arguments, importer, signals)
             if database:
                 database.open()  # creates the database even for a file without events
-        except InputError as error:
+        except (InputError, KeyboardInterrupt) as error:  # Parquet's library turns an interrupted read into InputError
             importer.commit()
-            name = "standard input" if arguments.file == "-" else arguments.file
+            if signals.is_stopping or not isinstance(error, InputError):
+                again = f"to continue, import {name} again from its start: nothing is stored twice"
+                raise StopError(f"interrupted; {importer.so_far}; {again}") from None
             problem = f"{name}{error.location}: {error}; {importer.so_far}"
             raise StopError(f"{problem}; correct it and import the file again") from error
-        except KeyboardInterrupt:
-            done = f"at least {plural(importer.stored, 'event')} stored"
-            raise StopError(f"interrupted; {done}; import the file again: nothing is stored twice") from None
     _say_imported(arguments, importer, rejects, is_new, started_s)
     return 0
 
 
-def _open_input(path: str, stack: ExitStack) -> io.BufferedReader:
-    if path == "-":
-        return cast(io.BufferedReader, sys.stdin.buffer)
+def _open_input(path: str) -> _Input:
     try:
-        return stack.enter_context(io.BufferedReader(io.FileIO(path), _BUFFER_BYTES))
+        if path != "-":
+            return _Input(path)
+        if sys.stdin is None:
+            raise StartError("standard input is closed: name a file, or send events to it")
+        return _Input(sys.stdin.fileno(), closefd=False)
     except OSError as error:
         raise StartError(f"cannot read {path}: {error.strerror}") from error
 
@@ -372,19 +562,21 @@ def _check_database(path: str) -> bool:
     return is_new
 
 
-def _open_rejects(arguments: argparse.Namespace, stack: ExitStack) -> BinaryIO:
+def _open_rejects(arguments: argparse.Namespace, stack: ExitStack) -> _Rejects:
     path = arguments.skip_invalid
     for name in (arguments.file, arguments.db):
         with suppress(OSError):  # a name that does not exist yet
             if os.path.samefile(path, name):
                 raise StartError(f"--skip-invalid {path} would overwrite {name}: name another file")
     try:
-        return stack.enter_context(open(path, "wb"))
+        return _Rejects(path, stack.enter_context(io.FileIO(path, "wb")))
     except OSError as error:
         raise StartError(f"cannot write --skip-invalid {path}: {error.strerror}") from error
 
 
-def _import_file(file: io.BufferedReader, arguments: argparse.Namespace, importer: _Importer) -> None:
+def _import_file(
+    file: io.BufferedReader, arguments: argparse.Namespace, importer: _Importer, signals: _Signals
+) -> None:
     """Store the events of an open file, moving a bar by bytes, or by events if the file's size is unknown."""
     size = os.fstat(file.fileno()).st_size if file.seekable() else None
     done = 0
@@ -399,6 +591,8 @@ def _import_file(file: io.BufferedReader, arguments: argparse.Namespace, importe
         for entry in _read_entries(file, arguments):
             if importer.add(entry):
                 advance_to(importer.stored if size is None else file.tell())
+            if size is not None:  # the lines that a pipe has delivered cannot be read again: store them first
+                signals.check()
         importer.commit()
         advance_to(importer.stored if size is None else size)
 
@@ -410,12 +604,31 @@ def _say_imported(
     ignored = f"; ignored unknown fields: {', '.join(map(quoted, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
     events = plural(importer.stored, "event")
+    without_id = _without_id_note(importer.without_id)
     if arguments.dry_run:
-        say(f"would import {events} into {arguments.db}{rejected}; nothing was stored; {taken_s}")
+        notes = without_id + _dry_run_note(arguments, is_new)
+        say(f"would import {events} into {arguments.db}{rejected}; nothing was stored{notes}; {taken_s}")
     else:
         known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
         made = " (created)" if is_new else ""
-        say(f"imported {events} into {arguments.db}{made}: {known}; {taken_s}")
+        say(f"imported {events} into {arguments.db}{made}: {known}{importer.notes}{without_id}; {taken_s}")
+
+
+def _without_id_note(number: int) -> str:
+    if not number:
+        return ""
+    its = "its" if number == 1 else "their"
+    consequence = "an equal event at the same place of another file would count as already stored"
+    return f"; {plural(number, 'event')} had no event_id and got one made from {its} content and line: {consequence}"
+
+
+def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
+    if is_new:
+        names = [_DEFAULT_ENVIRONMENT]
+    else:
+        with closing(connect_reader(arguments.db)) as conn:
+            names = _environments(conn)
+    return _environment_note(names, arguments.environment, "would be created")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -426,7 +639,7 @@ def add_flags(_: str, add: AddFlag) -> None:
     add_db_flag(add, "database file, created if absent")
     add("file", metavar="FILE", help="events as NDJSON, JSON or CSV, each of which may be gzipped, or as Parquet; "
         "- is standard input")  # fmt: skip
-    add("--environment", default="development", help="environment to store them in")
+    add("--environment", default=_DEFAULT_ENVIRONMENT, help="environment to store them in")
     add("--format", choices=["auto", *_READERS], default="auto", help="format of FILE; auto looks at its content")
     add("--skip-invalid", metavar="REJECTS", help="continue after a bad event, and write it to this file with reasons")
     add("--max-body-bytes", type=positive(int), default=Settings().max_body_bytes, help="longest event, in bytes")

@@ -7,9 +7,10 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 
-from helpers import EVER, event, exported, imported, lines_of, page, serving, stored_ids, table
+from helpers import EVER, at, event, exported, imported, lines_of, page, serving, store, stored_ids, table
 
 
 def test_csv_columns_become_properties_and_flexprices_own_table_is_imported(
@@ -111,3 +112,146 @@ def test_a_bad_event_stops_an_import_or_goes_to_the_rejects(
         assert error["field"] in problem
         assert error["message"].startswith(f"{error['field']} ")
     assert reject["event"]
+
+
+# ---------------------------------------------------------------------------------------------- cells without a value
+
+HEADER = "event_name,external_customer_id,event_id,customer_id,source,timestamp,properties"
+NULLS = {  # the cells event_id, customer_id, source, timestamp and properties of three rows
+    "backslash N": r"\N,\N,\N,\N,\N",
+    "quoted backslash N": r'"\N","\N","\N","\N","\N"',
+    "NULL": "NULL,NULL,NULL,NULL,NULL",
+    "quoted NULL": '"NULL","NULL","NULL","NULL","NULL"',
+    "null": "null,null,null,null,null",
+    "empty": ",,,,",
+    "quoted and empty": '"","","","",""',
+}
+
+
+@table("cells", NULLS.values(), ids=NULLS)
+def test_a_null_in_csv_is_an_absent_value(tmp_path: Path, capsys: pytest.CaptureFixture[str], cells: str) -> None:
+    rows = [f"call,cust {number},{cells}\r\n" for number in range(3)]
+    imported(tmp_path, f"{HEADER}\r\n{''.join(rows)}".encode())
+    assert "3 new, 0 already stored; 3 events had no event_id and got one made" in capsys.readouterr().err
+    found = [json.loads(line) for line in exported(tmp_path).splitlines()]
+    assert sorted(each["external_customer_id"] for each in found) == ["cust 0", "cust 1", "cust 2"]
+    for each in found:
+        assert each["event_id"].startswith("import_")
+        assert (each["customer_id"], each["source"], each["properties"]) == ("", "", {})
+
+
+def test_the_made_id_does_not_depend_on_how_a_null_is_written(tmp_path: Path) -> None:
+    for cells in NULLS.values():
+        imported(tmp_path, f"{HEADER}\ncall,cust,{cells}\n".encode())
+    assert len(stored_ids(tmp_path)) == 1
+
+
+@table("null", [r"\N", "NULL", "null"])
+def test_a_null_in_a_required_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], null: str) -> None:
+    for row, field in ((f"{null},cust", "event_name"), (f"call,{null}", "external_customer_id")):
+        imported(tmp_path, f"event_name,external_customer_id\n{row}\n".encode(), status=1)
+        assert f"in:2: {field}: is required" in capsys.readouterr().err
+
+
+def test_null_is_a_text_in_a_property_of_its_own_column(tmp_path: Path) -> None:
+    header = "event_name,external_customer_id,event_id,properties.surname,properties.age"
+    imported(tmp_path, f"{header}\ncall,cust,a,NULL,\\N\ncall,cust,b,Null,null\n".encode())
+    properties = [json.loads(line)["properties"] for line in exported(tmp_path).splitlines()]
+    assert properties == [{"surname": "NULL"}, {"surname": "Null", "age": "null"}]
+
+
+def test_texts_that_look_like_nulls_survive_an_export_as_csv(tmp_path: Path) -> None:
+    texts = [
+        "NULL",
+        "null",
+        "\\N",
+        "\\\\N",
+        "\\NULL",
+        "N",
+        "\\",
+        "None",
+        "nan",
+        " NULL ",
+        "1.23457E+17",
+        "#N/A",
+        "\\1E+5",
+    ]
+    events = [event(text, event_name=f"{text}.", external_customer_id=text, customer_id=text, source=text, timestamp=at(0))
+              for text in texts]  # fmt: skip
+    imported(tmp_path, lines_of(*events))
+    again = imported(tmp_path / "again", exported(tmp_path, form="csv"))
+    assert exported(again) == exported(tmp_path)
+    assert sorted(stored_ids(again)) == sorted(texts)
+
+
+BAD_IDS = ["1.23457E+17", "1.23457e+17", "-1.2E+05", "1E+17", "1.23456789012346E17", "[NULL]", "(null)", "<null>", "Null",
+           "nan", "NaN", "None", "undefined", "#N/A", "#REF!", "#NAME?", " NULL"]  # fmt: skip
+
+
+@table("bad_id", [*BAD_IDS, "1,23457E+17"])
+@table("quote", ["", '"'], ids=["unquoted", "quoted"])
+def test_an_id_that_a_program_has_mangled_is_refused_with_advice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bad_id: str, quote: str
+) -> None:
+    quote = '"' if "," in bad_id else quote
+    rows = [f"call,cust {number},{quote}{bad_id}{quote}" for number in range(3)]
+    for column in ("event_id", "id"):
+        header = f"event_name,external_customer_id,{column}"
+        imported(tmp_path, "\n".join([header, *rows]).encode(), status=1)
+        message = capsys.readouterr().err
+        assert f"in:2: event_id: is {json.dumps(bad_id)}, " in message
+        advice = "format that column as text" if "E" in bad_id.upper() and "1" in bad_id else "leave the cell empty"
+        assert advice in message
+        assert "stored before it: 0 events" in message
+
+
+@table("good_id", ["1E5", "123456789012345678", "none", "12e34567-e89b", "1.5", "nullable", "v1.2e+5", "E+17"])
+def test_an_id_that_only_resembles_a_mangled_one_is_stored(tmp_path: Path, good_id: str) -> None:
+    imported(tmp_path, f"event_name,external_customer_id,event_id\ncall,cust,{good_id}\n".encode())
+    assert stored_ids(tmp_path) == [good_id]
+
+
+# ---------------------------------------------------------------------------------------------- a server's answers
+
+
+def answers(client: httpx.Client) -> dict[str, bytes]:
+    """Return the server's answers about its events, as files that a user may make of them."""
+    first, last = (client.get("/v1/events", params={"order": order, **EVER}).content for order in ("asc", "desc"))
+    queried = client.post("/v1/events/query", json=EVER).content
+    events = json.loads(queried)["events"]
+    lookups = [client.get("/v1/events/lookup", params={"id": each["id"]}).content for each in events]
+    return {
+        "page": first,
+        "page with spaces": json.dumps(json.loads(first), indent=2).encode(),
+        "page with sorted keys": json.dumps(json.loads(last), sort_keys=True, indent=2).encode(),
+        "query": queried,
+        "pages on a line each": first + b"\n" + last + b"\n",
+        "pages without a line break": first + queried,
+        "lines": lines_of(*events),
+        "array": json.dumps(events).encode(),
+        "lookups": b"\n".join(lookups),
+        "lookups with spaces": b"".join(json.dumps(json.loads(each), indent=2).encode() for each in lookups),
+        "lookups with sorted keys": b"".join(json.dumps(json.loads(each), sort_keys=True).encode() for each in lookups),
+    }
+
+
+def test_a_servers_own_answers_add_nothing_and_lose_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path) as client:
+        store(client, event("a", properties={"n": 1.5}), event(None, source="s"), event("c::d", timestamp=at(7)))
+        files = answers(client)
+    before = exported(tmp_path)
+    for number, (kind, content) in enumerate(files.items()):
+        capsys.readouterr()
+        imported(tmp_path, content)
+        assert re.search(r": 0 new, \d already stored; [\d.]+ s\n$", capsys.readouterr().err), kind
+        assert exported(tmp_path) == before, kind
+        again = exported(imported(tmp_path / str(number), content))
+        assert list(map(json.loads, again.splitlines())) == list(map(json.loads, before.splitlines())), kind
+
+
+def test_an_id_beside_an_event_id_is_an_unknown_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(tmp_path, lines_of(event("a", id="row 1", environment_id="e"), event("b", id="row 1", ingested_at=at(0))))
+    assert stored_ids(tmp_path) == ["a", "b"]
+    assert 'ignored unknown fields: "environment_id", "id", "ingested_at"' in capsys.readouterr().err
+    imported(tmp_path, lines_of({"event_name": "call", "external_customer_id": "cust", "id": 17}), status=1)
+    assert "in:1: id: must be a string, got 17" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -139,6 +141,31 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
     elsewhere = run(*SCRIPT, "export", "--environment", "production", cwd=tmp_path)
     assert (elsewhere.returncode, elsewhere.stdout) == (0, "")
     assert "the database also has events of development" in elsewhere.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@table(("form", "number"), [("ndjson", 1), ("ndjson", 3000), ("csv", 1), ("parquet", 1)])
+def test_a_full_disk_under_standard_output_is_named(tmp_path: Path, form: str, number: int) -> None:
+    imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(number)]))
+    with open("/dev/full", "wb") as full:
+        done = run(
+            *SCRIPT, "export", "--format", form, cwd=tmp_path, capture_output=False, stdout=full, stderr=subprocess.PIPE
+        )
+    file = "/dev/full" if sys.platform == "linux" else ".*"
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"eventstore: cannot write standard output \({file}\): No space left on device; the export is incomplete, the "
+        r"database is unchanged; free some disk space, or name a file on another disk, and export again\n",
+        done.stderr,
+    )
+    assert len(stored_ids(tmp_path)) == number
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_closed_standard_output_is_named(tmp_path: Path) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    done = run("sh", "-c", '"$@" >&-', "sh", *SCRIPT, "export", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "eventstore: standard output is closed: name a file with --output\n")
 
 
 CANNOT_START = [  # arguments, what the message names

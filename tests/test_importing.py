@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import array
 import gzip
 import json
+import os
 import re
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+import zlib
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eventstore import MEMBERS
 from eventstore_extras import importing
+from eventstore_extras.entries import Entry, checked_row
 from helpers import (
     KEY,
     SCRIPT,
@@ -22,16 +30,20 @@ from helpers import (
     at,
     command_line,
     event,
+    eventually,
     exported,
     imported,
     lines_of,
     python,
+    refuse_to_write,
     run,
     sizes_in,
     stored_ids,
     table,
     total,
 )
+
+needs_pipes = pytest.mark.skipif(os.name == "nt", reason="needs pipes and signals")
 
 # ---------------------------------------------------------------------------------------------- formats
 
@@ -217,6 +229,227 @@ def test_an_import_and_a_server_share_a_database(tmp_path: Path) -> None:
     assert "Error" not in live.log
 
 
+# ---------------------------------------------------------------------------------------------- the summary
+
+WITHOUT_ID = ("had no event_id and got one made from {} content and line: an equal event at the same place of another "
+              "file would count as already stored")  # fmt: skip
+
+
+@table("content", [
+    lines_of(event(), event("a"), event()),
+    json.dumps([event(), event("a"), event("")]).encode(),
+    b"event_name,external_customer_id,event_id\ncall,cust,\ncall,cust,a\ncall,cust,\n",
+], ids=["lines", "array", "csv"])  # fmt: skip
+def test_the_summary_says_how_many_events_had_no_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    imported(tmp_path, content, "--dry-run")
+    assert f"; nothing was stored; 2 events {WITHOUT_ID.format('their')}; " in capsys.readouterr().err
+    imported(tmp_path, content)
+    assert f": 3 new, 0 already stored; 2 events {WITHOUT_ID.format('their')}; " in capsys.readouterr().err
+    imported(tmp_path, lines_of(event()), "--environment", "development")
+    assert f"; 1 event {WITHOUT_ID.format('its')}; " in capsys.readouterr().err
+    imported(tmp_path, lines_of(event("b")))
+    assert "event_id" not in capsys.readouterr().err
+
+
+OTHER = "have the event_id of an event with other content and cannot be stored under it: "
+
+
+def test_the_summary_names_events_whose_id_belongs_to_another_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"call,cust {number},123456789012345000\n" for number in range(3))
+    content = f"event_name,external_customer_id,event_id\n{rows}call,cust,b\n".encode()
+    named = 'line 3 ("123456789012345000"), line 4 ("123456789012345000")'
+    for new, known in ((2, 2), (0, 4)):  # compared within the file, then with the database
+        imported(tmp_path, content)
+        assert f": {new} new, {known} already stored; 2 events {OTHER}{named}; " in capsys.readouterr().err
+    imported(tmp_path, lines_of(event("b"), event("b", source="s")))
+    one = OTHER.replace("have", "has")
+    assert f': 0 new, 2 already stored; 1 event {one}line 2 ("b"); ' in capsys.readouterr().err
+    imported(tmp_path, json.dumps([event("b"), event("b", source="s")]).encode())
+    assert f'; 1 event {one}events[1] ("b"); ' in capsys.readouterr().err
+    imported(tmp_path, lines_of(*[event("b", source=f"{number}") for number in range(9)]))
+    assert "9 events have " in (message := capsys.readouterr().err)
+    assert 'line 1 ("b"), line 2 ("b"), line 3 ("b"), line 4 ("b"), line 5 ("b"), ...; ' in message
+
+
+OTHER_CONTENT = [{"source": "x"}, {"customer_id": "x"}, {"external_customer_id": "x"}, {"event_name": "x"},
+                 {"timestamp": at(1_000)}, {"properties": {"n": 2}}, {"properties": {}}]  # fmt: skip
+SAME_CONTENT = [{}, {"event_name": " call "}, {"timestamp": None}, {"timestamp": at(999)},
+                {"properties": {"m": [1], "n": 1.0}}]  # fmt: skip
+
+
+@table(("changes", "differs"), [(changes, True) for changes in OTHER_CONTENT] + [(changes, False) for changes in SAME_CONTENT],
+       ids=str)  # fmt: skip
+def test_a_repeated_event_is_compared_by_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], differs: bool
+) -> None:
+    """Times are compared to the millisecond, which is what FlexPrice keeps."""
+    stored = event("a", timestamp=at(0), properties={"n": 1, "m": [1]})
+    imported(tmp_path, lines_of(stored, stored | changes))
+    assert (OTHER.replace("have", "has") in capsys.readouterr().err) is differs
+
+
+def test_the_summary_names_a_new_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    assert "environment" not in capsys.readouterr().err  # the default in a new database
+    content, flags = lines_of(event("b")), ("--environment", "prodution")
+    created = '; the environment "prodution" is new and {}, the database also has "development"; '
+    imported(tmp_path, content, *flags, "--dry-run")
+    assert created.format("would be created") in capsys.readouterr().err
+    imported(tmp_path, content, *flags)
+    assert created.format("was created") in capsys.readouterr().err
+    imported(tmp_path, content, *flags)
+    assert "environment" not in capsys.readouterr().err
+    imported(tmp_path, content + b"{", "--environment", "stagin", status=1)
+    assert '; the environment "stagin" is new and was created, ' in capsys.readouterr().err
+    imported(tmp_path / "new", content, *flags)
+    assert '; the environment "prodution" is new and was created; ' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- pipes and signals
+
+
+def importing_from_pipe(folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [*map(str, SCRIPT), "import", "-", *flags]
+    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def feed(process: subprocess.Popen[bytes], content: bytes) -> None:
+    assert process.stdin
+    process.stdin.write(content)
+    process.stdin.flush()
+
+
+def unread_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Return how many bytes of the pipe to the process it has not read yet."""
+    import fcntl
+    import termios
+
+    assert process.stdin
+    number = array.array("i", [0])
+    fcntl.ioctl(process.stdin, termios.FIONREAD, number)
+    return number[0]
+
+
+def stored_number(folder: Path) -> int:
+    """Return the number of events in folder/events.db, 0 before the import has created the table."""
+    if not (folder / "events.db").exists():
+        return 0
+    with closing(sqlite3.connect(folder / "events.db")) as conn, suppress(sqlite3.OperationalError):
+        return int(conn.execute("SELECT count(*) FROM events").fetchone()[0])
+    return 0
+
+
+def ten_events(way: str) -> bytes:
+    lines = lines_of(*[event(f"{number}") for number in range(10)])
+    if way == "csv":
+        return b"event_name,external_customer_id,event_id\n" + b"".join(b"call,cust,%d\n" % n for n in range(10))
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(lines) + packer.flush(zlib.Z_SYNC_FLUSH) if way == "gzip" else lines
+
+
+@needs_pipes
+@table("way", ["lines", "csv", "gzip"])
+def test_events_of_a_pipe_are_stored_after_a_second_without_input(tmp_path: Path, way: str) -> None:
+    """A kill that no program can handle loses nothing then."""
+    with importing_from_pipe(tmp_path) as process:
+        feed(process, ten_events(way))
+        eventually(lambda: stored_number(tmp_path) == 10)
+        process.kill()
+    assert len(stored_ids(tmp_path)) == 10
+
+
+@needs_pipes
+@table("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_stores_what_was_read_from_a_pipe(tmp_path: Path, number: signal.Signals) -> None:
+    with importing_from_pipe(tmp_path) as process:
+        feed(process, lines_of(*[event(f"{n}") for n in range(10)]) + b'{"half a line')
+        eventually(lambda: unread_bytes(process) == 0)
+        process.send_signal(number)
+        message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert re.fullmatch(r"eventstore: interrupted; stored before it: 10 events, 10 of them new; to continue, import "
+                        r"standard input again from its start: nothing is stored twice\n", message)  # fmt: skip
+    assert len(stored_ids(tmp_path)) == 10
+
+
+@needs_pipes
+def test_events_that_trickle_in_are_stored_within_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    importer = importing._Importer(database := importing._Database(str(tmp_path / "events.db"), "development"), None)
+    with closing(database):
+        importer.add(Entry(1, lines_of(event("a"))))
+        monkeypatch.setattr(importing, "_INPUT_WAIT_S", 0.0)
+        importer.wait(lambda timeout_s: True)  # there is always some input
+        assert importer.stored == stored_number(tmp_path) == 1
+        importer.wait(lambda timeout_s: timeout_s is None)  # nothing to store: waits without end
+
+
+@needs_pipes
+@table(("way", "number"), [("file", 7), ("pipe", 10)])
+def test_a_signal_while_events_are_checked_stores_what_was_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, way: str, number: int
+) -> None:
+    """A file stops after the event under check. A pipe cannot be read again, so all that it delivered is stored."""
+
+    def interrupted(entry: Entry, *arguments: Any) -> Any:
+        if entry.number == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return checked_row(entry, *arguments)
+
+    monkeypatch.setattr(importing, "checked_row", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    content = lines_of(*[event(f"{each}") for each in range(10)])
+    (tmp_path / "in").write_bytes(content)
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    name = f"/dev/fd/{reading}" if way == "pipe" else tmp_path / "in"
+    assert command_line("import", "--db", tmp_path / "events.db", name) == 1
+    os.close(reading)
+    os.close(writing)
+    assert f"interrupted; stored before it: {number} events, {number} of them new; to" in capsys.readouterr().err
+    assert stored_ids(tmp_path) == [f"{each}" for each in range(number)]
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@needs_pipes
+def test_a_closed_standard_input_is_named(tmp_path: Path) -> None:
+    done = run("sh", "-c", '"$@" <&-', "sh", *SCRIPT, "import", "-", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard input" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- a full disk
+
+
+def test_a_full_disk_under_the_database_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    refuse_to_write(tmp_path, "new.id = 'c'")
+    imported(tmp_path, lines_of(event("b"), event("c")), status=1)
+    assert re.fullmatch(
+        rf"eventstore: the database {tmp_path}/events.db refused the write: full; stored before it: 0 events, 0 of them "
+        r"new; when it can be written again, import the file again\n",
+        capsys.readouterr().err.partition("\n")[2],
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@table("number", [1, 5000])
+def test_a_full_disk_under_the_rejects_stops_the_import(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    bad = b'{"event_name": "call"}\n'
+    imported(tmp_path, GOOD % 1 + b"\n" + bad * number + GOOD % 2, "--skip-invalid", "/dev/full", status=1)
+    assert re.fullmatch(
+        r"eventstore: cannot write --skip-invalid /dev/full: No space left on device; stored before it: 2 events, "
+        r"2 of them new; free some disk space or name a file on another disk, and import the file again\n",
+        capsys.readouterr().err,
+    )
+    assert stored_ids(tmp_path) == ["1", "2"]
+
+
 # ---------------------------------------------------------------------------------------------- time and memory
 
 
@@ -237,6 +470,7 @@ def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: s
     code = """if True:
         import sys, eventstore
         from eventstore_extras import importing
+from eventstore_extras.entries import Entry, checked_row
         importing._GROUP_BYTES = 1 << 20
         eventstore.main(sys.argv[1:])
         print(open("/proc/self/status").read())
