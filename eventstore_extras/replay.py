@@ -40,6 +40,7 @@ from eventstore_extras.sending import (
     Answer,
     Batch,
     Key,
+    Outage,
     Outcome,
     Progress,
     ProgressFile,
@@ -146,6 +147,7 @@ class _Replay:
         self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
         self._success_s = time.monotonic()  # when a part was last accepted
         self._notices = Throttle(_SAY_INTERVAL_S)
+        self._outage = Outage()
         self.sent = self.accepted = self.retried = self.duplicates = 0
 
     async def _wait(self, answer: Answer, waits: int) -> None:
@@ -157,9 +159,14 @@ class _Replay:
             given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
             raise _FailedError(f"{given_up}: {answer.problem}")
         self.retried += 1
-        if self._notices.allows():
+        if is_said := self._notices.allows():
             say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        self._outage.failed(is_said)
         await asyncio.sleep(backoff_s)
+
+    def _say_end_of_outage(self, is_done: bool = False) -> None:
+        if text := self._outage.end(is_done):
+            say(f"{self._progress.target} {text}")
 
     async def _send(self, sender: Sender, batch: Batch) -> None:
         """Send a batch until all of it is accepted. Raises _FailedError."""
@@ -171,6 +178,8 @@ class _Replay:
             self._success_s = time.monotonic()
             self.accepted += len(part.rows)
             self.duplicates += answer.duplicates
+            self._outage.sent(len(part.rows))
+            self._say_end_of_outage()
             batch = batch.part(len(part.rows))
 
     def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
@@ -218,6 +227,7 @@ class _Replay:
                         advance(await self._finish_oldest())
             finally:
                 await self._cancel_pending()
+                self._say_end_of_outage(is_done=True)
                 if self._progress.accepted or self._file.path.exists():
                     self._file.save()
 

@@ -434,6 +434,7 @@ forward.Forwarder._deliver = ahead
 CARELESS = """
 forward.os.fsync = lambda _: None
 retention.read_all_forward_progress = lambda _: []
+sys.argv.append("--delete-unforwarded")
 """
 LATE = "forward.append_line = lambda path, line: open(path, 'ab').write(line)"
 NORMAL = """
