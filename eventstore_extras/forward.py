@@ -354,7 +354,7 @@ class Forwarder:
         if page.batch:
             await self._deliver(page.batch)
         self._progress.seq = page.through
-        self._log_end_of_outage(is_done=not page.is_full)
+        self._log_end_of_outage(is_done=page.batch is None)
 
     async def _work(self) -> None:
         try:

@@ -148,6 +148,7 @@ class _Replay:
         self._success_s = time.monotonic()  # when a part was last accepted
         self._notices = Throttle(_SAY_INTERVAL_S)
         self._outage = Outage()
+        self._failing = set[asyncio.Task[None] | None]()  # those whose last request failed
         self.sent = self.accepted = self.retried = self.duplicates = 0
 
     async def _wait(self, answer: Answer, waits: int) -> None:
@@ -162,6 +163,7 @@ class _Replay:
         if is_said := self._notices.allows():
             say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
         self._outage.failed(is_said)
+        self._failing.add(asyncio.current_task())
         await asyncio.sleep(backoff_s)
 
     def _say_end_of_outage(self, is_done: bool = False) -> None:
@@ -178,8 +180,10 @@ class _Replay:
             self._success_s = time.monotonic()
             self.accepted += len(part.rows)
             self.duplicates += answer.duplicates
-            self._outage.sent(len(part.rows))
-            self._say_end_of_outage()
+            self._failing.discard(asyncio.current_task())
+            if not self._failing:
+                self._outage.sent(len(part.rows))
+                self._say_end_of_outage()
             batch = batch.part(len(part.rows))
 
     def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
@@ -225,9 +229,9 @@ class _Replay:
                         self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
                     while self._pending:
                         advance(await self._finish_oldest())
+                self._say_end_of_outage(is_done=True)
             finally:
                 await self._cancel_pending()
-                self._say_end_of_outage(is_done=True)
                 if self._progress.accepted or self._file.path.exists():
                     self._file.save()
 
