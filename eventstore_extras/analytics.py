@@ -167,7 +167,7 @@ class Analytics(Struct):
 
 # ---------------------------------------------------------------------------------------------- Query
 
-_DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external_customer_id"}  # -> its SQL
+_DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external_customer_id"}  # name -> SQL
 _IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
@@ -202,7 +202,7 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     for number, name in enumerate(sent.group_by or []):
-        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check accepts an empty one
+        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check skips an empty text
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if names and len(names) > limit:
@@ -211,24 +211,22 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     faults.raise_any()
     customer = {"external_customer_id": sent.external_customer_id} if sent.external_customer_id else {}
     events = Selection(view=view, start_us=start_us, end_us=end_us, filters=customer, property_filters=property_filters)
-    return _Query(
-        events, frozenset(sent.feature_ids or ()), sent.sources or [], window_size, dimensions,
-        frozenset(sent.expand or ()),
-    )  # fmt: skip
+    feature_ids, expand = frozenset(sent.feature_ids or ()), frozenset(sent.expand or ())
+    return _Query(events, feature_ids, sent.sources or [], window_size, dimensions, expand)
 
 
 # ---------------------------------------------------------------------------------------------- Aggregations
 
 
 class _Aggregate(NamedTuple):
-    """How analytics computes an aggregation: in SQL for each part of the range, in Python from the parts' values."""
+    """How analytics computes an aggregation: SQL returns a value for each part of the range, Python merges them."""
 
-    sql: Callable[[str, str], str]  # makes the SQL from the property's column and a FILTER clause
-    reads: str = ""  # the function that makes the property's column: see _Property
-    merge: Callable[[float, float], float] | None = operator.add  # merges the values of an earlier and a later part
+    sql: Callable[[str, str], str]  # (column of the property, FILTER clause) -> aggregate
+    reads: str = ""  # the function of that column: see _Property
+    merge: Callable[[float, float], float] | None = operator.add  # (value of the earlier part, of the later part)
     finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
-    event_columns: Sequence[str] = ()  # other columns that the SQL names: keys of _EVENT_COLUMNS
-    is_position: bool = False  # the SQL finds the position of an event, whose value is looked up afterwards
+    event_columns: Sequence[str] = ()  # other columns in the aggregate: keys of _EVENT_COLUMNS
+    is_position: bool = False  # the aggregate is the position of an event; look up the event's value afterwards
 
 
 # To add an aggregation, add a row here, and its type and SQL to usage.py. Set `merge` to None if the values of parts
@@ -255,7 +253,7 @@ _EVENT_COLUMNS = {
 # ---------------------------------------------------------------------------------------------- Scans
 
 _METERS_PER_SCAN = 50  # SQLite limits the columns of a statement and the depth of an expression
-# A day consists of whole buckets of these sizes, so SQL can compute an event's bucket from its time.
+# Bucket sizes that divide a day: SQL computes an event's bucket from its time.
 _BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.items() if minutes <= 1440}
 
 
@@ -281,7 +279,7 @@ def _point_size(query: _Query, named: NamedMeter) -> str | None:
 
 
 def _windows(query: _Query, size: str | None) -> list[Span]:
-    """Return the windows of the range; without a size, the range as one window."""
+    """Return the windows of the range; without a size, the range as one window; none if it is empty."""
     start_us, end_us = query.events.start_us, query.events.end_us
     spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
     return spans if start_us < end_us else []
@@ -300,9 +298,9 @@ def _divided(windows: list[Span], step_us: int = 1) -> list[Span]:
 
 
 def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
-    """Return the buckets, each in the window in which it begins; if SQL computes the buckets, return the windows."""
+    """Return the buckets, each with the window in which it begins; windows are enough if SQL computes the buckets."""
     if bucket_size in _BUCKETS_US:
-        return _divided(_windows(query, size), DAY_US)  # cut no bucket in two
+        return _divided(_windows(query, size), DAY_US)  # at midnight, so that no bucket is cut in two
     buckets = _windows(query, bucket_size)
     if not buckets:
         return []
@@ -350,8 +348,8 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
 
 # ---------------------------------------------------------------------------------------------- SQL
 
-# At the end of a step, this keeps SQLite from merging it with the next one and reading a property wherever that names
-# it: 20 meters over a million events would take 1.8 times as long.
+# Ends a step, so that SQLite does not merge it into the next one. Merged, a property would be read again for each use:
+# 20 meters over a million events would take 1.8 times as long.
 _SEPARATE = "LIMIT -1"
 
 
@@ -390,14 +388,14 @@ def _condition_key(named: NamedMeter) -> tuple[object, ...]:
 
 
 class _Columns(NamedTuple):
-    """The names of columns that a step hands to the next one.
+    """The names of the columns that the steps share.
 
     Each property is read once from an event, even if several meters need it. Meters with the same condition share a
     flag: with one flag per meter, 20 meters over a million events take 1.3 times as long.
     """
 
     properties: dict[_Property, str]
-    flags: list[str]  # for each meter, the column that is true for its events
+    flags: list[str]  # for each meter of the scan, the column that is true for the meter's events
 
     @classmethod
     def of(cls, scan: _Scan) -> _Columns:
@@ -428,7 +426,7 @@ def _event_columns(scan: _Scan) -> list[Sql]:
 
 
 def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
-    """Build step 1: the events of the range, with the window, the dimensions and the properties that meters need."""
+    """Build step 1: the events of the range with their window, dimensions and the properties that the meters need."""
     selected = [
         sql("span.value ->> 2 AS window, event_name"),
         *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
@@ -495,7 +493,7 @@ def _value_at(position: str, name: str, key: str) -> Sql:
 
 
 def _with_latest(scan: _Scan) -> Sql:
-    """Build step 4: the same rows, with the value of a newest event in place of its position."""
+    """Build step 4: the same rows, in which the newest event's value replaces its position."""
     cells = []
     for number, named in enumerate(scan.meters):
         value = sql(f"v{number}")

@@ -167,7 +167,7 @@ def _checked_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> Rep
 
 
 def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
-    """Check a feature; return its columns, and those of the meter to make with it (API: Features)."""
+    """Check a feature; return its columns, and those of its meter if that is new (API: Features)."""
     name = check_name("name", sent.name, faults)
     if not sent.type:
         faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
@@ -199,13 +199,13 @@ _TABLES = """features LEFT JOIN meters
 _IN_ENVIRONMENT = f"features.{IN_ENVIRONMENT}"
 _REPORTING_UNIT = msgspec.json.Decoder(ReportingUnit | None)
 _METADATA = msgspec.json.Decoder(dict[str, str])
-# A condition on a meter: another published feature has it.
+# A condition on a row of meters: a published feature has the meter.
 _METER_IS_USED = f"""EXISTS (SELECT 1 FROM features WHERE {_IN_ENVIRONMENT} AND features.meter_id = meters.id
     AND features.archived_at_us IS NULL)"""
 
 
 def _stored_feature(row: Sequence[Any], environment: str) -> Feature:
-    """Make a feature of its columns, which are _COLUMNS."""
+    """Make a feature from a row of _COLUMNS."""
     values = dict(zip(_NAMES, row, strict=False))
     meter_row = row[len(_NAMES) :]
     return Feature(
@@ -244,7 +244,7 @@ def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_i
 
 
 def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: Columns | None) -> Feature:
-    """Store a feature, and the meter to make with it. Raises ApiError: not_found, validation_error, already_exists."""
+    """Store a feature, and its meter if that is new. Raises ApiError: not_found, validation_error, already_exists."""
     if meter is not None:
         columns = columns | {"meter_id": add_meter(conn, view, meter).id}
     elif columns["meter_id"]:
@@ -326,7 +326,7 @@ _SEARCH = msgspec.json.Decoder(FeatureSearchIn)
 
 
 async def create_feature(service: Service, request: Request) -> Response:
-    """POST /v1/features: a name and units for a meter, which may be made with it (API: Features)."""
+    """POST /v1/features: a name and units for a meter, which may be new (API: Features)."""
     faults = Faults(index=0)
     columns, meter = _feature_columns(await read_fields(service, request, _FEATURE, faults), faults)
     faults.raise_any()
@@ -345,7 +345,7 @@ async def show_feature(service: Service, request: Request) -> Response:
 
 
 async def delete_feature(service: Service, request: Request) -> Response:
-    """DELETE /v1/features/{id}: its meter goes with it, unless another feature has it (API: Features)."""
+    """DELETE /v1/features/{id}: archive a feature, and its meter unless another feature has it (API: Features)."""
     view, feature_id = service.view(request), request.path_params["id"]
 
     def archive(conn: sqlite3.Connection) -> None:

@@ -149,7 +149,7 @@ _BUCKETED = ("MAX", "SUM")
 
 
 def _checked_multiplier(sent: AggregationIn, kind: str, faults: Faults) -> float | None:
-    """Check the multiplier. Types that do not use it keep it, as on the real server."""
+    """Check the multiplier. Types that do not use it store it all the same, as the real server does."""
     if kind != "SUM_WITH_MULTIPLIER":
         return faults.check("multiplier", check_decimal, sent.multiplier)
     if sent.multiplier in (None, ""):
@@ -226,7 +226,7 @@ def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
 
 
 def filters_in_both(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
-    """Combine a request's filters with a meter's, which must all hold: a key in several keeps the values in all."""
+    """Combine a request's filters with a meter's. If several have one key, keep the values that all of them have."""
     filters = dict(asked)
     for condition in meter.filters:
         values = filters.get(condition.key, condition.values)
@@ -248,7 +248,7 @@ class StoredMeter(NamedTuple):
 
 
 def stored_meter(row: Sequence[Any]) -> StoredMeter:
-    """Make a meter of its columns, which are METER_COLUMNS."""
+    """Make a meter from a row of METER_COLUMNS."""
     meter_id, name, event_name, aggregation, filters, reset_usage, created_us, updated_us, archived_us = row
     meter = Meter(
         id=meter_id, name=name, event_name=event_name, aggregation=_AGGREGATION.decode(aggregation),
@@ -355,12 +355,12 @@ async def _archive(service: Service, request: Request, message: str) -> Response
 
 
 async def disable_meter(service: Service, request: Request) -> Response:
-    """POST /v1/meters/{id}/disable: it counts nothing new (API: Meters)."""
+    """POST /v1/meters/{id}/disable: archive a meter (API: Archived meters)."""
     return await _archive(service, request, "Meter disabled successfully")
 
 
 async def delete_meter(service: Service, request: Request) -> Response:
-    """DELETE /v1/meters/{id}: the same as to disable it (API: Meters)."""
+    """DELETE /v1/meters/{id}: archive a meter (API: Archived meters)."""
     return await _archive(service, request, "Meter deleted successfully")
 
 
@@ -384,11 +384,11 @@ class MeterUsageIn(Struct, forbid_unknown_fields=True):
 
 _METER_USAGE = msgspec.json.Decoder(MeterUsageIn)
 _SHARED_FIELDS = {*MeterUsageIn.__struct_fields__} & {*UsageIn.__struct_fields__}
-_LIFETIME_WINDOWS = 50_000  # buckets of a meter that never resets that are computed at a time
+_LIFETIME_WINDOWS = 50_000  # buckets to compute at a time
 
 
 def _usage_in(sent: MeterUsageIn, event_name: str, aggregation: Aggregation) -> UsageIn:
-    """Make the request for usage that has the caller's fields and a meter's aggregation."""
+    """Make a request for usage from the caller's fields and a meter's aggregation."""
     usage = UsageIn(**{name: getattr(sent, name) for name in _SHARED_FIELDS})
     usage.event_name = event_name
     usage.aggregation_type, usage.property_name = aggregation.type, aggregation.field
@@ -398,7 +398,7 @@ def _usage_in(sent: MeterUsageIn, event_name: str, aggregation: Aggregation) -> 
 
 
 def _check_meter_usage(sent: MeterUsageIn, view: View, faults: Faults) -> None:
-    """Check the caller's fields before the meter is known. Raises ApiError with every fault."""
+    """Check the caller's fields before the meter is looked up. Raises ApiError with every fault."""
     if not sent.meter_id:
         faults.add("meter_id", "required", "is required")
     faults.check("bucket_size", check_window_size, sent.bucket_size)
@@ -412,7 +412,7 @@ def _meter_query(sent: MeterUsageIn, meter: Meter, view: View) -> UsageQuery:
 
 
 def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
-    """Return up to 50,000 buckets; only the start and the end of the range cut one."""
+    """Return up to 50,000 buckets from this time on; only the end of the range cuts one short."""
     buckets = query.windows or Windows("DAY")
     minutes = WINDOW_MINUTES.get(buckets.size, 1440)
     end_us = min(start_us + _LIFETIME_WINDOWS * minutes * MINUTE_US, query.end_us)
@@ -421,7 +421,7 @@ def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
 
 
 def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
-    """Add up the buckets from the first event on, 50,000 at a time; stretches without events are left out."""
+    """Add up the buckets, 50,000 at a time, and start each time at the next event, which skips times without events."""
     matched = matching(query)
     first = f"""SELECT min(timestamp_us) FROM events {index_of(query.filters)}
         WHERE {matched} AND timestamp_us >= :from_us AND timestamp_us < :end_us"""
@@ -437,7 +437,7 @@ def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
 
 
 async def _lifetime_value(service: Service, query: UsageQuery) -> float:
-    """Add up all buckets before the end of the range. A bucket that the range's start cuts in two counts as a whole."""
+    """Add up all buckets before the end of the range, including those before its start."""
     if query.aggregation == "SUM":
         unbucketed = replace(query, windows=None, bucketed=False, lifetime=True)
         return float(await aggregate(service, unbucketed, lambda query, _spans, cells: usage_value(query, cells)))
@@ -445,7 +445,7 @@ async def _lifetime_value(service: Service, query: UsageQuery) -> float:
 
 
 async def compute_meter_usage(service: Service, request: Request) -> Response:
-    """POST /v1/events/usage/meter: usage, with the aggregation of a meter (API: Usage of a meter)."""
+    """POST /v1/events/usage/meter: usage with the aggregation of a meter (API: Usage of a meter)."""
     faults = Faults()
     sent = await read_fields(service, request, _METER_USAGE, faults)
     view = service.view(request)

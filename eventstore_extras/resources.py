@@ -69,7 +69,7 @@ def decimal_text(value: float) -> str:
 
 
 def time_text(time_us: int) -> str:
-    """Write a time as Go does, without zeros at the end of its seconds (API: Times)."""
+    """Write a time as Go does, without zeros at the end of the fraction (API: Times)."""
     seconds, dot, digits = to_datetime(time_us).isoformat().removesuffix("+00:00").partition(".")
     return f"{seconds}{dot}{digits.rstrip('0')}Z"
 
@@ -123,7 +123,7 @@ def insert_row(conn: sqlite3.Connection, table: str, view: View, columns: Column
 
 
 def archive_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, unless: str = "FALSE") -> None:
-    """Archive a meter or a feature unless a condition holds. One that is archived keeps its times."""
+    """Archive a meter or a feature unless a condition on its row holds. If it is archived already, keep its times."""
     statement = f"""UPDATE {table}
         SET archived_at_us = ifnull(archived_at_us, :now_us), updated_at_us = ifnull(archived_at_us, :now_us)
         WHERE {IN_ENVIRONMENT} AND id = :id AND NOT {unless}"""
@@ -161,7 +161,7 @@ class _ListIn(Protocol):
 
 
 class ListQuery(Struct, frozen=True):
-    """A checked list: which rows, in which order, and which of them are the page."""
+    """A checked list: which rows, in which order, and which page of them."""
 
     where: Sql
     order_by: str
@@ -169,7 +169,7 @@ class ListQuery(Struct, frozen=True):
     offset: int
 
     def narrowed(self, *clauses: Sql) -> ListQuery:
-        """Return the list of those rows for which these conditions hold as well."""
+        """Return the same list with more conditions."""
         return replace(self, where=all_of([self.where, *clauses]))
 
 
@@ -178,7 +178,7 @@ _check_limit = whole_within(0, _MAX_LIMIT)
 
 
 def parse_list(struct: type[T], request: Request, repeatable: Iterable[str], faults: Faults) -> T:
-    """Make the struct of a list from a query string; `repeatable` are the parameters that become arrays."""
+    """Make the struct of a list from a query string; `repeatable` names the parameters that become arrays."""
     arrays: dict[str, Callable[[str], Any]] = {name: lambda text: text.split(",") for name in repeatable}
     parameters = parse_parameters(request["query_string"], faults, repeatable)
     names = [name for name in struct.__struct_fields__ if name != "filters"]  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def parse_list(struct: type[T], request: Request, repeatable: Iterable[str], fau
 
 
 def sorts_by(names: Iterable[Any], faults: Faults) -> list[SortIn]:
-    """Make the sort of a query string, which names fields only."""
+    """Make the sort from the fields that a query string names."""
     return [SortIn(faults.check("sort", _check_sort, name)) for name in names]
 
 
@@ -212,7 +212,7 @@ def _has_status(table: str, status: str | None) -> list[Sql]:
 
 
 def _order_by(table: str, sorts: Sequence[SortIn], default_direction: str, faults: Faults) -> str:
-    """Build the ORDER BY; rows that are equal in it are sorted by id, in the last direction."""
+    """Build the terms of ORDER BY. The last one is the id, in the direction of the term before it."""
     terms = []
     direction = default_direction
     for number, sort in enumerate(sorts or [SortIn("created_at")]):
@@ -237,14 +237,14 @@ def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: 
 
 
 def is_any_of(column: str, values: Iterable[str], name: str) -> Sql:
-    """Build `column IN (...)` with one parameter for all values: many builds of SQLite allow 32,766 parameters only."""
+    """Build `column IN (...)` with one parameter for all values: SQLite may limit a statement to 32,766 parameters."""
     return sql(f"{column} IN (SELECT value FROM json_each(:{name}))", **{name: ENCODER.encode(list(values)).decode()})
 
 
 def fetch_page(
     conn: sqlite3.Connection, columns: str, tables: str, query: ListQuery
 ) -> tuple[list[tuple[Any, ...]], Pagination]:
-    """Return the rows of the page, and how many there are in all."""
+    """Return the rows of the page, and the number of rows on all pages."""
     found = f"FROM {tables} WHERE {query.where}"
     page = f"ORDER BY {query.order_by} LIMIT {query.limit} OFFSET {query.offset}"
     rows = conn.execute(f"SELECT {columns} {found} {page}", query.where.values).fetchall()
@@ -254,7 +254,7 @@ def fetch_page(
 
 _LIMIT = {"minimum": 0, "maximum": _MAX_LIMIT}
 NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
-LIST_SCHEMA: dict[str, Any] = {  # of the fields of a body
+LIST_SCHEMA: dict[str, Any] = {  # for the fields of a body
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
     "limit": {"type": ["integer", "null"]} | _LIMIT,
     "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},

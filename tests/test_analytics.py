@@ -1,4 +1,7 @@
-"""Usage by meter (SPEC-METERS 13) and analytics (14): worked by hand, and beside plain Python over a ledger by chance."""
+"""POST /v1/events/analytics: examples worked out by hand, and random events compared with plain Python.
+
+The comparison includes the usage of a meter; its other tests are in test_meter_usage.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,6 @@ import pytest
 import eventstore
 from eventstore_extras.analytics import OPERATIONS
 from helpers import (
-    DAY_US,
     KEY,
     LEDGER_START,
     NAMES,
@@ -45,30 +47,23 @@ from helpers import (
     usage,
     windows_of,
 )
+from metered_events import (
+    ABSENT,
+    BUCKETED,
+    FEW,
+    LIFETIME,
+    RANGE,
+    SECOND_US,
+    kind_with_multiplier,
+    make_meter_of_staging,
+    sent,
+)
 from oracle import AGGREGATIONS, SIZES, Item, check_items, expected_analytics, expected_meter_usage, window_start
-
-SECOND_US = 1_000_000
-ABSENT = object()
 
 
 @pytest.fixture(scope="module")
 def operations() -> Any:
     return OPERATIONS
-
-
-def sent(event_id: object, seconds: float, n: object = ABSENT, **fields: Any) -> dict[str, Any]:
-    """A call so many seconds before now, whose properties are n and others."""
-    columns = {name: fields.pop(name) for name in ("source", "external_customer_id", "event_name") if name in fields}
-    properties = fields if n is ABSENT else fields | {"n": n}
-    return event(f"{event_id}", timestamp=at(round(-seconds * SECOND_US)), properties=properties, **columns)
-
-
-# Of the 100 seconds before now. The first is before them, the last is now: neither is in the range.
-FEW = [
-    sent(0, 200, 10, g="c"), sent(1, 75, 4, g="a"), sent(2, 50, "6.5", g="b"), sent(3, 25, g="b"), sent(5, 25, -2, g="a"),
-    sent(4, 25, "x"), sent(9, 0, 99),
-]  # fmt: skip
-RANGE = {"start_time": at(-100 * SECOND_US), "end_time": at()}
 
 
 @pytest.fixture
@@ -77,278 +72,11 @@ def few(client: httpx.Client) -> httpx.Client:
     return client
 
 
-def kind_with_multiplier(kind: str) -> dict[str, Any]:
-    return {"multiplier": "2"} if kind == "SUM_WITH_MULTIPLIER" else {}
+# ---------------------------------------------------------------------------------------------- Items
 
 
-# ---------------------------------------------------------------------------------------------- 13: usage by meter
-
-LIFETIME = {  # the value in the range, and the one with reset_usage NEVER
-    "COUNT": (5, 6),
-    "SUM": (8.5, 18.5),
-    "AVG": (1.7, 18.5 / 6),
-    "MAX": (6.5, 10),
-    "COUNT_UNIQUE": (4, 5),
-    "LATEST": (0, 0),
-    "SUM_WITH_MULTIPLIER": (17, 37),
-    "WEIGHTED_SUM": (4 * 0.75 + 6.5 * 0.5 - 2 * 0.25, 10 + 4 * 0.75 + 6.5 * 0.5 - 2 * 0.25),
-}
-
-
-@table(("kind", "values"), LIFETIME.items(), ids=LIFETIME)
-def test_usage_by_meter_of_hand_worked_events(few: httpx.Client, kind: str, values: Any) -> None:
-    for reset, value in zip(("BILLING_PERIOD", "NEVER"), values, strict=True):
-        meter = make_meter(few, kind, reset_usage=reset, **kind_with_multiplier(kind))
-        answer = metered_usage(few, meter["id"], **RANGE)
-        assert answer == {"event_name": "call", "type": kind, "value": pytest.approx(value), "results": []}
-        assert not isinstance(answer["value"], str)
-
-
-QUIET = {"COUNT": (0, 3), "SUM": (0, 20.5), "AVG": (0, 20.5 / 3), "MAX": (0, 10), "COUNT_UNIQUE": (0, 3), "LATEST": (0, 6.5),
-         "SUM_WITH_MULTIPLIER": (0, 41), "WEIGHTED_SUM": (0, 20.5)}  # fmt: skip
-
-
-@table(("kind", "values"), QUIET.items(), ids=QUIET)
-@table("seconds", [10, 0], ids=["", "an empty range"])
-def test_a_range_without_events_has_no_usage_unless_it_is_never_reset(
-    few: httpx.Client, kind: str, values: Any, seconds: int
-) -> None:
-    start, end = at(-45 * SECOND_US), at((-45 + seconds) * SECOND_US)
-    for reset, value in zip(("BILLING_PERIOD", "NEVER"), values, strict=True):
-        meter = make_meter(few, kind, reset_usage=reset, **kind_with_multiplier(kind))
-        answer = metered_usage(few, meter["id"], start_time=start, end_time=end)
-        assert (answer["value"], answer["results"]) == (pytest.approx(value), [])
-
-
-@table("reset", ["BILLING_PERIOD", "NEVER"])
-def test_with_windows_the_value_is_null_and_the_windows_are_those_of_the_range(few: httpx.Client, reset: str) -> None:
-    meter = make_meter(few, "SUM", reset_usage=reset)
-    answer = metered_usage(few, meter["id"], **RANGE, window_size="MINUTE")
-    assert answer["value"] is None
-    assert answer["results"] == [
-        {"window_size": "2025-10-15T11:37:00Z", "value": 10.5},
-        {"window_size": "2025-10-15T11:38:00Z", "value": 0},  # what is negative is answered as 0
-    ]
-
-
-BUCKETED = {  # the aggregation, the buckets of 11:37 and 11:38, the value, the one with reset_usage NEVER
-    "MAX": ({"kind": "MAX"}, [6.5, 0], 6.5, 16.5),
-    "MAX of groups": ({"kind": "MAX", "group_by": "g"}, [10.5, 0], 8.5, 18.5),  # a has -2 in 11:38
-    "SUM": ({"kind": "SUM"}, [10.5, 0], 8.5, 18.5),
-}
-
-
-@table(("how", "buckets", "value", "lifetime"), BUCKETED.values(), ids=BUCKETED)
-@table(
-    "asked",
-    [{}, {"window_size": "DAY"}, {"bucket_size": "DAY"}, {"window_size": "MONTH", "bucket_size": "HOUR"}],
-    ids=str,
-)
-def test_a_bucketed_meter_has_its_own_buckets_whatever_is_asked_for(
-    few: httpx.Client, how: dict[str, Any], buckets: list[Any], value: float, lifetime: float, asked: dict[str, Any]
-) -> None:
-    for reset, expected in (("BILLING_PERIOD", value), ("NEVER", lifetime)):
-        meter = make_meter(few, **how, bucket_size="MINUTE", reset_usage=reset)
-        answer = metered_usage(few, meter["id"], **RANGE, **asked)
-        assert (answer["type"], answer["value"]) == (how["kind"], expected)
-        stamps = ["2025-10-15T11:37:00Z", "2025-10-15T11:38:00Z"]
-        assert [(one["window_size"], one["value"]) for one in answer["results"]] == [*zip(stamps, buckets, strict=True)]
-
-
-def test_a_bucket_that_the_start_cuts_in_two_counts_once_when_it_is_never_reset(few: httpx.Client) -> None:
-    meter = make_meter(few, "MAX", bucket_size="MINUTE", reset_usage="NEVER")
-    answer = metered_usage(few, meter["id"], start_time=at(-60 * SECOND_US), end_time=at())
-    assert answer["value"] == 16.5  # 10 in 11:35 and 6.5 in 11:37, whose 4 was before the start
-
-
-def test_buckets_before_the_range_are_no_windows_that_are_asked_for(client: httpx.Client) -> None:
-    """Not in SPEC: the limit of 100,000 windows is of the range."""
-    store(client, event("old", timestamp="2015-01-01T00:00:30Z", properties={"n": 7}), sent("new", 10, 5))
-    meter = make_meter(client, "MAX", bucket_size="MINUTE", reset_usage="NEVER")
-    answer = metered_usage(client, meter["id"], **RANGE)
-    assert (answer["value"], [one["value"] for one in answer["results"]]) == (12, [5])
-
-
-def test_an_event_of_the_first_day_of_all_time_is_no_fault_of_the_server(client: httpx.Client) -> None:
-    """Not in SPEC: its week starts before all time, so it is cut short; in New York the day itself is."""
-    first = {"external_customer_id": "first", "timestamp": "0001-01-01T00:00:01Z", "properties": {"n": 7}}
-    store(client, event("first", **first), event("next week", **first | {"timestamp": "0001-01-07T00:00:00Z"}))
-    meter_id = make_meter(client, "MAX", bucket_size="WEEK", reset_usage="NEVER")["id"]
-    assert metered_usage(client, meter_id)["value"] == 14
-    days = {"start_time": "0001-01-01T00:00:00Z", "end_time": "0001-01-08T00:00:00Z"}
-    stamps = ["0001-01-01T00:00:00Z", "0001-01-07T00:00:00Z"]
-    assert [one["window_size"] for one in metered_usage(client, meter_id, **days)["results"]] == stamps
-    refused(client.post("/v1/events/usage/meter", json={"meter_id": meter_id, "timezone": "America/New_York"}))
-
-
-def test_a_bucket_size_of_the_request_is_ignored_by_a_meter_without_buckets(few: httpx.Client) -> None:
-    meter = make_meter(few, "SUM")
-    assert metered_usage(few, meter["id"], **RANGE, bucket_size="MINUTE") == metered_usage(few, meter["id"], **RANGE)
-
-
-MATCHED = {  # the meter's filters, the request's, how many of x1 x2 y1 z, where one has no k
-    "none": ({}, {}, 5),
-    "the meter's": ({"k": ["x", "y"]}, {}, 3),
-    "the request's": ({}, {"k": ["x", "z"]}, 3),
-    "values in both": ({"k": ["x", "y"]}, {"k": ["y", "z"]}, 1),
-    "no value in both": ({"k": ["x"]}, {"k": ["y"]}, 0),
-    "two keys": ({"k": ["x"]}, {"m": ["1"]}, 1),
-    "two keys of the meter": ({"k": ["x", "y"], "m": ["1"]}, {}, 2),
-    "no values in the request": ({"k": ["x"]}, {"k": []}, 2),
-    "an unknown key": ({}, {"nothing": ["x"]}, 0),
-    "a number's text": ({"m": ["2"]}, {}, 1),
-    "a boolean's text": ({"m": ["true"]}, {}, 1),
-}
-
-
-@table(("of_meter", "of_request", "count"), MATCHED.values(), ids=MATCHED)
-def test_the_meters_filters_and_the_requests_must_both_hold(
-    client: httpx.Client, of_meter: dict[str, Any], of_request: dict[str, Any], count: int
-) -> None:
-    values: list[Json] = [{"k": "x", "m": 1}, {"k": "x", "m": "2"}, {"k": "y", "m": "1"}, {"k": "z", "m": True}, {}]
-    store(client, *[sent(number, 10, **properties) for number, properties in enumerate(values)])
-    meter = make_meter(client, filters=of_meter)
-    assert metered_usage(client, meter["id"], filters=of_request)["value"] == count
-    items = analytics(client, property_filters=of_request)
-    assert [item["total_usage"] for item in items] == ([f"{count}"] if count else [])
-
-
-def test_two_filters_of_a_meter_with_one_key_must_both_hold(client: httpx.Client) -> None:
-    """Not in SPEC, but "AND over keys" is."""
-    store(client, *[sent(k, 10, k=k) for k in "xyz"])
-    body = {"name": "a", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER",
-            "filters": [{"key": "k", "values": ["x", "y"]}, {"key": "k", "values": ["y", "z"]}]}  # fmt: skip
-    meter = client.post("/v1/meters", json=body).json()
-    assert metered_usage(client, meter["id"])["value"] == 1
-    assert metered_usage(client, meter["id"], filters={"k": ["x"]})["value"] == 0
-    assert [item["total_usage"] for item in analytics(client)] == ["1"]
-
-
-def test_usage_is_of_all_customers_or_of_one_who_need_not_be_known(client: httpx.Client) -> None:
-    store(
-        client,
-        event("1", customer_id="c1", timestamp=at(-1)),
-        event("2", external_customer_id="other", timestamp=at(-1)),
-    )
-    meter_id = make_meter(client)["id"]
-    assert (
-        metered_usage(client, meter_id)["value"]
-        == metered_usage(client, meter_id, external_customer_id="")["value"]
-        == 2
-    )
-    assert metered_usage(client, meter_id, external_customer_id="other")["value"] == 1
-    assert metered_usage(client, meter_id, customer_id="c1")["value"] == 1
-    assert metered_usage(client, meter_id, customer_id="c1", external_customer_id="other")["value"] == 0
-    assert metered_usage(client, meter_id, external_customer_id="nobody") == {
-        "event_name": "call",
-        "type": "COUNT",
-        "value": 0,
-        "results": [],
-    }
-
-
-def test_the_range_of_usage_is_the_seven_days_before_now_and_its_end_is_out(client: httpx.Client) -> None:
-    store(client, *[event(timestamp=at(us)) for us in (-7 * DAY_US - 1, -7 * DAY_US, -5, -1, 0)])
-    meter_id = make_meter(client)["id"]
-    assert metered_usage(client, meter_id)["value"] == 3
-    assert metered_usage(client, meter_id, start_time=at(-5), end_time=at(-1))["value"] == 1
-    assert metered_usage(client, make_meter(client, reset_usage="NEVER")["id"])["value"] == 4
-    assert [item["total_usage"] for item in analytics(client)] == ["3", "3"]
-    assert [item["total_usage"] for item in analytics(client, start_time=at(-5), end_time=at(-1))] == ["1", "1"]
-    assert [item["total_usage"] for item in analytics(client, end_time=at(1))] == ["3", "3"]
-
-
-def test_windows_of_usage_are_those_of_a_zone_and_of_billing_months(client: httpx.Client) -> None:
-    times = ["2026-01-04T18:30:00Z", "2026-02-04T18:29:59Z", "2026-02-04T18:30:00Z"]
-    store(client, *[event(timestamp=time) for time in times])
-    query = {"start_time": times[0], "end_time": "2026-03-01T00:00:00Z", "window_size": "MONTH",
-             "timezone": "Asia/Kolkata", "billing_anchor": "2024-01-05T18:45:00Z"}  # fmt: skip
-    answer = metered_usage(client, make_meter(client)["id"], **query)
-    assert answer["results"] == [{"window_size": times[0], "value": 2}, {"window_size": times[2], "value": 1}]
-
-
-def test_a_meter_counts_what_was_stored_before_it_was_made_and_an_archived_one_goes_on_in_usage(
-    client: httpx.Client,
-) -> None:
-    store(client, event(timestamp=at(-2)))
-    meter_id = make_meter(client)["id"]
-    assert metered_usage(client, meter_id)["value"] == 1
-    client.delete(f"/v1/meters/{meter_id}")
-    store(client, event(timestamp=at(-1)))
-    assert metered_usage(client, meter_id)["value"] == 2
-
-
-def test_a_count_counts_every_event_though_its_meter_has_a_field(few: httpx.Client) -> None:
-    meter = make_meter(few, "COUNT", field="n")
-    assert metered_usage(few, meter["id"], **RANGE)["value"] == 5
-    assert [item["total_usage"] for item in analytics(few, **RANGE)] == ["5"]
-
-
-def test_a_multiplier_is_without_effect_but_for_its_aggregation(few: httpx.Client) -> None:
-    meter = make_meter(few, "SUM", multiplier="3")
-    assert metered_usage(few, meter["id"], **RANGE)["value"] == 8.5
-    assert [item["total_usage"] for item in analytics(few, **RANGE)] == ["10.5"]
-
-
-@table("kind", ["SUM", "AVG", "MAX", "LATEST", "WEIGHTED_SUM", "SUM_WITH_MULTIPLIER"])
-@table("reset", ["BILLING_PERIOD", "NEVER"])
-def test_a_negative_usage_is_answered_as_0(client: httpx.Client, kind: str, reset: str) -> None:
-    store(client, sent(1, 10, -5), sent(2, 200, -5))
-    meter = make_meter(client, kind, reset_usage=reset, **kind_with_multiplier(kind))
-    assert metered_usage(client, meter["id"], **RANGE)["value"] == 0
-    assert [item["total_usage"] for item in analytics(client, **RANGE)] == ["0"]
-
-
-def test_a_meter_that_is_not_there_has_no_usage_but_a_404(shared: httpx.Client) -> None:
-    of_staging = make_meter_of_staging(shared)
-    for meter_id in ("meter_unknown", of_staging, "' OR 1=1 --", "x" * 1000):
-        refused(shared.post("/v1/events/usage/meter", json={"meter_id": meter_id}), 404, "not_found")
-
-
-def make_meter_of_staging(client: httpx.Client) -> str:
-    body = {"name": "s", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}
-    answer = client.post("/v1/meters", json=body, headers={"x-api-key": STAGING_KEY})
-    return str(answer.json()["id"])
-
-
-BAD_USAGES = [
-    ({"meter_id": None}, "meter_id"), ({"meter_id": ""}, "meter_id"), ({"meter_id": 5}, "meter_id"), ({"window_size": "2HOUR"}, "window_size"),
-    ({"window_size": "day"}, "window_size"), ({"bucket_size": "YEAR"}, "bucket_size"), ({"start_time": "yesterday"}, "start_time"),
-    ({"end_time": "2025-01-01"}, "end_time"), ({"start_time": at(1), "end_time": at()}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
-    ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"), ({"timezone": 5}, "timezone"),
-    ({"external_customer_id": 5}, "external_customer_id"), ({"window_size": "MINUTE", "start_time": at(-100_000 * 60 * SECOND_US)}, "window_size"),
-]  # fmt: skip
-
-
-@table(("bad", "field"), BAD_USAGES, ids=str)
-def test_a_bad_request_for_usage_is_refused_and_the_field_named(
-    shared: httpx.Client, bad: dict[str, Any], field: str
-) -> None:
-    body = {"meter_id": make_meter(shared)["id"]} | bad
-    (faulty,) = faulty_fields(shared.post("/v1/events/usage/meter", json=body))
-    assert faulty.startswith(field)
-
-
-def test_too_many_buckets_are_refused(shared: httpx.Client) -> None:
-    meter = make_meter(shared, "MAX", bucket_size="MINUTE")
-    body = {"meter_id": meter["id"], "start_time": at(-100_001 * 60 * SECOND_US)}
-    refused(shared.post("/v1/events/usage/meter", json=body), part="100000")
-
-
-NO_OBJECTS = ["", "[]", "null", "5", "{", '{"meter_id": "\\ud83d"}', "[" * 5000]
-
-
-@table("content", NO_OBJECTS)
-@table("path", ["usage/meter", "analytics"])
-def test_a_body_that_is_no_json_object_is_refused(shared: httpx.Client, path: str, content: str) -> None:
-    refused(shared.post(f"/v1/events/{path}", content=content))
-
-
-# ---------------------------------------------------------------------------------------------- 14: items
-
-
-def test_an_item_is_answered_whole_with_every_key(client: httpx.Client) -> None:
-    """SPEC's own sample, computed."""
+def test_an_item_has_every_key(client: httpx.Client) -> None:
+    """Compute an item with all its fields."""
     who = {"external_customer_id": "cust_42", "event_name": "llm.call"}
     store(client, *[event(f"{number}", timestamp=f"2026-01-0{day}T10:00:00Z", properties={"tokens": tokens, "model": model}, **who)
                     for number, (day, tokens, model) in enumerate([(1, 3.5, "gpt-4o"), (2, "8", "gpt-4o"), (2, 10.25, "gpt-4o"), (2, 1, "o3")])])  # fmt: skip
@@ -360,7 +88,7 @@ def test_an_item_is_answered_whole_with_every_key(client: httpx.Client) -> None:
     nothing = {"subtotal": "0", "discount": "0", "cost": "0", "computed_commitment_utilized_amount": "0", "computed_overage_amount": "0",
                "computed_true_up_amount": "0", "buckets": None}  # fmt: skip
     (item,) = analytics(client, **query)
-    assert item.pop("external_customer_id") in (None, "cust_42")  # SPEC leaves it open
+    assert item.pop("external_customer_id") in (None, "cust_42")
     assert item == {
         "feature_id": feature["id"], "name": "Tokens", "meter_id": feature["meter_id"], "event_name": "llm.call", "aggregation_type": "SUM",
         "total_usage": "21.75", "total_usage_display": "", "reporting_unit": None, "unit": "token", "unit_plural": "tokens", "event_count": 3,
@@ -372,7 +100,7 @@ def test_an_item_is_answered_whole_with_every_key(client: httpx.Client) -> None:
         "commitment_info": None, "group": None, "bucket_summaries": None, "meter": None, "feature": None}  # fmt: skip
 
 
-def test_without_a_feature_an_item_has_the_meters_name_and_no_units(few: httpx.Client) -> None:
+def test_an_item_without_a_feature_has_the_name_of_its_meter_and_no_units(few: httpx.Client) -> None:
     meter = make_meter(few, "SUM", name="Sum of n")
     (item,) = analytics(few, **RANGE)
     assert (item["feature_id"], item["name"], item["meter_id"]) == ("", "Sum of n", meter["id"])
@@ -400,9 +128,7 @@ CLAMPED = {"COUNT": "5", "SUM": "10.5", "AVG": "2.1", "MAX": "6.5", "COUNT_UNIQU
 
 @table(("kind", "total"), CLAMPED.items(), ids=CLAMPED)
 @table("reset", ["BILLING_PERIOD", "NEVER"])
-def test_analytics_of_hand_worked_events_in_which_each_negative_one_counts_as_0(
-    few: httpx.Client, kind: str, total: str, reset: str
-) -> None:
+def test_analytics_count_a_negative_value_as_0(few: httpx.Client, kind: str, total: str, reset: str) -> None:
     make_meter(few, kind, reset_usage=reset, **kind_with_multiplier(kind))
     (item,) = analytics(few, **RANGE)
     assert (item["aggregation_type"], item["total_usage"], item["event_count"]) == (kind, total, 5)
@@ -421,7 +147,7 @@ TWO_HOURS = {"start_time": NOON, "end_time": "2025-10-14T14:00:00Z"}
 OF_TWO_HOURS = [after_noon(0, 4, g="a", k="k"), after_noon(30, 2, g="b", k="k"), after_noon(60, -3, g="b", k="k"), after_noon(90, "5", g="a", k="k"),
                 after_noon(105, k="k")]  # fmt: skip
 
-POINTS = {  # the points of the two hours, the total
+POINTS = {  # aggregation -> the points of the two hours, the total
     "COUNT": (["2", "3"], "5"),
     "SUM": (["6", "5"], "11"),
     "AVG": (["3", "1.66666666666667"], "2.2"),
@@ -429,12 +155,12 @@ POINTS = {  # the points of the two hours, the total
     "COUNT_UNIQUE": (["2", "2"], "4"),
     "LATEST": (["2", "0"], "0"),
     "SUM_WITH_MULTIPLIER": (["12", "10"], "22"),
-    "WEIGHTED_SUM": (["5.5", "1.25"], "6.75"),  # the shares of the whole range, not of the window
+    "WEIGHTED_SUM": (["5.5", "1.25"], "6.75"),  # weights refer to the whole range, not to the window
 }
 
 
 @table(("kind", "expected"), POINTS.items(), ids=POINTS)
-def test_points_are_the_usage_of_each_window(client: httpx.Client, kind: str, expected: Any) -> None:
+def test_points_hold_the_usage_of_each_window(client: httpx.Client, kind: str, expected: Any) -> None:
     store(client, *OF_TWO_HOURS)
     make_meter(client, kind, **kind_with_multiplier(kind))
     (item,) = analytics(client, **TWO_HOURS, window_size="HOUR")
@@ -444,7 +170,7 @@ def test_points_are_the_usage_of_each_window(client: httpx.Client, kind: str, ex
     assert item["window_size"] == "HOUR"
 
 
-IN_WINDOWS = {  # a size, the windows of events with n = 1, 2, 4, 8, 16, 32; October 12 was a Sunday
+IN_WINDOWS = {  # size -> the windows of events with n = 1, 2, 4, 8, 16, 32; October 12 was a Sunday
     "MINUTE": "09-30T23:59=1 10-11T23:59=2 10-12T00:00=4 10-12T00:14=8 10-12T11:30=16 10-14T12:00=32",
     "15MIN": "09-30T23:45=1 10-11T23:45=2 10-12T00:00=12 10-12T11:30=16 10-14T12:00=32",
     "30MIN": "09-30T23:30=1 10-11T23:30=2 10-12T00:00=12 10-12T11:30=16 10-14T12:00=32",
@@ -459,7 +185,7 @@ IN_WINDOWS = {  # a size, the windows of events with n = 1, 2, 4, 8, 16, 32; Oct
 
 
 @table(("size", "expected"), IN_WINDOWS.items(), ids=IN_WINDOWS)
-def test_an_event_counts_in_the_window_that_it_is_in(client: httpx.Client, size: str, expected: str) -> None:
+def test_windows_of_every_size(client: httpx.Client, size: str, expected: str) -> None:
     times = [
         "09-30T23:59:59",
         "10-11T23:59:59.999999",
@@ -476,7 +202,7 @@ def test_an_event_counts_in_the_window_that_it_is_in(client: httpx.Client, size:
     assert item["window_size"] == size
 
 
-BUCKETED_ITEMS: dict[str, tuple[Json, Json, str, str, list[str]]] = {  # the aggregation, what is asked for, the total, the width, the points
+BUCKETED_ITEMS: dict[str, tuple[Json, Json, str, str, list[str]]] = {  # -> the aggregation, the request, the total, the size of points, the points
     "MAX": ({"kind": "MAX"}, {}, "9", "HOUR", []),
     "MAX in minutes": ({"kind": "MAX"}, {"window_size": "MINUTE"}, "9", "HOUR", ["4", "5"]),
     "MAX in hours": ({"kind": "MAX"}, {"window_size": "HOUR"}, "9", "HOUR", ["4", "5"]),
@@ -495,7 +221,7 @@ BUCKETED_ITEMS: dict[str, tuple[Json, Json, str, str, list[str]]] = {  # the agg
 
 
 @table(("how", "query", "total", "width", "points"), BUCKETED_ITEMS.values(), ids=BUCKETED_ITEMS)
-def test_a_bucketed_meter_has_points_as_wide_as_the_larger_of_window_and_bucket(
+def test_points_of_a_bucketed_meter_have_the_larger_of_window_and_bucket_size(
     client: httpx.Client, how: dict[str, Any], query: dict[str, Any], total: str, width: str, points: list[Any]
 ) -> None:
     store(client, *OF_TWO_HOURS)
@@ -506,7 +232,7 @@ def test_a_bucketed_meter_has_points_as_wide_as_the_larger_of_window_and_bucket(
     assert item["event_count"] == 5
 
 
-DECIMALS = {  # the values that are summed, the total
+DECIMALS = {  # -> the values to add up, the total
     "no value": ([], "0"),
     "zero": ([0, -0.0, "-0"], "0"),
     "negative": ([-5, "-1e9"], "0"),
@@ -534,7 +260,7 @@ def test_usage_is_a_decimal_string_in_plain_digits(client: httpx.Client, values:
     assert (item["total_usage"], [point["usage"] for point in item["points"]]) == (total, [total])
 
 
-def test_a_sum_that_no_float_holds_is_answered_in_digits(client: httpx.Client) -> None:
+def test_a_sum_beyond_the_largest_float_is_answered_as_the_largest_float(client: httpx.Client) -> None:
     store(client, sent(1, 10, 1.7e308, g="a"), sent(2, 10, 1.7e308, g="b"))
     for how in ({"kind": "SUM"}, {"kind": "SUM_WITH_MULTIPLIER", "multiplier": "1e300"}, {"kind": "AVG"}, {"kind": "WEIGHTED_SUM"},
                 {"kind": "MAX", "bucket_size": "DAY", "group_by": "g"}, {"kind": "SUM", "bucket_size": "DAY"}):  # fmt: skip
@@ -543,7 +269,7 @@ def test_a_sum_that_no_float_holds_is_answered_in_digits(client: httpx.Client) -
         assert all(re.fullmatch(r"\d{300,}", text) for text in (item["total_usage"], item["points"][0]["usage"])), item
 
 
-DISPLAYS = [  # usage, conversion rate, what is shown
+DISPLAYS = [  # usage, conversion rate, display usage
     (21.75, 1000, "0.02"), (1500, 1000, "1.5"), (2000, "1000", "2"), (1005, 1000, "1.01"), (12345, 1000, "12.35"), (5, 1000, "0.01"), (4, 1000, "0"),
     (1, 8, "0.13"), (3, 8, "0.38"), (1, 3, "0.33"), (2, 3, "0.67"), (5, 0.1, "50"), (1, "0.001", "1000"), (0, 1000, "0"), (1.015, 1, "1.02"),
     (1e15, 1, "1000000000000000"), (1, 1e-9, "1000000000"), (199, 100, "1.99"), (1995, 1000, "2"), (100, 10, "10"),
@@ -551,7 +277,7 @@ DISPLAYS = [  # usage, conversion rate, what is shown
 
 
 @table(("value", "rate", "shown"), DISPLAYS)
-def test_usage_is_shown_in_the_reporting_unit_divided_and_rounded_half_away_from_zero(
+def test_display_usage_is_divided_by_the_rate_and_rounded_half_away_from_zero(
     client: httpx.Client, value: float, rate: Any, shown: str
 ) -> None:
     store(client, sent(1, 10, value))
@@ -562,7 +288,7 @@ def test_usage_is_shown_in_the_reporting_unit_divided_and_rounded_half_away_from
     assert (item["total_usage_display"], item["reporting_unit"]) == (shown, unit | {"conversion_rate": float(rate)})
 
 
-# ---------------------------------------------------------------------------------------------- 14: dimensions
+# ---------------------------------------------------------------------------------------------- Dimensions
 
 
 def split(items: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], str]:
@@ -586,7 +312,7 @@ def pairs(**properties: Any) -> tuple[Any, ...]:
     return tuple(sorted(properties.items()))
 
 
-SPLITS = {  # the dimensions, the keys of an item, the usage by them
+SPLITS = {  # -> group_by, keys of an item, the usage by these keys
     "feature": (["feature_id"], ("name",), {("Sum",): "63"}),
     "meter, twice": (["meter_id", "feature_id", "meter_id"], ("name",), {("Sum",): "63"}),
     "source": (["source"], ("source",), {("app",): "25", ("web",): "2", (None,): "36"}),
@@ -619,7 +345,7 @@ def test_usage_is_split_by_dimensions(
         assert [item["properties"] for item in items] == [None] * len(items)
 
 
-def test_a_group_whose_property_or_source_is_missing_has_the_points_of_its_own_events(mixed: httpx.Client) -> None:
+def test_the_group_without_a_property_or_source_has_only_its_own_points(mixed: httpx.Client) -> None:
     items = analytics(mixed, group_by=["properties.region", "source"], window_size="DAY")
     assert all([point["usage"] for point in item["points"]] == [item["total_usage"]] for item in items)
     assert all([point["event_count"] for point in item["points"]] == [item["event_count"]] for item in items)
@@ -648,8 +374,8 @@ def test_usage_is_narrowed_by_filters(mixed: httpx.Client, query: dict[str, Any]
     assert [item["total_usage"] for item in analytics(mixed, **query)] == [total]
 
 
-def test_the_sources_of_an_item_are_listed_on_request(mixed: httpx.Client) -> None:
-    """That an event without a source adds none is not in SPEC."""
+def test_expand_lists_the_sources_of_an_item(mixed: httpx.Client) -> None:
+    """An event without a source adds none."""
     (item,) = analytics(mixed, expand=["source"])
     assert (item["sources"], item["source"]) == (["app", "web"], None)
     by_region = analytics(mixed, expand=["source"], group_by=["properties.region"])
@@ -661,7 +387,7 @@ def test_the_sources_of_an_item_are_listed_on_request(mixed: httpx.Client) -> No
     assert {item["sources"] for item in analytics(mixed)} == {None}
 
 
-def test_the_meter_and_the_feature_of_an_item_come_on_request(few: httpx.Client) -> None:
+def test_expand_adds_the_meter_and_the_feature_to_an_item(few: httpx.Client) -> None:
     feature = make_feature(few, "A", metadata={"a": "b"})
     make_meter(few, name="B")
     meter = feature.pop("meter")
@@ -674,22 +400,26 @@ def test_the_meter_and_the_feature_of_an_item_come_on_request(few: httpx.Client)
     assert (first["meter"], first["feature"]) == (None, feature)
 
 
-def test_items_are_in_the_order_of_name_meter_source_and_properties(client: httpx.Client) -> None:
+def test_items_are_sorted_by_name_meter_source_and_properties(client: httpx.Client) -> None:
     for source in ("b", "a"):
         store(client, *[sent(f"{source}{model}", 10, source=source, model=model) for model in "yx"])
     makes = {name: [make_meter(client, name=name)["id"] for _ in range(2)] for name in ("m", "l")}
     make_feature(client, "a", meter_id=makes["m"][1])
-    in_order = [makes["m"][1], *makes["l"], makes["m"][0]]  # by the feature's name, else the meter's
+    in_order = [
+        makes["m"][1],
+        *makes["l"],
+        makes["m"][0],
+    ]  # sorted by the name of the feature or, without a feature, of the meter
     items = analytics(client, group_by=["properties.model", "source"])
     assert [(item["meter_id"], item["source"], item["properties"]["model"]) for item in items] == [
         (meter_id, source, model) for meter_id in in_order for source in "ab" for model in "xy"
     ]
 
 
-# ---------------------------------------------------------------------------------------------- 14: features and archived meters
+# ---------------------------------------------------------------------------------------------- Features and archived meters
 
 
-def test_only_the_meters_of_the_features_asked_for_are_in_the_answer(few: httpx.Client) -> None:
+def test_feature_ids_select_the_meters_of_these_features(few: httpx.Client) -> None:
     one, other, boolean = make_feature(few, "A"), make_feature(few, "B"), make_feature(few, "C", type="boolean")
     make_meter(few, name="D")
     assert [item["name"] for item in analytics(few, **RANGE)] == ["A", "B", "D"]
@@ -701,7 +431,7 @@ def test_only_the_meters_of_the_features_asked_for_are_in_the_answer(few: httpx.
         assert analytics(few, **RANGE, feature_ids=nothing) == []
 
 
-def test_of_several_features_of_a_meter_one_names_it(tmp_path: Path) -> None:
+def test_which_of_several_features_names_a_meter(tmp_path: Path) -> None:
     clock = Mock(return_value=NOW)
     with metering(tmp_path, clock=clock) as client:
         store(client, *FEW)
@@ -720,15 +450,15 @@ def test_of_several_features_of_a_meter_one_names_it(tmp_path: Path) -> None:
         assert names(feature_ids=[features["New"]]) == ["New"]
         assert names(feature_ids=[features["New"], features["Old"]]) == ["Old"]
         client.delete(f"/v1/features/{features['Older']}")
-        assert names() == ["Old"]  # published before archived
+        assert names() == ["Old"]  # a published feature comes before an archived one
         assert names(feature_ids=[features["Older"]]) == ["Older"]
         client.delete(f"/v1/features/{features['Old']}")
         client.delete(f"/v1/features/{features['New']}")
-        assert names() == ["Older"]  # all are archived, as is the meter
+        assert names() == ["Older"]  # all features and the meter are archived now
 
 
 @table("how", ["the meter", "its feature"])
-def test_an_archived_meter_has_the_events_that_came_before_it_was_archived(tmp_path: Path, how: str) -> None:
+def test_an_archived_meter_counts_the_events_stored_before_it_was_archived(tmp_path: Path, how: str) -> None:
     clock = Mock(return_value=NOW)
     with metering(tmp_path, clock=clock) as client:
         feature = make_feature(client)
@@ -739,19 +469,28 @@ def test_an_archived_meter_has_the_events_that_came_before_it_was_archived(tmp_p
         clock.return_value += SECOND_US
         store(client, sent("after", 10))
         assert [item["total_usage"] for item in analytics(client)] == ["1"]
-        assert client.delete(f"/v1/meters/{feature['meter_id']}").status_code == 200  # again, which changes nothing
+        assert client.delete(f"/v1/meters/{feature['meter_id']}").status_code == 200  # a second time changes nothing
         (item,) = analytics(client, window_size="DAY", group_by=["source"], feature_ids=[feature["id"]])
         assert (item["total_usage"], item["event_count"], item["points"][0]["usage"]) == ("1", 1, "1")
         assert metered_usage(client, feature["meter_id"])["value"] == 2
 
 
-def test_analytics_counts_what_was_stored_before_the_meter_was_made(few: httpx.Client) -> None:
+def test_analytics_counts_events_from_before_the_meter(few: httpx.Client) -> None:
     assert analytics(few, **RANGE) == []
     make_meter(few)
     assert [item["total_usage"] for item in analytics(few, **RANGE)] == ["5"]
 
 
-# ---------------------------------------------------------------------------------------------- 14: what is refused
+# ---------------------------------------------------------------------------------------------- Bad requests and limits
+
+NO_OBJECTS = ["", "[]", "null", "5", "{", '{"meter_id": "\\ud83d"}', "[" * 5000]
+
+
+@table("content", NO_OBJECTS)
+@table("path", ["usage/meter", "analytics"])
+def test_a_body_other_than_a_json_object_is_a_400(shared: httpx.Client, path: str, content: str) -> None:
+    refused(shared.post(f"/v1/events/{path}", content=content))
+
 
 BAD_ANALYTICS = [
     *[({"group_by": [name]}, "group_by") for name in ("colour", "", "properties.", "properties", "name", "event_name", "properties.a-b", "properties.a b",
@@ -767,17 +506,19 @@ BAD_ANALYTICS = [
 
 
 @table(("bad", "field"), BAD_ANALYTICS, ids=str)
-def test_bad_analytics_are_refused_and_the_field_named(shared: httpx.Client, bad: dict[str, Any], field: str) -> None:
+def test_a_bad_request_for_analytics_is_a_400_that_names_the_field(
+    shared: httpx.Client, bad: dict[str, Any], field: str
+) -> None:
     (faulty,) = faulty_fields(shared.post("/v1/events/analytics", json=bad))
     assert faulty.startswith(field)
 
 
 @table("name", ["properties.größe", "properties._", "properties.a.b.c", "properties.1", "properties." + "x" * 1000])
-def test_a_dimension_with_an_odd_name_is_no_fault_of_the_server(shared: httpx.Client, name: str) -> None:
+def test_an_odd_name_of_a_dimension_is_never_a_500(shared: httpx.Client, name: str) -> None:
     assert shared.post("/v1/events/analytics", json={"group_by": [name]}).status_code in (200, 400)
 
 
-def test_every_fault_of_analytics_is_named_at_once(shared: httpx.Client) -> None:
+def test_one_answer_names_all_faults_of_a_request_for_analytics(shared: httpx.Client) -> None:
     bad = {"group_by": ["colour"], "window_size": "x", "start_time": "y", "expand": 5}
     assert faulty_fields(shared.post("/v1/events/analytics", json=bad)) == [
         "expand",
@@ -787,7 +528,7 @@ def test_every_fault_of_analytics_is_named_at_once(shared: httpx.Client) -> None
     ]
 
 
-def test_100000_windows_are_answered_and_more_are_refused_with_the_limit(client: httpx.Client) -> None:
+def test_100000_windows_are_answered_and_more_are_a_400(client: httpx.Client) -> None:
     store(client, sent(1, 10))
     make_meter(client)
     minute = 60 * SECOND_US
@@ -805,7 +546,7 @@ def test_100000_windows_are_answered_and_more_are_refused_with_the_limit(client:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Ten meters over 10,001 events, each with a minute and a value of its own; the source of 10,000 is `most`."""
+    """Ten meters over 10,001 events in different minutes with different values; 10,000 of them have the source `most`."""
     with metering(tmp_path_factory.mktemp("wide")) as client:
         events = [
             sent(number, 60 * (number + 1), k=f"{number}", source="most" if number else "") for number in range(10_001)
@@ -823,24 +564,22 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     [({"group_by": ["properties.k"]}, "items"), ({"window_size": "MINUTE"}, "points")],
     ids=["items", "points"],
 )
-def test_100000_items_or_points_are_answered_and_more_are_refused_with_the_limit(
-    wide: Any, query: dict[str, Any], what: str
-) -> None:
+def test_100000_items_or_points_are_answered_and_more_are_a_400(wide: Any, query: dict[str, Any], what: str) -> None:
     response = wide.post("/v1/events/analytics", json={"sources": ["most"]} | query)
     assert response.status_code == 200, response.text[:500]
     assert response.content.count(b'"meter_id":' if what == "items" else b'"timestamp":') == 100_000
     refused(wide.post("/v1/events/analytics", json=query), part="100000")
-    assert len(analytics(wide)) == 10  # the server lives
+    assert len(analytics(wide)) == 10  # the server still answers
 
 
 @pytest.mark.slow
-def test_a_group_with_more_than_100000_values_is_refused_with_the_limit(tmp_path: Path) -> None:
+def test_more_than_100000_groups_are_a_400(tmp_path: Path) -> None:
     (row,) = rows_to_insert("one")
     rows = [row._replace(id=f"{number}", timestamp_us=NOW - 1 - number, source="most" if number else "", properties=f'{{"k": {number}}}')
             for number in range(100_001)]  # fmt: skip
     with metering(tmp_path) as client:
         make_meter(client)
-        store(client, event("first", event_name="other"))  # the environment has its number
+        store(client, event("first", event_name="other"))  # creates the environment
         with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
             assert eventstore.insert_events(conn, rows, 5) == 100_001
         by_value = {"group_by": ["properties.k"]}
@@ -850,7 +589,7 @@ def test_a_group_with_more_than_100000_values_is_refused_with_the_limit(tmp_path
         assert [item["total_usage"] for item in analytics(client)] == ["100001"]
 
 
-def test_analytics_and_usage_over_their_time_are_a_503(tmp_path: Path) -> None:
+def test_analytics_and_usage_that_take_too_long_are_a_503(tmp_path: Path) -> None:
     with metering(tmp_path) as client:
         store(client, *[sent(number, number % 90, number, k=f"{number}") for number in range(1000)])
         meter = make_meter(client, "COUNT_UNIQUE")
@@ -863,7 +602,7 @@ def test_analytics_and_usage_over_their_time_are_a_503(tmp_path: Path) -> None:
         assert client.get("/health").status_code == 200
 
 
-def test_with_a_lag_usage_and_analytics_see_an_event_as_late_as_every_query(tmp_path: Path) -> None:
+def test_the_visibility_lag_hides_events_from_usage_and_analytics(tmp_path: Path) -> None:
     clock = Mock(return_value=NOW)
     with metering(tmp_path, visibility_lag_ms=1500, clock=clock) as client:
         meter = make_meter(client)
@@ -874,7 +613,7 @@ def test_with_a_lag_usage_and_analytics_see_an_event_as_late_as_every_query(tmp_
         assert (metered_usage(client, meter["id"])["value"], len(analytics(client))) == (1, 1)
 
 
-# ---------------------------------------------------------------------------------------------- odd names and values
+# ---------------------------------------------------------------------------------------------- Unusual names and values
 
 ODD_TEXTS = ["a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", " ", "😀", "a\nb", "a\tb", "a\x1eb", '","', "}", "null", "true", "007",
              "e\u0301", "line\u2028", "' OR 1=1 --", "%", "_", "x" * 300]  # fmt: skip
@@ -882,9 +621,7 @@ ODD_TEXTS = ["a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", "
 
 @table("name", [*ODD_TEXTS, "properties", "n"], ids=ascii)
 @table("ascii_only", [True, False], ids=["escaped", "as it is"])
-def test_a_property_is_found_by_any_name_in_fields_filters_and_groups(
-    client: httpx.Client, name: str, ascii_only: bool
-) -> None:
+def test_fields_filters_and_groups_take_any_property_name(client: httpx.Client, name: str, ascii_only: bool) -> None:
     sent_events = [sent(number, 10, **{name: value}) for number, value in enumerate([3, "4", 5])] + [
         sent("none", 10, other=9)
     ]
@@ -902,7 +639,7 @@ def test_a_property_is_found_by_any_name_in_fields_filters_and_groups(
 
 
 @table("ascii_only", [True, False], ids=["escaped", "as it is"])
-def test_any_text_may_be_a_group_and_comes_back_as_it_was_sent(client: httpx.Client, ascii_only: bool) -> None:
+def test_any_text_can_be_a_group(client: httpx.Client, ascii_only: bool) -> None:
     texts = [*ODD_TEXTS, "", "\0", "a\0b"]
     sent_events = [
         sent(number, 10, 2, k=text, source=text or "-", event_name="odd") for number, text in enumerate(texts)
@@ -919,8 +656,8 @@ def test_any_text_may_be_a_group_and_comes_back_as_it_was_sent(client: httpx.Cli
 
 
 @table("value", [{"a": [1, 2]}, [7, "x"], {}, []], ids=str)
-def test_an_object_or_an_array_is_a_group_by_its_json_text(client: httpx.Client, value: Any) -> None:
-    """Not in SPEC: as COUNT_UNIQUE has them."""
+def test_objects_and_arrays_are_grouped_by_their_json_text(client: httpx.Client, value: Any) -> None:
+    """COUNT_UNIQUE uses the same text."""
     body = {"events": [sent(1, 10, k=value), sent(2, 10, k=value), sent(3, 10)]}
     assert client.post("/v1/events/bulk", content=json.dumps(body)).status_code == 202
     make_meter(client)
@@ -929,11 +666,11 @@ def test_an_object_or_an_array_is_a_group_by_its_json_text(client: httpx.Client,
     assert split(items, "properties") == {(pairs(k=text),): "2", ((),): "1"}
 
 
-# ---------------------------------------------------------------------------------------------- beside plain Python
+# ---------------------------------------------------------------------------------------------- Compared with plain Python
 
 
-def test_the_rules_in_python_give_what_was_worked_by_hand() -> None:
-    """What the server is compared with below must not be wrong in the same way."""
+def test_the_rules_in_python_agree_with_examples_by_hand() -> None:
+    """Check the rules in Python, with which the tests below compare the server."""
 
     def meter(kind: str, reset: str = "NEVER", filters: dict[str, Any] | None = None, **how: Any) -> Json:
         aggregation = {"type": kind, "field": "n", "multiplier": None, "bucket_size": None, "group_by": None} | how
@@ -973,7 +710,7 @@ def test_the_rules_in_python_give_what_was_worked_by_hand() -> None:
         )
 
 
-HOW: dict[str, list[dict[str, str]]] = {  # the aggregations of the ledger's meters, beside their fields
+HOW: dict[str, list[dict[str, str]]] = {  # aggregation type -> the other fields of the ledger's meters
     "COUNT": [{}],
     "SUM": [{}, {"bucket_size": "DAY"}, {"bucket_size": "15MIN"}],
     "AVG": [{}],
@@ -1057,7 +794,7 @@ def random_range(choose: random.Random) -> dict[str, Any]:
 
 @table("queries", [4, pytest.param(12, marks=pytest.mark.slow)])
 @table("group_by", DIMENSIONS, ids=[f"{number} {'+'.join(names)}" for number, names in enumerate(DIMENSIONS)])
-def test_analytics_is_what_python_computes_over_the_same_events(ledger: Any, group_by: list[Any], queries: int) -> None:
+def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any], queries: int) -> None:
     client, meters, _, countable = ledger
     choose, compared = random.Random(f"analytics {group_by}"), 0
     for number in range(queries):
@@ -1084,7 +821,7 @@ def test_analytics_is_what_python_computes_over_the_same_events(ledger: Any, gro
 
 @table("queries", [12, pytest.param(40, marks=pytest.mark.slow)])
 @table("kind", AGGREGATIONS)
-def test_usage_by_meter_is_what_python_computes_over_the_same_events(ledger: Any, kind: str, queries: int) -> None:
+def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str, queries: int) -> None:
     client, meters, events, _ = ledger
     choose, compared = random.Random(f"usage {kind}"), 0
     for meter in (one for one in meters if one["aggregation"]["type"] == kind):
@@ -1116,12 +853,12 @@ def test_usage_by_meter_is_what_python_computes_over_the_same_events(ledger: Any
 
 
 def starts_in_a_bucket(query: dict[str, Any], bucket: str) -> bool:
-    """Whether the first bucket is cut in two; SPEC leaves open what it has in `results` when usage is never reset."""
+    """Return whether the range's start cuts a bucket in two."""
     start = datetime.fromisoformat(query["start_time"])
     return window_start(start, bucket, query["timezone"]) != start
 
 
-def test_usage_by_meter_is_that_of_the_route_without_a_meter(ledger: Any) -> None:
+def test_usage_of_a_meter_matches_the_route_without_a_meter(ledger: Any) -> None:
     client, meters, _, _ = ledger
     choose = random.Random("both routes")
     for meter in (one for one in meters if one["reset_usage"] == "BILLING_PERIOD" and one["event_name"] == "call"):
@@ -1154,7 +891,7 @@ def sdk_meter(name: str) -> dict[str, Any]:
     }
 
 
-def test_the_official_sdk_computes_usage_by_meter_and_analytics(live: Live) -> None:
+def test_the_official_sdk_reads_usage_of_a_meter_and_analytics(live: Live) -> None:
     from flexprice import Flexprice
 
     with Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
@@ -1199,7 +936,7 @@ def test_the_official_sdk_computes_usage_by_meter_and_analytics(live: Live) -> N
         assert sdk.events.get_usage_analytics(external_customer_id="nobody", **MARCH).items == []
 
 
-def test_the_official_async_sdk_computes_usage_by_meter_and_analytics(live: Live) -> None:
+def test_the_official_async_sdk_reads_usage_of_a_meter_and_analytics(live: Live) -> None:
     from flexprice import Flexprice
 
     async def computed() -> tuple[Any, ...]:
@@ -1215,7 +952,7 @@ def test_the_official_async_sdk_computes_usage_by_meter_and_analytics(live: Live
     assert asyncio.run(computed()) == (7.5, [("7.5", ["sdk"])])
 
 
-def test_a_served_process_answers_the_analytics_of_plain_http(live: Live) -> None:
+def test_a_server_process_answers_analytics(live: Live) -> None:
     with httpx.Client(base_url=live.url, headers={"x-api-key": KEY}) as client:
         store(client, event("http_1", event_name="http.call", timestamp="2026-05-01T00:00:00Z"))
         meter = make_meter(client, event_name="http.call")

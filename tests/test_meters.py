@@ -1,4 +1,4 @@
-"""Meters and features: what is made, listed, archived and refused. The numbers in the headings are SPEC-METERS'."""
+"""Meters and features: creating, listing and archiving them; the mock, the OpenAPI document and the SDK with them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def clock() -> Any:
 
 @pytest.fixture
 def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
-    """A client whose clock can be set."""
+    """Yield a client whose clock can be set."""
     with metering(tmp_path, clock=clock) as client:
         yield client
 
@@ -82,17 +82,17 @@ def names(rows: list[dict[str, Any]]) -> str:
 
 
 def without(body: dict[str, Any], field: str) -> dict[str, Any]:
-    """A body in which a field, of the body or in one of its objects, is absent."""
+    """Return the body without a field of it, or of an object in it: aggregation.type."""
     outer, _, inner = field.partition(".")
     if inner:
         return body | {outer: without(body[outer], inner)}
     return {name: value for name, value in body.items() if name != field}
 
 
-# ---------------------------------------------------------------------------------------------- 11: a meter is made
+# ---------------------------------------------------------------------------------------------- Creating a meter
 
 
-def test_a_meter_is_answered_whole_with_every_key(client: httpx.Client) -> None:
+def test_a_meter_has_every_key(client: httpx.Client) -> None:
     sent = {"name": "Tokens", "event_name": " llm.call\n", "reset_usage": "BILLING_PERIOD",
             "aggregation": {"type": "SUM", "field": "tokens"}, "filters": [{"key": "model", "values": ["gpt-4o"]}]}  # fmt: skip
     meter = make(client, "meters", sent)
@@ -106,7 +106,7 @@ def test_a_meter_is_answered_whole_with_every_key(client: httpx.Client) -> None:
     assert listed(client) == [meter]
 
 
-def test_a_meter_needs_no_filter_and_a_count_no_field(client: httpx.Client) -> None:
+def test_filters_and_the_field_of_a_count_are_optional(client: httpx.Client) -> None:
     sent = {"name": "Calls", "event_name": "call", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}
     nothing_said = dict.fromkeys(("filters", "id", "status", "tenant_id"))
     no_field = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"))
@@ -119,14 +119,14 @@ def test_a_meter_needs_no_filter_and_a_count_no_field(client: httpx.Client) -> N
         assert meter["aggregation"] == {"type": "COUNT"} | no_field
 
 
-def test_a_caller_cannot_choose_a_meters_id_and_names_need_not_be_unique(client: httpx.Client) -> None:
+def test_the_server_makes_the_id_and_names_may_repeat(client: httpx.Client) -> None:
     first, second = (make(client, "meters", meter_of() | {"id": "mine"}) for _ in range(2))
     assert "mine" not in (first["id"], second["id"])
     assert first["id"] < second["id"]
     assert len(listed(client)) == 2
 
 
-GOOD_METERS = {  # what is sent of an aggregation, what is answered
+GOOD_METERS = {  # aggregation in the request, in the answer
     "any case of the type": ({"type": "sum", "field": "n"}, {"type": "SUM", "field": "n"}),
     "average": ({"type": "AVG", "field": "n"}, {"type": "AVG", "field": "n"}),
     "unique": ({"type": "COUNT_UNIQUE", "field": "n"}, {"type": "COUNT_UNIQUE", "field": "n"}),
@@ -143,7 +143,7 @@ GOOD_METERS = {  # what is sent of an aggregation, what is answered
 
 
 @table(("sent", "answered"), GOOD_METERS.values(), ids=GOOD_METERS)
-def test_an_aggregation_is_answered_as_it_was_understood(
+def test_an_aggregation_is_answered_in_its_normal_form(
     shared: httpx.Client, sent: dict[str, Any], answered: dict[str, Any]
 ) -> None:
     meter = make(shared, "meters", meter_of() | {"aggregation": sent})
@@ -158,7 +158,7 @@ MULTIPLIERS = {"2.5": "2.5", 2.5: "2.5", "+25e-1": "2.5", 1000: "1000", "0.10": 
 
 @table(("sent", "answered"), MULTIPLIERS.items(), ids=str)
 @table("kind", ["SUM_WITH_MULTIPLIER", "SUM"])
-def test_a_multiplier_is_answered_as_a_decimal_string_with_another_type_too(
+def test_a_multiplier_is_answered_as_a_decimal_string_with_every_type(
     shared: httpx.Client, sent: Any, answered: str, kind: str
 ) -> None:
     assert make_meter(shared, kind, multiplier=sent)["aggregation"]["multiplier"] == answered
@@ -169,9 +169,7 @@ RESETS = {"BILLING_PERIOD": "BILLING_PERIOD", "NEVER": "NEVER", "Periodic": "BIL
 
 
 @table(("sent", "answered"), RESETS.items(), ids=str)
-def test_the_documents_words_for_reset_usage_are_taken_for_the_servers(
-    shared: httpx.Client, sent: str, answered: str
-) -> None:
+def test_reset_usage_accepts_the_words_of_the_documents(shared: httpx.Client, sent: str, answered: str) -> None:
     assert make_meter(shared, reset_usage=sent)["reset_usage"] == answered
     inline = make_feature(shared, sent, lookup_key=f"reset {sent}", meter=meter_of(reset_usage=sent))["meter"]
     assert inline["reset_usage"] == answered
@@ -193,7 +191,7 @@ def one_bad(**aggregation: Any) -> dict[str, Any]:
     return {"aggregation": aggregation}
 
 
-BAD_METERS = {  # what is in the place of a good meter's fields, the faulty field
+BAD_METERS = {  # -> fields that replace those of a good meter, the faulty field
     "no name": ({"name": None}, "name"),
     "an empty name": ({"name": ""}, "name"),
     "a name that is a number": ({"name": 5}, "name"),
@@ -248,7 +246,7 @@ BAD_METERS = {  # what is in the place of a good meter's fields, the faulty fiel
 
 @table(("bad", "field"), BAD_METERS.values(), ids=BAD_METERS)
 @table("inline", [False, True], ids=["", "inline"])
-def test_a_bad_meter_is_refused_and_the_field_named(
+def test_a_bad_meter_is_a_400_that_names_the_field(
     shared: httpx.Client, bad: dict[str, Any], field: str, inline: bool
 ) -> None:
     before = len(listed(shared))
@@ -265,13 +263,13 @@ def test_a_bad_meter_is_refused_and_the_field_named(
 
 
 @table("missing", ["name", "event_name", "aggregation", "aggregation.type", "reset_usage"])
-def test_what_a_meter_must_have_is_required(shared: httpx.Client, missing: str) -> None:
+def test_required_fields_of_a_meter(shared: httpx.Client, missing: str) -> None:
     response = shared.post("/v1/meters", json=without(meter_of(), missing))
     (fault,) = refused(response)["errors"]
     assert (fault["index"], fault["field"], fault["code"]) == (0, missing, "required")
 
 
-def test_every_fault_of_a_meter_is_named_at_once(shared: httpx.Client) -> None:
+def test_one_answer_names_all_faults_of_a_meter(shared: httpx.Client) -> None:
     sent = {
         "name": "",
         "event_name": " ",
@@ -290,7 +288,7 @@ def test_every_fault_of_a_meter_is_named_at_once(shared: httpx.Client) -> None:
     assert faulty_fields(shared.post("/v1/meters", json=sent)) == expected
 
 
-def test_an_expression_is_refused_with_the_reason(shared: httpx.Client) -> None:
+def test_an_expression_is_a_400_with_the_reason(shared: httpx.Client) -> None:
     sent = meter_of() | one_bad(type="SUM", expression="tokens * 2")
     response = shared.post("/v1/meters", json=sent)
     assert "aggregation.expression" in faulty_fields(response)
@@ -302,16 +300,16 @@ NO_OBJECTS = ["", "[]", "null", "5", "{", '{"name": "\\ud83d"}', "[" * 5000, '{"
 
 @table("content", NO_OBJECTS)
 @table("path", ["meters", "features", "features/search"])
-def test_a_body_that_is_no_json_object_is_refused(shared: httpx.Client, path: str, content: str) -> None:
+def test_a_body_other_than_a_json_object_is_a_400(shared: httpx.Client, path: str, content: str) -> None:
     refused(shared.post(f"/v1/{path}", content=content.encode("latin-1")))
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are listed
+# ---------------------------------------------------------------------------------------------- Listing meters
 
 
 @pytest.fixture(scope="module")
 def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Meters a to e, made in this order at seconds 0, 10, 10, 20, 30; d is archived at 40."""
+    """Yield a client with the meters a to e, created at seconds 0, 10, 10, 20, 30; d is archived at 40."""
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("five"), clock=clock) as client:
         of_staging = meter_of(name="s")
@@ -325,7 +323,7 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client, made
 
 
-METER_LISTS = {  # the query, the names
+METER_LISTS = {  # query -> names
     "all": ({}, "edcba"),
     "nothing said": (dict.fromkeys(("limit", "offset", "status", "sort", "order", "start_time", "end_time", "event_name", "meter_ids"), ""), "edcba"),
     "ascending": ({"order": "asc"}, "abcde"),
@@ -357,7 +355,7 @@ METER_LISTS = {  # the query, the names
 
 
 @table(("query", "expected"), METER_LISTS.values(), ids=METER_LISTS)
-def test_meters_are_listed_by_filter_and_in_order(five: Any, query: dict[str, Any], expected: str) -> None:
+def test_lists_of_meters_are_filtered_and_sorted(five: Any, query: dict[str, Any], expected: str) -> None:
     client, _ = five
     response = client.get("/v1/meters", params=query)
     assert response.status_code == 200, response.text
@@ -370,7 +368,7 @@ def test_meters_are_listed_by_filter_and_in_order(five: Any, query: dict[str, An
 
 
 @table("separate", [True, False], ids=["repeated", "with commas"])
-def test_meters_are_listed_by_id_repeated_or_with_commas(five: Any, separate: bool) -> None:
+def test_meter_ids_may_be_repeated_or_separated_by_commas(five: Any, separate: bool) -> None:
     client, made = five
     wanted = [made["a"]["id"], made["d"]["id"], "meter_unknown"]
     parameters = [("meter_ids", one) for one in wanted] if separate else {"meter_ids": ",".join(wanted)}
@@ -379,7 +377,7 @@ def test_meters_are_listed_by_id_repeated_or_with_commas(five: Any, separate: bo
     assert client.get("/v1/meters", params={"meter_ids": "meter_unknown"}).json()["items"] == []
 
 
-def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(client: httpx.Client) -> None:
+def test_meters_of_the_same_time_are_sorted_by_id_in_both_directions(client: httpx.Client) -> None:
     made = [make_meter(client, name=name)["id"] for name in "abcd"]
     assert made == sorted(made)
     for order, expected in (("asc", made), ("desc", made[::-1])):
@@ -388,7 +386,7 @@ def test_meters_of_one_moment_are_in_the_order_of_their_ids_in_both_directions(c
 
 
 @table(("limit", "given"), [(0, 50), (1, 1), (1000, 1000), ("", 50)])
-def test_a_page_of_meters_has_1_to_1000_and_0_is_50(five: Any, limit: Any, given: int) -> None:
+def test_the_limit_is_1_to_1000_and_0_means_50(five: Any, limit: Any, given: int) -> None:
     client, _ = five
     answer = client.get("/v1/meters", params={"limit": limit}).json()
     assert (len(answer["items"]), answer["pagination"]) == (
@@ -415,21 +413,21 @@ BAD_LISTS = {
         for field, values in BAD_LISTS.items()
         for value in values
         for path in ("meters", "features")
-        if (path, field) != ("features", "sort")  # which is in the body of a search
+        if (path, field) != ("features", "sort")  # in the body of a search, sort is an array
     ],
 )
-def test_a_bad_parameter_of_a_list_is_refused_and_named(five: Any, path: str, field: str, value: str) -> None:
+def test_a_bad_parameter_of_a_list_is_a_400_that_names_it(five: Any, path: str, field: str, value: str) -> None:
     client, _ = five
     assert faulty_fields(client.get(f"/v1/{path}", params={field: value})) == [field]
 
 
 @table("path", ["meters", "features"])
-def test_a_list_whose_end_is_before_its_start_is_refused(five: Any, path: str) -> None:
+def test_an_end_before_the_start_of_a_list_is_a_400(five: Any, path: str) -> None:
     client, _ = five
     refused(client.get(f"/v1/{path}", params={"start_time": at(1), "end_time": at()}), part="before")
 
 
-# ---------------------------------------------------------------------------------------------- 11: meters are archived
+# ---------------------------------------------------------------------------------------------- Archiving meters
 
 METHODS = {
     "disable": ("POST", "/disable", "Meter disabled successfully"),
@@ -439,7 +437,7 @@ both_ways = table(("method", "suffix", "message"), METHODS.values(), ids=METHODS
 
 
 @both_ways
-def test_a_meter_is_archived_once_and_stays(
+def test_an_archived_meter_stays_archived(
     timed: httpx.Client, clock: Any, method: str, suffix: str, message: str
 ) -> None:
     meter = make_meter(timed)
@@ -453,7 +451,7 @@ def test_a_meter_is_archived_once_and_stays(
 
 
 @table("meter_id", ["meter_unknown", "a/b", "x" * 300, "%00", "' OR 1=1 --", "search"])
-def test_a_meter_that_is_not_there_is_a_404(shared: httpx.Client, meter_id: str) -> None:
+def test_an_unknown_meter_is_a_404(shared: httpx.Client, meter_id: str) -> None:
     for method, suffix in (("GET", ""), ("POST", "/disable"), ("DELETE", "")):
         response = shared.request(
             method, httpx.URL(f"http://testserver/v1/meters/{meter_id.replace('/', '%2F')}{suffix}")
@@ -463,30 +461,30 @@ def test_a_meter_that_is_not_there_is_a_404(shared: httpx.Client, meter_id: str)
 
 @table(("method", "path"), [("PUT", "/v1/meters/{id}"), ("PATCH", "/v1/meters/{id}"), ("PUT", "/v1/features/{id}"), ("DELETE", "/v1/meters"),
                             ("PUT", "/v1/features"), ("GET", "/v1/events/analytics"), ("GET", "/v1/events/usage/meter")])  # fmt: skip
-def test_a_method_that_is_left_out_is_405_with_the_right_ones(client: httpx.Client, method: str, path: str) -> None:
+def test_an_unsupported_method_is_a_405_that_lists_the_others(client: httpx.Client, method: str, path: str) -> None:
     feature = make_feature(client)
     response = client.request(
         method, path.replace("{id}", feature["meter_id"] if "meters" in path else feature["id"]), json={}
     )
     if path.startswith("/v1/events/") and response.status_code == 404:
-        return  # these are also the ids of events: GET /v1/events/{id}
+        return  # GET /v1/events/{id} serves these paths
     refused(response, 405, "method_not_allowed")
     assert response.headers["Allow"]
     assert method not in response.headers["Allow"].split(", ")
 
 
 @table("path", ["/v1/meters/search", "/v1/features/feat_1/clone", "/v1/features/clone"])
-def test_a_post_to_a_route_that_is_left_out_changes_nothing(client: httpx.Client, path: str) -> None:
+def test_a_post_to_an_unsupported_route_changes_nothing(client: httpx.Client, path: str) -> None:
     response = client.post(path, json=meter_of())
     assert response.status_code in (404, 405)
     refused(response, response.status_code, {404: "not_found", 405: "method_not_allowed"}[response.status_code])
     assert (listed(client), listed(client, "features")) == ([], [])
 
 
-# ---------------------------------------------------------------------------------------------- 12: a feature is made
+# ---------------------------------------------------------------------------------------------- Creating a feature
 
 
-def test_a_feature_is_answered_whole_with_every_key_and_its_meter(client: httpx.Client) -> None:
+def test_a_feature_has_every_key_and_its_meter(client: httpx.Client) -> None:
     sent = {"name": "Tokens", "type": "metered", "unit_singular": "token", "unit_plural": "tokens", "metadata": {"team": "core"},
             "description": "of all models", "meter": meter_of("SUM", name="Sum of tokens"),
             "reporting_unit": {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": 1000}}  # fmt: skip
@@ -514,7 +512,7 @@ NOTHING_SAID = {
 
 
 @table("said", NOTHING_SAID.values(), ids=NOTHING_SAID)
-def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client: httpx.Client, said: dict[str, Any]) -> None:
+def test_a_feature_needs_only_a_name_a_type_and_a_meter(client: httpx.Client, said: dict[str, Any]) -> None:
     feature = make_feature(client, meter=meter_of(), **said)
     expected: Json = {"lookup_key": "calls", "description": "", "metadata": {}, "reporting_unit": None, "alert_settings": None,
                 "group_id": None, "group": None, "status": "published", "type": "metered"}  # fmt: skip
@@ -525,16 +523,14 @@ def test_a_feature_needs_nothing_but_a_name_a_type_and_a_meter(client: httpx.Cli
 
 @table("kind", ["boolean", "static", "config"])
 @table("meter", [{}, {"meter_id": "meter_unknown"}, {"meter": {"name": ""}}], ids=["", "a meter's id", "a bad meter"])
-def test_another_feature_than_a_metered_one_has_no_meter(
-    client: httpx.Client, kind: str, meter: dict[str, Any]
-) -> None:
+def test_only_a_metered_feature_has_a_meter(client: httpx.Client, kind: str, meter: dict[str, Any]) -> None:
     feature = make_feature(client, type=kind, **meter)
     assert (feature["type"], feature["meter_id"], feature["meter"]) == (kind, "", None)
     assert listed(client) == []
     assert listed(client, "features") == [feature]
 
 
-def test_of_a_meter_and_a_meter_id_the_id_counts(client: httpx.Client) -> None:
+def test_meter_id_wins_over_meter(client: httpx.Client) -> None:
     meter = make_meter(client)
     feature = make_feature(client, meter_id=meter["id"], meter=meter_of("SUM"))
     assert (feature["meter_id"], feature["meter"]) == (meter["id"], meter)
@@ -546,13 +542,13 @@ LOOKUP_KEYS = {"Tokens": "tokens", "API Calls (2024)": "api_calls_2024", "  x--y
 
 
 @table(("name", "key"), LOOKUP_KEYS.items(), ids=str)
-def test_a_lookup_key_is_made_from_the_name_or_taken_as_it_is(client: httpx.Client, name: str, key: str) -> None:
+def test_a_lookup_key_is_taken_as_sent_or_made_from_the_name(client: httpx.Client, name: str, key: str) -> None:
     assert make_feature(client, name)["lookup_key"] == key
     assert make_feature(client, name, lookup_key="As-It Is!")["lookup_key"] == "As-It Is!"
 
 
 @table("sent", [1000, 1000.0, "1000", "1e3", 0.5, "0.001", 3])
-def test_a_conversion_rate_is_a_number_however_it_was_sent(shared: httpx.Client, sent: Any) -> None:
+def test_a_conversion_rate_is_answered_as_a_number(shared: httpx.Client, sent: Any) -> None:
     unit = {"unit_singular": "thousand", "unit_plural": "thousands", "conversion_rate": sent}
     answered = make_feature(shared, f"rate {sent!r}", lookup_key=f"rate {sent!r}", reporting_unit=unit)[
         "reporting_unit"
@@ -565,7 +561,7 @@ def unit(**fields: Any) -> dict[str, Any]:
     return {"reporting_unit": {"unit_singular": "k", "unit_plural": "ks", "conversion_rate": 1000} | fields}
 
 
-BAD_FEATURES = {  # the feature's fields, the faulty ones
+BAD_FEATURES = {  # -> fields of a feature, the faulty ones
     "no name": ({"name": None}, ["name"]),
     "an empty name": ({"name": ""}, ["name"]),
     "a long name": ({"name": "x" * 256, "lookup_key": "x"}, ["name"]),
@@ -596,7 +592,7 @@ BAD_FEATURES = {  # the feature's fields, the faulty ones
 
 
 @table(("bad", "fields"), BAD_FEATURES.values(), ids=BAD_FEATURES)
-def test_a_bad_feature_is_refused_and_the_field_named(
+def test_a_bad_feature_is_a_400_that_names_the_field(
     shared: httpx.Client, bad: dict[str, Any], fields: list[Any]
 ) -> None:
     before = len(listed(shared)), len(listed(shared, "features"))
@@ -606,13 +602,13 @@ def test_a_bad_feature_is_refused_and_the_field_named(
     assert (len(listed(shared)), len(listed(shared, "features"))) == before
 
 
-def test_every_fault_of_a_feature_and_of_its_meter_is_named_at_once(shared: httpx.Client) -> None:
+def test_one_answer_names_all_faults_of_a_feature_and_its_meter(shared: httpx.Client) -> None:
     sent = feature_of("", metadata=[], meter=meter_of("SUM", field="", name="", reset_usage="x"))
     expected = ["metadata", "meter.aggregation.field", "meter.name", "meter.reset_usage", "name"]
     assert faulty_fields(shared.post("/v1/features", json=sent)) == expected
 
 
-def test_a_feature_of_a_meter_that_is_not_there_is_a_404_and_of_an_archived_one_a_400(client: httpx.Client) -> None:
+def test_a_feature_with_an_unknown_meter_is_a_404_and_with_an_archived_one_a_400(client: httpx.Client) -> None:
     of_staging = client.post("/v1/meters", json=meter_of(), headers={"x-api-key": STAGING_KEY}).json()
     for unknown in ("meter_unknown", of_staging["id"]):
         refused(client.post("/v1/features", json=feature_of(meter_id=unknown)), 404, "not_found")
@@ -622,7 +618,7 @@ def test_a_feature_of_a_meter_that_is_not_there_is_a_404_and_of_an_archived_one_
     assert listed(client, "features") == []
 
 
-# ---------------------------------------------------------------------------------------------- 12: lookup keys
+# ---------------------------------------------------------------------------------------------- Lookup keys
 
 TAKEN = {
     "by name": ({}, {}),
@@ -633,7 +629,7 @@ TAKEN = {
 
 
 @table(("first", "second"), TAKEN.values(), ids=TAKEN)
-def test_a_lookup_key_that_is_taken_is_a_409_and_nothing_is_made(
+def test_a_taken_lookup_key_is_a_409_and_nothing_is_stored(
     client: httpx.Client, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
     made = make(client, "features", feature_of() | {"meter": meter_of()} | first)
@@ -649,9 +645,7 @@ def test_an_empty_lookup_key_is_never_taken(client: httpx.Client) -> None:
     assert len(listed(client)) == 3
 
 
-def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_environment(
-    client: httpx.Client,
-) -> None:
+def test_a_lookup_key_is_free_after_deletion_and_in_another_environment(client: httpx.Client) -> None:
     first = make_feature(client)
     response = client.post("/v1/features", json=feature_of(), headers={"x-api-key": STAGING_KEY})
     assert (response.status_code, response.json()["environment_id"]) == (201, "staging")
@@ -661,8 +655,8 @@ def test_a_lookup_key_is_free_again_when_its_feature_is_deleted_and_in_another_e
     refused(client.post("/v1/features", json=feature_of()), 409, "already_exists")
 
 
-def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client: httpx.Client) -> None:
-    """Each of its own connection and thread, all sent at one moment."""
+def test_one_of_several_simultaneous_features_gets_the_lookup_key(client: httpx.Client) -> None:
+    """Each request has a connection and a thread, and all are sent at the same moment."""
     callers = 6
     with ThreadPoolExecutor(callers) as pool:
         for turn in range(10):
@@ -678,7 +672,7 @@ def test_of_simultaneous_features_with_one_lookup_key_one_is_made(client: httpx.
 
 
 @table("into", ["meters", "features"])
-def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(
+def test_a_failed_commit_of_a_feature_is_a_500_and_stores_no_meter(
     client: httpx.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture, into: str
 ) -> None:
     refuse_to_write(tmp_path, "true", into)
@@ -693,12 +687,15 @@ def test_a_feature_that_cannot_be_committed_is_a_500_and_leaves_no_meter(
     assert make_feature(client)["meter"] in listed(client)
 
 
-# ---------------------------------------------------------------------------------------------- 12: features are listed
+# ---------------------------------------------------------------------------------------------- Searching features
 
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Features A to F, at seconds 0 to 50; B is deleted at 60; E is boolean; A and C have one meter."""
+    """Yield a client with the features A to F, created at seconds 0 to 50.
+
+    B is deleted at 60, E is boolean, A and C have the same meter.
+    """
     clock = Mock(return_value=NOW)
     with metering(tmp_path_factory.mktemp("six"), clock=clock) as client:
         client.post("/v1/features", json=feature_of("S"), headers={"x-api-key": STAGING_KEY})
@@ -712,7 +709,7 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield client, made
 
 
-SCALAR_SEARCHES = {  # the query, the names
+SCALAR_SEARCHES = {  # query -> names
     "all": ({}, "FEDCBA"),
     "nothing said": (dict.fromkeys(("status", "order", "lookup_key", "name_contains", "start_time", "end_time", "expand"), ""), "FEDCBA"),
     "ascending": ({"order": "asc"}, "ABCDEF"),
@@ -735,9 +732,7 @@ SCALAR_SEARCHES = {  # the query, the names
 
 @table(("query", "expected"), SCALAR_SEARCHES.values(), ids=SCALAR_SEARCHES)
 @table("method", ["GET", "POST"])
-def test_features_are_found_by_parameters_and_by_a_body(
-    six: Any, method: str, query: dict[str, Any], expected: str
-) -> None:
+def test_search_by_parameters_and_by_a_body(six: Any, method: str, query: dict[str, Any], expected: str) -> None:
     client, _ = six
     response = (
         client.get("/v1/features", params=query) if method == "GET" else client.post("/v1/features/search", json=query)
@@ -773,7 +768,7 @@ SEARCHES = {
 
 
 @table(("query", "expected"), SEARCHES.values(), ids=SEARCHES)
-def test_features_are_searched_by_lists_and_sorted(six: Any, query: dict[str, Any], expected: str) -> None:
+def test_search_by_lists_and_in_order(six: Any, query: dict[str, Any], expected: str) -> None:
     client, made = six
     ids = {"feature_ids": lambda name: made[name]["id"], "meter_ids": lambda name: made[name]["meter_id"]}
     sent = {field: [ids[field](name) if name in made else name for name in value or []] if field in ids and value else value
@@ -783,7 +778,7 @@ def test_features_are_searched_by_lists_and_sorted(six: Any, query: dict[str, An
     assert names(response.json()["items"]) == expected
 
 
-def test_a_part_of_a_name_is_found_in_any_case(client: httpx.Client) -> None:
+def test_name_contains_ignores_case(client: httpx.Client) -> None:
     for name in ("API calls", "Größe", "100% of_x"):
         make_feature(client, name)
     for part, expected in (
@@ -804,7 +799,7 @@ def test_a_part_of_a_name_is_found_in_any_case(client: httpx.Client) -> None:
     ({"sort": [{"field": "name", "direction": "up"}]}, "sort"), ({"filters": [{"field": "name"}]}, "filters"),
     ({"start_time": at(1), "end_time": at()}, "end_time"),
 ], ids=str)  # fmt: skip
-def test_a_bad_search_is_refused_and_the_field_named(six: Any, bad: dict[str, Any], field: str) -> None:
+def test_a_bad_search_is_a_400_that_names_the_field(six: Any, bad: dict[str, Any], field: str) -> None:
     client, _ = six
     response = client.post("/v1/features/search", json=bad)
     (faulty,) = faulty_fields(response)
@@ -812,10 +807,10 @@ def test_a_bad_search_is_refused_and_the_field_named(six: Any, bad: dict[str, An
     assert field in response.json()["message"]
 
 
-# ---------------------------------------------------------------------------------------------- 12: features are deleted
+# ---------------------------------------------------------------------------------------------- Deleting features
 
 
-def test_a_deleted_feature_and_its_meter_are_archived(timed: httpx.Client, clock: Any) -> None:
+def test_deleting_a_feature_archives_it_and_its_meter(timed: httpx.Client, clock: Any) -> None:
     feature = make_feature(timed)
     clock.return_value += 1000
     response = timed.delete(f"/v1/features/{feature['id']}")
@@ -833,15 +828,15 @@ def test_a_meter_is_archived_with_the_last_feature_that_has_it(client: httpx.Cli
         assert found(client, f"meters/{meter['id']}")["status"] == status
 
 
-def test_a_feature_without_a_meter_is_deleted_and_a_deleted_one_again(client: httpx.Client) -> None:
+def test_a_feature_without_a_meter_can_be_deleted_twice(client: httpx.Client) -> None:
     feature = make_feature(client, type="boolean")
     for _ in range(2):
         assert client.delete(f"/v1/features/{feature['id']}").status_code == 200
     assert found(client, f"features/{feature['id']}")["status"] == "archived"
 
 
-def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_has_it_now(client: httpx.Client) -> None:
-    """Not in SPEC: the second DELETE is no new one."""
+def test_a_second_deletion_keeps_the_meter_that_another_feature_has(client: httpx.Client) -> None:
+    """The second DELETE of a feature must not archive its former meter."""
     meter = make_meter(client)
     first, _ = (make_feature(client, name, meter_id=meter["id"]) for name in "ab")
     for _ in range(2):
@@ -850,12 +845,12 @@ def test_deleting_a_deleted_feature_again_leaves_the_meter_to_the_feature_that_h
 
 
 @table("feature_id", ["feat_unknown", "x" * 300, "' OR 1=1 --"])
-def test_a_feature_that_is_not_there_is_a_404(shared: httpx.Client, feature_id: str) -> None:
+def test_an_unknown_feature_is_a_404(shared: httpx.Client, feature_id: str) -> None:
     for method in ("GET", "DELETE"):
         refused(shared.request(method, f"/v1/features/{feature_id}"), 404, "not_found")
 
 
-# ---------------------------------------------------------------------------------------------- environments, keys, restarts
+# ---------------------------------------------------------------------------------------------- Environments, keys, restarts
 
 
 def test_environments_do_not_see_each_others_meters_and_features(client: httpx.Client) -> None:
@@ -873,7 +868,7 @@ def test_environments_do_not_see_each_others_meters_and_features(client: httpx.C
     assert found(client, f"features/{feature_id}") == feature
 
 
-def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path: Path) -> None:
+def test_keys_of_the_same_environment_share_meters_and_features(tmp_path: Path) -> None:
     with metering(tmp_path, api_keys=(*KEYS, ApiKey.hashed("second"))) as client:
         feature = make_feature(client)
         client.headers["x-api-key"] = "second"
@@ -884,7 +879,7 @@ def test_two_keys_of_one_environment_share_its_meters_and_features(tmp_path: Pat
 
 @table("path", ["meters", "features", "meters/x", "features/x", "events/analytics", "events/usage/meter"])
 @table("key", [None, "unknown"])
-def test_without_a_known_key_everything_is_401(shared: httpx.Client, path: str, key: str | None) -> None:
+def test_every_route_without_a_known_key_is_a_401(shared: httpx.Client, path: str, key: str | None) -> None:
     headers = {} if key is None else {"x-api-key": key}
     bare = httpx.Headers(headers)
     known, shared.headers = shared.headers, bare
@@ -895,7 +890,7 @@ def test_without_a_known_key_everything_is_401(shared: httpx.Client, path: str, 
         shared.headers = known
 
 
-def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path: Path) -> None:
+def test_meters_and_features_survive_a_restart(tmp_path: Path) -> None:
     def everything(client: httpx.Client) -> list[Any]:
         return [listed(client), listed(client, "features"), analytics(client, expand=["meter", "feature"])]
 
@@ -917,7 +912,7 @@ def test_a_restart_keeps_meters_and_features_and_what_they_count(tmp_path: Path)
         assert make_meter(client) in listed(client)
 
 
-def test_a_meter_is_known_to_every_query_that_follows_its_answer(client: httpx.Client) -> None:
+def test_queries_after_the_answer_know_the_meter(client: httpx.Client) -> None:
     store(client, event(timestamp=at(-1)))
     for number in range(20):
         meter = make_meter(client)
@@ -925,7 +920,7 @@ def test_a_meter_is_known_to_every_query_that_follows_its_answer(client: httpx.C
         assert len(analytics(client)) == number + 1
 
 
-# ---------------------------------------------------------------------------------------------- the mock
+# ---------------------------------------------------------------------------------------------- The mock
 
 
 @pytest.fixture(scope="module")
@@ -941,7 +936,7 @@ def caller(mock: MockServer) -> Iterator[Any]:
         yield client
 
 
-def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock: MockServer, caller: httpx.Client) -> None:
+def test_mock_meters_are_dicts_oldest_first_including_archived_ones(mock: MockServer, caller: httpx.Client) -> None:
     made = [make_meter(caller, name=name) for name in "abc"]
     caller.delete(f"/v1/meters/{made[1]['id']}")
     assert names(mock.meters()) == "abc"
@@ -949,7 +944,7 @@ def test_a_mocks_meters_are_dicts_oldest_first_archived_ones_too(mock: MockServe
     assert caller.post("/v1/meters", json=meter_of(name="d"), headers={"x-api-key": "second"}).status_code == 201
 
 
-def test_a_mock_has_all_of_more_meters_than_a_page_has(mock: MockServer, caller: httpx.Client) -> None:
+def test_mock_meters_has_more_than_one_page(mock: MockServer, caller: httpx.Client) -> None:
     with closing(sqlite3.connect(mock._store.path)) as conn:
         make_meter(caller, name="a")
         columns = [row[1] for row in conn.execute("PRAGMA table_info(meters)")]
@@ -960,7 +955,7 @@ def test_a_mock_has_all_of_more_meters_than_a_page_has(mock: MockServer, caller:
     assert len(mock.meters()) == 1501
 
 
-def test_a_mock_that_is_reset_forgets_meters_and_features_of_all_environments(
+def test_reset_of_the_mock_deletes_meters_and_features_of_all_environments(
     mock: MockServer, caller: httpx.Client
 ) -> None:
     for key in ("first", "second"):
@@ -977,7 +972,7 @@ FAULTS = {"a meter": ("POST", "/v1/meters", meter_of()), "meters": ("GET", "/v1/
 
 
 @table(("method", "path", "body"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_meets_the_routes_of_meters_and_features(
+def test_faults_apply_to_the_routes_of_meters_and_features(
     mock: MockServer, caller: httpx.Client, method: str, path: str, body: Any
 ) -> None:
     mock.fail(method=method, path=path, status=503, retry_after_s=7)
@@ -987,7 +982,7 @@ def test_a_fault_meets_the_routes_of_meters_and_features(
     assert caller.request(method, path, json=body).status_code in (200, 201, 404)
 
 
-def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice: Any) -> None:
+def test_the_pytest_fixture_lists_meters(flexprice: Any) -> None:
     with httpx.Client(base_url=flexprice.url, headers={"x-api-key": flexprice.api_key}) as client:
         assert client.post("/features", json=feature_of()).status_code == 201
     assert names(flexprice.meters()) == "calls"
@@ -995,10 +990,10 @@ def test_the_pytest_fixture_has_the_meters_of_its_server(flexprice: Any) -> None
     assert flexprice.meters() == []
 
 
-# ---------------------------------------------------------------------------------------------- what is served, and how it is described
+# ---------------------------------------------------------------------------------------------- Routes, OpenAPI, log
 
 
-def test_the_routes_are_those_of_the_specification() -> None:
+def test_the_list_of_routes() -> None:
     served = {(operation.method, operation.public_path) for operation in OPERATIONS}
     assert served == {("POST", "/v1/meters"), ("GET", "/v1/meters"), ("GET", "/v1/meters/{id}"), ("POST", "/v1/meters/{id}/disable"),
                       ("DELETE", "/v1/meters/{id}"), ("POST", "/v1/features"), ("GET", "/v1/features"), ("POST", "/v1/features/search"),
@@ -1036,7 +1031,7 @@ def test_the_openapi_document_is_valid_and_describes_every_route(client: httpx.C
 
 
 @table("path", ["/v1/customers", "/v1/wallets", "/v1/events/huggingface-inference", "/v1/meter-usage/query"])
-def test_an_unknown_route_is_a_404_that_lists_what_is_served(client: httpx.Client, path: str) -> None:
+def test_an_unknown_route_is_a_404_that_lists_the_routes(client: httpx.Client, path: str) -> None:
     response = client.post(path, json={})
     refused(response, 404, "not_found")
     message = response.json()["message"]
@@ -1045,13 +1040,13 @@ def test_an_unknown_route_is_a_404_that_lists_what_is_served(client: httpx.Clien
     assert [one.public_path for one in served if one.public_path not in message] == []
 
 
-def test_the_service_alone_serves_events_without_meters(tmp_path: Path) -> None:
+def test_the_service_alone_serves_no_meters(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
         refused(client.post("/v1/meters", json=meter_of()), 404, "not_found")
         assert counts(store(client, event())) == (1, 0)
 
 
-def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path: Path) -> None:
+def test_rate_limits_do_not_count_meters_features_or_analytics(tmp_path: Path) -> None:
     with metering(tmp_path, rate_limits={"/v1/events": 1, "/v1/events/bulk": 1}) as client:
         for number in range(3):
             answers = [client.post("/v1/meters", json=meter_of()), client.post("/v1/features", json=feature_of(f"{number}")),
@@ -1062,13 +1057,13 @@ def test_rate_limits_do_not_count_meters_features_and_analytics(tmp_path: Path) 
         refused(client.post("/v1/events", json=event()), 429, "too_many_requests")
 
 
-def test_a_served_process_has_meters(live: Live) -> None:
+def test_a_server_process_serves_meters(live: Live) -> None:
     with live.client() as client:
         feature = make_feature(client, "Served")
         assert feature["meter"] in listed(client)
 
 
-def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(
+def test_a_bad_meter_is_logged_in_one_line_and_a_good_one_is_not_logged(
     client: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_feature(client)
@@ -1081,7 +1076,7 @@ def test_a_refused_meter_is_one_line_in_the_log_and_a_good_one_none(
 # ---------------------------------------------------------------------------------------------- SDK
 
 
-def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live: Live) -> None:
+def test_the_official_sdk_creates_finds_and_deletes_a_feature_with_its_meter(live: Live) -> None:
     from flexprice import Flexprice
 
     meter = {"name": "Tokens", "event_name": "sdk.call", "reset_usage": "BILLING_PERIOD", "filters": [{"key": "model", "values": ["a", "b"]}],
@@ -1118,7 +1113,7 @@ def test_the_official_sdk_makes_finds_and_deletes_a_feature_with_its_meter(live:
         assert (again.meter_id, again.meter, again.metadata) == ("", None, {})
 
 
-def test_the_official_async_sdk_makes_finds_and_deletes_a_feature(live: Live) -> None:
+def test_the_official_async_sdk_creates_finds_and_deletes_a_feature(live: Live) -> None:
     from flexprice import Flexprice
 
     async def round_trip() -> tuple[Any, ...]:
@@ -1157,7 +1152,7 @@ def test_the_official_sdk_raises_the_servers_message(
     assert refusal.value.data.code == {400: "validation_error", 404: "not_found"}[status]
 
 
-def test_the_official_sdk_raises_what_its_document_does_not_foresee(live: Live) -> None:
+def test_the_official_sdk_raises_statuses_that_its_document_lacks(live: Live) -> None:
     from flexprice import Flexprice
     from flexprice.models.errors import FlexpriceError
 
