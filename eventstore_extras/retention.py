@@ -264,7 +264,7 @@ def _lasted_us(duration_us: int) -> str:
 class SteadyClock:
     """The wall clock, without its jumps into the future: these are measured against the monotonic clock.
 
-    `newest_us` is when the newest event was stored, 0 if there is none.
+    `newest_us` is when the newest event was stored, 0 without events.
     """
 
     def __init__(self, wall: Callable[[], int], newest_us: int) -> None:

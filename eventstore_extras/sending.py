@@ -360,7 +360,7 @@ def _is_api_error(content: bytes) -> bool:
     """Return True if this is an error body of FlexPrice or of this server, and not that of a proxy or a gateway.
 
     The forms are `code` with `message`, and `error` as a text or as an object with a message. Gateways send `message`
-    alone, a number as the code, or fields of their own beside `error`.
+    alone, a number as the code, or other fields beside `error`.
     """
     try:
         body = msgspec.json.decode(content)
