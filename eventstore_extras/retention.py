@@ -60,6 +60,7 @@ __all__ = [
     "DatabaseFile",
     "Expired",
     "SteadyClock",
+    "Survey",
     "Sweep",
     "add_flags",
     "attach",
@@ -79,7 +80,10 @@ _COUNT_KEPT = """
 SELECT (SELECT name FROM environments WHERE id = environment), ingested_at_us < :plausible_us, count(*)
 FROM events NOT INDEXED WHERE {} AND NOT ({}) GROUP BY environment, 2
 """
-_COUNT_SPAN = "SELECT count(*), total({}) FROM events NOT INDEXED WHERE seq > :after AND seq <= :through"
+_COUNT_SPAN = """
+SELECT coalesce(sum({}), 0), count(*), coalesce(max(ingested_at_us), 0)
+FROM events NOT INDEXED WHERE seq > :after AND seq <= :through
+"""
 PLAUSIBLE_US = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000  # no eventstore is older
 Kept = Counter[tuple[str, bool]]  # events by their environment and whether they were stored before PLAUSIBLE_US
 
@@ -90,6 +94,14 @@ class Database(Protocol):
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T: ...
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]: ...
+
+
+class Survey(NamedTuple):
+    """What a sweep would do to a range of events."""
+
+    expired: int  # events that it would delete
+    events: int
+    newest_us: int  # when the last of them was stored
 
 
 class Expired(NamedTuple):
@@ -130,11 +142,10 @@ class Expired(NamedTuple):
     def count(self, conn: sqlite3.Connection) -> int:
         return self.find(conn, rows=-1)[0]  # -1: without a limit
 
-    def share(self, conn: sqlite3.Connection) -> tuple[int, int]:
-        """Return how many of the events between the two seqs may be deleted, and how many there are."""
+    def survey(self, conn: sqlite3.Connection) -> Survey:
+        """Describe the events between the two seqs."""
         where = self._where()
-        events, expired = conn.execute(*sql(_COUNT_SPAN.format(where), where)).fetchone()
-        return int(expired), events
+        return Survey(*conn.execute(*sql(_COUNT_SPAN.format(where), where)).fetchone())
 
     def kept(self, conn: sqlite3.Connection) -> Kept:
         """Count the events that are old enough but may not be deleted."""
@@ -173,15 +184,17 @@ class Sweep:
     def _span(self, after: int, newest: int) -> Expired:
         return self._expired._replace(after=after, through=min(after + SPAN, newest))
 
-    async def share(self) -> tuple[int, int]:
-        """Return how many events a thorough sweep would delete, and how many there are."""
+    async def survey(self) -> Survey:
+        """Describe all events, without deleting any."""
         after, newest = await self._database.read(_seq_range, quick=False)
-        expired = events = 0
+        found = Survey(0, 0, 0)
         while after < newest:
             span = self._span(after, newest)
-            more_expired, more_events = await self._database.read(span.share, quick=False)
-            expired, events, after = expired + more_expired, events + more_events, span.through
-        return expired, events
+            more = await self._database.read(span.survey, quick=False)
+            newest_us = max(found.newest_us, more.newest_us)
+            found = Survey(found.expired + more.expired, found.events + more.events, newest_us)
+            after = span.through
+        return found
 
     async def run(self, thorough: bool) -> None:
         """Delete the expired events. Stop at the first span without any old ones, unless the sweep is thorough.
@@ -320,15 +333,17 @@ class _Retention:
         self._kept_us = int(days * DAY_US)
         self._outboxes = service.outboxes
         self._deletes_unforwarded = deletes_unforwarded
-        self._newest_us = 0  # when the newest event was stored, before this server
+        self._newest_us: int | None = None  # when the newest event was stored, when this server started
         self._is_trusted = False  # the clock agrees with the events
         self._note = ""
 
     async def _doubt(self, now: int, sweep: Sweep) -> str:
         """Return why the clock may be wrong, judging by what a thorough sweep would delete."""
-        expired, events = await sweep.share()
+        expired, events, newest_us = await sweep.survey()
+        if self._newest_us is None:
+            self._newest_us = newest_us
         gap_us = now - self._newest_us
-        if expired and self._newest_us and gap_us > max(_GAP_DAYS * DAY_US, 2 * self._kept_us):
+        if expired and gap_us > max(_GAP_DAYS * DAY_US, 2 * self._kept_us):
             return f"the newest event was stored {_lasted_us(gap_us)} ago by this clock"
         if expired > max(MOST_AT_ONCE, events / 2):
             return f"it would delete {expired:,} of {plural(events, 'event')} at once"
@@ -363,9 +378,10 @@ class _Retention:
 
     async def run(self) -> None:
         """Run until cancelled."""
+        newest_us = 0
         with suppress(ApiError):  # the database cannot be read: the sweep will say so
-            self._newest_us = await self._store.read(_newest_stored_us, quick=False)
-        clock = SteadyClock(self._wall, self._newest_us)
+            newest_us = await self._store.read(_newest_stored_us, quick=False)
+        clock = SteadyClock(self._wall, newest_us)
         swept_us: int | None = None
         corrections = 0
         while True:
