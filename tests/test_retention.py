@@ -416,7 +416,7 @@ def test_small_corrections_of_the_clock_are_believed(
         for _ in range(20):
             clock.ahead_us += 50_000_000
             clock.wait_until_read()
-        clock.monotonic_us += DAY_US - HOUR_US
+        clock.monotonic_us += DAY_US - 15 * 60 * 1_000_000  # a day later only with the corrections
         eventually(lambda: kept_ids(tmp_path) == [])
     assert "clock" not in caplog.text
 
