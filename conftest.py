@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-pytest.register_assert_rewrite("helpers", "oracle")  # before they are imported
+pytest.register_assert_rewrite("browser", "helpers", "oracle")  # before they are imported
 
+from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
-from helpers import KEY, Live, serving  # noqa: E402
+from helpers import KEY, Live, at, event, serving, store  # noqa: E402
 
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
@@ -78,9 +80,47 @@ def shared(tmp_path_factory: pytest.TempPathFactory, operations: Sequence[Operat
 
 
 @pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """1002 events, their ids in the order of their times."""
+    with serving(tmp_path_factory.mktemp("many")) as client:
+        events = [event(f"{number:04}", timestamp=at(number - 2000)) for number in range(1002)]
+        store(client, *events[:1000])
+        store(client, *events[1000:])
+        yield client
+
+
+@pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server process for all tests of a module. At the end neither its output nor its log may show the key."""
     with Live(tmp_path_factory.mktemp("live"), "--api-key", KEY) as live:
         yield live
         assert KEY not in live.banner + live.log
         assert "Traceback" not in live.log
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debugger]:
+    """A browser, and a server that has a fresh environment, with its own key, for each test."""
+    keys = [f"key-{number}" for number in range(99)]
+    flags = itertools.chain.from_iterable(("--api-key", f"{key}={environment_of(key)}") for key in keys)
+    with Live(tmp_path_factory.mktemp("debugger"), *flags) as live:
+        debugger = Debugger()
+        debugger.live, debugger.keys = live, keys
+        yield debugger
+        debugger.driver.quit()
+        assert "Traceback" not in live.log
+        assert "ignored" not in live.log  # the server logs unknown names that it ignores; the page sends none
+
+
+@pytest.fixture
+def debugger(browser: Debugger) -> Iterator[Debugger]:
+    """The page as the link in the banner opens it; `debugger.client` uses the same key."""
+    browser.key = browser.keys.pop()
+    with browser.live.client(browser.key) as browser.client:
+        browser.complaints()
+        browser.look()
+        browser.open(f"{browser.live.url}/#key={browser.key}")
+        browser.opens("#pulse", "Live")
+        yield browser
+        browser.ask("localStorage.clear()")
+        assert browser.complaints() == []

@@ -1662,23 +1662,23 @@ class EventQueryIn(Struct, forbid_unknown_fields=True):
 
 
 class Event(Struct):
-    """One stored event as it is answered (API: Queries)."""
+    """One stored event as it is answered (API: Queries). _EVENT_JSON writes it, with the fields in this order."""
 
     id: str
     external_customer_id: str
     customer_id: str
     event_name: str
     source: str
-    timestamp: str
-    ingested_at: str
-    properties: Raw  # the JSON object as it was sent
+    timestamp: datetime
+    ingested_at: datetime
+    properties: dict[str, Any]
     environment_id: str
 
 
 class EventPage(Struct, kw_only=True):
     """One page of events and the cursors around it (API: Queries)."""
 
-    events: list[Event]
+    events: Raw  # a list[Event]
     has_more: bool
     iter_first_key: str | None
     iter_last_key: str | None
@@ -1750,8 +1750,11 @@ def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Fa
         faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
 
 
-_EVENT_COLUMNS = f"""id, external_customer_id, customer_id, event_name, source,
-    {time_sql("timestamp_us")}, {time_sql("ingested_at_us")}, properties, timestamp_us"""
+# An Event as JSON. With a struct for each event, encoded in Python, a page takes 1.3 times as long over HTTP. The
+# properties are copied as they were sent: json_object's closing brace comes off, and :end closes the object again.
+_EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
+    'event_name', event_name, 'source', source, 'timestamp', {time_sql("timestamp_us")},
+    'ingested_at', {time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
 _SINCE_START, _UNTIL_END = "timestamp_us >= :start_us", "timestamp_us <= :end_us"
 
 
@@ -1777,8 +1780,10 @@ def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, des
 
 
 def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
-    """Build the statement for a page's rows and one row more, backwards with iter_first_key; the last column is the
-    total count, or NULL if it is not asked for."""
+    """Build the statement for a page plus one row, in reverse order with iter_first_key.
+
+    Its columns are the event as JSON, timestamp_us, id, and the total count or NULL.
+    """
     cursor = query.after or query.before
     descending = query.descending is (query.before is None)
     where = all_of([matching(query), after_cursor(query, cursor, cursor_name, descending)])
@@ -1788,49 +1793,15 @@ def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     # By name, but for one customer: sorting the customer's events is cheaper than scanning all events in name order.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = count_statement(query) if query.count else Sql("NULL", {})
-    text = f"""SELECT {_EVENT_COLUMNS}, ({total}) FROM events {index}
+    text = f"""SELECT {_EVENT_JSON}, timestamp_us, id, ({total}) FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
-    return sql(text, where, total, limit=query.page_size + 1, offset=0 if cursor else query.offset)
+    end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
+    return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
 
 
 def count_statement(query: Selection) -> Sql:
     where = all_of([matching(query), in_range(query)])
     return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
-
-
-def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
-    """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
-    cursor = query.after or query.before
-    cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
-    rows, is_cut = _fetch_page(conn, page_statement(query, cursor_name))
-    has_more = is_cut or len(rows) > query.page_size
-    rows = rows[: query.page_size]
-    if query.before:
-        rows.reverse()
-    total_count: int | None = rows[0][-1] if rows else None
-    if query.count and not rows:
-        total_count = conn.execute(*count_statement(query)).fetchone()[0]
-    keys = [Cursor(timestamp_us, event_id).text for event_id, *_, timestamp_us, _total in rows[:1] + rows[-1:]]
-    environment = query.view.environment
-    return EventPage(
-        events=[Event(*[*row[:7], Raw(row[7]), environment]) for row in rows],
-        has_more=has_more, iter_first_key=keys[0] if keys else None, iter_last_key=keys[-1] if keys else None,
-        total_count=UNSET if query.count is None else total_count,
-        offset=None if cursor else query.offset + (len(rows) if is_cut else query.page_size),
-    )  # fmt: skip
-
-
-def _fetch_page(conn: sqlite3.Connection, statement: Sql) -> tuple[list[tuple[Any, ...]], bool]:
-    """Fetch rows until they are too large for one page, but at least one. The bool is true if that left rows out."""
-    rows: list[tuple[Any, ...]] = []
-    size = 0
-    with closing(conn.execute(*statement)) as found:
-        for row in found:
-            size += sum(map(len, row[:8]))
-            if rows and size > _MAX_PAGE_BYTES:
-                return rows, True
-            rows.append(row)
-    return rows, False
 
 
 def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str:
@@ -1842,6 +1813,39 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
         problem += ": if it was deleted since, begin anew without a cursor"
         raise_fault("iter_first_key" if query.before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
+
+
+def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[tuple[str, int, str, int | None]], bool]:
+    """Return the rows of a page, and whether more follow. A page is cut when it becomes too large, after one event."""
+    cursor = query.after or query.before
+    cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
+    page: list[tuple[str, int, str, int | None]] = []
+    size, has_more = 0, False
+    with closing(conn.execute(*page_statement(query, cursor_name))) as rows:
+        for row in rows:
+            size += len(row[0])
+            has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
+            if has_more:
+                break
+            page.append(row)
+    if query.before:
+        page.reverse()
+    return page, has_more
+
+
+def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
+    """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
+    rows, has_more = _select_page(conn, query)
+    total = rows[0][3] if rows else None
+    if query.count and not rows:
+        total = conn.execute(*count_statement(query)).fetchone()[0]
+    first_key, last_key = (Cursor(rows[at][1], rows[at][2]).text if rows else None for at in (0, -1))
+    page_size = len(rows) if has_more else query.page_size  # a page that is too large for memory is shorter
+    return EventPage(
+        events=Raw(f"[{','.join([row[0] for row in rows])}]"), has_more=has_more,
+        iter_first_key=first_key, iter_last_key=last_key, total_count=UNSET if query.count is None else total,
+        offset=None if query.after or query.before else query.offset + page_size,
+    )  # fmt: skip
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -1874,7 +1878,7 @@ _LOOKUP_FILTERS = ("external_customer_id", "start_time", "end_time")
 class EventLookup(Struct):
     """One event (API: Lookup). An event is processed as soon as it is stored, so the other fields never vary."""
 
-    event: Event
+    event: Raw  # an Event
     status: str = "processed"
     processed_events: list[Any] = []
     debug_tracker: None = None
@@ -1895,10 +1899,10 @@ async def look_up_event(service: Service, request: Request) -> Response:
     hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
 
     def find(conn: sqlite3.Connection) -> bytes:
-        events = list_events(conn, query).events
-        if not events:
+        rows, _ = _select_page(conn, query)
+        if not rows:
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
-        return ENCODER.encode(EventLookup(events[0]))
+        return ENCODER.encode(EventLookup(Raw(rows[0][0])))
 
     return JsonResponse(await service.store.read(find))
 
@@ -2160,6 +2164,34 @@ _PIECE_BYTES = 16_384  # parsed at a time: an endless head may exceed the limit 
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 
 
+class _WholeResponses:
+    """A transport that writes a response's head together with its body.
+
+    With uvicorn's two writes the event loop spends 11 % more time on a page and 7 % more on a single event.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self._head = data
+        else:
+            self._transport.write(self._head + data)
+            self._head = b""
+
+    def flush(self) -> None:
+        """Write a head that no body follows: the answer to HEAD."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class _Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, except that it ignores requests to upgrade, limits the size of a request's head, answers
     clients that have shut down their sending side, and refuses malformed requests with the JSON error body.
@@ -2175,6 +2207,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._responses = _WholeResponses(transport)
         self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -2233,6 +2266,7 @@ class _Protocol(HttpToolsProtocol):
             if self.timeout_keep_alive_task is not None:
                 self._unset_keepalive_if_required()
             HttpToolsProtocol.on_headers_complete(self)
+            self.cycle.transport = self._responses  # type: ignore[assignment]
             self._in_body = True
 
     def on_body(self, body: bytes) -> None:
@@ -2247,6 +2281,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         was_last = self._last_answer is not None and not self.pipeline
+        self._responses.flush()
         HttpToolsProtocol.on_response_complete(self)
         if was_last:
             self._close()

@@ -14,7 +14,6 @@ import sqlite3
 import sys
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from decimal import ROUND_HALF_UP, Decimal, localcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named
 from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
 from eventstore_extras.meters import Aggregation, Meter, filters_in_both
 from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
-from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
+from eventstore_extras.resources import decimal_text, is_any_of, time_text
 from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
 
 __all__ = ["OPERATIONS", "Analytics", "AnalyticsIn", "AnalyticsItem", "AnalyticsPoint"]
@@ -341,16 +340,26 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
     for size, same in itertools.groupby(sorted(meters, key=size_of), size_of):
         yield from _scans_of_size(query, list(same), size)
     if query.lists_sources:
+        spans, dimensions = _divided(_windows(query, "")), (*query.dimensions, "source")
         for some in _chunks(meters):
-            dimensions = (*query.dimensions, "source")
-            yield _Scan(some, _divided(_windows(query, "")), dimensions, finds_totals=False, finds_sources=True)
+            yield _Scan(some, spans, dimensions, finds_totals=False, finds_sources=True)
 
 
 # ---------------------------------------------------------------------------------------------- SQL
 
+# The statement of a scan that groups by one dimension, cut short. Any step can be run alone behind those before it.
+#     WITH in_range AS (SELECT ... AS window, event_name, ... AS d0, ... AS x0 FROM events ... LIMIT -1),
+#          flagged AS (SELECT *, event_name = ... AS m0 FROM in_range LIMIT -1),
+#          by_window AS (SELECT d0, window, count(*) FILTER (WHERE m0) AS n0, total(x0) FILTER (WHERE m0) AS v0
+#                        FROM flagged WHERE m0 GROUP BY d0, window),
+#          with_latest AS (SELECT d0, window, n0, v0 FROM by_window)
+#     SELECT * FROM with_latest
+
 # Ends a step, so that SQLite does not merge it into the next one. Merged, a property would be read again for each use:
 # 20 meters over a million events would take 1.8 times as long.
 _SEPARATE = "LIMIT -1"
+_Group = tuple[str | None, ...]  # the values of the dimensions
+_Row = tuple[Any, ...]  # of the last step
 
 
 class _Property(NamedTuple):
@@ -358,13 +367,6 @@ class _Property(NamedTuple):
 
     function: str  # property_json, property_text or number
     key: str
-
-    def column(self, name: str) -> Sql:
-        if self.function == "number":
-            number = number_sql(name, self.key)
-            return sql(f"max({number}, 0.0) AS {name}", number)  # negative numbers count as 0
-        value = property_sql(self.function, name, self.key)
-        return sql(f"{value} AS {name}", value)
 
 
 def _bucket_group(scan: _Scan) -> str | None:
@@ -383,10 +385,6 @@ def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
     return properties
 
 
-def _condition_key(named: NamedMeter) -> tuple[object, ...]:
-    return (named.meter.event_name, named.archived_at_us, ENCODER.encode(named.meter.filters))
-
-
 class _Columns(NamedTuple):
     """The names of the columns that the steps share.
 
@@ -395,14 +393,35 @@ class _Columns(NamedTuple):
     """
 
     properties: dict[_Property, str]
+    event_names: dict[_Property, set[str]]  # the names of the events that need it, unless all of them do
     flags: list[str]  # for each meter of the scan, the column that is true for the meter's events
 
     @classmethod
     def of(cls, scan: _Scan) -> _Columns:
-        needed = dict.fromkeys(each for named in scan.meters for each in _properties_of(scan, named))
-        keys = [_condition_key(named) for named in scan.meters]
-        flag_of = {key: f"m{number}" for number, key in enumerate(dict.fromkeys(keys))}
-        return cls({each: f"x{number}" for number, each in enumerate(needed)}, [flag_of[key] for key in keys])
+        names: dict[_Property, set[str]] = {}
+        for named in scan.meters:
+            for each in _properties_of(scan, named):
+                names.setdefault(each, set()).add(named.meter.event_name)
+        properties = {each: f"x{number}" for number, each in enumerate(names)}
+        all_names = {named.meter.event_name for named in scan.meters}
+        conditions = [(meter.event_name, time_us, ENCODER.encode(meter.filters)) for meter, time_us, _ in scan.meters]
+        flag_of = {condition: f"m{number}" for number, condition in enumerate(dict.fromkeys(conditions))}
+        event_names = {each: some for each, some in names.items() if some != all_names}
+        return cls(properties, event_names, [flag_of[condition] for condition in conditions])
+
+
+def _property_column(each: _Property, columns: _Columns) -> Sql:
+    """Build a property's column; if all events had it, 20 meters over 20 event names would take 1.3 times as long."""
+    name = columns.properties[each]
+    if each.function == "number":
+        number = number_sql(name, each.key)
+        value = sql(f"max({number}, 0.0)", number)  # negative numbers count as 0
+    else:
+        value = property_sql(each.function, name, each.key)
+    if each in columns.event_names:
+        is_needed = is_any_of("event_name", columns.event_names[each], f"{name}_event_names")
+        value = sql(f"iif({is_needed}, {value}, NULL)", is_needed, value)
+    return sql(f"{value} AS {name}", value)
 
 
 def _dimension(name: str, column: str) -> Sql:
@@ -430,7 +449,7 @@ def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
     selected = [
         sql("span.value ->> 2 AS window, event_name"),
         *(_dimension(name, f"d{number}") for number, name in enumerate(scan.dimensions)),
-        *(each.column(name) for each, name in columns.properties.items()),
+        *(_property_column(each, columns) for each in columns.properties),
         *_event_columns(scan),
     ]
     event_names = {named.meter.event_name for named in scan.meters}
@@ -504,11 +523,8 @@ def _with_latest(scan: _Scan) -> Sql:
 
 
 def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
-    """Build the steps after `flagged` for a MAX meter with buckets.
-
-    They compute the maximum of each group in a bucket, add up the groups of a bucket, and return the sum and the
-    maximum of the buckets in each window.
-    """
+    """Build the steps after `flagged` for a MAX meter with buckets: the maximum of each group in a bucket, the sum of a
+    bucket's groups, the sum and the maximum of a window's buckets."""
     keys, key = _group_and_window(scan), _bucket_group(scan)
     group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
     maximum = _value(scan, scan.meters[0], columns, "")
@@ -534,22 +550,14 @@ def _steps(query: _Query, scan: _Scan) -> dict[str, Sql]:
     return steps | {"by_window": _by_window(scan, columns), "with_latest": _with_latest(scan)}
 
 
-def _statement(steps: Mapping[str, Sql]) -> Sql:
-    """Join steps into a statement that returns the rows of the last one."""
-    ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
-    return sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())
-
-
-_Row = tuple[Any, ...]
-
-
 def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
-    return conn.execute(*_statement(_steps(query, scan))).fetchall()
+    """Run the steps as one statement; return the rows of the last step."""
+    steps = _steps(query, scan)
+    ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
+    return conn.execute(*sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())).fetchall()
 
 
 # ---------------------------------------------------------------------------------------------- Answer
-
-_Group = tuple[str | None, ...]
 
 
 class _Tally(Struct):
@@ -607,13 +615,6 @@ def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
     return decimal_text(min(float(usage), sys.float_info.max))  # infinity cannot be written in digits
 
 
-def _display_text(usage: str, unit: ReportingUnit) -> str:
-    """Convert usage into reporting units: two digits, rounded half away from zero."""
-    with localcontext(prec=700):  # enough for the largest float divided by the smallest
-        shown = Decimal(usage) / Decimal(str(unit.conversion_rate))
-        return plain_decimal(shown.quantize(Decimal("0.01"), ROUND_HALF_UP))
-
-
 def _expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
     return None if struct is None else kind(**asdict(struct) | more)
 
@@ -632,7 +633,7 @@ def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tal
     return AnalyticsItem(
         feature_id=feature.id if feature else "", name=named.name, meter_id=meter.id, event_name=meter.event_name,
         aggregation_type=named.aggregation.type, total_usage=total,
-        total_usage_display=_display_text(total, unit) if unit else "", reporting_unit=unit,
+        total_usage_display=unit.converted(total) if unit else "", reporting_unit=unit,
         unit=feature.unit_singular or None if feature else None,
         unit_plural=feature.unit_plural or None if feature else None,
         event_count=tally.event_count, external_customer_id=group.get("external_customer_id"),
@@ -645,11 +646,6 @@ def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tal
     )  # fmt: skip
 
 
-def _item_order(item: AnalyticsItem) -> tuple[Any, ...]:
-    properties = sorted((item.properties or {}).items())
-    return (item.name, item.meter_id, item.source or "", properties, item.external_customer_id or "")
-
-
 def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
     tallies = _Tallies(query)
     for scan, rows in found:
@@ -659,7 +655,9 @@ def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_
         _item(query, by_id[meter_id], dict(zip(query.dimensions, group, strict=True)), tally)
         for (meter_id, group), tally in tallies.found.items()
     ]
-    return ENCODER.encode(Analytics("0", "0", "0", "", None, sorted(items, key=_item_order)))
+    items.sort(key=lambda item: (item.name, item.meter_id, item.source or "", sorted((item.properties or {}).items()),
+                                 item.external_customer_id or ""))  # fmt: skip
+    return ENCODER.encode(Analytics("0", "0", "0", "", None, items))
 
 
 async def compute_analytics(service: Service, request: Request) -> Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import Collection, Sequence
+from decimal import ROUND_HALF_UP, Decimal, localcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ from eventstore_extras.resources import (
     is_any_of,
     list_query,
     parse_list,
+    plain_decimal,
     sorts_by,
     time_text,
 )
@@ -108,6 +110,12 @@ class ReportingUnit(Struct):
     unit_singular: str
     unit_plural: str
     conversion_rate: float
+
+    def converted(self, usage: str) -> str:
+        """Convert usage into this unit: two digits, rounded half away from zero (API: Analytics)."""
+        with localcontext(prec=700):  # enough for the largest float divided by the smallest
+            shown = Decimal(usage) / Decimal(str(self.conversion_rate))
+            return plain_decimal(shown.quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
 class Feature(Struct, kw_only=True):

@@ -421,7 +421,7 @@ def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
 
 
 def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
-    """Add up the buckets, 50,000 at a time, and start each time at the next event, which skips times without events."""
+    """Add up the buckets, 50,000 at a time; each round starts at the next event, which skips times without events."""
     matched = matching(query)
     first = f"""SELECT min(timestamp_us) FROM events {index_of(query.filters)}
         WHERE {matched} AND timestamp_us >= :from_us AND timestamp_us < :end_us"""

@@ -23,6 +23,7 @@ from eventstore import (
     WINDOW_SIZES,
     BulkIn,
     ErrorBody,
+    Event,
     EventIn,
     JsonResponse,
     Operation,
@@ -39,7 +40,7 @@ FILTERS_SCHEMA: dict[str, Any] = {
     "type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS, "propertyNames": {"minLength": 1},
     "additionalProperties": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": 20},
 }  # fmt: skip
-_CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,18}::.+"}, {"enum": ["", None]}]}
+_CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,19}::.+"}, {"enum": ["", None]}]}
 
 
 def choice(*values: str) -> dict[str, Any]:
@@ -63,10 +64,8 @@ _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "sort": choice(*SORTS), "order": choice(*ORDERS),
         **dict.fromkeys(("iter_first_key", "iter_last_key"), _CURSOR),
     },
-    "Event": {
-        **{name: {"type": "string", "format": "date-time"} for name in ("timestamp", "ingested_at")},
-        "properties": {"type": "object"},
-    },
+    "EventPage": {"events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
+    "EventLookup": {"event": {"$ref": "#/components/schemas/Event"}},
 }  # fmt: skip
 
 PARAMETER_SCHEMAS: dict[str, Any] = {
@@ -75,7 +74,7 @@ PARAMETER_SCHEMAS: dict[str, Any] = {
     "page_size": {"type": "integer"}, "offset": {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET},
     "sort": {"enum": [*SORTS, ""]}, "order": {"enum": [*ORDERS, ""]}, "window_size": {"enum": [*WINDOW_SIZES, ""]},
     "count_total": {"type": "string", "pattern": "^([Tt]([Rr][Uu][Ee])?|[Ff]([Aa][Ll][Ss][Ee])?|[01])?$"},
-    **{key: {"type": "string", "pattern": "^(-?[0-9]{1,18}::.+)?$"} for key in ("iter_first_key", "iter_last_key")},
+    **{key: {"type": "string", "pattern": "^(-?[0-9]{1,19}::.+)?$"} for key in ("iter_first_key", "iter_last_key")},
     "id": {"type": "string", "minLength": 1},
 }  # fmt: skip
 
@@ -109,7 +108,7 @@ def _whole(operation: Operation) -> Operation:
 def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     bodies = [operation.body for operation in operations if operation.body not in (None, BulkIn)]
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
-    types = dict.fromkeys([*bodies, ErrorBody, *answers])
+    types = dict.fromkeys([*bodies, ErrorBody, Event, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
     for more in (_FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
         for name in more:

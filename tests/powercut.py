@@ -1,8 +1,9 @@
-"""Power cuts, simulated: what a disk may hold when the power fails at some moment of a run that strace has recorded.
+"""Simulate power cuts: build what a disk may hold if the power fails at some moment of a run recorded with strace.
 
-A file has what was written into it before its last sync began. Of what came later each write is there, missing or torn
-at 512 bytes, whatever became of those around it; truncations are there or not. A folder's entries (a file made, renamed
-or removed) are safe once the folder is synced; later ones are there or not.
+A file holds everything that was written to it before its last sync began. Each later write is present, missing or torn
+at a multiple of 512 bytes, independently of the others; each later truncation is present or missing. Changes of a
+folder's entries (a file created, renamed or removed) are safe once the folder is synced; each later one is present or
+missing.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from typing import NamedTuple
 
 SECTOR_BYTES = 512
 FILE_CALLS = ("openat", "pwrite64", "write", "ftruncate", "fsync", "fdatasync", "rename", "unlink")
-SOCKET_CALLS = ("writev", "sendto", "sendmsg")  # and write: what tells a client that its events are stored
-RECEIVING_CALLS = ("read", "recvfrom", "recvmsg")  # what tells the server that its own request was accepted
+SOCKET_CALLS = ("writev", "sendto", "sendmsg")  # and write: they tell a client that its events are stored
+RECEIVING_CALLS = ("read", "recvfrom", "recvmsg")  # they tell the server that its own request was accepted
 
 
 def strace(trace: Path) -> list[str]:
-    """The command before the command that is to be recorded. It goes on in the background, until that one ends."""
+    """Return the words to put before a command to record it. strace runs in the background until the command ends."""
     calls = ",".join((*FILE_CALLS, *SOCKET_CALLS, *RECEIVING_CALLS))
     return ["strace", "-D", "-f", "--seccomp-bpf", "-yy", "-xx", "-s", "1000000", "-e", f"trace={calls}",
             "-e", "signal=none", "-o", str(trace)]  # fmt: skip
 
 
 class Call(NamedTuple):
-    begun: int  # lines of the trace; another thread's calls may lie between them
+    begun: int  # line of the trace; other threads may write lines before `done`
     done: int
     name: str
     arguments: str
     result: int
-    rest: str  # of a result: the path of a file that was opened
+    rest: str  # after the result: the path of a file that was opened
 
 
 _LINE = re.compile(r"\d+ +(?:<\.\.\. \w+ resumed>(?P<end>.*)|(?P<name>\w+)\((?P<start>.*))", re.DOTALL)
@@ -53,10 +54,10 @@ def readable(text: str) -> str:
 
 
 def calls_of(trace: Path, first_line: int) -> list[Call]:
-    """Return the calls that ended, in the order in which they began; openat in the order in which it returned.
+    """Return the calls that ended, ordered by when they began; openat is ordered by when it returned.
 
-    A call that starts during openat may still use the descriptor that openat is about to get: another thread writes to
-    it, closes it, and only then openat returns the same number for another file.
+    While one thread is in openat, another may write to and close a descriptor whose number openat then returns for
+    another file. Ordered by its beginning, openat would claim that write.
     """
     begun: dict[str, tuple[int, str, str]] = {}  # by thread
     calls = []
@@ -83,7 +84,7 @@ class Write(NamedTuple):
         content[self.offset : self.offset + len(self.data)] = self.data
 
     def torn(self, choose: random.Random) -> Write:
-        """What is before, or from, one of the sector's edges within it."""
+        """Return the part of this write before, or after, a sector boundary within it."""
         edges = range(-self.offset % SECTOR_BYTES, len(self.data), SECTOR_BYTES)
         edge = choose.choice(edges or [0])
         return choose.choice([Write(self.offset, self.data[:edge]), Write(self.offset + edge, self.data[edge:])])
@@ -101,7 +102,7 @@ class Truncation(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A folder's: a name leads to a file (made, or renamed from another), or to none any more (removed)."""
+    """A change of a folder: the name now leads to a file (created, or renamed from another name) or was removed."""
 
     name: str
     file: int | None
@@ -123,24 +124,24 @@ def change_entries(entries: dict[str, int], change: Change | None) -> None:
 
 
 def change_content(content: bytearray, change: Change | None, torn_by: random.Random | None = None) -> None:
-    """Apply the change of a file, or the part of it that reaches the disk if it is torn."""
+    """Apply a change to a file's content, or only the part that reaches the disk if the write is torn."""
     assert isinstance(change, (Write, Truncation))
     (change.torn(torn_by) if torn_by else change).apply(content)
 
 
 class Step(NamedTuple):
-    """Something that the run did at a line of the trace: it changed a file or the folder, ended a sync or an answer."""
+    """What a run did at a line of the trace: change a file or the folder, end a sync, or send or receive an answer."""
 
     line: int
-    done: int  # a sync that began later covers it
-    file: int | None  # None: the folder
+    done: int  # the line at which the call returned; a sync that begins later covers it
+    file: int | None  # None for the folder
     change: Change | None = None
-    synced_from: int = -1  # the line at which a sync began that has ended here
-    answered: int = -1  # the port of a client that is told 2xx from here on, or of a server that has told it
+    synced_from: int = -1  # the line at which the sync that ends here began
+    answered: int = -1  # the port of a client that is sent a 2xx, or of a server that has sent one
 
 
 class Recording:
-    """What runs on the files of one folder did, one run after the other. The folder was empty before the first."""
+    """The steps of consecutive runs on the files of one folder, which was empty before the first run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -149,11 +150,11 @@ class Recording:
         self._starts: list[int] = []  # the first line of each run
         self._live: dict[str, int] = {}  # name -> file, as the system sees it
         self._sizes: dict[int, int] = defaultdict(int)
-        self._offsets: dict[int, int] = {}  # by descriptor: where write() goes on
+        self._offsets: dict[int, int] = {}  # by descriptor: where the next write() starts
         self._files = 0
 
     def add(self, trace: Path) -> None:
-        """Take in the trace of a run that has ended."""
+        """Add the trace of a run that has ended."""
         self._starts.append(self._lines)
         for call in calls_of(trace, self._lines):
             self._lines = max(self._lines, call.done)
@@ -167,7 +168,10 @@ class Recording:
         self.steps.sort(key=lambda step: step.line)
 
     def _name(self, path: str) -> str | None:
-        """The name of a file of the folder; SQLite's shared memory is none: it does not outlive the system."""
+        """Return the name of a file in the folder, else None.
+
+        SQLite's -shm file is ignored, because it does not survive a power cut.
+        """
         file = self.folder / readable(path)
         return file.name if file.parent == self.folder and not file.name.endswith("-shm") else None
 
@@ -231,16 +235,17 @@ class Recording:
             self._change(call, None, Entry(name, None))
 
     def files(self) -> dict[str, bytes]:
-        """Return the folder's files as all recorded calls leave them. They differ from the real ones if this model is
-        wrong."""
+        """Return the folder's files after all recorded calls. If this model is right, they equal the real files."""
         disk = Disk()
         for step in self.steps:
             disk.take(step)
         return disk.files()
 
     def disks(self, cuts: int, choose: random.Random) -> Iterator[Disk]:
-        """The disk as it may be after so many cuts, in the order of time: half of them right after an answer, when most
-        is claimed and least may be missing, the others anywhere."""
+        """Yield the disk at the moment of each cut, in the order of time.
+
+        Half of the cuts come right after an answer, when the server has promised most; the others come at any step.
+        """
         answers = [number + 1 for number, step in enumerate(self.steps) if step.answered >= 0]
         moments = [choose.choice(answers) for _ in range(cuts // 2)]
         moments += [choose.randrange(len(self.steps) + 1) for _ in range(cuts - cuts // 2)]
@@ -255,12 +260,12 @@ class Recording:
 
 
 class Disk:
-    """What the disk has for certain, and what is under way to it."""
+    """The contents that are safely on the disk, and the changes that are not synced yet."""
 
     def __init__(self) -> None:
-        self.number = 0  # of the cut
-        self.run = 0  # which one is under way
-        self.answers: dict[int, int] = defaultdict(int)  # how many 2xx each port was told, or told
+        self.number = 0  # number of the cut
+        self.run = 0  # number of the run under way
+        self.answers: dict[int, int] = defaultdict(int)  # by port: the 2xx answers sent to it, or by it
         self._contents: dict[int, bytearray] = defaultdict(bytearray)
         self._entries: dict[str, int] = {}
         self._pending: dict[int | None, list[Step]] = defaultdict(list)
@@ -282,7 +287,7 @@ class Disk:
             self._pending[step.file] = later
 
     def files(self) -> dict[str, bytes]:
-        """Return every file with all that is under way to it."""
+        """Return every file with all changes, synced or not."""
         entries = dict(self._entries)
         for step in self._pending[None]:
             change_entries(entries, step.change)
@@ -295,8 +300,8 @@ class Disk:
         return files
 
     def write_to(self, folder: Path, choose: random.Random) -> None:
-        """Make the files that are there after the power has failed now."""
-        share = choose.choice([0, 0.5, 0.9, 1])  # of what was not synced, and is there
+        """Write the files that may remain if the power fails now."""
+        share = choose.choice([0, 0.5, 0.9, 1])  # of the changes that were not synced but reach the disk
         entries = dict(self._entries)
         for step in self._pending[None]:
             if choose.random() < share:

@@ -47,7 +47,7 @@ from helpers import (
     usage,
     windows_of,
 )
-from metered_events import (
+from meter_helpers import (
     ABSENT,
     BUCKETED,
     FEW,
@@ -730,9 +730,10 @@ REGIONS = ["eu", "us", "5", 5, True, None, 'e"u', 2.5, ""]
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client, its meters of all kinds, and for each the events that it may count.
+    """Yield a client, its meters of all types, and for each meter the events that it may count.
 
-    Of the events half came before some meters were archived, half after. All over 18 days, in ASCII and not.
+    Half of the events were stored before some meters were archived, half of them after. They cover 18 days; half of
+    them are sent in ASCII.
     """
     choose, clock = random.Random(13), Mock(return_value=NOW)
     events = []

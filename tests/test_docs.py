@@ -95,7 +95,7 @@ def wait_for(port: int, process: subprocess.Popen[Any]) -> None:
         except httpx.TransportError:
             assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
             time.sleep(0.05)
-    raise AssertionError(f"nobody listens on port {port}")
+    raise AssertionError(f"nothing listens on port {port}")
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
 
 @contextmanager
 def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen[Any]]:
-    """Run `eventstore serve` in the folder; its events.db is there."""
+    """Run `eventstore serve` in the folder, which holds its events.db."""
     command = [*EVENTSTORE, "serve", "--port", str(port)]
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables), stdout=log, stderr=log)
@@ -118,7 +118,7 @@ def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Po
         yield process
 
 
-# ---------------------------------------------------------------------------------------------- pasting
+# ---------------------------------------------------------------------------------------------- examples
 
 
 class Command(NamedTuple):
@@ -156,20 +156,20 @@ def compare(command: str, expected: str, printed: str) -> dict[str, str]:
     now = datetime.now(UTC)
     twins = list(VARIES.finditer(printed))
     masks = [f"<{twin.lastgroup}>" if varies(twin, now) else twin[0] for twin in twins]
-    has, has_too = iter(masks), iter(zip(twins, masks, strict=True))
+    masks_left, twins_and_masks = iter(masks), iter(zip(twins, masks, strict=True))
 
     def mask_like_its_twin(found: re.Match[str]) -> str:
-        twin, mask = next(has_too, (None, ""))
+        twin, mask = next(twins_and_masks, (None, ""))
         return mask if twin and twin.lastgroup == found.lastgroup and mask != twin[0] else found[0]
 
     wanted = VARIES.sub(mask_like_its_twin, expected)
-    assert VARIES.sub(lambda _: next(has), printed).rstrip() == wanted.rstrip(), command
+    assert VARIES.sub(lambda _: next(masks_left), printed).rstrip() == wanted.rstrip(), command
     pairs = zip(VARIES.finditer(expected), twins, strict=True)
     return {shown[0]: twin[0] for shown, twin in pairs if twin.lastgroup == "id"}
 
 
 def with_ports(text: str, ports: dict[str, int]) -> str:
-    """Replace the page's ports by free ones."""
+    """Replace the page's ports with free ones."""
 
     def free(found: re.Match[str]) -> str:
         return found[1] + str(ports.setdefault(found[2], free_port()))
@@ -178,7 +178,7 @@ def with_ports(text: str, ports: dict[str, int]) -> str:
 
 
 def with_ids(text: str, ids: dict[str, str]) -> str:
-    """Replace ids that the page has shown by those of the run."""
+    """Replace ids that the page has shown with those of the run."""
     return VARIES.sub(lambda found: ids.get(found[0], found[0]), text)
 
 
@@ -196,7 +196,7 @@ PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE))
 
 @needs_shell
 @pytest.mark.parametrize("name", PASTED)
-def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name: Any, tmp_path: Path) -> None:
+def test_the_commands_of_a_page_print_what_it_shows(name: str, tmp_path: Path) -> None:
     pasted = [command for block in blocks(PAGES[name], "console") for command in commands(block)]
     python = blocks(PAGES[name], "python")
     ports = {"8080": free_port()}
@@ -229,7 +229,7 @@ def test_what_a_page_shows_can_be_pasted_and_prints_what_it_says(name: Any, tmp_
 
 USES_THE_OTHER_FIXTURE = """
 
-def test_the_other_fixture_is_a_server_too(slow_flexprice):
+def test_the_other_fixture_is_a_server(slow_flexprice):
     assert slow_flexprice.events() == []
 """
 
@@ -246,7 +246,7 @@ def run_program(name: str, program: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_masks_leave_what_does_not_vary() -> None:
+def test_compare_masks_only_what_varies() -> None:
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     compare("", "at 2026-11-01T03:30:00Z, now 2026-11-25T10:49:52.268441Z", f"at 2026-11-01T03:30:00Z, now {now}")
     old, new = "meter_01M80W6JV7116EN36KDG44YBRY", "meter_01M80W6JV7116EN36KDG44YBRZ"
@@ -271,7 +271,7 @@ def links(page: str) -> list[str]:
 
 
 @each_page
-def test_every_link_leads_somewhere(name: Any) -> None:
+def test_every_link_leads_somewhere(name: str) -> None:
     for link in links(PAGES[name]):
         path, _, anchor = link.partition("#")
         target = (ROOT / name).parent / path if path else ROOT / name
@@ -281,44 +281,44 @@ def test_every_link_leads_somewhere(name: Any) -> None:
 
 
 @each_page
-def test_no_two_headings_of_a_page_share_an_anchor(name: Any) -> None:
+def test_no_two_headings_of_a_page_share_an_anchor(name: str) -> None:
     found = anchors(PAGES[name])
     assert len(found) == len(set(found)), found  # a link always leads to the first one
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("docs/")])
-def test_every_section_is_in_its_pages_table_of_contents(name: Any) -> None:
+def test_every_section_is_in_its_pages_table_of_contents(name: str) -> None:
     contents = PAGES[name].partition("\n## ")[0]
     assert {f"#{anchor}" for anchor in anchors(PAGES[name], "##")} - set(links(contents)) == set()
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
+def test_the_readme_links_to_every_page() -> None:
     direct = {Path(link.partition("#")[0]) for link in links(PAGES["README.md"])}
     assert {Path(name) for name in PAGES} - direct == {Path("README.md")}
 
 
-def test_the_readmes_first_screen_says_where_to_read_what_differs_from_flexprice() -> None:
+def test_the_readmes_first_screen_links_to_the_differences_from_flexprice() -> None:
     assert "docs/fidelity.md" in links(PAGES["README.md"].partition("\n```")[0])
 
 
 @each_page
-def test_every_page_is_short(name: Any) -> None:
+def test_every_page_is_short(name: str) -> None:
     assert len(PAGES[name].splitlines()) <= (200 if name == "README.md" else 249)
 
 
 @each_page
-def test_lines_of_prose_are_at_most_120_characters_long(name: Any) -> None:
+def test_lines_of_prose_are_at_most_120_characters_long(name: str) -> None:
     lines = [line for line in prose(PAGES[name]).splitlines() if not line.startswith("|")]
     assert [line for line in lines if len(line) > 120] == []
 
 
 @each_page
-def test_a_page_names_nothing_that_its_reader_does_not_have(name: Any) -> None:
+def test_a_page_mentions_nothing_that_its_reader_does_not_have(name: str) -> None:
     assert re.findall(r"\bSPEC\b|/work/|\bissue \d", PAGES[name]) == []
 
 
 @each_page
-def test_every_code_block_says_its_language(name: Any) -> None:
+def test_every_code_block_says_its_language(name: str) -> None:
     fences = re.findall(r"^```(.*)$", PAGES[name], re.MULTILINE)
     assert all(fences[::2]), fences
     assert not any(fences[1::2]), fences
@@ -330,20 +330,20 @@ def test_the_files_that_the_readme_names_exist() -> None:
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_the_pytest_plugin_is_left_out_by_the_documented_name() -> None:
+def test_the_pytest_plugin_has_the_documented_name() -> None:
     (name,) = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["pytest11"]
     assert f"`pytest -p no:{name}`" in PAGES["docs/testing.md"]
 
 
-def test_what_ci_runs_is_the_readmes_second_command() -> None:
+def test_ci_runs_the_readmes_second_command() -> None:
     script = ROOT / ".ci" / "run"
     if not script.exists():
-        pytest.skip("no .ci in this copy")
+        pytest.skip("needs .ci, which this copy lacks")
     _, test = [block.splitlines()[1] for block in blocks(PAGES["README.md"], "sh") if block.startswith("# set up and")]
     assert test in script.read_text().splitlines()
 
 
-# ---------------------------------------------------------------------------------------------- complete, and true
+# ---------------------------------------------------------------------------------------------- completeness
 
 
 FLAG = re.compile(r"--[a-z][a-z-]+")
@@ -361,7 +361,7 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune"])
 @pytest.mark.slow
-def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: Any) -> None:
+def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: str) -> None:
     flags = help_of(tmp_path, command)
     table = section(REFERENCE, f"eventstore {command}", level=3)
     rows = dict(re.findall(r"^\| `(--[a-z-]+)[^|]*\| ([^|]*?) ?\|", table, re.MULTILINE))
@@ -369,18 +369,18 @@ def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: Any)
     assert documented == {flag: default.replace("False", "").removesuffix(".0") for flag, default in flags.items()}
 
 
-ROOMS = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
+MODULES = (ROOT / "eventstore.py", *(ROOT / "eventstore_extras").glob("*.py"))
 SERVED = (*eventstore.OPERATIONS, *analytics.OPERATIONS)
 
 
 @pytest.mark.parametrize("operation", SERVED, ids=lambda operation: f"{operation.method} {operation.public_path}")
-def test_every_route_is_documented(operation: Any) -> None:
+def test_every_route_is_documented(operation: eventstore.Operation) -> None:
     row = f"`{operation.method} {operation.public_path.replace('{id}', 'ID')}"
     assert re.search(rf"{re.escape(row)}[`?]", section(API, "Endpoints"))
 
 
-def test_the_sections_of_the_api_that_the_code_names_are_there() -> None:
-    named = {name for path in ROOMS for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
+def test_the_sections_of_the_api_that_the_code_names_exist() -> None:
+    named = {name for path in MODULES for names in re.findall(r"\(API: ([^)]+)\)", path.read_text("utf-8"))
              for name in names.split(", ")}  # fmt: skip
     assert len(named) > 10
     own = re.findall(r"^#+ (.+)$", prose(API), re.MULTILINE)
@@ -389,7 +389,7 @@ def test_the_sections_of_the_api_that_the_code_names_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["sending", "querying", "usage", "meters", "analytics"])
-def test_the_api_page_links_to_every_section_of_the_pages_it_indexes(name: Any) -> None:
+def test_the_api_page_links_to_every_section_of_the_pages_it_indexes(name: str) -> None:
     sections = {f"{name}.md#{anchor}" for anchor in anchors(PAGES[f"docs/{name}.md"], "##")}
     assert sections - set(links(API)) == set()
 
@@ -403,7 +403,7 @@ LEFT_OUT = [
 
 
 @pytest.mark.parametrize(("route", "status"), LEFT_OUT)
-def test_a_route_that_is_left_out_is_refused_as_documented(route: Any, status: Any) -> None:
+def test_a_route_that_is_left_out_is_refused_as_documented(route: str, status: int) -> None:
     method, path = route.split()
     with running_server() as server:
         url = server.url.removesuffix("/v1") + path
@@ -421,7 +421,7 @@ def wire_types(kind: Any) -> Iterator[type[msgspec.Struct]]:
         yield from wire_types(part)
 
 
-# The section that must document the fields of each type, not by chance another one.
+# For each section, the types whose fields it must document; elsewhere, the same word may appear by chance.
 SECTIONS: dict[str, list[Any]] = {
     "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
     "Features": [features.FeatureIn, features.FeatureSearchIn, features.FeaturePage, resources.SortIn],
@@ -432,7 +432,7 @@ ELSEWHERE = {"Features": ("Meters",), "Analytics": ("Meters", "Features")}  # se
 
 
 @pytest.mark.parametrize("heading", SECTIONS)
-def test_what_meters_and_analytics_have_for_fields_stands_under_their_heading(heading: Any) -> None:
+def test_the_fields_of_meters_and_analytics_are_documented_in_their_section(heading: str) -> None:
     fields = {name for kind in SECTIONS[heading] for struct in wire_types(kind) for name in struct.__struct_fields__}
     texts = [section(METERS if name in ("Meters", "Features") else ANALYTICS, name)
              for name in (heading, *ELSEWHERE.get(heading, ()))]  # fmt: skip
@@ -451,7 +451,7 @@ FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_is_worth_a_test_does_what_it_says(fault: Any) -> None:
+def test_a_documented_fault_does_what_the_page_says(fault: str) -> None:
     fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}
     with running_server() as server:
         server.fail(**fields | {"delay_ms": 1} if "delay_ms" in fields else fields)
@@ -460,18 +460,18 @@ def test_a_fault_that_is_worth_a_test_does_what_it_says(fault: Any) -> None:
         assert len(server.events()) == (fields.get("stored", False) or "status" not in fields)
 
 
-def test_the_log_lines_worth_an_alert_are_those_that_are_logged() -> None:
+def test_the_documented_log_lines_are_in_the_source() -> None:
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(RELIABILITY, "What to watch"), re.MULTILINE)
     assert len(rows) == 16
-    source = "".join(path.read_text("utf-8") for path in ROOMS)
+    source = "".join(path.read_text("utf-8") for path in MODULES)
     for row in rows:
         for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
             part = re.sub(r"\b\d+ (?=requests|MB)", "%d ", re.sub(r"^\d{3} \w+(: )?", "", text))
             part = part.replace("us.api.flexprice.io", "%s")
-            assert part in source or part == "Exception in ASGI application", part  # that one is uvicorn's
+            assert part in source or part == "Exception in ASGI application", part  # logged by uvicorn
 
 
-def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_refused_with_the_documented_message(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
         conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
     done = run(tmp_path, *EVENTSTORE, "serve", "--port", "0")
@@ -479,7 +479,7 @@ def test_a_file_of_another_format_is_refused_in_the_documented_words(tmp_path: P
     assert done.stdout.removeprefix("eventstore: ").strip() in " ".join(REFERENCE.split())
 
 
-# ---------------------------------------------------------------------------------------------- to operate it
+# ---------------------------------------------------------------------------------------------- operation
 
 BACKUPS = [command.text for block in blocks(section(RELIABILITY, "Backup"), "console") for command in commands(block)]
 BACKUPS = [command for command in BACKUPS if "backup" in command]
@@ -499,9 +499,9 @@ def send(port: int, event_id: str, key: str = KEY) -> httpx.Response:
 @pytest.mark.slow
 @needs_shell
 @pytest.mark.parametrize("command", BACKUPS, ids=lambda command: command.split()[0])
-def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_path: Path, command: Any) -> None:
-    if shutil.which(command.split()[0]) is None:
-        pytest.skip(f"needs {command.split()[0]}")
+def test_a_backup_of_a_running_server_can_be_restored_as_documented(tmp_path: Path, command: str) -> None:
+    if shutil.which(command.split(maxsplit=1)[0]) is None:
+        pytest.skip(f"needs {command.split(maxsplit=1)[0]}")
     port = free_port()
     (restore,) = blocks(section(RELIABILITY, "Restore"), "sh")
     restore = "\n".join(line for line in restore.splitlines() if line.startswith(("rm ", "cp ")))
@@ -522,7 +522,7 @@ def test_a_backup_of_a_running_server_is_restored_as_documented_and_served(tmp_p
 
 
 @pytest.mark.slow
-def test_a_key_is_changed_without_losing_a_request(tmp_path: Path) -> None:
+def test_a_key_can_be_changed_without_losing_a_request(tmp_path: Path) -> None:
     """Follow the documented steps while an application sends events and retries refused connections."""
     port, key, over, sent = free_port(), "old-key", threading.Event(), []
 
@@ -600,7 +600,7 @@ def fill_with_meters(server: MockServer) -> None:
 
 
 @pytest.mark.slow
-def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_changes_nothing(tmp_path: Path) -> None:
+def test_meters_and_features_are_moved_as_documented_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
     (program,) = blocks(section(OUTBOX, "Moving to FlexPrice"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
         fill_with_meters(old)
@@ -618,7 +618,7 @@ def test_meters_and_features_are_carried_over_as_documented_and_a_second_time_ch
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
+def test_systemd_accepts_the_documented_units(tmp_path: Path) -> None:
     (unit,) = blocks(DEPLOYING, "ini")
     unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # the program must exist
     (edited,) = blocks(OUTBOX, "systemd")
@@ -630,7 +630,7 @@ def test_the_systemd_unit_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")
 @pytest.mark.parametrize("number", [0, 1], ids=["a name of its own", "below a path"])
-def test_caddy_takes_its_configuration(tmp_path: Path, number: int) -> None:
+def test_caddy_accepts_the_documented_configuration(tmp_path: Path, number: int) -> None:
     (tmp_path / "Caddyfile").write_text(blocks(DEPLOYING, "caddyfile")[number])
     command = ("caddy", "validate", "--adapter", "caddyfile", "--config", "Caddyfile")
     done = run(tmp_path, *command, HOME=str(tmp_path))
@@ -639,7 +639,7 @@ def test_caddy_takes_its_configuration(tmp_path: Path, number: int) -> None:
 
 @pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl")
 @pytest.mark.parametrize("is_below", [False, True], ids=["a name of its own", "below a path"])
-def test_nginx_takes_its_configuration(tmp_path: Path, is_below: Any) -> None:
+def test_nginx_accepts_the_documented_configuration(tmp_path: Path, is_below: bool) -> None:
     certificate, key = tmp_path / "events.pem", tmp_path / "events.key"
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     run(tmp_path, "openssl", "req", "-x509", *curve, "-subj", "/CN=e", "-keyout", key, "-out", certificate)

@@ -1,4 +1,4 @@
-"""Bytes on real connections: upgrades, long heads, half-closed and abandoned connections, malformed requests."""
+"""Send bytes on real connections: upgrades, long heads, malformed requests, half-closed and abandoned connections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,24 @@ from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
 import eventstore
-from helpers import BODY, KEY, ROOT, Live, answer_on, counts, event, posting, refused, run, store, stores_nothing, table
+from helpers import (
+    BODY,
+    HEAD,
+    KEY,
+    POST,
+    ROOT,
+    Live,
+    answer_on,
+    counts,
+    event,
+    eventually,
+    posting,
+    refused,
+    run,
+    store,
+    stores_nothing,
+    table,
+)
 
 UPGRADES = {
     "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n",
@@ -66,7 +83,7 @@ def new_id() -> str:
 
 
 def on_each_route(**options: Any) -> list[tuple[bytes, int]]:
-    """A request to each kind of route, and the status of its answer."""
+    """Return a request to each kind of route with the status of its answer."""
     return [
         (request_bytes("POST", "/v1/events", body_of(new_id()), **options), 202),
         (request_bytes("POST", "/v1/events/bulk", body_of(new_id(), new_id()), **options), 202),
@@ -94,7 +111,7 @@ def answers_to(live: Live, *packets: bytes, shut_down: bool = False) -> list[htt
         for packet in packets:
             sock.sendall(packet)
             if len(packets) < 5:
-                time.sleep(0.005)  # the server sees the packets one by one
+                time.sleep(0.005)  # so that the server receives the packets one by one
         if shut_down:
             sock.shutdown(socket.SHUT_WR)
         received = b"".join(iter(lambda: sock.recv(65536), b""))
@@ -102,7 +119,7 @@ def answers_to(live: Live, *packets: bytes, shut_down: bool = False) -> list[htt
 
 
 def answers_in(received: bytes) -> list[httpx.Response]:
-    """Cut the answers apart by their Content-Length: nothing else may be between them."""
+    """Split the bytes into answers by their Content-Length; nothing else may be between them."""
     found = []
     while received:
         head, _, received = received.partition(b"\r\n\r\n")
@@ -127,7 +144,7 @@ LAST = request_bytes("GET", "/health", headers="Connection: close\r\n")
 @table("upgrade", UPGRADES)
 @table("chunked", [False, True], ids=["length", "chunked"])
 @table("route", range(len(ROUTES)), ids=ROUTES)
-def test_a_request_to_upgrade_is_answered_like_any_other_however_it_is_cut(
+def test_a_request_to_upgrade_is_answered_like_any_other_in_any_packets(
     live: Live, upgrade: str, chunked: bool, route: int
 ) -> None:
     request, status = on_each_route(headers=UPGRADES[upgrade], chunked=chunked)[route]
@@ -167,14 +184,14 @@ def test_an_event_sent_with_a_request_to_upgrade_is_stored_once(live: Live) -> N
     assert "Unsupported upgrade" not in live.log
 
 
-def test_a_large_body_follows_a_request_to_upgrade(live: Live) -> None:
+def test_a_request_to_upgrade_may_have_a_large_body(live: Live) -> None:
     large = json.dumps(event(new_id(), properties={"text": "x" * 3_000_000})).encode()
     for chunked in (False, True):
         request = request_bytes("POST", "/v1/events", large, UPGRADES["h2c"], chunked=chunked)
         assert statuses(answers_to(live, request + LAST)) == [202, 200]
 
 
-def test_expect_100_continue_and_a_request_to_upgrade_together(live: Live) -> None:
+def test_a_request_to_upgrade_may_expect_100_continue(live: Live) -> None:
     request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + "Expect: 100-continue\r\n")
     head, body = request.split(b"\r\n\r\n")
     with live.connect() as sock:
@@ -185,7 +202,9 @@ def test_expect_100_continue_and_a_request_to_upgrade_together(live: Live) -> No
 
 
 @table("version, headers", [("1.0", ""), ("1.1", "Connection: close\r\n")], ids=["HTTP/1.0", "close"])
-def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live: Live, version: str, headers: str) -> None:
+def test_a_request_to_upgrade_is_answered_on_a_connection_that_is_not_kept_open(
+    live: Live, version: str, headers: str
+) -> None:
     request = request_bytes("POST", "/v1/events", body_of(new_id()), UPGRADES["h2c"] + headers, version=version)
     assert statuses(answers_to(live, request)) == [202]
     assert statuses(answers_to(live, request[:-10], request[-10:])) == [202]
@@ -193,7 +212,7 @@ def test_a_request_to_upgrade_on_a_connection_that_is_not_kept_open(live: Live, 
 
 
 @table("target", ["example.com:443", "/v1/events"])
-def test_connect_is_refused_after_the_answers_before_it(live: Live, target: str) -> None:
+def test_connect_is_refused_after_earlier_requests_are_answered(live: Live, target: str) -> None:
     connect = f"CONNECT {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
     first = request_bytes("POST", "/v1/events", body_of(new_id()))
     assert statuses(answers_to(live, connect)) == [405]
@@ -225,12 +244,12 @@ class Client {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("javac"), reason="there is no JDK")
-def test_the_http_client_of_java_loses_no_event(live: Live, tmp_path: Path) -> None:
+@pytest.mark.skipif(not shutil.which("javac"), reason="needs a JDK")
+def test_the_http_client_of_java_loses_no_events(live: Live, tmp_path: Path) -> None:
     (tmp_path / "Client.java").write_text(JAVA)
     done = run("java", "-Djdk.httpclient.HttpClient.log=headers", tmp_path / "Client.java", live.url, KEY)
     assert done.stdout.split("\n") == ["202 HTTP_1_1"] * 20 + [""], done.stderr
-    assert "Upgrade: h2c" in done.stderr, "this Java asks for no upgrade"
+    assert "Upgrade: h2c" in done.stderr, "this Java does not request an upgrade"
     with live.client() as client:
         found = client.get("/v1/events", params={"event_name": "java"}).json()["events"]
         assert {one["id"] for one in found} == {f"java_{number}" for number in range(20)}
@@ -240,9 +259,9 @@ def curl_speaks_http2() -> bool:
     return bool(shutil.which("curl")) and "HTTP2" in run("curl", "--version").stdout
 
 
-@pytest.mark.skipif(not curl_speaks_http2(), reason="there is no curl with HTTP/2")
+@pytest.mark.skipif(not curl_speaks_http2(), reason="needs curl with HTTP/2")
 @table("chunked", [False, True], ids=["length", "chunked"])
-def test_curl_with_http2(live: Live, chunked: bool) -> None:
+def test_curl_with_http2_stores_an_event(live: Live, chunked: bool) -> None:
     headers = ["-H", "Transfer-Encoding: chunked"] if chunked else []
     command = ["curl", "-sv", "--http2", f"{live.url}/v1/events", "-H", f"x-api-key: {KEY}", *headers]
     done = run(*command, "-d", body_of(new_id()).decode(), "-w", " %{http_code}")
@@ -265,7 +284,7 @@ LONG_HEADS = {
 
 @table("name", LONG_HEADS)
 @table("size", [10**6, 10_000], ids=["one packet", "pieces"])
-def test_a_head_longer_than_the_limit_is_refused_and_the_connection_closed(live: Live, name: str, size: int) -> None:
+def test_a_head_over_the_limit_is_refused_and_the_connection_is_closed(live: Live, name: str, size: int) -> None:
     text, status, code = LONG_HEADS[name]
     sent = text.encode()
     for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
@@ -285,13 +304,13 @@ def test_a_head_just_below_the_limit_is_answered(live: Live) -> None:
         assert answer_on(sock).status_code == 200
 
 
-def test_many_pipelined_requests_are_no_long_head(live: Live) -> None:
+def test_many_pipelined_requests_do_not_count_as_a_long_head(live: Live) -> None:
     sent = request_bytes("POST", "/v1/events/query", b'{"page_size": 1}', "X-Long: " + "a" * 1000 + "\r\n") * 100
     assert len(sent) > LIMIT
     assert statuses(answers_to(live, sent + LAST)) == [200] * 101
 
 
-def test_a_body_in_tiny_chunks_is_no_long_head(live: Live) -> None:
+def test_a_body_in_tiny_chunks_does_not_count_as_a_long_head(live: Live) -> None:
     body = json.dumps(event(new_id(), properties={"text": "x" * 30_000})).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n")
@@ -314,7 +333,7 @@ def test_trailers_and_chunk_sizes_are_limited_like_a_head(live: Live, part: byte
 def resident_bytes(live: Live) -> int:
     status = Path(f"/proc/{live.process.pid}/status")
     if not status.exists():
-        pytest.skip("only Linux says how much memory another process has")
+        pytest.skip("needs /proc, to read the memory of another process")
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
@@ -322,7 +341,7 @@ def resident_bytes(live: Live) -> int:
     (b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 8000 + b"\r\n"), (b"GET / HTTP/1.1\r\nX: ", b"a" * 8192),
     (b"GET /", b"a" * 8192), (b"", b"\r\n" * 4096),
 ], ids=["headers", "header", "URL", "line breaks"])  # fmt: skip
-def test_400_mb_of_a_head_take_neither_memory_nor_time(live: Live, start: bytes, piece: bytes) -> None:
+def test_a_head_of_400_mb_takes_neither_memory_nor_time(live: Live, start: bytes, piece: bytes) -> None:
     with live.client() as client, live.connect() as sock:
         before = resident_bytes(live)
         started = time.monotonic()
@@ -330,21 +349,21 @@ def test_400_mb_of_a_head_take_neither_memory_nor_time(live: Live, start: bytes,
             sock.sendall(start)
             for _ in range(100):  # 4 MB each
                 sock.sendall(piece * 512)
-        except OSError:  # closed meanwhile
+        except OSError:  # the server has closed the connection
             pass
         assert time.monotonic() - started < 5
         assert store(client, event(new_id())).status_code == 202
         assert resident_bytes(live) < before + 20_000_000
 
 
-def test_a_request_is_answered_after_the_client_has_shut_down_its_sending_side(live: Live) -> None:
+def test_a_request_is_answered_after_the_client_shuts_down_its_sending_side(live: Live) -> None:
     for chunked in (False, True):
         for request, status in on_each_route(chunked=chunked):
             assert statuses(answers_to(live, request, shut_down=True)) == [status]
 
 
 @table("rest", [b"", b"POST /v1/ev", posting(body_of("never"))[:-1]], ids=["nothing", "half a head", "half a body"])
-def test_all_requests_before_a_half_close_are_answered_and_what_is_incomplete_is_not_stored(
+def test_complete_requests_before_a_half_close_are_answered_and_an_incomplete_one_is_not_stored(
     live: Live, rest: bytes
 ) -> None:
     requests = on_each_route()
@@ -364,6 +383,63 @@ def test_a_half_closed_connection_without_a_complete_request_is_closed(live: Liv
         assert client.get("/v1/events/never").status_code == 404
 
 
+BAD_HTTP = {
+    "garbage": b"garbage\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no such version": b"GET /v1/events HTTP/9.9\r\n" + HEAD + b"\r\n",
+    "bytes in the path": b"GET /v1/events?source=\xff HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "escaped bytes in a parameter": b"GET /v1/events?source=%ff HTTP/1.1\r\n" + HEAD + b"\r\n",
+    "length in words": POST + b"Content-Length: many\r\n\r\n" + BODY,
+    "negative length": POST + b"Content-Length: -1\r\n\r\n" + BODY,
+    "empty length": POST + b"Content-Length: \r\n\r\n" + BODY,
+    "length of 30 digits": POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n" + BODY,
+    "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n" + BODY,
+    "length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "bad chunk": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "length too short": POST + b"Connection: close\r\nContent-Length: 10\r\n\r\n" + BODY,
+    "33 MiB announced, none sent": POST + b"Content-Length: %d\r\n\r\n" % (33 * 2**20),
+}
+
+
+@table("request_bytes", BAD_HTTP.values(), ids=BAD_HTTP)
+def test_malformed_http_is_refused_with_the_usual_error_body(live: Live, request_bytes: bytes) -> None:
+    with live.client() as client, stores_nothing(client), live.connect() as sock:
+        sock.sendall(request_bytes)
+        refused(answer_on(sock))
+
+
+def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
+    event_id = "pipelined"
+    body = json.dumps(event(event_id)).encode()
+    with live.client(), live.connect() as sock:
+        sock.sendall(
+            b"HEAD /v1/events HTTP/1.1\r\n" + HEAD + b"\r\n"
+            + POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            + b"GET /v1/events/pipelined HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n"
+        )  # fmt: skip
+        received = b"".join(iter(lambda: sock.recv(65536), b""))
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", received)
+    assert statuses == [b"200", b"100", b"202", b"200"]
+    rest = received[received.index(b"\r\n\r\n") + 4 :]
+    assert rest.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 202"), "the answer to HEAD has no body"
+    assert event_id.encode() in rest
+
+
+def test_a_body_over_the_limit_is_refused_before_it_ends(live: Live) -> None:
+    with live.client() as client, stores_nothing(client), live.connect() as sock:
+        sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n4000000\r\n" + b" " * (2**25 + 1))
+        refused(answer_on(sock), part=str(2**25))
+
+
+def test_nothing_is_stored_if_the_client_disconnects_before_the_body_ends(live: Live) -> None:
+    with live.client() as client, stores_nothing(client):
+        seen = live.log.count("client went away")
+        with live.connect() as sock:
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % (len(BODY) + 1) + BODY)
+        eventually(lambda: live.log.count("client went away") > seen)
+
+
 MALFORMED = {
     "no method": (b"garbage\r\n\r\n", "not valid HTTP/1.1"),
     "u umlaut in the path": ("GET /v1/events/ü HTTP/1.1\r\n\r\n".encode(), "percent-encoded"),
@@ -377,7 +453,7 @@ MALFORMED = {
 
 
 @table("name", MALFORMED)
-def test_a_malformed_request_is_refused_after_the_answers_before_it(live: Live, name: str) -> None:
+def test_a_malformed_request_is_refused_after_earlier_requests_are_answered(live: Live, name: str) -> None:
     sent, part = MALFORMED[name]
     for before in (b"", request_bytes("POST", "/v1/events", body_of(new_id()))):
         *answers, last = answers_to(live, before + sent)
@@ -385,7 +461,7 @@ def test_a_malformed_request_is_refused_after_the_answers_before_it(live: Live, 
         refused(last, part=part)
 
 
-def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_nothing(live: Live) -> None:
+def test_a_malformed_chunk_is_refused_after_earlier_requests_are_answered_and_stores_nothing(live: Live) -> None:
     bad = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n") + b"2\r\n{}\r\nzz\r\n"
     with live.client() as client, stores_nothing(client):
         assert statuses(answers_to(live, bad)) == [400]
@@ -396,16 +472,16 @@ def test_a_malformed_chunk_is_refused_after_the_answers_before_it_and_stores_not
     ]
 
 
-def test_a_request_that_was_answered_before_its_end_gets_no_second_answer(live: Live) -> None:
+def test_a_request_that_is_answered_before_it_ends_gets_no_second_answer(live: Live) -> None:
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong")
     with live.connect() as sock:
         sock.sendall(head)
-        time.sleep(0.1)  # the answer is sent before the rest arrives
+        time.sleep(0.1)  # so that the answer is sent before the rest arrives
         sock.sendall(b"zz\r\n")
         assert statuses(answers_in(b"".join(iter(lambda: sock.recv(65536), b"")))) == [401]
 
 
-def test_the_answer_arrives_although_the_client_sends_on(live: Live) -> None:
+def test_the_answer_arrives_even_if_the_client_keeps_sending(live: Live) -> None:
     with live.connect() as sock:
         for _ in range(50):
             sock.sendall(b"garbage\r\n" * 10_000)
@@ -413,7 +489,7 @@ def test_the_answer_arrives_although_the_client_sends_on(live: Live) -> None:
         assert sock.recv(1) == b""
 
 
-DRIPS = {  # what is sent at first, then again and again
+DRIPS = {  # the bytes to send first, and those to repeat
     "head": (b"", b"X"),
     "second head": (posting(BODY) + b"GET / HTTP/1.1\r\nX: ", b"y"),
     "line breaks": (b"", b"\r\n"),
@@ -427,7 +503,7 @@ DRIPS = {  # what is sent at first, then again and again
 
 
 @pytest.mark.slow
-def test_a_client_cannot_keep_a_connection_open_by_a_byte_now_and_then(tmp_path: Path) -> None:
+def test_a_client_cannot_keep_a_connection_open_with_occasional_bytes(tmp_path: Path) -> None:
     code = "import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
     command, flags = [sys.executable, "-c", code], ["--api-key", KEY, "--keep-alive-s", "1"]
     with Live(tmp_path, *flags, command=command, PYTHONPATH=str(ROOT)) as live, ExitStack() as stack:
@@ -450,10 +526,10 @@ def takes(sock: socket.socket, data: bytes) -> bool:
 
 
 def test_a_lost_connection_leaves_no_timer_behind() -> None:
-    """A port probe connects and leaves; its protocol object must not live on until the timer for headers expires."""
+    """A port probe connects and leaves. Its protocol object must not be kept until the timer for headers expires."""
 
     async def until(condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110 - nothing tells when
+        while not condition():  # noqa: ASYNC110 - no event to wait for
             await asyncio.sleep(0.001)
 
     async def probe() -> int:
@@ -470,8 +546,8 @@ def test_a_lost_connection_leaves_no_timer_behind() -> None:
                 await until(lambda: state.connections)
                 made.update(state.connections)
                 if sent.startswith(b"garbage"):
-                    await asyncio.sleep(0.05)  # its answer is on the way
-                if sent:  # a reset instead of an end
+                    await asyncio.sleep(0.05)  # wait for its answer
+                if sent:  # close with a reset
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             await until(lambda: not state.connections)
         listening.close()

@@ -9,7 +9,7 @@ import pytest
 
 from eventstore_extras.analytics import OPERATIONS
 from helpers import DAY_US, Json, analytics, at, event, faulty_fields, make_meter, metered_usage, refused, store, table
-from metered_events import BUCKETED, FEW, LIFETIME, RANGE, SECOND_US, kind_with_multiplier, make_meter_of_staging, sent
+from meter_helpers import BUCKETED, FEW, LIFETIME, RANGE, SECOND_US, kind_with_multiplier, make_meter_of_staging, sent
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A bad day: kills, full disks, locks, floods and what chance makes up, and what is left after it.
 
-README says how to run more of it. What chance decides comes from one seed, which is shown.
+CONTRIBUTING.md says how to run more rounds. Everything random derives from one seed, which is printed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_what_is_stored_is_not_denied_when_it_cannot_be_counted(tmp_path: Path) 
 
 def test_after_a_rollback_that_fails_nothing_is_accepted_into_the_open_transaction(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
-        writer: Any = store_of(client)
+        writer: Any = store_of(client)._writer
         writer._conn = FailsOnce(writer._conn, "ROLLBACK")
         refuse_to_write(tmp_path, "new.id = '200'")
         response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})
@@ -200,7 +200,7 @@ def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path: Path)
 def test_the_wal_is_synced_between_its_last_write_and_the_answer(
     tmp_path: Path, path: str, body: dict[str, Any]
 ) -> None:
-    """Only a power cut would tell, and SIGKILL is none; so the system calls are read."""
+    """Read the system calls: SIGKILL loses nothing that was written, so it cannot show whether files were synced."""
     trace = tmp_path / "trace.txt"
     strace = [
         "strace",
@@ -250,7 +250,7 @@ def known_row(event_id: str) -> tuple[Any, ...]:
 
 
 class Sender:
-    """A client with a ledger: sends events and batches of known ids until told to stop, whatever happens."""
+    """A client that sends events and batches, despite all errors, and keeps a ledger of their ids."""
 
     def __init__(
         self, start: int, sizes: Sequence[int] = (1, 1, 1, 1, 5, 40, 1000), patience: float = 0.7, features: float = 0
@@ -290,7 +290,7 @@ class Sender:
         return done
 
     def make_a_feature(self, name: str) -> None:
-        """With a meter of its own; some are deleted again, which archives both."""
+        """Create a feature and its meter; delete some of the features, which archives both."""
         answers: list[tuple[int | None, bytes]] = []
 
         def accepted() -> bool:
@@ -358,7 +358,7 @@ def sending(senders: list[Sender]) -> Iterator[Callable[[], None]]:
 
 
 def check_ledgers(folder: Path, senders: list[Sender]) -> None:
-    """What was acknowledged is there once with its content, given-up batches whole or not at all, and nothing else."""
+    """Check that each acknowledged event is stored once, as it was sent, and nothing else but whole batches."""
     rows = rows_of(folder)
     stored = [row[1] for row in rows]
     present, acknowledged = set(stored), {event_id for sender in senders for event_id in sender.acknowledged}
@@ -371,7 +371,7 @@ def check_ledgers(folder: Path, senders: list[Sender]) -> None:
 
 
 def check_features(folder: Path, senders: list[Sender]) -> None:
-    """What was made is there once with its meter, what was given up whole or not at all, and what was deleted is."""
+    """Check that each acknowledged feature is stored once with its meter, and is archived if it was deleted."""
     with metering(folder) as client:
         features, meters = (every(client, path) for path in ("features", "meters"))
     names = [feature["name"] for feature in features]
@@ -908,7 +908,7 @@ def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path: Path)
 def test_a_page_that_would_be_too_long_is_shorter_and_the_next_one_goes_on(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eventstore, "MAX_PAGE_BYTES", 100_000)
+    monkeypatch.setattr(eventstore, "_MAX_PAGE_BYTES", 100_000)
     sizes = [20_000] * 10 + [150_000] + [10] * 40 + [60_000, 60_000]
     sent = [
         event(f"{number:02}", timestamp=at(number), properties={"p": "x" * size}) for number, size in enumerate(sizes)
@@ -1073,7 +1073,7 @@ def test_a_signal_while_the_database_is_locked_refuses_what_waits_and_ends_withi
 
 # ---------------------------------------------------------------------------------------------- what the OpenAPI document promises
 
-# What no JSON Schema can say: rules between fields, and times that are no day or too near the ends of the calendar.
+# Rules that JSON Schema cannot express: between fields, for invalid dates, and for times near the calendar's ends.
 SCHEMATHESIS_HOOKS = '''
 import re
 from datetime import UTC, datetime, timedelta

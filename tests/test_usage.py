@@ -1,4 +1,4 @@
-"""Usage and monitoring: what is counted, into which windows, and when it is seen; numbers in headings are SPEC's."""
+"""Test usage, monitoring and the visibility lag; headings give SPEC's section numbers."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ from oracle import AGGREGATIONS, MINUTES, SIZES, expected_usage
 
 
 @pytest.fixture(scope="module")
-def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client, and what its server has: some 400 events with all kinds of properties, in ASCII and not."""
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, list[Json]]]:
+    """A client, and the 400 events that its server has, with all kinds of properties, in ASCII and other text."""
     choose, events = random.Random(7), []
     for number in range(400):
         after = timedelta(seconds=choose.randrange(18 * 86_400)) if number % 4 else timedelta(hours=number)
@@ -71,7 +71,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @table("kind", AGGREGATIONS)
-def test_usage_is_what_python_computes_over_the_same_events(ledger: Any, kind: str) -> None:
+def test_usage_matches_a_plain_python_model(ledger: tuple[httpx.Client, list[Json]], kind: str) -> None:
     client, events = ledger
     choose, compared = random.Random(kind), 0
     for number in range(45):
@@ -111,7 +111,7 @@ def test_usage_is_what_python_computes_over_the_same_events(ledger: Any, kind: s
 
 NEW_YORK, KOLKATA = "America/New_York", "Asia/Kolkata"
 
-# size, zone, billing_anchor, {window: its events}: all UTC, an event is so much later than its window's start
+# "size zone [billing_anchor]", {start of a window in UTC: its events, as times since that start}
 IN_WINDOWS = {
     "MINUTE": ("MINUTE UTC", {"2026-01-01 00:00": "0:00:00 0:00:59.999999", "2026-01-01 00:01": "0:00:00"}),
     "15MIN": ("15MIN UTC", {"2026-01-01 00:00": "0:14:59", "2026-01-01 00:45": "0:00:00 0:14:59"}),
@@ -167,7 +167,7 @@ def test_an_event_counts_in_the_window_of_its_zone(client: httpx.Client, how: st
     assert windows_of(before) == [(time, count) for time, count in last_left_out if count]
 
 
-def test_the_start_is_in_the_end_is_out_and_both_have_the_defaults_of_a_listing(client: httpx.Client) -> None:
+def test_the_start_is_inclusive_the_end_exclusive_and_both_default_as_in_a_list(client: httpx.Client) -> None:
     store(client, *[event(timestamp=at(us)) for us in (-7 * DAY_US - 1, -7 * DAY_US, -5, -1, 0)])
     assert usage(client)["value"] == 3
     assert usage(client, start_time=at(-5), end_time=at(-1))["value"] == 1
@@ -178,7 +178,7 @@ def test_the_start_is_in_the_end_is_out_and_both_have_the_defaults_of_a_listing(
         assert usage(client, external_customer_id="nobody", window_size=window_size).items() >= nothing.items()
 
 
-def test_usage_of_hand_worked_properties(client: httpx.Client) -> None:
+def test_usage_of_a_few_events_matches_results_worked_out_by_hand(client: httpx.Client) -> None:
     def sent(number: int, seconds: int, value: object) -> dict[str, Any]:
         return event(f"{number}", timestamp=at(-seconds * 10**6), properties={"n": value} if value != "none" else {})
 
@@ -203,7 +203,7 @@ def test_usage_of_hand_worked_properties(client: httpx.Client) -> None:
         }
         assert usage(client, kind.lower(), **query)["type"] == kind
     assert usage(client, "SUM_WITH_MULTIPLIER", **query, multiplier="0.5")["value"] == 4.25
-    store(client, sent(3333, 25, 7), sent(6, 25, 8))  # of one time: the greater id is the newer
+    store(client, sent(3333, 25, 7), sent(6, 25, 8))  # at the same time, the greater id is newer
     assert usage(client, "LATEST", **query)["value"] == 8
     for kind in ("SUM", "AVG", "MAX", "LATEST", "WEIGHTED_SUM"):  # a negative result is answered as 0
         negative = query | {"filters": {"n": ["-2"]}}
@@ -212,7 +212,7 @@ def test_usage_of_hand_worked_properties(client: httpx.Client) -> None:
 
 
 @table("kind", AGGREGATIONS)
-def test_without_a_property_everything_is_counted_and_the_type_says_so(client: httpx.Client, kind: str) -> None:
+def test_without_a_property_all_events_are_counted_and_the_type_is_count(client: httpx.Client, kind: str) -> None:
     store(client, event(timestamp=at(-1), properties={"n": 5}), event(timestamp=at(-2)))
     multiplier = 3 if kind == "SUM_WITH_MULTIPLIER" else None
     for property_name in (None, ""):
@@ -244,12 +244,12 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
     ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
     ("HOUR", "Asia/Kolkata", "9999-12-31T20:00:00Z", "9999-12-31T21:00:00Z"))],
 ])  # fmt: skip
-def test_a_bad_usage_query_is_refused(shared: httpx.Client, bad: dict[str, Any], part: str) -> None:
+def test_an_invalid_usage_query_is_refused(shared: httpx.Client, bad: dict[str, Any], part: str) -> None:
     refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
 
 
 @table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
-def test_a_bad_usage_body_is_refused(shared: httpx.Client, content: str) -> None:
+def test_a_malformed_usage_body_is_refused(shared: httpx.Client, content: str) -> None:
     refused(shared.post("/v1/events/usage", content=content))
 
 
@@ -259,7 +259,7 @@ def test_100000_windows_are_answered(client: httpx.Client) -> None:
     assert [count for _, count in windows_of(answer)] == [1, 1]
 
 
-def test_sums_that_no_float_holds_are_answered_with_numbers(client: httpx.Client) -> None:
+def test_sums_beyond_the_range_of_floats_are_answered_with_numbers(client: httpx.Client) -> None:
     store(client, *[event(timestamp=at(-1 - number * DAY_US), properties={"n": 1e308}) for number in range(7)])
     store(client, *[event(event_name="one", timestamp=at(-1), properties={"n": 1e308})] * 2)
     for name, kind in itertools.product(("call", "one"), ("SUM", "AVG", "MAX", "WEIGHTED_SUM", "SUM_WITH_MULTIPLIER")):
@@ -271,26 +271,26 @@ def test_sums_that_no_float_holds_are_answered_with_numbers(client: httpx.Client
             assert all(isinstance(value, float) and value > 0 for value in values), (kind, sizes, answer)
 
 
-# Each is read one too high or too low in its last digit by some SQLite: 3.40, 3.43 to 3.46, or 3.50.
+# SQLite 3.40, 3.43 to 3.46, or 3.50 misreads the last digit of each by one.
 UNEXACT = ["87831.178989", "13406.597127", "157.761139", "1.7976931348623158e308", 58437.773459, 1.909689623213514e-34,
            1.4255183989699612e266, 7.036870839547745e177]  # fmt: skip
 
 
 @table("value", UNEXACT, ids=repr)
-def test_the_greatest_and_the_latest_number_are_answered_to_the_last_digit(client: httpx.Client, value: Any) -> None:
+def test_the_maximum_and_the_latest_number_are_exact_to_the_last_digit(client: httpx.Client, value: Any) -> None:
     store(client, event(timestamp=at(-2), properties={"n": -1}), event(timestamp=at(-1), properties={"n": value}))
     for kind, windows in itertools.product(("MAX", "LATEST"), ({}, {"window_size": "DAY"})):
         answer = usage(client, kind, property_name="n", **windows)
         assert [answer["value"], *(each for _, each in windows_of(answer))][bool(windows)] == float(value)
 
 
-def test_usage_takes_a_property_as_the_same_however_its_json_was_written(client: httpx.Client) -> None:
+def test_usage_compares_properties_regardless_of_how_their_json_was_written(client: httpx.Client) -> None:
     for number, properties in enumerate(['{"n":{"a":[1,2]},"m":"\u00a05"}', '{ "n" : { "a" : [ 1, 2 ] }, "m": "\\u00a05" }',
                                          '{"n": {"a": [1, 2]}, "m": "5 apples", "x": "\\\\"}']):  # fmt: skip
         content = f'{{"event_name": "call", "external_customer_id": "cust", "timestamp": "{at(-1 - number)}", "properties": {properties}}}'
         assert client.post("/v1/events", content=content.encode()).status_code == 202
     assert usage(client, "COUNT_UNIQUE", property_name="n")["value"] == 1
-    assert usage(client, "SUM", property_name="m")["value"] == 0  # none is wholly a decimal number
+    assert usage(client, "SUM", property_name="m")["value"] == 0  # no value is a decimal number as a whole
 
 
 NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a012", "1 2", "inf", "-inf", "Infinity", "nan",
@@ -299,7 +299,9 @@ NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a
 
 @table("others", [{}, {"backslash": "\\"}], ids=["fast", "slowly"])
 @table("value", NO_NUMBERS, ids=repr)
-def test_what_is_no_number_to_the_letter_counts_as_0(client: httpx.Client, value: Any, others: dict[str, Any]) -> None:
+def test_a_value_that_is_not_exactly_a_number_counts_as_0(
+    client: httpx.Client, value: Any, others: dict[str, Any]
+) -> None:
     store(
         client,
         event(timestamp=at(-1), properties={"n": value} | others),
@@ -310,17 +312,19 @@ def test_what_is_no_number_to_the_letter_counts_as_0(client: httpx.Client, value
 
 
 @table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
-def test_only_the_number_of_windows_is_limited_and_not_the_range(client: httpx.Client, size: str, windows: int) -> None:
+def test_the_number_of_windows_is_limited_and_the_length_of_the_range_is_not(
+    client: httpx.Client, size: str, windows: int
+) -> None:
     query = {"event_name": "call", "aggregation_type": "COUNT", "window_size": size}
     query |= {"start_time": "0025-01-01T00:00:00Z", "end_time": "2025-01-01T00:00:00Z"}
     assert client.post("/v1/events/usage", json=query).status_code == (200 if windows <= 100_000 else 400)
 
 
-# ---------------------------------------------------------------------------------------------- 7: windows of every time zone, around every change of its clocks from 2000 to 2037
+# ---------------------------------------------------------------------------------------------- 7: windows around changes of clocks
 
 DAYS = [datetime(2000, 1, 1) + timedelta(days=number) for number in range(38 * 365 + 10)]
 A_SUNDAY, HOUR_S, DAY_S = datetime(2000, 1, 2), 3600, 86_400
-SHORT_SIZES = {**MINUTES, "DAY": 1440}  # the change's moment and offsets are all that matters to them
+SHORT_SIZES = {**MINUTES, "DAY": 1440}  # they depend only on the moment and the offsets of a change
 
 
 class Change(NamedTuple):
@@ -349,7 +353,7 @@ def changes_of(zone: ZoneInfo) -> list[Change]:
 
 @cache
 def all_changes() -> list[Change]:
-    """Of each zone of tzdata; of several that are the same under other names, the first."""
+    """Return the changes of every zone in tzdata; of zones with identical data, take the first listed."""
     folder = files("tzdata") / "zoneinfo"
     names = (files("tzdata") / "zones").read_text().split()
     zones = {folder.joinpath(*name.split("/")).read_bytes(): name for name in reversed(names)}
@@ -357,8 +361,11 @@ def all_changes() -> list[Change]:
 
 
 def starts_by_the_minute(change: Change, minutes: int, since_s: int, until_s: int) -> list[int]:
-    """Where windows start when somebody looks at the clock every minute: when it first shows what is in a later one;
-    up to an hour long, whenever it shows a window's first minute."""
+    """Find the starts of windows by reading the zone's clock every minute.
+
+    A window starts when the clock first shows a time in it; one of up to an hour starts again whenever the clock shows
+    its first minute.
+    """
     found, reached = [], datetime.min
     for moment_s in range(since_s, until_s, 60):
         wall = change.wall(moment_s)
@@ -369,14 +376,14 @@ def starts_by_the_minute(change: Change, minutes: int, since_s: int, until_s: in
     return found
 
 
-# All take a minute. An odd step, because in many zones the changes to and from summer time alternate.
+# All changes take a minute. The step is odd because changes to and from summer time alternate in many zones.
 every = table("step", [pytest.param(1, id="every change", marks=pytest.mark.slow), pytest.param(23, id="every 23rd")])
 
 
 @every
 @table("size", SHORT_SIZES)
-def test_short_windows_start_when_clocks_first_show_it_or_jump_over_it(size: str, step: int) -> None:
-    """The changes of every zone: those of equal offsets at the same time of the day have the same windows."""
+def test_short_windows_start_when_clocks_first_show_their_start_or_jump_over_it(size: str, step: int) -> None:
+    """Try one change for each pair of offsets and time of day; others with the same have the same windows."""
     alike = {(change.before, change.after, change.moment_s % DAY_S): change for change in all_changes()}
     minutes = SHORT_SIZES[size]
     hours = 4 if minutes <= 60 else 30
@@ -389,7 +396,7 @@ def test_short_windows_start_when_clocks_first_show_it_or_jump_over_it(size: str
         assert [start for start in bounds[1:] if start < end_us] == [
             start for start in starts_by_the_minute(change, minutes, since_s, until_s) if start > since_s * 10**6
         ], change
-        for after_s in (-3600.5, -1800, -0.000001, 0, 1, 899, 900, 1800, 3599.5, 3600, 5400):  # wherever a range starts
+        for after_s in (-3600.5, -1800, -0.000001, 0, 1, 899, 900, 1800, 3599.5, 3600, 5400):
             start_us = change.moment_s * 10**6 + int(after_s * 10**6)
             assert [*windows.bounds(start_us, end_us)] == bounds[bisect_right(bounds, start_us) - 1 :], (
                 change,
@@ -407,7 +414,7 @@ def following(label: datetime, month_day: int | None) -> datetime:
 @every
 @table("size", ["WEEK", "MONTH"])
 def test_weeks_and_months_start_at_midnight_or_when_clocks_jump_over_it(size: str, step: int) -> None:
-    """The changes of every zone, and also months that start on the day of the change."""
+    """Try the changes of every zone, also with months that start on the day of the change."""
     for change in all_changes()[::step]:
         for day in {1, change.wall(change.moment_s).day} if size == "MONTH" else {None}:
             start_us, end_us = ((change.moment_s + days * DAY_S) * 10**6 for days in (-1, 34))
@@ -428,7 +435,7 @@ def test_weeks_and_months_start_at_midnight_or_when_clocks_jump_over_it(size: st
 def test_an_event_before_the_range_is_not_counted_when_clocks_go_back_between_edges(
     client: httpx.Client, size: str
 ) -> None:
-    """In Chatham they went from 3:45 to 2:45 at 14:00 UTC."""
+    """In Chatham, clocks went back from 3:45 to 2:45 at 14:00 UTC."""
     store(
         client, *[event(timestamp=f"2026-04-04T{time}:00Z") for time in ("13:20", "13:59", "14:00", "14:14", "14:15")]
     )
@@ -440,7 +447,7 @@ def test_an_event_before_the_range_is_not_counted_when_clocks_go_back_between_ed
 
 @table("size", ["30MIN", "HOUR"])
 def test_an_event_is_in_the_window_that_holds_it_when_clocks_jump_over_an_edge(client: httpx.Client, size: str) -> None:
-    """In Chatham they went from 2:45 to 3:45 at 14:00 UTC: 3:00 and 3:30 were never shown."""
+    """In Chatham, clocks went from 2:45 to 3:45 at 14:00 UTC, so they never showed 3:00 and 3:30."""
     began = datetime(2025, 9, 27, 14, tzinfo=UTC)
     store(client, *[event(timestamp=(began + timedelta(minutes=minute)).isoformat()) for minute in range(30)])
     answer = usage(client, window_size=size, timezone="Pacific/Chatham", start_time=began.isoformat(),
@@ -449,7 +456,7 @@ def test_an_event_is_in_the_window_that_holds_it_when_clocks_jump_over_an_edge(c
 
 
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Chatham"])
-def test_as_many_windows_as_are_allowed_are_made_on_the_night_on_which_clocks_go_back(zone: str) -> None:
+def test_a_range_may_have_100000_windows_on_the_night_when_clocks_go_back(zone: str) -> None:
     start_us = to_us(datetime(2026, 11, 1, 6, 30, tzinfo=UTC))
     spans = Windows("MINUTE", ZoneInfo(zone)).spans(start_us, start_us + 100_000 * 60 * 10**6)
     assert len(spans) == 100_000
@@ -476,14 +483,14 @@ def test_monitoring_counts_the_last_24_hours_or_a_range(client: httpx.Client) ->
                  {"start_time": at(1), "end_time": at()}, {"start_time": at(-1), "end_time": ""},
                  {"window_size": "DAY", "start_time": "9999-12-31T00:00:00Z", "end_time": "9999-12-31T05:00:00Z"},
                  {"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "end_time": at()}])  # fmt: skip
-def test_a_bad_monitoring_query_is_refused(shared: httpx.Client, query: dict[str, Any]) -> None:
+def test_an_invalid_monitoring_query_is_refused(shared: httpx.Client, query: dict[str, Any]) -> None:
     refused(shared.get("/v1/events/monitoring", params=query))
 
 
 @table(
     ("parameters", "number"), [("", 3), ("external_customer_id=one", 2), ("property_filters=n:1", 1), ("source=x", 0)]
 )
-def test_monitoring_counts_what_the_filters_match(tmp_path: Path, parameters: str, number: int) -> None:
+def test_monitoring_counts_events_that_match_the_filters(tmp_path: Path, parameters: str, number: int) -> None:
     common = {"timestamp": "2025-10-15T11:00:00Z"}
     with serving(tmp_path) as client:
         store(client, event("a", external_customer_id="one", properties={"n": 1}, **common),
@@ -497,14 +504,14 @@ LAG_MS = 1500
 
 
 @pytest.fixture
-def lagging(tmp_path: Path) -> Iterator[Any]:
-    """A server whose events are seen late, and its clock."""
+def lagging(tmp_path: Path) -> Iterator[tuple[httpx.Client, Mock]]:
+    """A client of a server with a visibility lag, and the server's clock."""
     clock = Mock(return_value=NOW)
     with serving(tmp_path, visibility_lag_ms=LAG_MS, clock=clock) as client:
         yield client, clock
 
 
-def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(lagging: Any) -> None:
+def test_with_a_lag_an_event_is_accepted_at_once_and_becomes_visible_later(lagging: tuple[httpx.Client, Mock]) -> None:
     client, clock = lagging
     seen: dict[str, Callable[[], int]] = {
         "list": lambda: len(page(client)["events"]),
@@ -520,14 +527,14 @@ def test_with_a_lag_an_event_is_accepted_at_once_and_seen_by_every_query_later(l
     assert counts(store(client, event("1"))) == (0, 1)
 
 
-def test_the_lag_counts_from_when_an_event_came_and_not_from_when_it_happened(lagging: Any) -> None:
+def test_the_lag_starts_when_an_event_arrives_not_at_its_timestamp(lagging: tuple[httpx.Client, Mock]) -> None:
     client, clock = lagging
     clock.return_value = NOW + LAG_MS * 1000
     store(client, event("old", timestamp=at(-DAY_US)))
     assert ids(client) == []
 
 
-def test_monitoring_counts_what_is_not_visible_yet(lagging: Any) -> None:
+def test_monitoring_counts_events_that_are_not_visible_yet(lagging: tuple[httpx.Client, Mock]) -> None:
     client, clock = lagging
     store(client, event(), event())
     clock.return_value += 1_000_000

@@ -1,4 +1,7 @@
-"""A few events and their usage as worked out by hand, for the tests of usage and analytics of meters."""
+"""What the tests of meters, features, usage of a meter and analytics share.
+
+FEW are events whose usage is worked out by hand.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,21 @@ import httpx
 
 from helpers import STAGING_KEY, at, event
 
+NOW_TEXT = "2025-10-15T11:38:47.962Z"
+ULID = "[0-9A-HJKMNP-TV-Z]{26}"
 SECOND_US = 1_000_000
+BAD_RATES: list[Any] = [0, "0", -1, "-0.5", "x", "", True, [], "1e999", "NaN"]
 ABSENT = object()
+
+
+def found(client: httpx.Client, path: str) -> dict[str, Any]:
+    response = client.get(f"/v1/{path}")
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def names(rows: list[dict[str, Any]]) -> str:
+    return "".join(row["name"] for row in rows)
 
 
 def sent(event_id: object, seconds: float, n: object = ABSENT, **fields: Any) -> dict[str, Any]:

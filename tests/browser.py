@@ -1,0 +1,160 @@
+"""Drive the debugger's page in Chromium, and read what the page shows."""
+
+from __future__ import annotations
+
+import shutil
+import urllib.parse
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import httpx
+import pytest
+
+from helpers import Live, event, eventually
+
+if TYPE_CHECKING:
+    from selenium.webdriver.remote.webelement import WebElement
+
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def needs_browser(test: Test) -> Test:
+    """Mark a test that drives Chromium as slow, and skip it if Chromium is missing."""
+    is_there = shutil.which("chromium") and shutil.which("chromedriver")
+    needs = pytest.mark.skipif(not is_there, reason="needs a browser: apt-get install chromium chromium-driver")
+    marked: Test = pytest.mark.slow(needs(test))
+    return marked
+
+
+# Makes the page poll the server every 250 ms instead of every second, so that tests wait less.
+POLL_SOONER = """
+const later = setTimeout;
+globalThis.setTimeout = (call, ms, ...rest) => later(call, ms === 1000 ? 250 : ms, ...rest);
+"""
+
+
+class Debugger:
+    """The page in a real browser, used as a person would. Its time zone is Kabul, 4.5 hours ahead of UTC."""
+
+    live: Live
+    keys: list[str]
+    key: str
+    client: httpx.Client
+
+    def __init__(self) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium") or ""
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "no-proxy-server"):
+            options.add_argument(f"--{flag}")
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        self.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kabul"})
+        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": POLL_SOONER})
+        self.look()
+
+    def look(self, width: int = 1280, height: int = 800, scheme: str = "light") -> None:
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    def open(self, url: str) -> None:
+        self.driver.execute_cdp_cmd("Page.navigate", {"url": "about:blank"})
+        self.driver.get(url)
+
+    def visit(self, **parameters: str) -> None:
+        self.open(f"{self.live.url}/?{urllib.parse.urlencode(parameters)}")
+
+    def address(self) -> dict[str, list[str]]:
+        """Return the parameters in the address bar."""
+        return urllib.parse.parse_qs(urllib.parse.urlsplit(self.driver.current_url).query)
+
+    def ask(self, script: str, *arguments: object) -> Any:
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def find(self, selector: str) -> WebElement:
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return str(self.ask("document.querySelector(arguments[0])?.textContent ?? ''", selector))
+
+    def texts(self, selector: str) -> list[str]:
+        return list(self.ask("[...document.querySelectorAll(arguments[0])].map((node) => node.textContent)", selector))
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type the text into the field key by key, then leave the field."""
+        field = self.find(selector)
+        field.clear()
+        field.send_keys(text)
+        self.ask("document.activeElement.blur()")
+
+    def ids(self) -> list[str]:
+        return self.texts(".row .id")
+
+    def shows(self, *event_ids: str) -> None:
+        eventually(lambda: self.ids() == list(event_ids))
+
+    def gives(self, script: str, value: object) -> None:
+        eventually(lambda: self.ask(script) == value)
+
+    def opens(self, selector: str, part: str) -> None:
+        eventually(lambda: part in self.text(selector))
+
+    def pasted(self) -> str:
+        """Return the text in the clipboard, by pasting it into a field of the page."""
+        from selenium.webdriver.common.keys import Keys
+
+        self.click("#send")
+        self.find("#send-input").clear()
+        self.find("#send-input").send_keys(Keys.CONTROL, "v")
+        text = self.ask("document.getElementById('send-input').value")
+        self.click("#send-dialog .close")
+        return str(text)
+
+    def complaints(self, but: str = "the server responded with a status of 4") -> list[str]:
+        """Return and clear the messages of the browser's console, except those of refusals that tests provoke."""
+        lines: list[dict[str, str]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return [line["message"] for line in lines if but not in line["message"]]
+
+
+def environment_of(key: str) -> str:
+    return key.replace("key", "environment")
+
+
+def ago(seconds: float = 0) -> str:
+    return (datetime.now(UTC) - timedelta(seconds=seconds)).isoformat()
+
+
+def bars_of(debugger: Debugger) -> list[int]:
+    """Return the number of events for each bar of the histogram, after a check that only non-empty bars are drawn."""
+    counts = debugger.ask("state.bars.counts")
+    assert [height > 0 for height in heights(debugger, "bars")] == [count > 0 for count in counts]
+    return list(counts)
+
+
+def places(debugger: Debugger, *selectors: str) -> list[list[float]]:
+    """Return x, y and width of each element, in pixels."""
+    box = "(({ x, y, width }) => [x, y, width])(document.querySelector(arguments[0]).getBoundingClientRect())"
+    return [[round(number) for number in debugger.ask(box, selector)] for selector in selectors]
+
+
+def heights(debugger: Debugger, name: str = "chart") -> list[float]:
+    """Return the heights of the bars of a drawing, in the order of time."""
+    parts = "[...document.getElementById(arguments[0]).children]"
+    return list(debugger.ask(f"{parts}.map((bar) => Number(bar.getAttribute('height')))", name))
+
+
+def some(count: int, **fields: Any) -> list[dict[str, Any]]:
+    """Return events of the last minutes, oldest first, with the ids e0000, e0001 ..."""
+    return [event(f"e{number:04}", timestamp=ago(600 - number / 100), **fields) for number in range(count)]

@@ -1,0 +1,71 @@
+"""Embed the service in a program that adds an operation and middleware."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import eventstore
+from eventstore import Settings, create_app
+from helpers import KEYS, STAGING_KEY, event, refused, store
+
+
+class Name(msgspec.Struct):
+    name: str
+
+
+class Greeting(msgspec.Struct):
+    text: str
+
+
+async def greet(service: eventstore.Service, request: Request) -> Response:
+    """Answer POST /v1/hello with a greeting."""
+    name = json.loads(await eventstore.read_body(service, request))["name"]
+    return eventstore.JsonResponse(Greeting(f"hello {name} of {request['environment']}"))
+
+
+class Stamp:
+    """Middleware that names the environment of the request in a header of the answer."""
+
+    def __init__(self, app: ASGIApp, name: str) -> None:
+        self.app, self.name = app, name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stamped(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                stamp = (self.name.encode(), scope.get("environment", "none").encode())
+                message["headers"] = [*message["headers"], stamp]
+            await send(message)
+
+        await self.app(scope, receive, stamped)
+
+
+def test_added_operations_and_middleware_are_served_and_described_like_the_built_in_ones(tmp_path: Path) -> None:
+    from openapi_spec_validator import validate
+
+    hello = eventstore.Operation("POST", "/v1/hello", greet, Greeting, Name, example={"name": "you"},
+                                 schemas={"Name": {"name": {"type": "string", "maxLength": 9}}})  # fmt: skip
+    settings = Settings(db=str(tmp_path / "events.db"), api_keys=KEYS)
+    app = create_app(settings, operations=[hello], middleware=[Middleware(Stamp, name="x-stamp")])
+    with TestClient(app, headers={"x-api-key": STAGING_KEY}) as client:
+        refused(client.post("/v1/hello", json={"name": "a"}, headers={"x-api-key": "unknown"}), 401, "unauthorized")
+        answer = client.post("/v1/hello", json={"name": "a"})
+        assert (answer.status_code, answer.json()) == (200, {"text": "hello a of staging"})
+        assert answer.headers["x-stamp"] == store(client, event()).headers["x-stamp"] == "staging"
+        refused(client.get("/v1/hello"), 405, "method_not_allowed", "allowed: POST")
+        refused(client.get("/v1/nowhere"), 404, "not_found", "POST /v1/hello")
+        refused(client.post("/hello"), 404, "not_found", 'so "/v1/hello"?')
+        validate(document := client.get("/openapi.json").json())
+    described = document["paths"]["/v1/hello"]["post"]
+    assert described["security"] == [{"ApiKey": []}]
+    assert described["requestBody"]["content"]["application/json"]["example"] == {"name": "you"}
+    schemas = document["components"]["schemas"]
+    assert (schemas["Name"]["required"], schemas["Name"]["properties"]["name"]["maxLength"]) == (["name"], 9)
+    assert schemas["Greeting"]["properties"] == {"text": {"type": "string"}}

@@ -1,0 +1,156 @@
+"""Check which index each query uses and how many rows it reads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import httpx
+import pytest
+
+import eventstore
+from eventstore_extras import usage as usage_extra
+from helpers import DAY_US, NOW, Json, store_of, table
+
+
+def counting(counter: Iterator[int]) -> Callable[[], None]:
+    """Return a progress handler that counts the virtual machine instructions of SQLite."""
+
+    def count() -> None:
+        next(counter)
+
+    return count
+
+
+@table("descending", [True, False], ids=["desc", "asc"])
+@table("by_name", [False, True], ids=["timestamp", "event_name"])
+@table("filters", [{}, {"external_customer_id": "cust"}, {"event_name": "call"}], ids=str)
+def test_a_deep_page_uses_an_index_and_costs_no_more_than_the_first(
+    many: httpx.Client, by_name: bool, descending: bool, filters: dict[str, Any]
+) -> None:
+    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters, "offset": 0,
+             "property_filters": {}, "page_size": 20, "by_name": by_name, "descending": descending, "after": None,
+             "before": None, "count": None}  # fmt: skip
+    pages = [{}, *[{side: number} for side in ("after", "before") for number in (100, 900)]]
+    if by_name and "external_customer_id" in filters:
+        del pages[0]  # no index has this order; all events of the customer are read and sorted
+    steps = []
+    with closing(sqlite3.connect(store_of(many).path)) as conn:
+        for one in pages:
+            cursors = {side: eventstore.Cursor(NOW + number - 2000, f"{number:04}") for side, number in one.items()}
+            statements: list[str] = []
+            counter = itertools.count()
+            conn.set_trace_callback(statements.append)
+            conn.set_progress_handler(counting(counter), 1)
+            found = eventstore.list_events(conn, eventstore.EventQuery(**query | cursors))
+            assert len(json.loads(bytes(found.events))) == 20
+            conn.set_trace_callback(None)
+            conn.set_progress_handler(None, 1)
+            steps.append(next(counter))  # instructions of SQLite: a measure of cost that is the same on every computer
+            (statement,) = [text for text in statements if "ORDER BY" in text]
+            plan = "\n".join(row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}"))
+            assert "SEARCH events USING" in plan
+            assert "SCAN events" not in plan
+            if by_name and "external_customer_id" in filters:
+                # sorting one customer's events is cheaper than scanning the events of all customers by name
+                assert "events_by_customer" in plan
+            else:
+                assert "TEMP B-TREE" not in plan
+    if not (by_name and "external_customer_id" in filters):
+        assert max(steps) < 2 * min(steps)
+
+
+RARE = {"external_customer_id": "rare", "event_name": "rare", "id": "0500"}
+COMMON = {"external_customer_id": "cust", "event_name": "call", "source": ""}
+
+
+@pytest.fixture(scope="module")
+def rare_among_many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The path of a file with 3,000 events: ten of a rare customer, ten others with a rare name."""
+    path = str(tmp_path_factory.mktemp("rare") / "events.db")
+    eventstore.prepare_file(path)
+    with closing(eventstore.connect(path)) as conn:
+        environment = eventstore.environment_number(conn, "development")
+        rows = [
+            eventstore.Row(environment, f"{number:04}", "rare" if number % 300 == 50 else "cust", "",
+                           "rare" if number % 300 == 250 else f"call{number % 7}" if number % 2 else "call", "",
+                           NOW - 3000 + number, NOW, "{}")
+            for number in range(3000)
+        ]  # fmt: skip
+        eventstore.insert_events(conn, rows, 5)
+    return path
+
+
+@table(
+    "rare",
+    [names for n in range(4) for names in itertools.combinations(RARE, n)],
+    ids=lambda names: "+".join(names) or "none",
+)
+@table(
+    "common",
+    [names for n in range(4) for names in itertools.combinations(COMMON, n)],
+    ids=lambda names: "+".join(names) or "none",
+)
+def test_a_page_reads_only_the_rows_of_its_id_customer_or_name(
+    rare_among_many: str, common: tuple[str, ...], rare: tuple[str, ...]
+) -> None:
+    """Try every combination of filters, sorts and cursors. Reading a row takes SQLite about 60 instructions."""
+    filters = {name: COMMON[name] for name in common} | {name: RARE[name] for name in rare}
+    if "id" in rare:
+        rows = 1
+    elif "external_customer_id" in filters:  # uses the index by customer even if the name is rarer
+        rows = 10 if "external_customer_id" in rare else 3000
+    else:
+        rows = 10 if rare else 60  # without a rare filter an index has the order: only the page is read
+    half = eventstore.Cursor(NOW - 1500, "1500")
+    sides = [(None, None), (half, None), (None, half)]
+    with closing(eventstore.connect_reader(rare_among_many)) as conn:
+        for by_name, descending, (after, before) in itertools.product([False, True], [False, True], sides):
+            query = eventstore.EventQuery(view=eventstore.View("development", NOW), start_us=NOW - DAY_US, end_us=NOW, filters=filters,
+                                          offset=0, page_size=20, by_name=by_name, descending=descending, count=None, after=after,
+                                          before=before)  # fmt: skip
+            counter = itertools.count()
+            conn.set_progress_handler(counting(counter), 1)
+            eventstore.list_events(conn, query)
+            assert next(counter) < 100 * rows + 1500, (by_name, descending, after, before)
+
+
+@table(
+    ("filters", "index"),
+    [({}, "time"), ({"external_customer_id": "cust"}, "customer"), ({"event_name": "call"}, "name"), ({"source": ""}, "time"),
+     ({"event_name": "call", "external_customer_id": "cust"}, "customer"), ({"external_customer_id": "cust", "id": "0001"}, "id")],
+    ids=str,
+)  # fmt: skip
+def test_each_query_uses_the_index_that_suits_its_filters(
+    many: httpx.Client, filters: dict[str, Any], index: str
+) -> None:
+    query: Json = {"view": eventstore.View("development", NOW), "start_us": NOW - DAY_US, "end_us": NOW, "filters": filters,
+             "property_filters": {}}  # fmt: skip
+    page: Json = {
+        "offset": 0,
+        "page_size": 20,
+        "by_name": False,
+        "descending": True,
+        "after": None,
+        "before": None,
+        "count": True,
+    }
+    statements: list[str] = []
+    with closing(eventstore.connect_reader(store_of(many).path)) as conn:
+        conn.set_trace_callback(statements.append)
+        eventstore.list_events(conn, eventstore.EventQuery(**query | page))
+        for kind in ("COUNT", "SUM", "MAX", "LATEST"):
+            aggregation = usage_extra.UsageQuery(**query, aggregation=kind, property_name="n")
+            usage_extra.select_cells(conn, aggregation, [eventstore.Span(0, NOW, 0)])
+        conn.set_trace_callback(None)
+        selects = [text for text in statements if "FROM events" in text]
+        assert len(selects) == 5
+        for statement in selects:
+            plan = [row[3] for row in conn.execute(f"EXPLAIN QUERY PLAN {statement}")]
+            used = {re.findall(r"INDEX (\w+) ", step)[0] for step in plan if "SEARCH events" in step}
+            assert (used, [step for step in plan if "SCAN events" in step]) == ({f"events_by_{index}"}, [])
