@@ -174,7 +174,10 @@ class _Replay:
         """Send a batch until all of it is accepted. Raises _FailedError."""
         self.sent += len(batch.rows)
         while batch.rows:
-            part, answer = await sender.send_head(batch)
+            try:
+                part, answer = await sender.send_head(batch)
+            except _FailedError as failure:
+                raise _FailedError(str(failure), sender.head(batch)) from None
             if answer.outcome is not Outcome.ACCEPTED:
                 raise _FailedError(answer.problem, part)
             self._success_s = time.monotonic()

@@ -550,6 +550,10 @@ class Sender:
             self._max_bytes = min(self._max_bytes * 2, BATCH_BYTES)
             self._accepted = 0
 
+    def head(self, batch: Batch) -> Batch:
+        """Return as many of the first events as one request may have now."""
+        return batch.head(self._max_bytes)
+
     async def send_head(self, batch: Batch) -> tuple[Batch, Answer]:
         """Send as many of the first events as the target takes at a time.
 
@@ -558,7 +562,7 @@ class Sender:
         """
         waits = breaks = 0
         while True:
-            part = batch.head(self._max_bytes)
+            part = self.head(batch)
             answer = await self._target.post(part.body)
             if answer.outcome is Outcome.TOO_LARGE and len(part.rows) > 1:
                 self._shrink(part)
