@@ -33,6 +33,7 @@ FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # cause
 OFTEN = """
 sending.SAVE_INTERVAL_S, sending.BACKOFF_CAP_S = 0, 0.1
 retention.HOUR_US, retention.CLOCK_INTERVAL_S, retention.MAX_ROWS = 1, 0.02, 30
+retention.MOST_AT_ONCE = 10**9  # the second server deletes all that the first one stored
 """
 # Each run is two days later than the one before, so that all its events are due for deletion.
 LATER = "arguments.clock = lambda: eventstore.now_us() + 2 * eventstore.DAY_US * {}"
