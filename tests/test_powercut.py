@@ -123,7 +123,7 @@ class PickyTarget(FakeTarget):
         if not next(self.answers_requests):
             return reply(handler, 503, b"{}")
         if any(map(is_refused, ids)):
-            return reply(handler, 400, b"{}")
+            return reply(handler, 400, b'{"error": "refused"}')
         self.accepted_batches.append(ids)
         return False
 
