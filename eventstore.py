@@ -285,6 +285,11 @@ def excerpt(raw: bytes) -> str:
     return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
 
 
+def plural(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 # ---------------------------------------------------------------------------------------------- JSON
 
 ENCODER = msgspec.json.Encoder()
@@ -322,25 +327,6 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
-    """Decode a struct and record the fields that have the wrong type. Raises ApiError if the body is not JSON."""
-    return decode(decoder, body) or decode_members(decoder.type, body, faults)
-
-
-def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
-    """Decode an object field by field: record each field of the wrong type and leave it out; ignore unknown fields."""
-    members = decode(MEMBERS, bytes(raw))
-    if members is None:
-        faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
-        return struct()
-    values = {}
-    faults.ignore(members.keys() - {*struct.__struct_fields__})  # type: ignore[attr-defined]
-    for field in _fields_of(struct):  # type: ignore[arg-type]
-        if field.name in members:
-            values[field.name] = _decode_member(struct, field, bytes(members[field.name]), faults)
-    return struct(**values)
-
-
 def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
     value = decode(decoder_of(field.type), raw)
     if value is not None or raw == b"null":
@@ -359,6 +345,25 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
     expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
     faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
     return None
+
+
+def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
+    """Decode an object field by field: record each field of the wrong type and leave it out; ignore unknown fields."""
+    members = decode(MEMBERS, bytes(raw))
+    if members is None:
+        faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
+        return struct()
+    values = {}
+    faults.ignore(members.keys() - {*struct.__struct_fields__})  # type: ignore[attr-defined]
+    for field in _fields_of(struct):  # type: ignore[arg-type]
+        if field.name in members:
+            values[field.name] = _decode_member(struct, field, bytes(members[field.name]), faults)
+    return struct(**values)
+
+
+def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
+    """Decode a struct and record the fields that have the wrong type. Raises ApiError if the body is not JSON."""
+    return decode(decoder, body) or decode_members(decoder.type, body, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Time, ids, cursors
@@ -512,6 +517,61 @@ def is_in(value: Sql | str, options: Sequence[object] | set[str], name: str) -> 
     return sql(text, *([value] if isinstance(value, Sql) else []), **values)
 
 
+def index_of(columns: Iterable[str]) -> str:
+    """Build the INDEXED BY clause for a condition on these columns: the index finds few events, in the order of a page.
+
+    Without the clause SQLite 3.50 uses events_by_time for every page: one customer's page scans all customers' events.
+    """
+    indexes = {"id": "id", "external_customer_id": "customer", "event_name": "name"}
+    given = {*columns}
+    return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
+
+
+def json_texts(values: Sequence[str]) -> list[str]:
+    """Return the results of `property_json` that match a text: as a JSON string, and as a number or boolean."""
+    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
+
+
+def property_parameters(name: str, key: str) -> dict[str, object]:
+    """Return the parameters for a key and for its path; a key that needs escapes gets the path of the whole object."""
+    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
+
+
+def property_sql(function: str, name: str, key: str) -> Sql:
+    """Build the expression for a top-level property; its value is what `property_json` or `property_text` returns.
+
+    It uses the faster `->`, and calls the function only if the properties contain a backslash: a path of SQLite cannot
+    contain a quote, and before 3.45 SQLite compares the path with the key's escaped form. `name` is a unique prefix for
+    the parameters' names.
+    """
+    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
+    if function == "property_text":
+        plain = f"trim(nullif({plain}, 'null'), '\"')"
+    text = f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
+    return Sql(text, property_parameters(name, key))
+
+
+def property_json(properties: str, key: str) -> str | None:
+    """SQL function: return a top-level property as JSON, but a string without escapes; NULL if it is missing."""
+    raw = bytes(MEMBERS.decode(properties).get(key, b""))
+    if raw[:1] in (b"{", b"["):
+        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` returns it
+    return f'"{_STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
+
+
+def property_text(properties: str, key: str) -> str | None:
+    """SQL function: return a string property's value, or the JSON text of another; NULL if it is null or missing."""
+    text = property_json(properties, key)
+    return text[1:-1] if text and text[0] == '"' else None if text == "null" else text
+
+
+def property_number(properties: str, key: str) -> float:
+    """SQL function: return the number that a property is, or that its text spells; 0 for any other (API: Usage)."""
+    text = property_text(properties, key) or ""
+    number = float(text) if DECIMAL.fullmatch(text) else 0.0
+    return number if math.isfinite(number) else 0.0
+
+
 class View(NamedTuple):
     """The events that a request can see: those of one environment, without those that a simulated lag still hides."""
 
@@ -540,61 +600,6 @@ def matching(selection: Selection) -> Sql:
         found = property_sql("property_json", f"filter{number}", key)
         clauses.append(is_in(found, json_texts(values), f"filter{number}_"))
     return all_of(clauses)
-
-
-def index_of(columns: Iterable[str]) -> str:
-    """Build the INDEXED BY clause for a condition on these columns: the index finds few events, in the order of a page.
-
-    Without the clause SQLite 3.50 uses events_by_time for every page: one customer's page scans all customers' events.
-    """
-    indexes = {"id": "id", "external_customer_id": "customer", "event_name": "name"}
-    given = {*columns}
-    return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
-
-
-def json_texts(values: Sequence[str]) -> list[str]:
-    """Return the results of `property_json` that match a text: as a JSON string, and as a number or boolean."""
-    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
-
-
-def property_sql(function: str, name: str, key: str) -> Sql:
-    """Build the expression for a top-level property; its value is what `property_json` or `property_text` returns.
-
-    It uses the faster `->`, and calls the function only if the properties contain a backslash: a path of SQLite cannot
-    contain a quote, and before 3.45 SQLite compares the path with the key's escaped form. `name` is a unique prefix for
-    the parameters' names.
-    """
-    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
-    if function == "property_text":
-        plain = f"trim(nullif({plain}, 'null'), '\"')"
-    text = f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
-    return Sql(text, property_parameters(name, key))
-
-
-def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return the parameters for a key and for its path; a key that needs escapes gets the path of the whole object."""
-    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
-
-
-def property_json(properties: str, key: str) -> str | None:
-    """SQL function: return a top-level property as JSON, but a string without escapes; NULL if it is missing."""
-    raw = bytes(MEMBERS.decode(properties).get(key, b""))
-    if raw[:1] in (b"{", b"["):
-        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` returns it
-    return f'"{_STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
-
-
-def property_text(properties: str, key: str) -> str | None:
-    """SQL function: return a string property's value, or the JSON text of another; NULL if it is null or missing."""
-    text = property_json(properties, key)
-    return text[1:-1] if text and text[0] == '"' else None if text == "null" else text
-
-
-def property_number(properties: str, key: str) -> float:
-    """SQL function: return the number that a property is, or that its text spells; 0 for any other (API: Usage)."""
-    text = property_text(properties, key) or ""
-    number = float(text) if DECIMAL.fullmatch(text) else 0.0
-    return number if math.isfinite(number) else 0.0
 
 
 def time_sql(column: str) -> str:
@@ -686,24 +691,6 @@ def real_path(db: str) -> str:
     return os.path.realpath(db)
 
 
-def prepare_file(path: str) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
-    if sqlite3.sqlite_version_info < (3, 38):
-        raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
-    if not path:
-        raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
-    if os.path.isdir(path):
-        raise StartError(f"{path} is a folder: name a file in it with --db")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
-    if _ends_in_half_a_page(real_path(path)):
-        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
-    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path)
-        return _count_all(conn)
-
-
 def _ends_in_half_a_page(path: str) -> bool:
     """Return whether the file ends inside a page. SQLite fills that page with zeros, which is right only with a WAL."""
     if not os.path.isfile(path) or os.path.exists(f"{path}-wal"):
@@ -722,6 +709,18 @@ def _start_errors(path: str) -> Iterator[None]:
     except sqlite3.Error as error:
         reason = ": ".join(_PROBLEMS.get(error.sqlite_errorcode & 0xFF, (str(error),)))
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
+
+
+def _write_schema(conn: sqlite3.Connection) -> None:
+    """Create the tables unless they exist; a process that starts at the same time waits for the lock."""
+    execute_writing(conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
+    statement = ""
+    for line in _data_file("schema.sql").splitlines(keepends=True):  # executescript would commit first
+        statement += line
+        if sqlite3.complete_statement(statement):
+            conn.execute(statement)
+            statement = ""
+    conn.execute("COMMIT")
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
@@ -746,23 +745,29 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
     conn.execute("ROLLBACK")
 
 
-def _write_schema(conn: sqlite3.Connection) -> None:
-    """Create the tables unless they exist; a process that starts at the same time waits for the lock."""
-    execute_writing(conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-    statement = ""
-    for line in _data_file("schema.sql").splitlines(keepends=True):  # executescript would commit first
-        statement += line
-        if sqlite3.complete_statement(statement):
-            conn.execute(statement)
-            statement = ""
-    conn.execute("COMMIT")
-
-
 def _count_all(conn: sqlite3.Connection) -> int:
     """Count the events. Above 100,000, estimate the number from seq: it is too high if events were deleted."""
     few = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
     numbers = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
+
+
+def prepare_file(path: str) -> int:
+    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
+    if not path:
+        raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
+    if os.path.isdir(path):
+        raise StartError(f"{path} is a folder: name a file in it with --db")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    if _ends_in_half_a_page(real_path(path)):
+        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
+    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        _migrate(conn, path)
+        return _count_all(conn)
 
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
@@ -779,6 +784,15 @@ def insert_statement(rows: int) -> str:
     return f"INSERT INTO events ({columns}) VALUES {', '.join([row] * rows)} {on_known_id}"
 
 
+def _insert_chunks(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
+    inserted = 0
+    for start in range(0, len(rows), INSERT_ROWS):
+        chunk = rows[start : start + INSERT_ROWS]
+        values = list(itertools.chain.from_iterable(chunk))
+        inserted += execute_writing(conn, lock_timeout_s, insert_statement(len(chunk)), values).rowcount
+    return inserted
+
+
 def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
     """Store rows in one transaction; return how many were new. After an error the transaction may still be open.
 
@@ -792,15 +806,6 @@ def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s:
     inserted = _insert_chunks(conn, rows, lock_timeout_s)
     if conn.in_transaction:
         conn.execute("COMMIT")
-    return inserted
-
-
-def _insert_chunks(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
-    inserted = 0
-    for start in range(0, len(rows), INSERT_ROWS):
-        chunk = rows[start : start + INSERT_ROWS]
-        values = list(itertools.chain.from_iterable(chunk))
-        inserted += execute_writing(conn, lock_timeout_s, insert_statement(len(chunk)), values).rowcount
     return inserted
 
 
@@ -923,6 +928,27 @@ class FreeSpace:
             self._is_low = False
             log.info("the disk has room again: %s MB are left", f"{free / 1e6:,.1f}")
         return reason if free < limit else None
+
+
+def _files_of(path: str) -> list[os.stat_result]:
+    """Return the status of the database file and of its WAL, if they exist."""
+    files = []
+    for name in (path, f"{path}-wal"):
+        with suppress(FileNotFoundError):
+            files.append(os.stat(name))
+    return files
+
+
+def _rows_of(group: Iterable[_Task]) -> list[Row]:
+    return [row for task in group if not callable(task.work) for row in task.work]
+
+
+def failure_reason(error: Exception) -> str:
+    """Return why a commit failed. The reason contains no path, because anyone may read /health."""
+    if isinstance(error, OSError):
+        return "the database file was removed or replaced, or cannot be looked at"
+    known = _PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+    return known[0] if known else "the database refused a write"
 
 
 class Writer:
@@ -1096,27 +1122,6 @@ class Writer:
                 self._wal_limit_bytes = self._settings.wal_bytes
 
 
-def _rows_of(group: Iterable[_Task]) -> list[Row]:
-    return [row for task in group if not callable(task.work) for row in task.work]
-
-
-def failure_reason(error: Exception) -> str:
-    """Return why a commit failed. The reason contains no path, because anyone may read /health."""
-    if isinstance(error, OSError):
-        return "the database file was removed or replaced, or cannot be looked at"
-    known = _PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return known[0] if known else "the database refused a write"
-
-
-def _files_of(path: str) -> list[os.stat_result]:
-    """Return the status of the database file and of its WAL, if they exist."""
-    files = []
-    for name in (path, f"{path}-wal"):
-        with suppress(FileNotFoundError):
-            files.append(os.stat(name))
-    return files
-
-
 class Reader:
     """A read-only connection that interrupts a query at its deadline."""
 
@@ -1268,6 +1273,20 @@ register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {
 _Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
+_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
+
+
+def _has_extras() -> bool:
+    return importlib.util.find_spec("eventstore_extras") is not None
+
+
+def _extra(name: str, purpose: str) -> ModuleType:
+    """Import a module of eventstore_extras. Raises StartError if there is no such folder."""
+    if not _has_extras():
+        raise StartError(f"{purpose} needs {_EXTRAS_FOLDER}")
+    return importlib.import_module(f"eventstore_extras.{name}")
+
+
 class JsonResponse(Response):
     """A JSON answer. Its content is a value to encode, or bytes that are JSON already."""
 
@@ -1294,6 +1313,62 @@ class Outbox(NamedTuple):
 
     host: str
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
+
+
+class _Endpoint:
+    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
+
+    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None) -> None:
+        self._service = service
+        self._handler = handler
+        self._parameters = parameters  # None: log no unknown parameters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, parameters = self._service, self._parameters
+        request = Request(scope, receive)
+        if parameters is not None and scope["query_string"]:
+            sent = dict(urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace")))
+            service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
+        try:
+            response = await self._handler(service, request)
+        except asyncio.CancelledError:
+            if not service.is_stopping():  # cancelled by the caller, such as by asyncio.timeout() in a test
+                raise
+            # Otherwise uvicorn would answer 500 in plain text.
+            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
+        finally:
+            service.held_bytes -= scope.get("held_bytes", 0)
+        await response(scope, receive, send)
+
+
+class Operation(NamedTuple):
+    """A row of the route table, with its description for the OpenAPI document."""
+
+    method: str
+    path: str
+    handler: _Handler
+    answer: Any
+    body: Any = None
+    parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
+    example: Any = None  # of the body
+    schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
+    status: int = 200
+    refusals: Sequence[int] = ()  # error statuses, besides those of every operation
+    extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
+
+    @property
+    def public_path(self) -> str:
+        return self.path.replace(":anything}", "}")
+
+    @property
+    def is_public(self) -> bool:
+        return self.path in _PUBLIC_PATHS
+
+    def serves(self, path: str) -> bool:
+        return compile_path(self.path)[0].match(path) is not None
+
+    def route(self, service: Service) -> Route:
+        return Route(self.path, _Endpoint(service, self.handler, self.parameters), methods=[self.method])
 
 
 class Service:
@@ -1346,62 +1421,6 @@ class Service:
             if line not in self._logged_names and len(self._logged_names) < _MAX_LOGGED_NAMES:
                 self._logged_names.add(line)
                 log.warning("%s; there are: %s", line, ", ".join(known) or "none here")
-
-
-class Operation(NamedTuple):
-    """A row of the route table, with its description for the OpenAPI document."""
-
-    method: str
-    path: str
-    handler: _Handler
-    answer: Any
-    body: Any = None
-    parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
-    example: Any = None  # of the body
-    schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
-    status: int = 200
-    refusals: Sequence[int] = ()  # error statuses, besides those of every operation
-    extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
-
-    @property
-    def public_path(self) -> str:
-        return self.path.replace(":anything}", "}")
-
-    @property
-    def is_public(self) -> bool:
-        return self.path in _PUBLIC_PATHS
-
-    def serves(self, path: str) -> bool:
-        return compile_path(self.path)[0].match(path) is not None
-
-    def route(self, service: Service) -> Route:
-        return Route(self.path, _Endpoint(service, self.handler, self.parameters), methods=[self.method])
-
-
-class _Endpoint:
-    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
-
-    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None) -> None:
-        self._service = service
-        self._handler = handler
-        self._parameters = parameters  # None: log no unknown parameters
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, parameters = self._service, self._parameters
-        request = Request(scope, receive)
-        if parameters is not None and scope["query_string"]:
-            sent = dict(urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace")))
-            service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
-        try:
-            response = await self._handler(service, request)
-        except asyncio.CancelledError:
-            if not service.is_stopping():  # cancelled by the caller, such as by asyncio.timeout() in a test
-                raise
-            # Otherwise uvicorn would answer 500 in plain text.
-            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:
-            service.held_bytes -= scope.get("held_bytes", 0)
-        await response(scope, receive, send)
 
 
 class Authentication(Struct):
@@ -1468,6 +1487,9 @@ def parse_parameters(query_string: bytes, faults: Faults, repeatable: Iterable[s
             faults.add(name[:MAX_ECHO_CHARS], "invalid_format", "is given more than once")
         parameters[name] = f"{parameters[name]},{value}" if name in parameters else value
     return parameters
+
+
+MAX_OFFSET = 2**53  # the largest integer that every JSON reader keeps exact
 
 
 def parse_int(text: str) -> int:
@@ -1648,38 +1670,6 @@ _OUTER_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("OuterBulkIn", [("even
 _TOO_LARGE = "holds a number that no 64-bit float can hold"
 
 
-def check_properties(raw: bytes) -> str:
-    """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
-
-    Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
-    """
-    text = str(raw, "utf-8")
-    if text in ("", "null"):
-        return "{}"
-    try:
-        value = _OBJECT.decode(raw)
-    except msgspec.ValidationError as error:
-        if "out of range" in str(error):
-            raise FieldError("out_of_range", _TOO_LARGE) from None
-        raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
-    except RecursionError:
-        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
-    except msgspec.DecodeError as error:
-        reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
-        raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
-    if len(text) > _MAX_DOUBLE_DIGITS:
-        if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
-            raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
-        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
-            _check_integers(value)
-    # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
-    # members with a repeated name. A string can also spell a colon as \u003a.
-    colons = text.count(":")
-    if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
-        return text
-    return _without_repeated_keys(text)
-
-
 def _containers_in(value: object) -> Iterator[dict[str, Any] | list[Any]]:
     """Yield the value and all objects and arrays in it. It does not recurse: there may be 500 levels."""
     found = [value]
@@ -1727,6 +1717,38 @@ def _is_deeper_than(value: object, limit: int) -> bool:
         inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
         level = list(itertools.chain.from_iterable(inside))
     return bool(level)
+
+
+def check_properties(raw: bytes) -> str:
+    """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
+
+    Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
+    """
+    text = str(raw, "utf-8")
+    if text in ("", "null"):
+        return "{}"
+    try:
+        value = _OBJECT.decode(raw)
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error):
+            raise FieldError("out_of_range", _TOO_LARGE) from None
+        raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
+    except RecursionError:
+        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
+    except msgspec.DecodeError as error:
+        reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
+        raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
+    if len(text) > _MAX_DOUBLE_DIGITS:
+        if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
+            raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
+        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
+            _check_integers(value)
+    # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
+    # members with a repeated name. A string can also spell a colon as \u003a.
+    colons = text.count(":")
+    if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
+        return text
+    return _without_repeated_keys(text)
 
 
 def _check_lengths(event: EventIn, faults: Faults) -> None:
@@ -1781,35 +1803,8 @@ class _Sent(NamedTuple):
     unknown_fields: Iterable[str] = ()
 
 
-def decode_batch(service: Service, body: bytes) -> _Sent:
-    """Decode a batch. If an event has a wrong type, decode each event alone. Raises ApiError (API: A batch)."""
-    searches = time.monotonic() >= service.next_search_s
-    batch = decode(_BULK if searches else _TOLERANT_BULK, body)
-    unknown: Iterable[str] = ()
-    if batch is None and searches:
-        with _pausing(service):
-            unknown = _unknown_fields(_events_of(decode(_RAW_BULK, body)))
-            batch = decode(_TOLERANT_BULK, body)
-    events = _events_of(batch)
-    if batch is None:
-        raws = _events_of(decode(_RAW_BULK, body))
-        events = [decode(_TOLERANT_EVENT, bytes(raw)) or raw for raw in raws]
-    if not events:
-        _refuse_batch(body)
-    return _Sent(events, unknown)
-
-
 def _events_of(batch: Any) -> list[Any]:
     return [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
-
-
-def _decode_single(service: Service, body: bytes) -> _Sent:
-    searches = time.monotonic() >= service.next_search_s
-    event = decode(EVENT if searches else _TOLERANT_EVENT, body)
-    if event is not None or not searches:
-        return _Sent([event or Raw(body)])
-    with _pausing(service):
-        return _Sent([decode(_TOLERANT_EVENT, body) or Raw(body)], _unknown_fields([Raw(body)]))
 
 
 @contextmanager
@@ -1844,6 +1839,39 @@ def _refuse_batch(body: bytes) -> NoReturn:
     raise_fault("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
 
+def decode_batch(service: Service, body: bytes) -> _Sent:
+    """Decode a batch. If an event has a wrong type, decode each event alone. Raises ApiError (API: A batch)."""
+    searches = time.monotonic() >= service.next_search_s
+    batch = decode(_BULK if searches else _TOLERANT_BULK, body)
+    unknown: Iterable[str] = ()
+    if batch is None and searches:
+        with _pausing(service):
+            unknown = _unknown_fields(_events_of(decode(_RAW_BULK, body)))
+            batch = decode(_TOLERANT_BULK, body)
+    events = _events_of(batch)
+    if batch is None:
+        raws = _events_of(decode(_RAW_BULK, body))
+        events = [decode(_TOLERANT_EVENT, bytes(raw)) or raw for raw in raws]
+    if not events:
+        _refuse_batch(body)
+    return _Sent(events, unknown)
+
+
+def _decode_single(service: Service, body: bytes) -> _Sent:
+    searches = time.monotonic() >= service.next_search_s
+    event = decode(EVENT if searches else _TOLERANT_EVENT, body)
+    if event is not None or not searches:
+        return _Sent([event or Raw(body)])
+    with _pausing(service):
+        return _Sent([decode(_TOLERANT_EVENT, body) or Raw(body)], _unknown_fields([Raw(body)]))
+
+
+async def _store(service: Service, rows: list[Row], answer: object) -> Response:
+    inserted = await service.store.insert(rows)
+    headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
+    return JsonResponse(answer, 202, headers)
+
+
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
@@ -1860,17 +1888,10 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
-async def _store(service: Service, rows: list[Row], answer: object) -> Response:
-    inserted = await service.store.insert(rows)
-    headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
-    return JsonResponse(answer, 202, headers)
-
-
 # ---------------------------------------------------------------------------------------------- Queries
 
 SORTS = ("timestamp", "event_name")
 ORDERS = ("desc", "asc")
-MAX_OFFSET = 2**53  # the largest integer that every JSON reader keeps exact
 MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
 _MAX_PAGE_BYTES = 128 * 1024 * 1024  # while a page is made, memory holds several copies of it
@@ -1946,6 +1967,27 @@ check_order = one_of(*ORDERS)
 check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
 
 
+def _column_filters(sent: EventQueryIn) -> dict[str, str]:
+    return {column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))}
+
+
+def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
+    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
+    number = sum(map(len, filters))
+    if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
+        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
+        faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
+
+
+def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
+    """Return the filters that have values. Ignore a key without values, as FlexPrice does (API: Queries)."""
+    filters = {key: values for key, values in (sent or {}).items() if values}
+    if sent and "" in sent:
+        faults.add(field, "invalid_format", "has an empty key")
+    check_filter_limits(field, [*filters.values()], faults)
+    return filters
+
+
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
     """Check a query and fill in its defaults. Raises ApiError with every fault recorded so far (API: Queries)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
@@ -1964,27 +2006,6 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
         page_size=50 if page_size <= 0 else min(page_size, max_page_size), offset=offset,
         by_name=sort == "event_name", descending=order == "desc", after=after, before=before, count=sent.count_total,
     )  # fmt: skip
-
-
-def _column_filters(sent: EventQueryIn) -> dict[str, str]:
-    return {column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))}
-
-
-def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
-    """Return the filters that have values. Ignore a key without values, as FlexPrice does (API: Queries)."""
-    filters = {key: values for key, values in (sent or {}).items() if values}
-    if sent and "" in sent:
-        faults.add(field, "invalid_format", "has an empty key")
-    check_filter_limits(field, [*filters.values()], faults)
-    return filters
-
-
-def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
-    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
-    number = sum(map(len, filters))
-    if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
-        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
-        faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
 
 
 # An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
@@ -2016,6 +2037,11 @@ def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, des
     return sql(f"{keyset if cursor.timestamp_us >= query.start_us else _SINCE_START} AND {_UNTIL_END}", *parts)
 
 
+def count_statement(query: Selection) -> Sql:
+    where = all_of([matching(query), in_range(query)])
+    return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
+
+
 def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     """Build the statement for a page and one more row. With iter_first_key the rows are in reverse order.
 
@@ -2034,11 +2060,6 @@ def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
-
-
-def count_statement(query: Selection) -> Sql:
-    where = all_of([matching(query), in_range(query)])
-    return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
 
 
 def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str:
@@ -2085,6 +2106,11 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     )  # fmt: skip
 
 
+async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
+    query = event_query(sent, service.view(request), max_page_size, faults)
+    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+
+
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
     """GET /v1/events (API: Queries)."""
     faults = Faults()
@@ -2100,11 +2126,6 @@ async def query_events(service: Service, request: Request) -> Response:
     sent = await read_fields(service, request, _EVENT_QUERY, faults)
     sent.count_total = sent.count_total is not False
     return await _list(service, request, sent, 1000, faults)
-
-
-async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
-    query = event_query(sent, service.view(request), max_page_size, faults)
-    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
 
 
 # ---------------------------------------------------------------------------------------------- Lookup
@@ -2313,19 +2334,6 @@ def _debugger_handler() -> _Handler:
 # ---------------------------------------------------------------------------------------------- Application
 
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
-
-_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
-
-
-def _has_extras() -> bool:
-    return importlib.util.find_spec("eventstore_extras") is not None
-
-
-def _extra(name: str, purpose: str) -> ModuleType:
-    """Import a module of eventstore_extras. Raises StartError if there is no such folder."""
-    if not _has_extras():
-        raise StartError(f"{purpose} needs {_EXTRAS_FOLDER}")
-    return importlib.import_module(f"eventstore_extras.{name}")
 
 
 def _operation_of_extra(method: str, path: str, module: str) -> Operation:
@@ -2597,16 +2605,6 @@ def uvicorn_server(
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine can reach
 
 
-def say(message: str) -> None:
-    """Print a command's message."""
-    print(f"eventstore: {message}", file=sys.stderr, flush=True)
-
-
-def plural(number: int, noun: str) -> str:
-    """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def check_key(key: str, where: str = "") -> str:
     """Return the key. Raises StartError if an HTTP header cannot carry it."""
     if not re.fullmatch(r"[\x21-\x7e]+", key):
@@ -2838,32 +2836,6 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the flags of the named command, and import only that command's module. Raises StartError."""
-    parser = argparse.ArgumentParser(
-        "eventstore", description="FlexPrice's usage-events API in one file on SQLite", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, summary) in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter,
-                                      allow_abbrev=False)  # fmt: skip
-        if name in argv[:1] and module:
-            extra = _extra(module, name)
-            command.set_defaults(run=extra.run)
-            extra.add_flags(name, command.add_argument)
-        elif name in argv[:1]:
-            command.set_defaults(run=serve)
-            _add_serve_flags(command.add_argument)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        command = commands.choices[arguments.command]
-        similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
-        hint = f"; is {similar[0]} meant?" if similar else ""
-        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    return arguments
-
-
 def add_db_flag(add: AddFlag, text: str) -> None:
     add("--db", metavar="PATH", default=Settings().db, help=text)
 
@@ -2899,6 +2871,37 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the flags of the named command, and import only that command's module. Raises StartError."""
+    parser = argparse.ArgumentParser(
+        "eventstore", description="FlexPrice's usage-events API in one file on SQLite", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"eventstore {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter,
+                                      allow_abbrev=False)  # fmt: skip
+        if name in argv[:1] and module:
+            extra = _extra(module, name)
+            command.set_defaults(run=extra.run)
+            extra.add_flags(name, command.add_argument)
+        elif name in argv[:1]:
+            command.set_defaults(run=serve)
+            _add_serve_flags(command.add_argument)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = commands.choices[arguments.command]
+        similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        hint = f"; is {similar[0]} meant?" if similar else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return arguments
+
+
+def say(message: str) -> None:
+    """Print a command's message."""
+    print(f"eventstore: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
