@@ -334,20 +334,20 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
     kind = (get_args(field.type) or [field.type])[0]
     if hasattr(kind, "__struct_fields__"):
         with faults.within(field.name):
-            return decode_members(kind, raw, faults)
+            return _decode_members(kind, raw, faults)
     item = (get_args(kind) or [object])[0]
     if hasattr(item, "__struct_fields__") and (items := decode(_RAWS, raw)) is not None:
         values = []
         for index, item_raw in enumerate(items):
             with faults.within(f"{field.name}[{index}]"):
-                values.append(decode_members(item, item_raw, faults))
+                values.append(_decode_members(item, item_raw, faults))
         return values
     expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
     faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
     return None
 
 
-def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
+def _decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """Decode an object field by field: record each field of the wrong type and leave it out; ignore unknown fields."""
     members = decode(MEMBERS, bytes(raw))
     if members is None:
@@ -363,7 +363,7 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
 
 def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
     """Decode a struct and record the fields that have the wrong type. Raises ApiError if the body is not JSON."""
-    return decode(decoder, body) or decode_members(decoder.type, body, faults)
+    return decode(decoder, body) or _decode_members(decoder.type, body, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Time, ids, cursors
@@ -463,8 +463,8 @@ def parse_cursor(text: str) -> Cursor:
 
 # ---------------------------------------------------------------------------------------------- Events in SQL
 
-APPLICATION_ID = 0x45565354
-SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x45565354
+_SCHEMA_VERSION = 1
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -602,7 +602,7 @@ def matching(selection: Selection) -> Sql:
     return all_of(clauses)
 
 
-def time_sql(column: str) -> str:
+def _time_sql(column: str) -> str:
     """Build the expression that formats a time as Go does: 2026-01-01T00:00:00.25Z.
 
     Offset to year 1: integer division truncates toward zero and would round times before 1970 up. datetime() and
@@ -726,11 +726,11 @@ def _write_schema(conn: sqlite3.Connection) -> None:
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
-    if tables and application_id != APPLICATION_ID:
+    if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
     version = conn.execute("PRAGMA user_version").fetchone()[0]
-    if tables and not (is_ours and version == SCHEMA_VERSION):
-        other = f"{path} was written by another eventstore (format {version}, not this one's {SCHEMA_VERSION})"
+    if tables and not (is_ours and version == _SCHEMA_VERSION):
+        other = f"{path} was written by another eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
     for pragma in PRAGMAS:
@@ -741,7 +741,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
     # are duplicates, and a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
     conn.execute("BEGIN IMMEDIATE")  # fail now, not at the first event, if the file cannot be written
-    conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone succeeds if there is a WAL
+    conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # BEGIN alone succeeds if there is a WAL
     conn.execute("ROLLBACK")
 
 
@@ -809,7 +809,7 @@ def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s:
     return inserted
 
 
-def try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
+def _try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Write rows into the WAL inside a transaction, then undo them. Raises sqlite3.Error if the disk is full.
 
     A small cache makes SQLite write the pages immediately instead of at the commit.
@@ -896,7 +896,7 @@ def _size_of(rows: Iterable[Row]) -> int:
 _SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
 
 
-class FreeSpace:
+class _FreeSpace:
     """Warns when the disk of the database is nearly full (API: Health). Any thread may call it."""
 
     def __init__(self, path: str, limit_bytes: int | None) -> None:
@@ -970,7 +970,7 @@ class Writer:
         self._pending_events = 0  # only the event loop uses it
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
-        self.space = FreeSpace(path, settings.warn_free_bytes)
+        self.space = _FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
 
     def start(self) -> None:
@@ -1056,9 +1056,9 @@ class Writer:
         await self.run(self._try_failed_rows)
 
     def _try_failed_rows(self, conn: sqlite3.Connection) -> None:
-        conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # otherwise the commit would write nothing
+        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # otherwise the commit would write nothing
         if self._failed_rows:
-            try_insert(conn, self._failed_rows)
+            _try_insert(conn, self._failed_rows)
             self._failed_rows = []
 
     def _write(self, group: list[_Task]) -> list[object]:
@@ -1423,7 +1423,7 @@ class Service:
                 log.warning("%s; there are: %s", line, ", ".join(known) or "none here")
 
 
-class Authentication(Struct):
+class _Authentication(Struct):
     """ASGI middleware: find the environment of the key in `x-api-key`, or answer 401 (API: Common rules)."""
 
     app: ASGIApp
@@ -1545,15 +1545,15 @@ def whole_within(low: float, high: float) -> Callable[[float], int]:
     return check
 
 
-Parsers = dict[str, Callable[[str], Any]]
-PARAMETER_PARSERS: Parsers = {  # convert a parameter's text to the type of the same field in a body
+_Parsers = dict[str, Callable[[str], Any]]
+PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the same field in a body
     "start_time": _restore_plus, "end_time": _restore_plus, "property_filters": parse_property_filters,
     "page_size": parse_int, "offset": parse_int, "count_total": _parse_bool,
 }  # fmt: skip
 
 
 def query_of_parameters(
-    struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: Parsers = PARAMETER_PARSERS
+    struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
 ) -> T:
     """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
     parsed = struct()
@@ -1658,7 +1658,7 @@ class BulkAccepted(Struct):
     message: str
 
 
-EVENT = msgspec.json.Decoder(EventIn)
+_EVENT = msgspec.json.Decoder(EventIn)
 _BULK = msgspec.json.Decoder(BulkIn)
 _TOLERANT_EVENT: Any = msgspec.json.Decoder(_TolerantEventIn)
 _TolerantBulkIn = msgspec.defstruct("_TolerantBulkIn", [("events", _batch_of(_TolerantEventIn))])
@@ -1787,7 +1787,7 @@ def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> l
     for index, sent_event in enumerate(events):
         faults.index = index
         is_raw = isinstance(sent_event, Raw)
-        events[index] = event = decode_members(EventIn, sent_event, faults) if is_raw else sent_event
+        events[index] = event = _decode_members(EventIn, sent_event, faults) if is_raw else sent_event
         rows.append(event_row(event, environment, now, service.make_id, faults))
     faults.raise_any(events, bulk)
     service.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
@@ -1859,7 +1859,7 @@ def decode_batch(service: Service, body: bytes) -> _Sent:
 
 def _decode_single(service: Service, body: bytes) -> _Sent:
     searches = time.monotonic() >= service.next_search_s
-    event = decode(EVENT if searches else _TOLERANT_EVENT, body)
+    event = decode(_EVENT if searches else _TOLERANT_EVENT, body)
     if event is not None or not searches:
         return _Sent([event or Raw(body)])
     with _pausing(service):
@@ -2011,8 +2011,8 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
 # An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
 # the properties unchanged, this removes json_object's closing brace, appends them, and closes the object with :end.
 _EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
-    'event_name', event_name, 'source', source, 'timestamp', {time_sql("timestamp_us")},
-    'ingested_at', {time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
+    'event_name', event_name, 'source', source, 'timestamp', {_time_sql("timestamp_us")},
+    'ingested_at', {_time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
 _SINCE_START, _UNTIL_END = "timestamp_us >= :start_us", "timestamp_us <= :end_us"
 
 
@@ -2037,12 +2037,12 @@ def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, des
     return sql(f"{keyset if cursor.timestamp_us >= query.start_us else _SINCE_START} AND {_UNTIL_END}", *parts)
 
 
-def count_statement(query: Selection) -> Sql:
+def _count_statement(query: Selection) -> Sql:
     where = all_of([matching(query), in_range(query)])
     return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
 
 
-def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
+def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     """Build the statement for a page and one more row. With iter_first_key the rows are in reverse order.
 
     The columns are the event as JSON, timestamp_us, id, and the total count or NULL.
@@ -2055,7 +2055,7 @@ def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     order = ", ".join(f"{column} {direction}" for column in columns)
     # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
-    total = count_statement(query) if query.count else Sql("NULL", {})
+    total = _count_statement(query) if query.count else Sql("NULL", {})
     text = f"""SELECT {_EVENT_JSON}, timestamp_us, id, ({total}) FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
@@ -2079,7 +2079,7 @@ def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[tupl
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
     page: list[tuple[str, int, str, int | None]] = []
     size, has_more = 0, False
-    with closing(conn.execute(*page_statement(query, cursor_name))) as rows:
+    with closing(conn.execute(*_page_statement(query, cursor_name))) as rows:
         for row in rows:
             size += len(row[0])
             has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
@@ -2096,7 +2096,7 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     rows, has_more = _select_page(conn, query)
     total = rows[0][3] if rows else None
     if query.count and not rows:
-        total = conn.execute(*count_statement(query)).fetchone()[0]
+        total = conn.execute(*_count_statement(query)).fetchone()[0]
     first_key, last_key = (Cursor(rows[at][1], rows[at][2]).text if rows else None for at in (0, -1))
     page_size = len(rows) if has_more else query.page_size  # a page may end early because of its size
     return EventPage(
@@ -2387,7 +2387,7 @@ def create_app(
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
-    layers = [Middleware(Authentication, service=service), *layers]
+    layers = [Middleware(_Authentication, service=service), *layers]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # a redirect has no error body, and clients that follow it drop a POST's body
     app.state.service = service
