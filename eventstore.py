@@ -86,6 +86,58 @@ from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+# What others may use, section by section; all other names begin with an underscore.
+__all__ = [
+    # General
+    "T", "__version__", "log",
+    # Settings
+    "ApiKey", "Settings", "now_us",
+    # Errors
+    "MAX_ECHO_CHARS", "STATUS_OF_CODE", "ApiError", "ErrorBody", "ErrorDetails", "ErrorMessage", "Fault", "Faults",
+    "FieldError", "StartError", "excerpt", "plural", "quoted", "raise_fault",
+    # JSON
+    "ENCODER", "MEMBERS", "PropertyFilters", "decode", "decode_fields", "decoder_of",
+    # Time, ids, cursors
+    "DAY_US", "EARLIEST", "LATEST", "MAX_TIME_US", "MINUTE_US", "MIN_TIME_US", "RFC_3339", "Cursor", "IdMaker",
+    "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
+    # Events in SQL
+    "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
+    "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
+    # Store: connections
+    "PRAGMAS", "READER_PRAGMAS", "WRITER_PRAGMAS", "WRITE_LOCK_TIMEOUT_S", "connect", "connect_reader",
+    "environment_number", "execute_writing", "prepare_file", "real_path",
+    # Store: inserting
+    "INSERT_ROWS", "SELECT_NEW_IDS", "insert_events", "insert_group", "insert_statement",
+    # Store: threads
+    "READER_THREADS", "Reader", "ReaderPool", "Store", "Writer",
+    # HTTP
+    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
+    "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
+    "read_body", "read_fields", "whole_within",
+    # Ingest
+    "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
+    "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
+    # Queries
+    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "ORDERS", "SORTS", "Event", "EventPage", "EventQuery",
+    "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order", "check_property_filters",
+    "event_query", "in_range", "list_events", "list_events_by_parameters", "query_events",
+    # Lookup
+    "EventLookup", "look_up_event",
+    # Monitoring
+    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Monitoring", "MonitoringPoint", "Span",
+    "check_window_size", "monitor_events", "select_per_span", "spans_of_windows", "utc_windows",
+    # Health, page
+    "Health", "health",
+    # Application
+    "OPERATIONS", "create_app",
+    # Listening
+    "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "listen", "uvicorn_server",
+    # API keys
+    "check_key",
+    # Command line
+    "AddFlag", "add_db_flag", "main", "parse_arguments", "positive", "say", "serve",
+]  # fmt: skip
+
 __version__ = "0.1.0"
 
 log = logging.getLogger("eventstore")
@@ -711,18 +763,6 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _write_schema(conn: sqlite3.Connection) -> None:
-    """Create the tables unless they exist; a process that starts at the same time waits for the lock."""
-    execute_writing(conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-    statement = ""
-    for line in _data_file("schema.sql").splitlines(keepends=True):  # executescript would commit first
-        statement += line
-        if sqlite3.complete_statement(statement):
-            conn.execute(statement)
-            statement = ""
-    conn.execute("COMMIT")
-
-
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
@@ -735,8 +775,8 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
         raise StartError(f"{other}: {way}; --db names another file")
     for pragma in PRAGMAS:
         conn.execute(pragma)
-    if not tables:
-        _write_schema(conn)
+    if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
+        conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
     # are duplicates, and a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
@@ -860,7 +900,6 @@ READER_THREADS = 4
 # of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _FEW_EVENTS = 10  # a request with at most this many is small
-_BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError)  # caused by wrong code, not by the database
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 
 
@@ -941,14 +980,6 @@ def _files_of(path: str) -> list[os.stat_result]:
 
 def _rows_of(group: Iterable[_Task]) -> list[Row]:
     return [row for task in group if not callable(task.work) for row in task.work]
-
-
-def failure_reason(error: Exception) -> str:
-    """Return why a commit failed. The reason contains no path, because anyone may read /health."""
-    if isinstance(error, OSError):
-        return "the database file was removed or replaced, or cannot be looked at"
-    known = _PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return known[0] if known else "the database refused a write"
 
 
 class Writer:
@@ -1039,7 +1070,12 @@ class Writer:
             self._check_files()
             if self._conn.in_transaction:  # a rollback failed: the last group would be committed with this one
                 self._conn.execute("ROLLBACK")
-            outcomes = self._write(group)
+            if callable(group[0].work):
+                execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
+                outcomes = [group[0].work(self._conn)]
+                self._conn.execute("COMMIT")
+            else:
+                outcomes = list(insert_group(self._conn, [task.work for task in group]))
         except Exception as error:
             with suppress(sqlite3.Error):  # a full disk may make this fail as well; the thread must not end
                 if self._conn.in_transaction:
@@ -1061,25 +1097,23 @@ class Writer:
             _try_insert(conn, self._failed_rows)
             self._failed_rows = []
 
-    def _write(self, group: list[_Task]) -> list[object]:
-        if not callable(group[0].work):
-            return list(insert_group(self._conn, [task.work for task in group]))
-        execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-        outcome = group[0].work(self._conn)
-        self._conn.execute("COMMIT")
-        return [outcome]
-
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
         if isinstance(error, ApiError):  # an operation refused its request
             return [error]
-        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, _BUGS):
+        wrong_calls = sqlite3.ProgrammingError | sqlite3.InterfaceError
+        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, wrong_calls):
             log.error("a bug in an operation; nothing of its %d requests was stored", len(group), exc_info=error)
             return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
-        known, self.failure = self.failure, failure_reason(error)
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+        # Anyone may read the reason in /health, so it contains no path.
+        reason = "the database file was removed or replaced, or cannot be looked at"
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if isinstance(error, sqlite3.Error):
+            reason = _PROBLEMS.get(code, ("the database refused a write",))[0]
+        known, self.failure = self.failure, reason
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
             # A smaller commit may still succeed; that does not prove that the refused events would fit now.
             self._failed_rows = max(self._failed_rows, _rows_of(group), key=_size_of)
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+        if code != sqlite3.SQLITE_BUSY:
             if self.failure != known:  # log one traceback for each reason; every refused request is logged anyway
                 log.exception("a commit failed; none of its %d requests was stored", len(group))
             message = "the database refused the write; nothing was stored, the server's log says why"
@@ -1273,9 +1307,6 @@ register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {
 _Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
-_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
-
-
 def _has_extras() -> bool:
     return importlib.util.find_spec("eventstore_extras") is not None
 
@@ -1283,7 +1314,7 @@ def _has_extras() -> bool:
 def _extra(name: str, purpose: str) -> ModuleType:
     """Import a module of eventstore_extras. Raises StartError if there is no such folder."""
     if not _has_extras():
-        raise StartError(f"{purpose} needs {_EXTRAS_FOLDER}")
+        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
     return importlib.import_module(f"eventstore_extras.{name}")
 
 
@@ -1553,7 +1584,11 @@ PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the
 
 
 def query_of_parameters(
-    struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
+    struct: type[T],
+    sent: Mapping[str, str],
+    names: Iterable[str],
+    faults: Faults,
+    parsers: _Parsers = PARAMETER_PARSERS,
 ) -> T:
     """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
     parsed = struct()
@@ -1772,9 +1807,8 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
     timestamp_us = now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
     properties = faults.check("properties", check_properties, event.properties) or "{}"
-    # Row() would take 0.2 us longer, a twentieth of what an event costs the event loop.
-    return tuple.__new__(Row, (environment, event_id or make_id(now), customer, customer_id, event_name, source,
-                               timestamp_us, now, properties))  # fmt: skip
+    event_id = event_id or make_id(now)
+    return Row(environment, event_id, customer, customer_id, event_name, source, timestamp_us, now, properties)
 
 
 def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
@@ -2244,19 +2278,6 @@ def select_per_span(conn: sqlite3.Connection, aggregate: Sql, spans: Sequence[Sp
     return [row[0] for row in conn.execute(*statement).fetchall()]
 
 
-def _monitored(sent: EventQueryIn, view: View, faults: Faults) -> Selection:
-    """Check what to count: both ends or neither, by default the last 24 hours. Raises ApiError (API: Monitoring)."""
-    if bool(sent.start_time) is not bool(sent.end_time):
-        missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
-        faults.add(missing, "required", f"is required with {given}")
-    start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
-    property_filters = check_property_filters("property_filters", sent.property_filters, faults)
-    faults.raise_any()
-    start_us = start_us if sent.start_time else end_us - DAY_US
-    filters = _column_filters(sent)
-    return Selection(view=view, start_us=start_us, end_us=end_us, filters=filters, property_filters=property_filters)
-
-
 def _monitor(conn: sqlite3.Connection, selection: Selection, size: str | None, behind: int) -> bytes:
     view, start_us, end_us = selection.view, selection.start_us, selection.end_us
     spans = [Span(start_us, end_us, start_us)]
@@ -2281,7 +2302,12 @@ async def monitor_events(service: Service, request: Request) -> Response:
     parameters = parse_parameters(request["query_string"], faults)
     sent = query_of_parameters(EventQueryIn, parameters, EVENT_FILTERS, faults)
     size = faults.check("window_size", check_window_size, parameters.get("window_size"))
-    selection = _monitored(sent, service.view(request), faults)
+    if bool(sent.start_time) is not bool(sent.end_time):
+        missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
+        faults.add(missing, "required", f"is required with {given}")
+    selection = event_query(sent, service.view(request), 1, faults)
+    if not sent.start_time:
+        selection = msgspec.structs.replace(selection, start_us=selection.end_us - DAY_US)
     outbox = service.outboxes.get(request["environment"])
     behind = await outbox.behind() if outbox else 0
     body = await service.store.read(partial(_monitor, selection=selection, size=size, behind=behind), quick=False)
@@ -2691,13 +2717,6 @@ def _read_api_keys_again(service: Service, arguments: argparse.Namespace) -> Non
             log.warning("no API key is left for the environment %s, whose events are forwarded", quoted(name))
 
 
-def _read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) -> None:
-    """Use a thread: a new environment waits for the write lock, and requests must not wait with it."""
-    again = partial(_read_api_keys_again, service, arguments)
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
-
-
 # ---------------------------------------------------------------------------------------------- Command line
 
 _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
@@ -2713,8 +2732,9 @@ _MAX_FLAG = 1_000_000_000_000  # a larger size of a buffer or time in microsecon
 AddFlag = Callable[..., argparse.Action]
 
 
-def _banner(app: Starlette, base_url: str, found: _FoundKeys) -> str:
-    service: Service = app.state.service
+def _banner(service: Service, host: str, port: int, found: _FoundKeys) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = found.made or "$FLEXPRICE_API_KEY"
     hint = "" if found.source == "FLEXPRICE_API_KEY" else " (for the lines below: export FLEXPRICE_API_KEY=...)"
@@ -2770,6 +2790,11 @@ def _collect_less_garbage() -> None:
     gc.set_threshold(10_000)
 
 
+def _more_operations() -> Sequence[Operation]:
+    """Return what eventstore_extras adds to `serve`; nothing if this file stands alone."""
+    return _extra("analytics", "serve").OPERATIONS if _has_extras() else ()
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -2791,25 +2816,16 @@ def serve(arguments: argparse.Namespace) -> int:
             for flag, module in _SERVE_EXTRAS.items():
                 if getattr(arguments, flag):
                     _extra(module, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
-            if arguments.api_key_file:
-                _read_api_keys_on_sighup(service, arguments)
+            if arguments.api_key_file and hasattr(signal, "SIGHUP"):  # not on Windows
+                # Use a thread: a new environment waits for the write lock, and requests must not wait with it.
+                again = partial(_read_api_keys_again, service, arguments)
+                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
             service.is_stopping = lambda: server.should_exit
-            base_url = _base_url(arguments.host, listener.getsockname()[1])
-            print(_banner(app, base_url, found), flush=True)
+            print(_banner(service, arguments.host, listener.getsockname()[1], found), flush=True)
             _collect_less_garbage()
             server.config.app = app  # uvicorn reads it in run()
             server.run(sockets=[listener])
     return 0
-
-
-def _base_url(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-def _more_operations() -> Sequence[Operation]:
-    """Return what eventstore_extras adds to `serve`; nothing if this file stands alone."""
-    return _extra("analytics", "serve").OPERATIONS if _has_extras() else ()
 
 
 def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[[str], _Number]:
@@ -2824,11 +2840,6 @@ def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[
         raise argparse.ArgumentTypeError(f"must be a number {least} to {_MAX_FLAG}, got {text!r}")
 
     return parse
-
-
-def _rate_limits(text: str) -> Mapping[str, int]:
-    limits: Mapping[str, int] = _extra("rate_limits", "--rate-limit").parse_rate_limits(text)
-    return limits
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -2856,7 +2867,8 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
         help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
         "if not given; 0 never warns")  # fmt: skip
-    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", type=_rate_limits, default={},
+    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", default={},
+        type=lambda text: _extra("rate_limits", "--rate-limit").parse_rate_limits(text),
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
