@@ -87,7 +87,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # What others may use, section by section; all other names begin with an underscore.
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of the file
     # General
     "T", "__version__", "log",
     # Settings
@@ -103,13 +103,11 @@ __all__ = [
     # Events in SQL
     "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
-    # Store: connections
-    "PRAGMAS", "READER_PRAGMAS", "WRITER_PRAGMAS", "WRITE_LOCK_TIMEOUT_S", "connect", "connect_reader",
-    "environment_number", "execute_writing", "prepare_file", "real_path",
-    # Store: inserting
-    "INSERT_ROWS", "SELECT_NEW_IDS", "insert_events", "insert_group", "insert_statement",
-    # Store: threads
-    "READER_THREADS", "Reader", "ReaderPool", "Store", "Writer",
+    # Store
+    "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
+    "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "connect", "connect_reader",
+    "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
+    "real_path",
     # HTTP
     "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
     "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
@@ -117,25 +115,18 @@ __all__ = [
     # Ingest
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
-    # Queries
-    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "ORDERS", "SORTS", "Event", "EventPage", "EventQuery",
-    "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order", "check_property_filters",
-    "event_query", "in_range", "list_events", "list_events_by_parameters", "query_events",
-    # Lookup
-    "EventLookup", "look_up_event",
-    # Monitoring
-    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Monitoring", "MonitoringPoint", "Span",
-    "check_window_size", "monitor_events", "select_per_span", "spans_of_windows", "utc_windows",
-    # Health, page
-    "Health", "health",
-    # Application
-    "OPERATIONS", "create_app",
-    # Listening
-    "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "listen", "uvicorn_server",
-    # API keys
-    "check_key",
-    # Command line
-    "AddFlag", "add_db_flag", "main", "parse_arguments", "positive", "say", "serve",
+    # Queries, lookup
+    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "ORDERS", "SORTS", "Event", "EventLookup", "EventPage",
+    "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order",
+    "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
+    "look_up_event", "query_events",
+    # Monitoring, health
+    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Health", "Monitoring",
+    "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
+    "spans_of_windows", "utc_windows",
+    # Serving
+    "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "OPERATIONS", "AddFlag", "add_db_flag", "check_key", "create_app",
+    "listen", "main", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
