@@ -15,18 +15,21 @@ A map of this file. Each part uses only the parts above it:
     Shared      Settings                  everything that can be configured
                 Errors                    ApiError, and Faults, which collects what is wrong with a request
                 JSON                      from a body's bytes to a struct
-                Time, ids, cursors
+                Time, ids, cursors        from text to microseconds and back
                 Events in SQL             Row, Sql, and the filters that queries share
-                Store                     Writer, ReaderPool, and Store, which joins them
-                HTTP                      Service, bodies and parameters, Operation, authentication, error answers
+                Store: connections        pragmas, the file's checks, the tables
+                Store: inserting          the statements that store events
+                Store: threads            Writer, ReaderPool, and Store, which joins them
+                HTTP                      Operation, Service, authentication, bodies, parameters, error answers
     Features    Ingest                    POST /v1/events, POST /v1/events/bulk
                 Queries                   GET /v1/events, POST /v1/events/query
                 Lookup                    GET /v1/events/lookup, GET /v1/events/{id}
                 Monitoring                GET /v1/events/monitoring
                 Health, page              /health, and the event debugger at /
     Serving     Application               the route table and create_app
+                Listening                 the socket, and uvicorn's protocol with this server's limits
                 API keys                  from flags, a file or the environment
-                Command line              serve, and the other commands, which eventstore_extras has
+                Command line              serve; the other commands are in eventstore_extras
 
 Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
 `ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries" in a
@@ -162,7 +165,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 100_000  # events that may wait for the writer
-    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if requests must wait
+    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
     warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of the disk, at most 1 GB (API: Health)
     queue_bytes: int = 256 * 1024 * 1024  # limit on all request bodies in memory; one alone may be larger
     rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
@@ -284,7 +287,7 @@ class Faults:
             self.whole, self._path = outer
 
     def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
-        """Return convert(value), or None if the value is absent. Record a FieldError as a fault and return None."""
+        """Return convert(value), or None if the value is absent. A FieldError becomes a fault, and returns None."""
         if value is None or value == "":
             return None
         try:
@@ -571,7 +574,7 @@ def index_of(columns: Iterable[str]) -> str:
 
 
 def json_texts(values: Sequence[str]) -> list[str]:
-    """Return the results of `property_json` that match a text: as a JSON string, and as a number or boolean."""
+    """Return the values of `property_json` that match: each text as a JSON string, and as a number or boolean."""
     return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
 
 
@@ -735,7 +738,7 @@ def real_path(db: str) -> str:
 
 
 def _ends_in_half_a_page(path: str) -> bool:
-    """Return whether the file ends inside a page. SQLite fills that page with zeros, which is right only with a WAL."""
+    """Return whether the file ends inside a page. SQLite fills that page with zeros, unless a WAL has it."""
     if not os.path.isfile(path) or os.path.exists(f"{path}-wal"):
         return False
     with open(path, "rb") as file, suppress(OSError):
@@ -769,7 +772,7 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
     if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
-    # are duplicates, and a power cut would lose them. So write the WAL into the file and sync that.
+    # count as duplicates, but a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
     conn.execute("BEGIN IMMEDIATE")  # fail now, not at the first event, if the file cannot be written
     conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # BEGIN alone succeeds if there is a WAL
@@ -1652,7 +1655,7 @@ class EventIn(Struct, forbid_unknown_fields=True):
 
 
 class _TolerantEventIn(EventIn, forbid_unknown_fields=False):
-    """The same, but unknown fields are ignored without a log line."""
+    """The same event, but unknown fields are ignored without a log line."""
 
 
 def _batch_of(item: type) -> Any:
@@ -2196,7 +2199,7 @@ WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 18
                   "DAY": 1440, "WEEK": 7 * 1440}  # fmt: skip
 WINDOW_SIZES = (*WINDOW_MINUTES, "MONTH")
 MAX_WINDOWS = 100_000
-A_SUNDAY = datetime(1, 1, 7)  # weeks start on Sundays; shorter windows divide them
+A_SUNDAY = datetime(1, 1, 7)  # weeks start on Sundays; a week is a multiple of each shorter window
 check_window_size = one_of(*WINDOW_SIZES)
 
 
@@ -2903,7 +2906,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def say(message: str) -> None:
-    """Print a command's message."""
+    """Print a command's message to stderr."""
     print(f"eventstore: {message}", file=sys.stderr, flush=True)
 
 

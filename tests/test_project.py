@@ -176,6 +176,12 @@ def test_modules_use_only_public_names_of_each_other(name: str) -> None:
         assert names <= {*getattr(importlib.import_module(module), "__all__", ())}, module
 
 
+def test_the_map_of_the_service_lists_its_sections_in_order() -> None:
+    sections = re.findall(r"^# -{90,} (.+)$", (ROOT / "eventstore.py").read_text("utf-8"), re.MULTILINE)
+    assert eventstore.__doc__
+    assert re.findall(r"^ {4}(?:\w+ +| +)(?<=.{16})(\S.*?)  ", eventstore.__doc__, re.MULTILINE) == sections
+
+
 def test_all_other_names_of_the_service_begin_with_an_underscore() -> None:
     tree = ast.parse((ROOT / "eventstore.py").read_text("utf-8"))
     named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
