@@ -124,7 +124,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
     "look_up_event", "query_events",
     # Monitoring, health
-    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Health", "Monitoring",
+    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Forwarding", "Health", "Monitoring",
     "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
     "spans_of_windows", "utc_windows",
     # Serving
@@ -2315,21 +2315,30 @@ async def monitor_events(service: Service, request: Request) -> Response:
 # ---------------------------------------------------------------------------------------------- Health, page
 
 
+class Forwarding(Struct):
+    """An environment whose events are forwarded."""
+
+    environment: str
+    to: str  # the target: host and port
+
+
 class Health(Struct):
     """The answer to /health."""
 
     status: str = "ok"  # or warning, or failing
     version: str = __version__
     reason: str | UnsetType = UNSET  # why events cannot be stored, or soon cannot
+    forwarding: list[Forwarding] | UnsetType = UNSET  # absent if nothing is forwarded
 
 
 async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: 200, or 503 with a reason while the server cannot store events (API: Health)."""
+    forwarding = [Forwarding(environment, outbox.host) for environment, outbox in service.outboxes.items()] or UNSET
     if reason := await service.store.failure():
-        return JsonResponse(Health("failing", reason=reason), 503)
+        return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
     if warning := service.store.warning():
-        return JsonResponse(Health("warning", reason=warning))
-    return JsonResponse(Health())
+        return JsonResponse(Health("warning", reason=warning, forwarding=forwarding))
+    return JsonResponse(Health(forwarding=forwarding))
 
 
 def _debugger_handler() -> _Handler:
@@ -2872,9 +2881,12 @@ def _add_serve_flags(add: AddFlag) -> None:
         help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
     add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
         "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
-    add("--forward-environment", default="development", help="the environment whose events are forwarded")
+    add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
+        "keys are of several")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
+        "environments that are not forwarded")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import eventstore
 from benchmarks.events import ENVIRONMENT, KEY, http_request
 
-__all__ = ["Server", "aging_server", "floor_server", "our_server", "serve_flags"]
+__all__ = ["Server", "aging_server", "floor_server", "our_server", "serve_flags", "trusting_server"]
 
 
 class Server:
@@ -84,6 +84,12 @@ def our_server(db: Path, *flags: object) -> Server:
 def aging_server(db: Path, *flags: object) -> Server:
     """Start a server whose clock runs through a day in a minute."""
     return Server("-m", "benchmarks.aging", *serve_flags(db, "--log-level", "error", *flags))
+
+
+def trusting_server(db: Path, *flags: object) -> Server:
+    """Start our server, whose retention may delete most of the file at the start."""
+    code = "import sys, eventstore; from eventstore_extras import retention; "
+    return Server("-c", code + "retention.MOST_AT_ONCE = 10**9; sys.exit(eventstore.main())", *serve_flags(db, *flags))
 
 
 def floor_server(db: Path) -> Server:

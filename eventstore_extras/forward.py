@@ -48,6 +48,7 @@ from eventstore_extras.sending import (
     BATCH_BYTES,
     Answer,
     Batch,
+    Outage,
     Outcome,
     Progress,
     ProgressFile,
@@ -242,6 +243,7 @@ class Forwarder:
         self._sender = Sender(target, self._wait)
         self._monitor = LagMonitor(self.host, self._clock, interval_s)
         self._log_throttle = Throttle(_LOG_INTERVAL_S)
+        self._outage = Outage()
         self._stopping = asyncio.Event()
 
     @property
@@ -262,10 +264,18 @@ class Forwarder:
         with closing(connect_reader(self._store.path)) as conn:
             return _backlog(conn, self._progress.environment, self._progress.seq).events
 
-    def _log(self, level: int, message: str) -> None:
-        """Log why nothing is forwarded, at most once a minute: a target may be down for a week."""
-        if self._log_throttle.allows():
+    def _log(self, level: int, message: str) -> bool:
+        """Log why nothing is forwarded, at most once a minute: a target may be down for a week.
+
+        Returns True if the line was logged.
+        """
+        if allowed := self._log_throttle.allows():
             log.log(level, "forwarding: %s", message)
+        return allowed
+
+    def _log_end_of_outage(self, is_done: bool) -> None:
+        if text := self._outage.end(is_done):
+            log.info("forwarding to %s %s", self.host, text)
 
     async def _save(self) -> None:
         try:
@@ -291,9 +301,10 @@ class Forwarder:
         backoff_s = answer.backoff_s(waits)
         if answer.outcome is Outcome.BLOCKED:
             stopped = f"nothing is forwarded until this is corrected, trying again every {backoff_s:g} s"
-            self._log(logging.ERROR, f"{answer.problem}; {stopped}")
+            is_logged = self._log(logging.ERROR, f"{answer.problem}; {stopped}")
         else:
-            self._log(logging.WARNING, f"{answer.problem}; trying again")
+            is_logged = self._log(logging.WARNING, f"{answer.problem}; trying again")
+        self._outage.failed(is_logged)
         await self._pause(backoff_s)
 
     async def _set_aside(self, row: Row, refusal: str) -> None:
@@ -321,6 +332,7 @@ class Forwarder:
             self._check_running()
             part, answer = await self._sender.send_head(batch)
             batch = batch.part(len(part.rows))
+            self._outage.sent(len(part.rows) if answer.outcome is Outcome.ACCEPTED else 0)
             if answer.outcome is Outcome.ACCEPTED:
                 self._progress.accepted += len(part.rows)
             elif len(part.rows) > 1:
@@ -343,6 +355,7 @@ class Forwarder:
         if page.batch:
             await self._deliver(page.batch)
         self._progress.seq = page.through
+        self._log_end_of_outage(is_done=page.batch is None)
 
     async def _work(self) -> None:
         try:
@@ -356,6 +369,7 @@ class Forwarder:
                         log.exception("forwarding failed; trying again")
                         await asyncio.sleep(FAILURE_PAUSE_S)
         finally:
+            self._log_end_of_outage(is_done=True)
             await self._save()
 
     async def _watch(self) -> None:
@@ -382,14 +396,29 @@ class Forwarder:
 # ---------------------------------------------------------------------------------------------- at the start
 
 
-def forward(service: Service, target: Target, environment: str = "development", interval_s: float = 1.0) -> Forwarder:
-    """Make a server that has not started yet forward the events of an environment while it runs. Raises StartError."""
-    db = service.store.path
+def _chosen_environment(service: Service, name: str | None) -> str:
+    """Return the environment to forward: the named one, or the only one that has a key. Raises StartError."""
+    keyed = sorted({key.environment for key in service.settings.api_keys})
+    names = ", ".join(map(quoted, keyed))
+    if name is None and len(keyed) > 1:
+        raise StartError(f"--forward-to needs --forward-environment: the API keys are of several environments, {names}")
+    if name is not None and name not in keyed:
+        raise StartError(f"--forward-environment is {quoted(name)}, but no API key writes to it: they are of {names}")
+    return keyed[0] if name is None else name
+
+
+def _environments(conn: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
+
+
+def forward(service: Service, target: Target, environment: str | None = None, interval_s: float = 1.0) -> Forwarder:
+    """Make a server that has not started yet forward the events of an environment while it runs.
+
+    Without an environment, the API keys must all be of one. Raises StartError.
+    """
+    db, environment = service.store.path, _chosen_environment(service, environment)
     with closing(connect_reader(db)) as conn:
-        known = [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
-        if environment not in known:
-            known_names = f"no key and no event has that environment, known are {', '.join(known)}"
-            raise StartError(f"--forward-environment is {quoted(environment)}: {known_names}")
+        others = [name for name in _environments(conn) if name != environment]
         file = open_forward_progress(conn, db, target.url, environment)
         events = _backlog(conn, environment, file.progress.seq).events
     try:
@@ -400,6 +429,8 @@ def forward(service: Service, target: Target, environment: str = "development", 
     service.outboxes[environment] = Outbox(forwarder.host, forwarder.lag)
     service.tasks.append(forwarder.run)
     service.notices.append(f"forwards to  {target.url}, environment {environment} ({plural(events, 'event')} behind)")
+    if others:
+        service.notices.append(f"             not forwarded: {', '.join(others)}")
     return forwarder
 
 

@@ -40,6 +40,7 @@ from eventstore_extras.sending import (
     Answer,
     Batch,
     Key,
+    Outage,
     Outcome,
     Progress,
     ProgressFile,
@@ -146,6 +147,8 @@ class _Replay:
         self._pending: deque[tuple[Batch, asyncio.Task[None]]] = deque()
         self._success_s = time.monotonic()  # when a part was last accepted
         self._notices = Throttle(_SAY_INTERVAL_S)
+        self._outage = Outage()
+        self._failing = set[asyncio.Task[None] | None]()  # those whose last request failed
         self.sent = self.accepted = self.retried = self.duplicates = 0
 
     async def _wait(self, answer: Answer, waits: int) -> None:
@@ -157,20 +160,33 @@ class _Replay:
             given_up = f"given up, no batch was accepted for {limit_s:g} s (--give-up-after-s)"
             raise _FailedError(f"{given_up}: {answer.problem}")
         self.retried += 1
-        if self._notices.allows():
+        if is_said := self._notices.allows():
             say(f"{answer.problem}; trying again, for at most {limit_s:g} s without success")
+        self._outage.failed(is_said)
+        self._failing.add(asyncio.current_task())
         await asyncio.sleep(backoff_s)
+
+    def _say_end_of_outage(self, is_done: bool = False) -> None:
+        if text := self._outage.end(is_done):
+            say(f"{self._progress.target} {text}")
 
     async def _send(self, sender: Sender, batch: Batch) -> None:
         """Send a batch until all of it is accepted. Raises _FailedError."""
         self.sent += len(batch.rows)
         while batch.rows:
-            part, answer = await sender.send_head(batch)
+            try:
+                part, answer = await sender.send_head(batch)
+            except _FailedError as failure:
+                raise _FailedError(str(failure), sender.head(batch)) from None
             if answer.outcome is not Outcome.ACCEPTED:
                 raise _FailedError(answer.problem, part)
             self._success_s = time.monotonic()
             self.accepted += len(part.rows)
             self.duplicates += answer.duplicates
+            self._failing.discard(asyncio.current_task())
+            if not self._failing:
+                self._outage.sent(len(part.rows))
+                self._say_end_of_outage()
             batch = batch.part(len(part.rows))
 
     def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
@@ -216,6 +232,7 @@ class _Replay:
                         self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
                     while self._pending:
                         advance(await self._finish_oldest())
+                self._say_end_of_outage(is_done=True)
             finally:
                 await self._cancel_pending()
                 if self._progress.accepted or self._file.path.exists():

@@ -1,6 +1,7 @@
 """Deletes old events: `serve --retain-days N`, and the command `eventstore prune`.
 
-No event is deleted before every target that it is forwarded to has accepted it.
+No event is deleted before every target that it is forwarded to has accepted it. A wrong clock must not make fresh
+events look old.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import sqlite3
 import time
 import urllib.parse
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -36,25 +40,32 @@ from eventstore import (
     parse_time,
     plural,
     prepare_file,
+    quoted,
     say,
     sql,
     to_datetime,
 )
 from eventstore_extras.forward import ForwardProgress, forward_progress_path, read_all_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
+from eventstore_extras.sending import lasted
 
 __all__ = [
     "CLOCK_INTERVAL_S",
     "HOUR_US",
     "MAX_ROWS",
     "MIN_ROWS",
+    "MOST_AT_ONCE",
+    "PLAUSIBLE_US",
     "SPAN",
     "DatabaseFile",
     "Expired",
+    "SteadyClock",
+    "Survey",
     "Sweep",
     "add_flags",
     "attach",
     "checkpoint",
+    "monotonic_us",
     "run",
 ]
 
@@ -65,6 +76,16 @@ _FIRST_ROWS, MIN_ROWS, MAX_ROWS = 50, 10, 1000  # to delete in one transaction
 _TARGET_S = 0.005  # for one transaction: requests that store events wait for it and its commit
 _PAUSE_FACTOR = 2  # the pause after a transaction is this many times as long as the transaction
 _FIND_EXPIRED = "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {} ORDER BY seq LIMIT :rows)"
+_COUNT_KEPT = """
+SELECT (SELECT name FROM environments WHERE id = environment), ingested_at_us < :plausible_us, count(*)
+FROM events NOT INDEXED WHERE {} AND NOT ({}) GROUP BY environment, 2
+"""
+_COUNT_SPAN = """
+SELECT coalesce(sum({}), 0), count(*), coalesce(max(ingested_at_us), 0)
+FROM events NOT INDEXED WHERE seq > :after AND seq <= :through
+"""
+PLAUSIBLE_US = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000  # no eventstore is older
+Kept = Counter[tuple[str, bool]]  # events by their environment and whether they were stored before PLAUSIBLE_US
 
 
 class Database(Protocol):
@@ -75,6 +96,14 @@ class Database(Protocol):
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]: ...
 
 
+class Survey(NamedTuple):
+    """What a sweep would do to a range of events."""
+
+    expired: int  # events that it would delete
+    events: int
+    newest_us: int  # when the last of them was stored
+
+
 class Expired(NamedTuple):
     """The events that may be deleted: stored before a time, and accepted by every target they are forwarded to."""
 
@@ -82,15 +111,27 @@ class Expired(NamedTuple):
     forwarded: Sequence[ForwardProgress]
     after: int = 0  # only events with a greater seq
     through: int = 2**63 - 1  # and not a greater one than this
+    plausible_us: int = PLAUSIBLE_US  # an event stored earlier than this was stored while the clock was wrong
+    keeps_unforwarded: bool = False  # keep all events of environments that are not forwarded
 
-    def _where(self) -> Sql:
-        expired = "seq > :after AND seq <= :through AND ingested_at_us < :before_us"
-        clauses = [sql(expired, after=self.after, through=self.through, before_us=self.before_us)]
+    def _old(self) -> Sql:
+        old = "seq > :after AND seq <= :through AND ingested_at_us < :before_us"
+        return sql(old, after=self.after, through=self.through, before_us=self.before_us)
+
+    def _allowed(self) -> Sql:
+        """Return the condition that an old event may be deleted."""
+        clauses = [sql("ingested_at_us >= :plausible_us", plausible_us=self.plausible_us)]
         for number, progress in enumerate(self.forwarded):
             other = f"environment IS NOT (SELECT id FROM environments WHERE name = :environment{number})"
             values = {f"environment{number}": progress.environment, f"seq{number}": progress.seq}
             clauses.append(Sql(f"({other} OR seq <= :seq{number})", values))
+        if self.keeps_unforwarded:
+            names = ", ".join(f":environment{number}" for number in range(len(self.forwarded)))
+            clauses.append(Sql(f"environment IN (SELECT id FROM environments WHERE name IN ({names}))", {}))
         return all_of(clauses)
+
+    def _where(self) -> Sql:
+        return all_of([self._old(), self._allowed()])
 
     def find(self, conn: sqlite3.Connection, rows: int) -> tuple[int, int]:
         """Count the events, up to a number of rows, and return the count and the seq of the last one counted."""
@@ -100,6 +141,17 @@ class Expired(NamedTuple):
 
     def count(self, conn: sqlite3.Connection) -> int:
         return self.find(conn, rows=-1)[0]  # -1: without a limit
+
+    def survey(self, conn: sqlite3.Connection) -> Survey:
+        """Describe the events between the two seqs."""
+        where = self._where()
+        return Survey(*conn.execute(*sql(_COUNT_SPAN.format(where), where)).fetchone())
+
+    def kept(self, conn: sqlite3.Connection) -> Kept:
+        """Count the events that are old enough but may not be deleted."""
+        old, allowed = self._old(), self._allowed()
+        found = conn.execute(*sql(_COUNT_KEPT.format(old, allowed), old, allowed))
+        return Kept({(name, bool(is_misdated)): count for name, is_misdated, count in found})
 
     def delete(self, conn: sqlite3.Connection) -> float:
         """Delete the events. Returns the seconds it took, without the wait for a lock or for the disk."""
@@ -127,9 +179,25 @@ class Sweep:
         self._database = database
         self._expired = expired
         self.deleted = 0
+        self.kept = Kept()
+
+    def _span(self, after: int, newest: int) -> Expired:
+        return self._expired._replace(after=after, through=min(after + SPAN, newest))
+
+    async def survey(self) -> Survey:
+        """Describe all events, without deleting any."""
+        after, newest = await self._database.read(_seq_range, quick=False)
+        found = Survey(0, 0, 0)
+        while after < newest:
+            span = self._span(after, newest)
+            more = await self._database.read(span.survey, quick=False)
+            newest_us = max(found.newest_us, more.newest_us)
+            found = Survey(found.expired + more.expired, found.events + more.events, newest_us)
+            after = span.through
+        return found
 
     async def run(self, thorough: bool) -> None:
-        """Delete the expired events. Stop at the first span without any, unless the sweep is thorough.
+        """Delete the expired events. Stop at the first span without any old ones, unless the sweep is thorough.
 
         Few expired events come after such a span: only imported events can be older than events that arrived before.
         """
@@ -137,8 +205,9 @@ class Sweep:
         after, newest = await read(_seq_range)
         rows = _FIRST_ROWS
         while after < newest:
-            span = self._expired._replace(after=after, through=min(after + SPAN, newest))
-            count, last = await read(partial(span.find, rows=rows))
+            span = self._span(after, newest)
+            (count, last), kept = await read(partial(_look, span=span, rows=rows))
+            self.kept += kept
             if count:
                 taken_s = await self._database.write(span._replace(through=last).delete)
                 self.deleted += count
@@ -146,10 +215,16 @@ class Sweep:
                 after = last
                 await asyncio.to_thread(checkpoint, self._path)
                 await asyncio.sleep(_PAUSE_FACTOR * taken_s)
-            elif thorough:
+            elif thorough or kept:
                 after = span.through
             else:
                 return
+
+
+def _look(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
+    """Find the first rows to delete in a span, and count the events up to the last of them that must stay."""
+    count, last = span.find(conn, rows)
+    return (count, last), span._replace(through=last if count else span.through).kept(conn)
 
 
 def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
@@ -164,44 +239,163 @@ def _removal_advice(db: str, progress: ForwardProgress) -> str:
     return f"if nothing is forwarded there any more, remove {path}"
 
 
+def _kept_note(kept: Kept, db: str, forwarded: Sequence[ForwardProgress]) -> str:
+    """Say how many old events were kept, and why."""
+    numbers = Counter[str]()
+    for (environment, is_misdated), count in kept.items():
+        numbers["" if is_misdated else environment] += count
+    misdated = numbers.pop("", 0)
+    targets = [progress for progress in forwarded if progress.environment in numbers]
+    others = sorted(numbers.keys() - {progress.environment for progress in targets})
+    notes = []
+    if waiting := sum(numbers[name] for name in {progress.environment for progress in targets}):
+        names = ", ".join(f"{progress.target} ({_removal_advice(db, progress)})" for progress in targets)
+        notes.append(f"; keeps {plural(waiting, 'event')} of that time until accepted by {names}")
+    if others:
+        number, names = plural(sum(numbers[name] for name in others), "event"), ", ".join(map(quoted, others))
+        notes.append(f"; keeps {number} of {names}, not forwarded; --delete-unforwarded deletes these")
+    if misdated:
+        year = to_datetime(PLAUSIBLE_US).year
+        notes.append(f"; keeps {plural(misdated, 'event')} stored while the clock was before {year}, and so wrong")
+    return "".join(notes)
+
+
+# ---------------------------------------------------------------------------------------------- clocks
+
+_JUMP_US = 60 * 1_000_000  # NTP corrects less than this without a jump
+_NEWEST_STORED = "SELECT max(ingested_at_us) FROM (SELECT ingested_at_us FROM events ORDER BY seq DESC LIMIT 1000)"
+
+
+def monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+def _lasted_us(duration_us: int) -> str:
+    return lasted(abs(duration_us) / 1e6)
+
+
+class SteadyClock:
+    """The wall clock, without its jumps into the future: these are measured against the monotonic clock.
+
+    `newest_us` is when the newest event was stored, 0 without events.
+    """
+
+    def __init__(self, wall: Callable[[], int], newest_us: int) -> None:
+        self._wall = wall
+        self._newest_us = newest_us
+        self._read_us = monotonic_us()  # the last time that the clock was believed, and what it said
+        self._said_us = wall()
+        self._is_ahead = False
+        self.corrections = 0  # jumps into the future that were believed, because the clock had been wrong before
+
+    def _was_behind(self, now: int) -> bool:
+        """Return True if the clock was wrong before it jumped to this time: before 2024, or before stored events."""
+        return self._said_us < PLAUSIBLE_US or self._said_us + DAY_US < self._newest_us <= now
+
+    def now(self) -> int:
+        """Return the time in microseconds. After a jump into the future it continues with the time before."""
+        # Read in this order: a pause between the two looks like a jump ahead, which ends at the next call.
+        read_us, said_us = monotonic_us(), self._wall()
+        steady_us = self._said_us + read_us - self._read_us
+        jump_us = said_us - steady_us
+        if jump_us > _JUMP_US and not self._was_behind(said_us):
+            if not self._is_ahead:
+                self._is_ahead = True
+                suspended = "deleting by the new time is suspended until it is set back or the server is restarted"
+                log.warning("retention: the clock jumped ahead by %s; %s", _lasted_us(jump_us), suspended)
+            return steady_us
+        if jump_us > _JUMP_US:
+            self.corrections += 1
+            log.warning("retention: the clock, which was behind, was corrected by %s", _lasted_us(jump_us))
+        elif jump_us < -_JUMP_US:
+            log.warning("retention: the clock was set back by %s", _lasted_us(jump_us))
+        elif self._is_ahead:
+            log.info("retention: the clock is right again; nothing was deleted by the wrong time")
+        self._is_ahead = False
+        self._read_us, self._said_us = read_us, said_us
+        return said_us
+
+
 # ---------------------------------------------------------------------------------------------- retention
 
 HOUR_US = 3600 * 1_000_000
 CLOCK_INTERVAL_S = 1.0  # between two reads of the clock, which may be changed meanwhile
+MOST_AT_ONCE = 1000  # events that the first sweep may delete even if they are most of the file
+_GAP_DAYS = 7  # the clock may be wrong if nothing was stored for longer than this and twice the retention time
 
 
 class _Retention:
     """Deletes events that were stored more than this many days ago, at the start and every hour."""
 
-    def __init__(self, service: Service, days: float) -> None:
+    def __init__(self, service: Service, days: float, deletes_unforwarded: bool) -> None:
         self._store = service.store
-        self._clock = service.settings.clock
+        self._wall = service.settings.clock
         self._kept_us = int(days * DAY_US)
+        self._outboxes = service.outboxes
+        self._deletes_unforwarded = deletes_unforwarded
+        self._newest_us: int | None = None  # when the newest event was stored, when this server started
+        self._is_trusted = False  # the clock agrees with the events
+        self._note = ""
+
+    async def _doubt(self, now: int, sweep: Sweep) -> str:
+        """Return why the clock may be wrong, judging by what a thorough sweep would delete."""
+        expired, events, newest_us = await sweep.survey()
+        if self._newest_us is None:
+            self._newest_us = newest_us
+        gap_us = now - self._newest_us
+        if expired and gap_us > max(_GAP_DAYS * DAY_US, 2 * self._kept_us):
+            return f"the newest event was stored {_lasted_us(gap_us)} ago by this clock"
+        if expired > max(MOST_AT_ONCE, events / 2):
+            return f"it would delete {expired:,} of {plural(events, 'event')} at once"
+        return ""
+
+    async def _try_sweep(self, now: int, thorough: bool) -> None:
+        before_us = max(now - self._kept_us, MIN_TIME_US)
+        before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
+        path = self._store.path
+        forwarded = read_all_forward_progress(path)
+        keeps_unforwarded = bool(forwarded or self._outboxes) and not self._deletes_unforwarded
+        sweep = Sweep(path, self._store, Expired(before_us, forwarded, keeps_unforwarded=keeps_unforwarded))
+        if not self._is_trusted:
+            if doubt := await self._doubt(now, sweep):
+                advice = f"if the clock is right, run: eventstore prune --db {shlex.quote(path)} --before {before}"
+                log.warning("retention: suspended, because %s; %s", doubt, advice)
+                return
+            self._is_trusted = True
+        await sweep.run(thorough)
+        note = _kept_note(sweep.kept, path, forwarded)
+        if sweep.deleted or note != self._note:
+            log.info("retention: deleted %s, stored before %s%s", plural(sweep.deleted, "event"), before, note)
+        self._note = note
 
     async def _sweep(self, now: int, thorough: bool) -> None:
-        before_us = max(now - self._kept_us, MIN_TIME_US)
         try:
-            expired = Expired(before_us, read_all_forward_progress(self._store.path))
-            sweep = Sweep(self._store.path, self._store, expired)
-            await sweep.run(thorough)
+            await self._try_sweep(now, thorough)
         except (ApiError, StartError) as error:
             log.error("retention: %s; the next try is in an hour", error)
         except Exception:
             log.exception("retention failed; the next try is in an hour")
-        else:
-            if sweep.deleted:
-                before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
-                log.info("retention: deleted %s, stored before %s", plural(sweep.deleted, "event"), before)
 
     async def run(self) -> None:
         """Run until cancelled."""
+        newest_us = 0
+        with suppress(ApiError):  # the database cannot be read: the sweep will say so
+            newest_us = await self._store.read(_newest_stored_us, quick=False)
+        clock = SteadyClock(self._wall, newest_us)
         swept_us: int | None = None
+        corrections = 0
         while True:
-            now = self._clock()
-            if swept_us is None or abs(now - swept_us) >= HOUR_US:  # abs: the clock may be set back
+            now = clock.now()
+            if clock.corrections > corrections:
+                corrections, self._is_trusted = clock.corrections, False
+            if swept_us is None or monotonic_us() - swept_us >= HOUR_US:
                 await self._sweep(now, thorough=swept_us is None)
-                swept_us = now
+                swept_us = monotonic_us()
             await asyncio.sleep(CLOCK_INTERVAL_S)
+
+
+def _newest_stored_us(conn: sqlite3.Connection) -> int:
+    return conn.execute(_NEWEST_STORED).fetchone()[0] or 0
 
 
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
@@ -213,9 +407,14 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
             log.warning("retention: this server does not forward to %s, and keeps the events not accepted there; %s",
                         progress.target, advice)  # fmt: skip
     days = arguments.retain_days
-    service.tasks.append(_Retention(service, days).run)
+    deletes_unforwarded = bool(vars(arguments).get("delete_unforwarded"))
+    service.tasks.append(_Retention(service, days, deletes_unforwarded).run)
     unit = "day" if days == 1 else "days"
     service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
+    if service.outboxes and not deletes_unforwarded:
+        service.notices.append(
+            "             without limit those that are not forwarded (--delete-unforwarded changes that)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- prune
@@ -239,15 +438,13 @@ class DatabaseFile:
         return result
 
 
-def _delete(conn: sqlite3.Connection, db: str, expired: Expired) -> int:
-    """Delete the expired events and return their number. Raises StopError if interrupted."""
-    sweep = Sweep(db, DatabaseFile(conn), expired)
+def _delete(sweep: Sweep) -> None:
+    """Delete the expired events. Raises StopError if interrupted."""
     try:
         asyncio.run(until_sigterm(sweep.run(thorough=True)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         deleted = f"{plural(sweep.deleted, 'event')} deleted"
         raise StopError(f"interrupted; {deleted}; the same command continues from there") from None
-    return sweep.deleted
 
 
 def _before_us(text: str) -> int:
@@ -260,14 +457,6 @@ def _before_us(text: str) -> int:
     return before_us
 
 
-def _kept_note(events: int, db: str, forwarded: Sequence[ForwardProgress]) -> str:
-    """Say why some events before the time were kept."""
-    if events <= 0:
-        return ""
-    targets = ", ".join(f"{progress.target} ({_removal_advice(db, progress)})" for progress in forwarded)
-    return f"; {plural(events, 'event')} of that time stay until accepted by {targets}"
-
-
 def _prune_events(arguments: argparse.Namespace) -> int:
     """Run the command and return 0. Raises StartError, or StopError if it stops before the end."""
     started_s = time.monotonic()
@@ -275,15 +464,20 @@ def _prune_events(arguments: argparse.Namespace) -> int:
     if not os.path.exists(db):
         raise StartError(f"there is no database {db}: name one with --db")
     prepare_file(db)
+    forwarded = read_all_forward_progress(db)
+    # A time before the earliest plausible one asks for the events that were stored while the clock was wrong.
+    expired = Expired(before_us, forwarded, plausible_us=PLAUSIBLE_US if before_us > PLAUSIBLE_US else MIN_TIME_US,
+                      keeps_unforwarded=bool(forwarded) and not arguments.delete_unforwarded)  # fmt: skip
     with closing(connect(db, WRITER_PRAGMAS)) as conn:
-        expired = Expired(before_us, read_all_forward_progress(db))
-        # Counted first, because afterwards the deleted events are gone.
-        old = expired._replace(forwarded=()).count(conn) if expired.forwarded else 0
-        number = expired.count(conn) if arguments.dry_run else _delete(conn, db, expired)
+        sweep = Sweep(db, DatabaseFile(conn), expired)
+        if arguments.dry_run:
+            number, kept = expired.count(conn), expired.kept(conn)
+        else:
+            _delete(sweep)
+            number, kept = sweep.deleted, sweep.kept
     verb = "would delete" if arguments.dry_run else "deleted"
     deleted = f"{verb} {plural(number, 'event')} stored before {arguments.before} from {db}"
-    kept = _kept_note(old - number, db, expired.forwarded)
-    say(f"{deleted}; {time.monotonic() - started_s:.1f} s{kept}")
+    say(f"{deleted}; {time.monotonic() - started_s:.1f} s{_kept_note(kept, db, forwarded)}")
     return 0
 
 
@@ -291,6 +485,8 @@ def add_flags(_: str, add: AddFlag) -> None:
     """Add the flags of `prune`."""
     add_db_flag(add, "database file; a server may be running on it")
     add("--before", metavar="TIME", required=True, help="RFC 3339; events stored before it are deleted")
+    add("--delete-unforwarded", action="store_true", help="if this database has events that are forwarded, also delete "
+        "those of other environments")  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
 
 

@@ -29,7 +29,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 from msgspec import Struct
 
-from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, quoted, real_path, sql
+from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, plural, quoted, real_path, sql
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
 from eventstore_extras.stored import StoredRow, select_rows
@@ -46,6 +46,7 @@ __all__ = [
     "Answer",
     "Batch",
     "Key",
+    "Outage",
     "Outcome",
     "Progress",
     "ProgressFile",
@@ -56,6 +57,7 @@ __all__ = [
     "batches",
     "bulk_url",
     "find_key",
+    "lasted",
     "newest_seq",
     "progress_path",
     "read_progress",
@@ -252,6 +254,7 @@ class Answer(NamedTuple):
     problem: str = ""  # one line, without the key
     retry_after_s: float = 0.0
     duplicates: int = 0  # accepted events that the target already had
+    is_foreign: bool = False  # it came from something between here and the API, and says nothing about an event
 
     def backoff_s(self, waits: int) -> float:
         """Return how long to wait before the next try.
@@ -274,11 +277,62 @@ def retry_after_s(text: str) -> float:
     return 0.0
 
 
+# ---------------------------------------------------------------------------------------------- outages
+
+_SETTLED_S = 5.0  # after this long without a failure an outage is over
+
+
+def lasted(seconds: float) -> str:
+    """Return a duration in its two largest units, like "45 s" or "2 days 3 h"."""
+    whole = round(seconds)
+    units = [("day", whole // 86_400), ("h", whole // 3600 % 24), ("min", whole // 60 % 60), ("s", whole % 60)]
+    first = next((index for index, (_, number) in enumerate(units) if number), len(units) - 1)
+    shown = [(name, number) for name, number in units[first : first + 2] if number] or [("s", 0)]
+    return " ".join(plural(number, name) if name == "day" else f"{number} {name}" for name, number in shown)
+
+
+class Outage:
+    """Measures how long a target accepts nothing, and how many events are sent once it accepts some again."""
+
+    def __init__(self) -> None:
+        self._failed_s: float | None = None  # when it began
+        self._works_s: float | None = None  # when the target answered again
+        self._is_logged = False
+        self._events = 0  # sent since then
+
+    def failed(self, is_logged: bool) -> None:
+        """Note that a request failed, and whether the log says so."""
+        if self._failed_s is None:
+            self._failed_s, self._is_logged = time.monotonic(), False
+        self._works_s, self._events = None, 0
+        self._is_logged |= is_logged
+
+    def sent(self, events: int) -> None:
+        """Note that the target answered, and how many events it accepted."""
+        if self._failed_s is not None:
+            self._works_s = self._works_s or time.monotonic()
+            self._events += events
+
+    def end(self, is_done: bool) -> str:
+        """Return what to log if the outage has just ended, else "".
+
+        An outage ends when nothing is left to send, or after five seconds without a failure. It is not reported if the
+        log does not say that it began.
+        """
+        if self._failed_s is None or self._works_s is None:
+            return ""
+        if not is_done and time.monotonic() - self._works_s < _SETTLED_S:
+            return ""
+        text = f"works again after {lasted(self._works_s - self._failed_s)}; {plural(self._events, 'event')} sent since"
+        self._failed_s = None
+        return text if self._is_logged else ""
+
+
 # ---------------------------------------------------------------------------------------------- the target
 
 STALL_TIMEOUT_S = 60.0  # the longest time without a byte from the target
 _REQUEST_TIMEOUT_S = 300.0  # a slow line needs 80 s for 10 MB
-_ANSWER_BYTES = 64 * 1024  # the rest of an answer is not read
+_ANSWER_BYTES = 1024 * 1024  # the rest of an answer is not read; an error may name each event of a batch
 _MAX_MESSAGE_CHARS = 300
 
 
@@ -296,6 +350,32 @@ class _ErrorBody(Struct):
     message: str | None = None
     error: str | _Message | None = None
     details: _Details | None = None
+
+
+_ERROR_FIELDS = {"code", "message", "http_status_code", "details", "success", "error"}
+_INNER_ERROR_FIELDS = {"message", "internal_error", "details"}
+
+
+def _is_api_error(content: bytes) -> bool:
+    """Return True if this is an error body of FlexPrice or of this server, and not that of a proxy or a gateway.
+
+    The forms are `code` with `message`, and `error` as a text or as an object with a message. Gateways send `message`
+    alone, a number as the code, or other fields beside `error`.
+    """
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    if not isinstance(body, dict):
+        return False
+    message, error = body.get("message"), body.get("error")
+    if isinstance(message, str) and message:
+        return isinstance(body.get("code"), str) or isinstance(body.get("details"), dict)
+    if not body.keys() <= _ERROR_FIELDS:
+        return False
+    if isinstance(error, dict):
+        return isinstance(error.get("message"), str) and error.keys() <= _INNER_ERROR_FIELDS
+    return isinstance(error, str) and error != ""
 
 
 def _error_message(content: bytes) -> str:
@@ -391,12 +471,15 @@ class Target:
         printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key.value, "***"))
         return f"{self.bulk_url} {' '.join(printable.split())}"
 
-    def _answer(self, status: int, headers: Mapping[str, str], start: bytes) -> Answer:
-        """Interpret a response by its status, its headers and the start of its body."""
+    def _answer(self, status: int, headers: Mapping[str, str], start: bytes, size: int) -> Answer:
+        """Interpret a response to a request of this size by its status, its headers and the start of its body."""
         outcome = _outcome_of(status)
         if outcome is Outcome.ACCEPTED:
             duplicates = headers.get("x-events-duplicate", "")
             return Answer(outcome, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
+        is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
+        if is_foreign and outcome is Outcome.REFUSED:
+            outcome = Outcome.BLOCKED
         message = _error_message(start)
         problem = f"answered {status}{': ' if message else ''}{message}"
         if status == 401:
@@ -405,7 +488,10 @@ class Target:
             location = headers.get("location", "")
             redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
             problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
-        return Answer(outcome, self._log_line(problem), retry_after_s(headers.get("retry-after", "")))
+        if is_foreign:
+            problem += f" - not an error of the API: does a proxy or firewall refuse this request of {size:,} bytes?"
+        wait_s = retry_after_s(headers.get("retry-after", ""))
+        return Answer(outcome, self._log_line(problem), wait_s, is_foreign=is_foreign)
 
     def _failure(self, error: Exception, size: int) -> Answer:
         """Interpret the exception of a request with a body of this size."""
@@ -432,9 +518,10 @@ class Target:
                     if len(start) > _ANSWER_BYTES:
                         break
         except (httpx.RequestError, TimeoutError) as error:
-            if not status:  # a status that has arrived counts, even if the rest of the answer is lost
+            is_unclear = _outcome_of(status) is Outcome.REFUSED and not _is_api_error(start)
+            if not status or is_unclear:  # any other status counts, even if the rest of the answer is lost
                 return self._failure(error, len(body))
-        return self._answer(status, headers, start)
+        return self._answer(status, headers, start, len(body))
 
 
 # ---------------------------------------------------------------------------------------------- sending
@@ -463,18 +550,25 @@ class Sender:
             self._max_bytes = min(self._max_bytes * 2, BATCH_BYTES)
             self._accepted = 0
 
+    def head(self, batch: Batch) -> Batch:
+        """Return as many of the first events as one request may have now."""
+        return batch.head(self._max_bytes)
+
     async def send_head(self, batch: Batch) -> tuple[Batch, Answer]:
         """Send as many of the first events as the target takes at a time.
 
-        Returns those events and the final answer: ACCEPTED, REFUSED, or TOO_LARGE for a single event.
+        Returns those events and the final answer: ACCEPTED, REFUSED, or TOO_LARGE for a single event. A single event
+        that is too large for a proxy is BLOCKED instead: the proxy's limit can be raised.
         """
         waits = breaks = 0
         while True:
-            part = batch.head(self._max_bytes)
+            part = self.head(batch)
             answer = await self._target.post(part.body)
             if answer.outcome is Outcome.TOO_LARGE and len(part.rows) > 1:
                 self._shrink(part)
                 continue
+            if answer.outcome is Outcome.TOO_LARGE and answer.is_foreign:
+                answer = answer._replace(outcome=Outcome.BLOCKED)
             if answer.outcome in (Outcome.ACCEPTED, Outcome.REFUSED, Outcome.TOO_LARGE):
                 self._grow(answer)
                 return part, answer

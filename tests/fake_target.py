@@ -42,7 +42,8 @@ def refusing(status: int, *poison: str) -> Trick:
     """Refuse each batch that has one of these events."""
 
     def refuse(handler: Handler, ids: list[str]) -> bool:
-        answer = {"message": "2 of them are invalid", "details": {"errors": [{"message": "no poison"}]}}
+        errors = [{"message": "no poison"}]
+        answer = {"code": "validation_error", "message": "2 of them are invalid", "details": {"errors": errors}}
         return bool({*poison} & {*ids}) and reply(handler, status, json.dumps(answer).encode())
 
     return refuse

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,19 @@ import pytest
 import eventstore
 from eventstore_extras import forward, sending
 from eventstore_extras.mock import HasAddress, MockServer, running_server
-from fake_target import FakeTarget, Handler, Trick, accept, answering, cut, cut_after_status, lag, refusing, reply
+from fake_target import (
+    FakeTarget,
+    Handler,
+    Trick,
+    accept,
+    answer_413,
+    answering,
+    cut,
+    cut_after_status,
+    lag,
+    refusing,
+    reply,
+)
 from helpers import (
     KEY,
     NOW,
@@ -283,6 +296,94 @@ def test_a_target_with_a_bad_certificate_does_not_get_the_key(tmp_path: Path, ca
     assert target.batches == []
 
 
+API_ERRORS = {
+    "of this server": b'{"code": "validation_error", "message": "no", "http_status_code": 400, "details": {}, "success": false, "error": {"message": "no", "internal_error": null}}',
+    "of FlexPrice": b'{"code": "validation_error", "message": "no", "http_status_code": 400}',
+    "of an older FlexPrice": b'{"success": false, "error": {"message": "no", "internal_error": "event_name"}}',
+    "a text": b'{"error": "no"}',
+    "of a thousand events": json.dumps({"code": "validation_error", "message": "no", "details": {"e": ["x" * 99] * 1000}}).encode(),
+}  # fmt: skip
+FOREIGN_ERRORS = {
+    "empty": b"",
+    "nginx": b"<html><head><title>400 The plain HTTP request was sent to HTTPS port</title></head></html>",
+    "text": b"Request Entity Too Large",
+    "text as JSON": b'"no"',
+    "list": b'[{"code": "validation_error", "message": "no"}]',
+    "null": b"null",
+    "cut off": b'{"code": "validation_error", "message": "no", "details": {',
+    "not UTF-8": b'{"code": "validation_error", "message": "\xff"}',
+    "nested": b"[" * 60_000,
+    "API Gateway": b'{"message": "Bad Request"}',
+    "Kong": b'{"message": "Request size limit exceeded", "request_id": "1"}',
+    "number as code": b'{"code": 400, "message": "blocked"}',
+    "Spring": b'{"timestamp": "2026-11-20T00:00:00Z", "status": 400, "error": "Bad Request", "path": "/v1/events/bulk"}',
+    "Google": b'{"error": {"code": 400, "message": "no", "status": "INVALID_ARGUMENT"}}',
+    "Cloudflare": b'{"success": false, "errors": [{"message": "no"}]}',
+    "empty object": b"{}",
+    "empty message": b'{"code": "validation_error", "message": ""}',
+    "empty error": b'{"error": ""}',
+}
+
+
+@table("body", API_ERRORS.values(), ids=API_ERRORS)
+def test_the_apis_own_error_sets_the_refused_event_aside(tmp_path: Path, body: bytes) -> None:
+    def refuse(handler: Handler, ids: list[str]) -> bool:
+        return "00001" in ids and reply(handler, 400, body)
+
+    with FakeTarget(refuse) as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, client):
+        store(client, *numbered(3))
+        server.wait_until_forwarded()
+    assert target.ids == ["00000", "00002"]
+    (line,) = (tmp_path / "events.db.refused.ndjson").read_text().splitlines()
+    assert json.loads(line)["event_id"] == "00001"
+
+
+@table("status", [400, 413, 422])
+@table("body", FOREIGN_ERRORS.values(), ids=FOREIGN_ERRORS)
+def test_a_refusal_that_is_not_the_apis_blocks_and_no_event_is_set_aside(
+    tmp_path: Path, caplog: Logs, status: int, body: bytes
+) -> None:
+    trick = answering(status, body)
+    path = str(tmp_path / "events.db")
+    with FakeTarget(trick, trick, trick, trick, accept) as target, forwarding(target, db=path) as (server, client):
+        store(client, *numbered(3))
+        server.wait_until_forwarded()
+    assert target.ids == numbers(3)
+    assert not (tmp_path / "events.db.refused.ndjson").exists()
+    (line,) = [record for record in caplog.records if record.message.startswith("forwarding: ")]
+    assert line.levelname == "ERROR"
+    assert f"answered {status}" in line.message
+    assert "not an error of the API: does a proxy or firewall refuse this request of " in line.message
+    assert "nothing is forwarded until this is corrected" in line.message
+
+
+def test_a_proxys_413_makes_batches_smaller_and_blocks_at_a_single_event(tmp_path: Path, caplog: Logs) -> None:
+    with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, client):
+        target.max_bytes, target.too_large = 2_000, answer_413
+        store(client, *numbered(100, properties={"x": "y" * 100}), event("large", properties={"x": "y" * 3000}))
+        eventually(lambda: "not an error of the API" in caplog.text)
+        assert target.ids == numbers(100)
+        assert lag(client)[0] == 1
+        target.max_bytes = 4_000
+        server.wait_until_forwarded()
+    assert target.ids == [*numbers(100), "large"]
+    assert not (tmp_path / "events.db.refused.ndjson").exists()
+
+
+def test_a_refusal_that_is_cut_off_is_sent_again(tmp_path: Path) -> None:
+    def cut_refusal(handler: Handler, _: object) -> bool:
+        handler.wfile.write(b'HTTP/1.1 400 Bad Request\r\ncontent-length: 1000\r\n\r\n{"code": "validation_error"')
+        handler.wfile.flush()
+        return cut(handler)
+
+    path = str(tmp_path / "events.db")
+    with FakeTarget(cut_refusal, accept) as target, forwarding(target, db=path) as (server, client):
+        store(client, *numbered(3))
+        server.wait_until_forwarded()
+    assert target.ids == numbers(3)
+    assert not (tmp_path / "events.db.refused.ndjson").exists()
+
+
 @table("trick", [answering(202), cut_after_status], ids=["empty", "cut off"])
 def test_a_202_counts_whatever_its_body(trick: Trick) -> None:
     with FakeTarget(trick) as target, forwarding(target) as (server, client):
@@ -323,7 +424,11 @@ def test_an_outage_of_a_week_loses_no_event_and_is_logged_once(caplog: Logs) -> 
     assert target.ids == numbers(1680)
     logged = [record for record in caplog.records if "forwarding" in record.message]
     levels = Counter(record.levelname for record in logged if "answered 503" not in record.message)
-    assert levels == {"WARNING": 1, "INFO": 1}
+    assert levels == {"WARNING": 1, "INFO": 2}
+    (line,) = [record.message for record in logged if "works again after" in record.message]
+    assert re.search(
+        r"^forwarding to 127\.0\.0\.1:\d+ works again after (\d+ min )?\d+ s; 1,680 events sent since$", line
+    )
     taken_s = time.monotonic() - started_s
     assert 1 <= sum("answered 503" in record.message for record in logged) <= 1 + taken_s / 60
 
@@ -526,7 +631,8 @@ def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> N
         (["--forward-to", "http://me:secret@host/v1"], FORWARDING, "must not have a user or password"),
         (["--forward-to", "http://host"], {"EVENTSTORE_API_KEYS": KEY}, "set EVENTSTORE_FORWARD_API_KEY or FLEXPRICE_API_KEY"),
         (["--forward-to", "http://host"], FORWARDING | {"EVENTSTORE_FORWARD_API_KEY": "two words"}, "EVENTSTORE_FORWARD_API_KEY: an API key is empty, or has a space"),
-        (["--forward-to", "http://host", "--forward-environment", "prod"], FORWARDING, 'no key and no event has that environment, known are development'),
+        (["--forward-to", "http://host", "--forward-environment", "prod"], FORWARDING, '--forward-environment is "prod", but no API key writes to it: they are of "development"'),
+        (["--forward-to", "http://host", "--api-key", "a=x", "--api-key", "b=y"], FORWARDING, '--forward-to needs --forward-environment: the API keys are of several environments, "x", "y"'),
         (["--forward-to", "http://localhost:{port}", "--port", "{port}"], FORWARDING, "is this server itself"),
         (["--forward-to", "http://127.0.0.1:{port}/v1", "--port", "{port}", "--host", "0.0.0.0"], FORWARDING, "is this server itself"),
         (["--forward-to", "http://host", "--forward-interval-ms", "0"], FORWARDING, "--forward-interval-ms: must be a number greater than 0"),
@@ -544,6 +650,43 @@ def test_serve_does_not_start_with_a_target_that_cannot_work(
     assert part in done.stderr
     assert "secret" not in done.stderr
     assert [*tmp_path.glob("*-wal")] == [], "the database was not closed"
+
+
+@pytest.mark.slow
+def test_the_only_environment_with_a_key_is_forwarded_and_named_by_banner_and_health(tmp_path: Path) -> None:
+    filled(tmp_path, 3)  # of development, from an earlier key
+    environ = FORWARDING | {"EVENTSTORE_API_KEYS": f"{KEY}=production"}
+    with FakeTarget() as target, Live(tmp_path, "--forward-to", target.url, **environ) as live, live.client() as client:
+        assert (
+            f"\n  forwards to  {target.url}, environment production (0 events behind)\n"
+            "               not forwarded: development, staging\n" in live.banner
+        )
+        health = client.get("/health").json()
+        assert health["forwarding"] == [{"environment": "production", "to": f"127.0.0.1:{target.port}"}]
+        store(client, event("a"))
+        eventually(lambda: target.ids == ["a"])
+
+
+@pytest.mark.slow
+def test_the_environment_with_a_key_can_be_chosen_among_several(tmp_path: Path) -> None:
+    environ = FORWARDING | {"EVENTSTORE_API_KEYS": f"{KEY}=b,other=a"}
+    with FakeTarget() as target:
+        flags = ("--forward-to", target.url, "--forward-environment", "b")
+        with Live(tmp_path, *flags, **environ) as live, live.client() as client, live.client("other") as other:
+            store(other, event("not this one"))
+            store(client, event("this one"))
+            eventually(lambda: target.ids == ["this one"])
+
+
+def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    flags = ("--forward-to", "http://host", "--forward-environment", "development", "--api-key", "k=production")
+    environ = os.environ | {"EVENTSTORE_FORWARD_API_KEY": KEY}
+    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        '--forward-environment is "development", but no API key writes to it: they are of "production"' in done.stderr
+    )
 
 
 @table(

@@ -33,6 +33,7 @@ FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # cause
 OFTEN = """
 sending.SAVE_INTERVAL_S, sending.BACKOFF_CAP_S = 0, 0.1
 retention.HOUR_US, retention.CLOCK_INTERVAL_S, retention.MAX_ROWS = 1, 0.02, 30
+retention.MOST_AT_ONCE = 10**9  # the second server deletes all that the first one stored
 """
 # Each run is two days later than the one before, so that all its events are due for deletion.
 LATER = "arguments.clock = lambda: eventstore.now_us() + 2 * eventstore.DAY_US * {}"
@@ -122,7 +123,7 @@ class PickyTarget(FakeTarget):
         if not next(self.answers_requests):
             return reply(handler, 503, b"{}")
         if any(map(is_refused, ids)):
-            return reply(handler, 400, b"{}")
+            return reply(handler, 400, b'{"error": "refused"}')
         self.accepted_batches.append(ids)
         return False
 
@@ -449,6 +450,7 @@ forward.Forwarder._deliver = ahead
 CARELESS = """
 forward.os.fsync = lambda _: None
 retention.read_all_forward_progress = lambda _: []
+sys.argv.append("--delete-unforwarded")
 """
 LATE = "forward.append_line = lambda path, line: open(path, 'ab').write(line)"
 NORMAL = """

@@ -8,6 +8,7 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,50 @@ def test_a_throttle_allows_something_once_per_interval(monkeypatch: pytest.Monke
     allowed = [throttle.allows() for _ in range(8)]
     monkeypatch.undo()
     assert allowed == [True, False, False, True, False, True, False, True]
+
+
+# ---------------------------------------------------------------------------------------------- outages
+
+
+@table(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.6, "1 s"), (60, "1 min"), (61, "1 min 1 s"), (3600, "1 h"), (11_999, "3 h 19 min"),
+     (86_400, "1 day"), (2 * 86_400 + 3599, "2 days"), (400 * 86_400 + 7200, "400 days 2 h")],
+)  # fmt: skip
+def test_a_duration_is_said_in_its_two_largest_units(seconds: float, text: str) -> None:
+    assert sending.lasted(seconds) == text
+
+
+def test_the_end_of_an_outage_is_reported_once_with_its_length_and_the_events_sent_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.s)
+    outage = sending.Outage()
+
+    def said(events: int, is_done: bool = False) -> str:
+        outage.sent(events)
+        return outage.end(is_done)
+
+    assert (said(7), said(7, is_done=True)) == ("", "")
+    outage.failed(is_logged=True)
+    clock.s += 3600
+    outage.failed(is_logged=False)
+    assert outage.end(is_done=True) == ""
+    clock.s += 60
+    assert said(10) == ""
+    clock.s += 4
+    outage.failed(is_logged=False)  # again, so it is not over
+    clock.s += 56
+    assert said(20) == ""
+    clock.s += 5
+    assert said(30) == "works again after 1 h 2 min; 50 events sent since"
+    assert said(40, is_done=True) == ""
+    outage.failed(is_logged=True)
+    clock.s += 9
+    assert said(1, is_done=True) == "works again after 9 s; 1 event sent since"
+    outage.failed(is_logged=False)  # the log does not say that it began
+    assert said(1, is_done=True) == ""
 
 
 # ---------------------------------------------------------------------------------------------- targets
