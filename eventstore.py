@@ -895,6 +895,7 @@ READER_THREADS = 4
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _FEW_EVENTS = 10  # a request with at most this many is small
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
+_SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
 
 
 def _shutting_down() -> ApiError:
@@ -919,14 +920,9 @@ class _Task(NamedTuple):
             self.answer.set_result(outcome)
 
 
-_ROW_BYTES = 500  # estimate of what an event and its index entries add to the file, without the properties
-
-
 def _size_of(rows: Iterable[Row]) -> int:
-    return sum(_ROW_BYTES + len(row.properties) for row in rows)
-
-
-_SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
+    """Estimate what rows and their index entries add to the file, in bytes."""
+    return sum(500 + len(row.properties) for row in rows)
 
 
 class _FreeSpace:
@@ -1295,7 +1291,6 @@ class Store:
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 _MAX_LOGGED_NAMES = 20  # ignored names logged per minute, so that clients cannot fill the log
-_TASK_TIMEOUT_S = 3  # how long the server waits for the service's tasks when it stops
 # Starlette's `path` convertor stops at a line break; ids may contain one.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 _Handler = Callable[["Service", Request], Awaitable[Response]]
@@ -1423,7 +1418,7 @@ class Service:
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=_TASK_TIMEOUT_S)
+            await asyncio.wait(tasks, timeout=3)
         await asyncio.to_thread(self.store.close)
 
     def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
