@@ -314,7 +314,7 @@ def test_prune_finds_the_progress_of_forwarding_behind_a_link(
     assert path.parent == real.parent
     path.write_bytes(eventstore.ENCODER.encode(new))
     assert command_line("prune", "--db", link, "--before", "2025-10-16T00:00:00Z") == 0
-    assert "1 event of that time stay until accepted by http://t.test/v1" in capsys.readouterr().err
+    assert "keeps 1 event of that time until accepted by http://t.test/v1" in capsys.readouterr().err
     assert len(read_all_forward_progress(str(real))) == 1
     assert ids_in(real) == ["a"]
 

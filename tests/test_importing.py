@@ -470,7 +470,6 @@ def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: s
     code = """if True:
         import sys, eventstore
         from eventstore_extras import importing
-from eventstore_extras.entries import Entry, checked_row
         importing._GROUP_BYTES = 1 << 20
         eventstore.main(sys.argv[1:])
         print(open("/proc/self/status").read())

@@ -596,7 +596,7 @@ def test_prune_says_how_many_events_it_deleted_and_kept(tmp_path: Path) -> None:
         assert re.fullmatch(re.escape(start) + r"[\d.]+ s" + re.escape(notes) + "\n", done.stderr), done.stderr
         return kept_ids(tmp_path)
 
-    waiting = f"; {waiting}, remove {file.name})"
+    waiting = f"; {waiting}, remove {file})"
     assert len(pruned(1, waiting + other, "--dry-run")) == 5
     assert len(pruned(2, waiting, "--dry-run", "--delete-unforwarded")) == 5
     assert pruned(1, waiting + other) == ["00001", "00002", "00003", "00004"]
