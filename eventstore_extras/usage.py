@@ -185,6 +185,16 @@ def check_positive(value: str | float) -> float:
     return float(value)
 
 
+def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
+    """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
+    is_given = sent.multiplier not in (None, "")
+    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
+        faults.add("multiplier", "required", f"is required for {kind}")
+    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
+        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+    return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
+
+
 def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     """Check a request and fill in its defaults. Raises ApiError with every fault (API: Usage)."""
     if not sent.event_name:
@@ -213,16 +223,6 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         windows=Windows(size, _parse_zone(sent.timezone or "UTC"), month_day) if size else None, bucketed=bucketed,
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )  # fmt: skip
-
-
-def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
-    """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
-    is_given = sent.multiplier not in (None, "")
-    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
-        faults.add("multiplier", "required", f"is required for {kind}")
-    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
-        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
-    return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
 
 
 # ---------------------------------------------------------------------------------------------- SQL
