@@ -1,8 +1,8 @@
 """eventstore: FlexPrice's usage-events API in one Python file on SQLite.
 
-It takes usage events over the same wire as FlexPrice (singly or in batches of up to 1000), keeps them in one SQLite
-file and reads them back with filters and cursors. It is not a billing system: it has no customers, prices, plans or
-invoices, and it is one process on one machine.
+It accepts usage events through FlexPrice's HTTP API, singly or in batches of up to 1000, stores them in one SQLite file
+and returns them with filters and cursors. It is not a billing system: it has no customers, prices, plans or invoices.
+It runs as one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
     app = eventstore.create_app(settings)    # the same as an ASGI application
@@ -15,22 +15,25 @@ A map of this file. Each part uses only the parts above it:
     Shared      Settings                  everything that can be configured
                 Errors                    ApiError, and Faults, which collects what is wrong with a request
                 JSON                      from a body's bytes to a struct
-                Time, ids, cursors
+                Time, ids, cursors        from text to microseconds and back
                 Events in SQL             Row, Sql, and the filters that queries share
-                Store                     Writer, ReaderPool, and Store, which joins them
-                HTTP                      Service, bodies and parameters, Operation, authentication, error answers
+                Store: connections        pragmas, the file's checks, the tables
+                Store: inserting          the statements that store events
+                Store: threads            Writer, ReaderPool, and Store, which joins them
+                HTTP                      Operation, Service, authentication, bodies, parameters, error answers
     Features    Ingest                    POST /v1/events, POST /v1/events/bulk
                 Queries                   GET /v1/events, POST /v1/events/query
                 Lookup                    GET /v1/events/lookup, GET /v1/events/{id}
                 Monitoring                GET /v1/events/monitoring
                 Health, page              /health, and the event debugger at /
     Serving     Application               the route table and create_app
+                Listening                 the socket, and uvicorn's protocol with this server's limits
                 API keys                  from flags, a file or the environment
-                Command line              serve, and the other commands, which eventstore_extras has
+                Command line              serve; the other commands are in eventstore_extras
 
-Each feature has its wire types, its checks, its SQL and its handler together. A way to read it: follow one event from
+Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
 `ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries" in a
-docstring is the section of that name in docs/api.md, which is what callers are promised.
+docstring is the section of that name in docs/api.md, which describes what callers can rely on.
 """
 
 from __future__ import annotations
@@ -86,6 +89,49 @@ from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+# What others may use, section by section; all other names begin with an underscore.
+__all__ = [  # noqa: RUF022 - in the order of the file
+    # General
+    "T", "__version__", "log",
+    # Settings
+    "ApiKey", "Settings", "now_us",
+    # Errors
+    "MAX_ECHO_CHARS", "STATUS_OF_CODE", "ApiError", "ErrorBody", "ErrorDetails", "ErrorMessage", "Fault", "Faults",
+    "FieldError", "StartError", "excerpt", "plural", "quoted", "raise_fault",
+    # JSON
+    "ENCODER", "MEMBERS", "PropertyFilters", "decode", "decode_fields", "decoder_of",
+    # Time, ids, cursors
+    "DAY_US", "EARLIEST", "LATEST", "MAX_TIME_US", "MINUTE_US", "MIN_TIME_US", "RFC_3339", "Cursor", "IdMaker",
+    "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
+    # Events in SQL
+    "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
+    "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
+    # Store
+    "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
+    "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "connect", "connect_reader",
+    "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
+    "real_path",
+    # HTTP
+    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
+    "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
+    "read_body", "read_fields", "whole_within",
+    # Ingest
+    "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
+    "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
+    # Queries, lookup
+    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "ORDERS", "SORTS", "Event", "EventLookup", "EventPage",
+    "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order",
+    "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
+    "look_up_event", "query_events",
+    # Monitoring, health
+    "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Forwarding", "Health", "Monitoring",
+    "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
+    "spans_of_windows", "utc_windows",
+    # Serving
+    "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "OPERATIONS", "AddFlag", "add_db_flag", "check_key", "create_app",
+    "listen", "main", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
+]  # fmt: skip
+
 __version__ = "0.1.0"
 
 log = logging.getLogger("eventstore")
@@ -96,7 +142,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 class ApiKey(Struct, frozen=True):
-    """A key as the server holds it: hashed, and bound to one environment (API: Common rules)."""
+    """The hash of an API key, and the environment that the key belongs to (API: Common rules)."""
 
     digest: bytes
     environment: str
@@ -120,9 +166,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     query_timeout_s: float = 30.0
     queue_events: int = 100_000  # events that may wait for the writer
     wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
-    warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of it, at most 1 GB (API: Health)
-    queue_bytes: int = 256 * 1024 * 1024  # request bodies held at one time; a single body may be longer
-    rate_limits: Mapping[str, int] = {}  # path -> POST requests a minute, for each key (API: Rate limits)
+    warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of the disk, at most 1 GB (API: Health)
+    queue_bytes: int = 256 * 1024 * 1024  # limit on all request bodies in memory; one alone may be larger
+    rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
     clock: Callable[[], int] = now_us  # microseconds since 1970
 
@@ -133,7 +179,7 @@ STATUS_OF_CODE = {
     "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
     "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
     "uri_too_long": 414, "headers_too_large": 431,
-    "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, in the name of a proxy
+    "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
 MAX_ECHO_CHARS = 100
@@ -151,7 +197,7 @@ class Fault(Struct, frozen=True):
 
 
 class ErrorDetails(Struct, frozen=True):
-    """What is wrong, fault by fault (API: Errors)."""
+    """The faults of a refused request (API: Errors)."""
 
     rejected: int | UnsetType = UNSET  # number of events with faults
     truncated: bool | UnsetType = UNSET  # true if there are more faults than `errors` lists
@@ -159,7 +205,7 @@ class ErrorDetails(Struct, frozen=True):
 
 
 class ErrorMessage(Struct):
-    """The older error envelope."""
+    """The error object that older SDKs parse."""
 
     message: str
     internal_error: str | None
@@ -177,7 +223,7 @@ class ErrorBody(Struct):
 
 
 class ApiError(Exception):
-    """A refusal that the caller can act on. `code` is a key of STATUS_OF_CODE (API: Common rules)."""
+    """A refused request; the message tells the client why. `code` is a key of STATUS_OF_CODE (API: Common rules)."""
 
     def __init__(
         self, code: str, message: str, details: ErrorDetails | None = None, retry_after_s: int | None = None
@@ -200,7 +246,7 @@ class ApiError(Exception):
 
 
 class FieldError(ValueError):
-    """A value that its field does not accept. Its text continues a sentence that begins with the field's name."""
+    """A field does not accept its value. Its text is a predicate: callers put the field's name before it."""
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
@@ -212,17 +258,17 @@ class StartError(Exception):
 
 
 class Faults:
-    """Collects everything that is wrong with one request, so that one answer names all of it."""
+    """Collects the faults of one request, so that one answer lists them all."""
 
     def __init__(self, index: int | None = None, whole: str = "body") -> None:
-        self.index = index  # of the event under check
-        self.whole = whole  # the name of the object whose fields are under check: "body", "event", or a path
+        self.index = index  # position in the batch of the event being checked
+        self.whole = whole  # name of the object whose fields are being checked: "body", "event", or a path
         self.ignored: set[str] = set()  # unknown fields; ignored, but logged
         self._path = ""  # prefix of the field names of an object inside the body
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}
 
     def add(self, field: str, code: str, problem: str) -> None:
-        """Record a fault, unless the field or its whole object has one already: the later one only follows from it."""
+        """Record a fault, unless the field or its whole object has one already: a second one follows from the first."""
         if (self.index, self.whole) not in self._found:
             name = field if field == self.whole else self._path + field
             self._found.setdefault((self.index, name), (code, f"{name} {problem}"))
@@ -241,7 +287,7 @@ class Faults:
             self.whole, self._path = outer
 
     def check(self, field: str, convert: Callable[[Any], T], value: Any) -> T | None:
-        """Return convert(value). Return None if the value is absent, or if it is bad, which is recorded."""
+        """Return convert(value), or None if the value is absent. A FieldError becomes a fault, and returns None."""
         if value is None or value == "":
             return None
         try:
@@ -251,7 +297,7 @@ class Faults:
             return None
 
     def raise_any(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """Raise ApiError with the first 100 faults, if there are any. `events` are those that were sent, if any."""
+        """Raise ApiError with the first 100 faults, if there are any. `events` are the events of an ingest request."""
         if not self._found:
             return
         faults = []
@@ -285,10 +331,15 @@ def excerpt(raw: bytes) -> str:
     return " ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS]
 
 
+def plural(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 # ---------------------------------------------------------------------------------------------- JSON
 
 ENCODER = msgspec.json.Encoder()
-MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each still JSON
+MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each as undecoded JSON
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 _RAWS = msgspec.json.Decoder(list[Raw])
 decoder_of = lru_cache(msgspec.json.Decoder)
@@ -303,10 +354,10 @@ _TYPE_NAMES = {
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
-    """Decode the body; return None if it is JSON of another shape. Raises ApiError if it is not JSON (API: JSON)."""
+    """Decode the body; return None if it does not fit the type. Raises ApiError if it is not JSON (API: JSON)."""
     try:
         if not body.isascii():
-            body.decode()  # msgspec does not check UTF-8 in the parts that it skips
+            body.decode()  # msgspec does not check the UTF-8 of parts that it skips
         return decoder.decode(body)
     except msgspec.ValidationError:
         return None
@@ -316,18 +367,33 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
         reason = "it is nested too deep"
     except msgspec.DecodeError as error:
         reason = str(error)
-        if reason == "Input data was truncated":  # msgspec says the same of a lone surrogate at a string's end
+        if reason == "Input data was truncated":  # msgspec's message for a lone surrogate at a string's end as well
             half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
             reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
-    """Decode a struct and record the fields that have the wrong type. Raises ApiError if the body is not JSON."""
-    return decode(decoder, body) or decode_members(decoder.type, body, faults)
+def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
+    value = decode(decoder_of(field.type), raw)
+    if value is not None or raw == b"null":
+        return value
+    kind = (get_args(field.type) or [field.type])[0]
+    if hasattr(kind, "__struct_fields__"):
+        with faults.within(field.name):
+            return _decode_members(kind, raw, faults)
+    item = (get_args(kind) or [object])[0]
+    if hasattr(item, "__struct_fields__") and (items := decode(_RAWS, raw)) is not None:
+        values = []
+        for index, item_raw in enumerate(items):
+            with faults.within(f"{field.name}[{index}]"):
+                values.append(_decode_members(item, item_raw, faults))
+        return values
+    expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
+    faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
+    return None
 
 
-def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
+def _decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     """Decode an object field by field: record each field of the wrong type and leave it out; ignore unknown fields."""
     members = decode(MEMBERS, bytes(raw))
     if members is None:
@@ -341,24 +407,9 @@ def decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
     return struct(**values)
 
 
-def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
-    value = decode(decoder_of(field.type), raw)
-    if value is not None or raw == b"null":
-        return value
-    kind = (get_args(field.type) or [field.type])[0]
-    if hasattr(kind, "__struct_fields__"):
-        with faults.within(field.name):
-            return decode_members(kind, raw, faults)
-    item = (get_args(kind) or [object])[0]
-    if hasattr(item, "__struct_fields__") and (items := decode(_RAWS, raw)) is not None:
-        values = []
-        for index, item_raw in enumerate(items):
-            with faults.within(f"{field.name}[{index}]"):
-                values.append(decode_members(item, item_raw, faults))
-        return values
-    expected = _TYPE_NAMES.get(struct.__annotations__[field.name], "an array of objects")
-    faults.add(field.name, "invalid_type", f"must be {expected}, got {excerpt(raw)}")
-    return None
+def decode_fields(decoder: msgspec.json.Decoder[T], body: bytes, faults: Faults) -> T:
+    """Decode a struct and record the fields that have the wrong type. Raises ApiError if the body is not JSON."""
+    return decode(decoder, body) or _decode_members(decoder.type, body, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Time, ids, cursors
@@ -375,13 +426,13 @@ def to_us(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
-MIN_TIME_US = to_us(datetime.min.replace(tzinfo=UTC))  # Go's zero time, which means "no time" on this wire
+MIN_TIME_US = to_us(datetime.min.replace(tzinfo=UTC))  # Go's zero time; a client that sends it means "no time"
 MAX_TIME_US = to_us(datetime.max.replace(tzinfo=UTC))
 EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
 MINUTE_US = 60 * 1_000_000
 DAY_US = 1440 * MINUTE_US
 
-# datetime.fromisoformat would also accept week dates, a bare date, no zone and (Python 3.13) hour 24.
+# datetime.fromisoformat also accepts week dates, a bare date, no zone and (Python 3.13) hour 24.
 RFC_3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
@@ -389,7 +440,7 @@ RFC_3339 = re.compile(
 
 
 def parse_time(text: str) -> int:
-    """Parse an RFC 3339 time with a zone into microseconds since 1970; finer digits are cut off.
+    """Parse an RFC 3339 time with a zone into microseconds since 1970; digits beyond microseconds are dropped.
 
     Raises FieldError if the time has another format or lies outside the years 1 to 9999 (API: Times).
     """
@@ -407,7 +458,7 @@ def parse_time(text: str) -> int:
 
 
 def time_range(start_time: str | None, end_time: str | None, now: int, faults: Faults) -> tuple[int, int]:
-    """Return start and end in microseconds. The end defaults to now, the start to 7 days before it (API: Queries)."""
+    """Return both times in microseconds. By default the end is now, the start 7 days before the end (API: Queries)."""
     end_us = faults.check("end_time", parse_time, end_time)
     end_us = now if end_us is None else end_us
     start_us = faults.check("start_time", parse_time, start_time)
@@ -419,8 +470,7 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 class IdMaker:
-    """Makes ids: a prefix and a ULID, which is 48 bits of milliseconds and 80 random bits. Each id is greater than the
-    one before."""
+    """Makes ids from a prefix and a ULID: 48 bits of milliseconds and 80 random bits. Each is greater than the last."""
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's base 32
 
@@ -435,7 +485,7 @@ class IdMaker:
 
 
 class Cursor(NamedTuple):
-    """A position between two events of a page's order; on the wire `<unix time in ns>::<event id>` (API: Queries)."""
+    """The position of an event in the order of pages; its text is `<unix time in ns>::<event id>` (API: Queries)."""
 
     timestamp_us: int
     id: str
@@ -459,8 +509,8 @@ def parse_cursor(text: str) -> Cursor:
 
 # ---------------------------------------------------------------------------------------------- Events in SQL
 
-APPLICATION_ID = 0x45565354
-SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x45565354
+_SCHEMA_VERSION = 1
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -470,9 +520,9 @@ _STRING = msgspec.json.Decoder(str)
 
 
 class Row(NamedTuple):
-    """One event as the table holds it, column by column."""
+    """One row of the table `events`, without seq."""
 
-    environment: int  # the environment's number: see environment_number
+    environment: int  # id of the environment: see environment_number
     id: str
     external_customer_id: str
     customer_id: str
@@ -484,7 +534,7 @@ class Row(NamedTuple):
 
 
 class Sql(NamedTuple):
-    """A statement, or a part of one, with the parameters that it names: `conn.execute(*statement)`."""
+    """A statement or a part of one, with the values of its named parameters: `conn.execute(*statement)`."""
 
     text: str
     values: Mapping[str, object]
@@ -494,7 +544,7 @@ class Sql(NamedTuple):
 
 
 def sql(text: str, *parts: Sql, **values: object) -> Sql:
-    """Make an Sql of a text that was formatted with `parts`; it takes over their parameters and adds `values`."""
+    """Make an Sql from a text that contains the texts of `parts`. Its values are those of the parts, and `values`."""
     joined = dict(values)
     for part in parts:
         joined |= part.values
@@ -513,8 +563,63 @@ def is_in(value: Sql | str, options: Sequence[object] | set[str], name: str) -> 
     return sql(text, *([value] if isinstance(value, Sql) else []), **values)
 
 
+def index_of(columns: Iterable[str]) -> str:
+    """Build the INDEXED BY clause for a condition on these columns: the index finds few events, in the order of a page.
+
+    Without the clause SQLite 3.50 uses events_by_time for every page: one customer's page scans all customers' events.
+    """
+    indexes = {"id": "id", "external_customer_id": "customer", "event_name": "name"}
+    given = {*columns}
+    return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
+
+
+def json_texts(values: Sequence[str]) -> list[str]:
+    """Return the values of `property_json` that match: each text as a JSON string, and as a number or boolean."""
+    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
+
+
+def property_parameters(name: str, key: str) -> dict[str, object]:
+    """Return the parameters for a key and for its path; a key that needs escapes gets the path of the whole object."""
+    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
+
+
+def property_sql(function: str, name: str, key: str) -> Sql:
+    """Build the expression for a top-level property; its value is what `property_json` or `property_text` returns.
+
+    It uses the faster `->`, and calls the function only if the properties contain a backslash: a path of SQLite cannot
+    contain a quote, and before 3.45 SQLite compares the path with the key's escaped form. `name` is a unique prefix for
+    the parameters' names.
+    """
+    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
+    if function == "property_text":
+        plain = f"trim(nullif({plain}, 'null'), '\"')"
+    text = f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
+    return Sql(text, property_parameters(name, key))
+
+
+def property_json(properties: str, key: str) -> str | None:
+    """SQL function: return a top-level property as JSON, but a string without escapes; NULL if it is missing."""
+    raw = bytes(MEMBERS.decode(properties).get(key, b""))
+    if raw[:1] in (b"{", b"["):
+        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` returns it
+    return f'"{_STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
+
+
+def property_text(properties: str, key: str) -> str | None:
+    """SQL function: return a string property's value, or the JSON text of another; NULL if it is null or missing."""
+    text = property_json(properties, key)
+    return text[1:-1] if text and text[0] == '"' else None if text == "null" else text
+
+
+def property_number(properties: str, key: str) -> float:
+    """SQL function: return the number that a property is, or that its text spells; 0 for any other (API: Usage)."""
+    text = property_text(properties, key) or ""
+    number = float(text) if DECIMAL.fullmatch(text) else 0.0
+    return number if math.isfinite(number) else 0.0
+
+
 class View(NamedTuple):
-    """What a request can see: one environment at one moment, less the events that a simulated lag still hides."""
+    """The events that a request can see: those of one environment, without those that a simulated lag still hides."""
 
     environment: str
     now_us: int
@@ -522,7 +627,7 @@ class View(NamedTuple):
 
 
 class Selection(Struct, frozen=True, kw_only=True):
-    """Which events a request is about: checked, with every default filled in."""
+    """The events that a request selects, after its checks and with every default filled in."""
 
     view: View
     start_us: int
@@ -532,7 +637,7 @@ class Selection(Struct, frozen=True, kw_only=True):
 
 
 def matching(selection: Selection) -> Sql:
-    """Build the condition that a selection's events meet, but for the range of time."""
+    """Build the condition for a selection's environment and filters; callers add one for its range of time."""
     clauses = [sql(IN_ENVIRONMENT, environment=selection.view.environment)]
     if selection.view.visible_us is not None:
         clauses.append(sql("ingested_at_us <= :visible_us", visible_us=selection.view.visible_us))
@@ -543,65 +648,11 @@ def matching(selection: Selection) -> Sql:
     return all_of(clauses)
 
 
-def index_of(columns: Iterable[str]) -> str:
-    """Name the index for a condition on these columns: the one that finds the fewest events, in the order of a page.
-
-    Left to itself, SQLite 3.50 takes events_by_time for every page, and scans all customers' events for one's page.
-    """
-    indexes = {"id": "id", "external_customer_id": "customer", "event_name": "name"}
-    given = {*columns}
-    return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
-
-
-def json_texts(values: Sequence[str]) -> list[str]:
-    """Return every result of `property_json` that equals one of the texts, as a string, a number or a boolean."""
-    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
-
-
-def property_sql(function: str, name: str, key: str) -> Sql:
-    """Build the expression for a top-level property, as `property_json` or `property_text` returns it.
-
-    It uses `->`, but calls the function if the properties contain a backslash: SQLite's paths cannot hold a quote and,
-    before 3.45, compare a key with its escaped form. `name` makes the parameters' names unique.
-    """
-    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
-    if function == "property_text":
-        plain = f"trim(nullif({plain}, 'null'), '\"')"
-    text = f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
-    return Sql(text, property_parameters(name, key))
-
-
-def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return a key and its path; the path of a key that needs escapes is the whole object."""
-    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
-
-
-def property_json(properties: str, key: str) -> str | None:
-    """SQL function: return a top-level property's JSON text, a string's without escapes; NULL if it is missing."""
-    raw = bytes(MEMBERS.decode(properties).get(key, b""))
-    if raw[:1] in (b"{", b"["):
-        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` returns it
-    return f'"{_STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
-
-
-def property_text(properties: str, key: str) -> str | None:
-    """SQL function: return a string property itself, any other's JSON text; NULL if it is null or missing."""
-    text = property_json(properties, key)
-    return text[1:-1] if text and text[0] == '"' else None if text == "null" else text
-
-
-def property_number(properties: str, key: str) -> float:
-    """SQL function: return a property that is a number or a number's text; 0 for any other (API: Usage)."""
-    text = property_text(properties, key) or ""
-    number = float(text) if DECIMAL.fullmatch(text) else 0.0
-    return number if math.isfinite(number) else 0.0
-
-
-def time_sql(column: str) -> str:
-    """Build the expression for a time as Go writes it: 2026-01-01T00:00:00.25Z.
+def _time_sql(column: str) -> str:
+    """Build the expression that formats a time as Go does: 2026-01-01T00:00:00.25Z.
 
     Offset to year 1: integer division truncates toward zero and would round times before 1970 up. datetime() and
-    replace() take half as long as strftime(), and times are half the cost of a page.
+    replace() take half as long as strftime(); formatting times is half the cost of a page.
     """
     since_year_1 = f"({column} - {MIN_TIME_US})"
     seconds = f"{since_year_1} / 1000000 + {MIN_TIME_US // 1000000}"
@@ -613,21 +664,21 @@ def time_sql(column: str) -> str:
 
 PRAGMAS = (
     "PRAGMA journal_mode = WAL",  # readers and the writer do not block each other
-    "PRAGMA synchronous = FULL",  # sync every commit, as 202 promises (API: Sending events)
+    "PRAGMA synchronous = FULL",  # sync every commit: 202 means that the events are on disk
     "PRAGMA fullfsync = ON",  # macOS: fsync alone leaves the data in the drive's cache
     "PRAGMA wal_autocheckpoint = 16000",  # 64 MB; with random ids 40-70 % faster than the default of 1000 pages
     "PRAGMA journal_size_limit = 67108864",  # shrink a WAL again after a burst
-    "PRAGMA busy_timeout = 5000",  # another process, such as an import, may hold a lock for a moment
+    "PRAGMA busy_timeout = 5000",  # another process, such as an import, may briefly hold a lock
 )
 WRITER_PRAGMAS = (
-    # 32 MB for the index pages that random ids touch. At a million events, 16 MB are 0.92 times as fast, 64 MB 1.05.
+    # 32 MB, since random ids touch many index pages. At a million events, 16 MB are 0.92 times as fast, 64 MB 1.05.
     "PRAGMA cache_size = -32768",
     "PRAGMA busy_timeout = 5",  # execute_writing retries; SQLite's own pauses grow to 100 ms
 )
 READER_PRAGMAS = ("PRAGMA query_only = ON",)
 WRITE_LOCK_TIMEOUT_S = 5.0
-_QUICK_S = 0.001  # a read may take this long on the event loop, about as long as parsing a batch takes
-_PROGRESS_STEPS = 10_000  # SQLite's instructions between two looks at the clock; a page of 50 needs fewer
+_QUICK_S = 0.001  # limit for a read on the event loop, about the time that parsing a batch takes
+_PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
 _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wrong, and what to do about it
     sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
     sqlite3.SQLITE_IOERR: ("the disk answered with an error", "look at the system's log"),
@@ -641,7 +692,7 @@ _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wron
 
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     """Open a connection in autocommit mode: transactions begin and end explicitly."""
-    conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # close() closes the readers'
+    conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)  # close() runs in another thread
     for pragma in (*PRAGMAS, *pragmas):
         conn.execute(pragma)
     return conn
@@ -658,7 +709,7 @@ def connect_reader(path: str) -> sqlite3.Connection:
 def execute_writing(
     conn: sqlite3.Connection, timeout_s: float, statement: str, values: Sequence[object] | Mapping[str, object] = ()
 ) -> sqlite3.Cursor:
-    """Execute a statement that needs the write lock; retry every 5 ms, since other writers leave short gaps only."""
+    """Execute a statement that needs the write lock; retry every 5 ms: other writers release it only briefly."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -677,35 +728,17 @@ def environment_number(conn: sqlite3.Connection, name: str) -> int:
 
 
 def _data_file(name: str) -> str:
-    """Return the text of a file that stands beside this one, in a wheel as well."""
+    """Return the text of a file in this file's folder; a wheel installs it there as well."""
     return (Path(__file__).resolve().parent / name).read_text("utf-8")
 
 
 def real_path(db: str) -> str:
-    """Return the absolute path without symbolic links: SQLite keeps the WAL beside the file that a link leads to."""
+    """Return the absolute path without symbolic links: SQLite keeps the WAL beside the link's target."""
     return os.path.realpath(db)
 
 
-def prepare_file(path: str) -> int:
-    """Create the file, or check that it is ours; return its number of events. Raises StartError."""
-    if sqlite3.sqlite_version_info < (3, 38):
-        raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
-    if not path:
-        raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
-    if os.path.isdir(path):
-        raise StartError(f"{path} is a folder: name a file in it with --db")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
-    if _ends_in_half_a_page(real_path(path)):
-        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
-    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path)
-        return _count_all(conn)
-
-
 def _ends_in_half_a_page(path: str) -> bool:
-    """SQLite notices a missing page, but fills half a page with zeros. That is right only if a WAL has the page."""
+    """Return whether the file ends inside a page. SQLite fills that page with zeros, unless a WAL has it."""
     if not os.path.isfile(path) or os.path.exists(f"{path}-wal"):
         return False
     with open(path, "rb") as file, suppress(OSError):
@@ -727,42 +760,48 @@ def _start_errors(path: str) -> Iterator[None]:
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
-    if tables and application_id != APPLICATION_ID:
+    if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
     version = conn.execute("PRAGMA user_version").fetchone()[0]
-    if tables and not (is_ours and version == SCHEMA_VERSION):
-        other = f"{path} was written by another eventstore (format {version}, not this one's {SCHEMA_VERSION})"
+    if tables and not (is_ours and version == _SCHEMA_VERSION):
+        other = f"{path} was written by another eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
     for pragma in PRAGMAS:
         conn.execute(pragma)
-    if not tables:
-        _write_schema(conn)
-    # A process that died after a failed sync may leave a WAL that can be read although it is not on disk. An event in
-    # it would count as a duplicate when it is sent again, and be lost by a power cut. Write it into the file and sync.
+    if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
+        conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
+    # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
+    # count as duplicates, but a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
-    conn.execute("BEGIN IMMEDIATE")  # find out now, not at the first event, whether the file can be written
-    conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # BEGIN alone succeeds if there is a WAL
+    conn.execute("BEGIN IMMEDIATE")  # fail now, not at the first event, if the file cannot be written
+    conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # BEGIN alone succeeds if there is a WAL
     conn.execute("ROLLBACK")
 
 
-def _write_schema(conn: sqlite3.Connection) -> None:
-    """Create the tables unless they exist; a process that starts at the same time waits for the lock."""
-    execute_writing(conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-    statement = ""
-    for line in _data_file("schema.sql").splitlines(keepends=True):  # executescript would commit first
-        statement += line
-        if sqlite3.complete_statement(statement):
-            conn.execute(statement)
-            statement = ""
-    conn.execute("COMMIT")
-
-
 def _count_all(conn: sqlite3.Connection) -> int:
-    """Count the events. For a large file estimate from the row numbers, which is too high after deletions."""
+    """Count the events. Above 100,000, estimate the number from seq: it is too high if events were deleted."""
     few = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
     numbers = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
+
+
+def prepare_file(path: str) -> int:
+    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+    if sqlite3.sqlite_version_info < (3, 38):
+        raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
+    if not path:
+        raise StartError('--db is empty: name a file, or ":memory:" for a temporary one')
+    if os.path.isdir(path):
+        raise StartError(f"{path} is a folder: name a file in it with --db")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
+    if _ends_in_half_a_page(real_path(path)):
+        raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
+    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        _migrate(conn, path)
+        return _count_all(conn)
 
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
@@ -772,27 +811,11 @@ INSERT_ROWS = 64  # rows per INSERT; larger is no faster. One statement is cache
 
 @lru_cache
 def insert_statement(rows: int) -> str:
-    """Build one INSERT for many rows: executemany releases the GIL at every row, and competes for it again."""
+    """Build one INSERT for many rows. executemany would release the GIL, and wait for it again, at every row."""
     columns, row = ", ".join(Row._fields), f"({', '.join('?' * len(Row._fields))})"
-    # INSERT OR IGNORE would also forgive a NULL or a wrong type; this forgives only a known id.
+    # INSERT OR IGNORE would also skip rows with a NULL or a wrong type; this skips only known ids.
     on_known_id = "ON CONFLICT (environment, id) DO NOTHING"
     return f"INSERT INTO events ({columns}) VALUES {', '.join([row] * rows)} {on_known_id}"
-
-
-def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
-    """Store rows in one transaction; return how many were new. After an error the transaction may still be open.
-
-    Rows that fit into one statement need no BEGIN and COMMIT. Each call releases the GIL and waits for it while the
-    event loop is busy: with one call instead of three, 8 clients send 1.4 times as many single events.
-    """
-    if not rows:
-        return 0
-    if len(rows) > INSERT_ROWS:
-        execute_writing(conn, lock_timeout_s, "BEGIN IMMEDIATE")
-    inserted = _insert_chunks(conn, rows, lock_timeout_s)
-    if conn.in_transaction:
-        conn.execute("COMMIT")
-    return inserted
 
 
 def _insert_chunks(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
@@ -804,10 +827,26 @@ def _insert_chunks(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s
     return inserted
 
 
-def try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    """Write rows into the WAL and take them back, inside a transaction. Raises sqlite3.Error if there is no room.
+def insert_events(conn: sqlite3.Connection, rows: Sequence[Row], lock_timeout_s: float) -> int:
+    """Store rows in one transaction; return how many were new. After an error the transaction may still be open.
 
-    With a cache of a few pages SQLite writes the others at once instead of at the commit.
+    Rows that fit into one statement need no BEGIN and COMMIT. Each call of SQLite releases the GIL, then waits for it
+    while the event loop is busy. With one call instead of three, 8 clients send 1.4 times as many single events.
+    """
+    if not rows:
+        return 0
+    if len(rows) > INSERT_ROWS:
+        execute_writing(conn, lock_timeout_s, "BEGIN IMMEDIATE")
+    inserted = _insert_chunks(conn, rows, lock_timeout_s)
+    if conn.in_transaction:
+        conn.execute("COMMIT")
+    return inserted
+
+
+def _try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Write rows into the WAL inside a transaction, then undo them. Raises sqlite3.Error if the disk is full.
+
+    A small cache makes SQLite write the pages immediately instead of at the commit.
     """
     (cache_size,) = conn.execute("PRAGMA cache_size").fetchone()
     conn.execute("PRAGMA cache_size = 10")
@@ -820,7 +859,7 @@ def try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
         conn.execute(f"PRAGMA cache_size = {cache_size}")
 
 
-# The newest rows, as many as were inserted. Ignored rows use up numbers as well, so the numbers alone do not tell.
+# The newest rows, as many as were inserted. Their seq has gaps, because a skipped duplicate uses up a number as well.
 SELECT_NEW_IDS = """SELECT json_group_array(json_array(environment, id)) FROM
     (SELECT environment, id FROM events WHERE seq <= last_insert_rowid() ORDER BY seq DESC LIMIT :inserted)"""
 _NEW_IDS = msgspec.json.Decoder(list[tuple[int, str]])
@@ -836,13 +875,13 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
         return [inserted]
     try:
         new = set(_NEW_IDS.decode(conn.execute(SELECT_NEW_IDS, {"inserted": inserted}).fetchone()[0]))
-    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: a count too high is better than an error
+    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: rather answer too high a count than an error
         log.exception("it could not be counted which of %d events were new", len(rows))
         new = {(row.environment, row.id) for row in rows}
     counts = []
     for request_rows in group:
         found = new.intersection((row.environment, row.id) for row in request_rows)
-        new -= found  # a later request with the same id sent a duplicate
+        new -= found  # in a later request of the group the same id is a duplicate
         counts.append(len(found))
     return counts
 
@@ -850,13 +889,13 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 # ---------------------------------------------------------------------------------------------- Store: threads
 
 READER_THREADS = 4
-# A commit takes up to about this many waiting events: 32 clients of batches are 1.4 times as fast with 16,000 as with
-# 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients of batches p99 of a single
-# event is 0.15 s this way, and 1.2 s in the order of arrival.
+# Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
+# with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
+# of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
-_FEW_EVENTS = 10
-_BUGS = (sqlite3.ProgrammingError, sqlite3.InterfaceError)  # wrong calls, which say nothing of the database
-_TRIAL_PAUSE_S = 1.0  # pause between two trial commits after a failed one
+_FEW_EVENTS = 10  # a request with at most this many is small
+_TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
+_SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
 
 
 def _shutting_down() -> ApiError:
@@ -864,16 +903,16 @@ def _shutting_down() -> ApiError:
 
 
 class _Task(NamedTuple):
-    work: Any  # rows, which only the writer takes, or a function of a connection
+    work: Any  # rows to insert, or a function that is called with the connection
     answer: asyncio.Future[Any]
 
     def settle(self, outcome: object) -> None:
         """Set the task's result or exception. Safe to call from any thread."""
-        with suppress(RuntimeError):  # the loop is closed, so that no caller waits
+        with suppress(RuntimeError):  # the loop is closed, and the caller is gone
             self.answer.get_loop().call_soon_threadsafe(self._set, outcome)
 
     def _set(self, outcome: object) -> None:
-        if self.answer.done():  # cancelled: the client has gone
+        if self.answer.done():  # cancelled, because the client disconnected
             return
         if isinstance(outcome, Exception):
             self.answer.set_exception(outcome)
@@ -881,18 +920,13 @@ class _Task(NamedTuple):
             self.answer.set_result(outcome)
 
 
-_ROW_BYTES = 500  # of the file, for an event and its index entries
-
-
 def _size_of(rows: Iterable[Row]) -> int:
-    return sum(_ROW_BYTES + len(row.properties) for row in rows)
+    """Estimate what rows and their index entries add to the file, in bytes."""
+    return sum(500 + len(row.properties) for row in rows)
 
 
-_SPACE_PAUSE_S = 1.0  # between two looks at the free space after commits
-
-
-class FreeSpace:
-    """Notices when the disk of the database is nearly full (API: Health). For any thread."""
+class _FreeSpace:
+    """Warns when the disk of the database is nearly full (API: Health). Any thread may call it."""
 
     def __init__(self, path: str, limit_bytes: int | None) -> None:
         self._folder = os.path.dirname(path)
@@ -901,13 +935,13 @@ class FreeSpace:
         self._is_low = False
 
     def watch(self) -> None:
-        """Check, at most once a second, so that the log has a line also if nobody asks for /health."""
+        """Check at most once a second, so that the log has the warning even if nobody requests /health."""
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + _SPACE_PAUSE_S
             self.warning()
 
     def warning(self) -> str | None:
-        """Return a warning if there is little space; log it when that begins and when it is over."""
+        """Return a warning if there is little space. Log it once, and log when the disk has room again."""
         try:
             disk = os.statvfs(self._folder)
         except (AttributeError, OSError):  # Windows has no statvfs
@@ -919,16 +953,29 @@ class FreeSpace:
         if free < limit and not self._is_low:
             self._is_low = True
             log.warning("%s", reason)
-        elif self._is_low and free >= 1.1 * limit:  # no line for each change of a disk that is just at the limit
+        elif self._is_low and free >= 1.1 * limit:  # otherwise a disk close to the limit would log at every change
             self._is_low = False
             log.info("the disk has room again: %s MB are left", f"{free / 1e6:,.1f}")
         return reason if free < limit else None
 
 
+def _files_of(path: str) -> list[os.stat_result]:
+    """Return the status of the database file and of its WAL, if they exist."""
+    files = []
+    for name in (path, f"{path}-wal"):
+        with suppress(FileNotFoundError):
+            files.append(os.stat(name))
+    return files
+
+
+def _rows_of(group: Iterable[_Task]) -> list[Row]:
+    return [row for task in group if not callable(task.work) for row in task.work]
+
+
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
-    `insert` and `run` are for the event loop, `close` for any other thread.
+    Call `insert` and `run` from the event loop, and `close` from another thread.
     """
 
     def __init__(self, path: str, pragmas: Iterable[str], settings: Settings) -> None:
@@ -937,14 +984,14 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._arrival = threading.Condition()  # guards the next two
+        self._arrival = threading.Condition()  # guards the next two attributes
         self._waiting: list[_Task] = []
         self._is_closed = False
         self._short_until_s = 0.0
         self._pending_events = 0  # only the event loop uses it
-        self.failure: str | None = None  # why the last commit failed
-        self._failed_rows: list[Row] = []  # the largest commit that a full or broken disk refused
-        self.space = FreeSpace(path, settings.warn_free_bytes)
+        self.failure: str | None = None  # why the last commit failed; None if it succeeded
+        self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
+        self.space = _FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
 
     def start(self) -> None:
@@ -986,16 +1033,16 @@ class Writer:
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process; the WAL is as safe
+            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process: the WAL is as safe
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._conn.close()
 
     def _next_group(self) -> list[_Task]:
-        """Wait for tasks; return those of the next commit, which are none after `close`."""
+        """Wait for tasks, and return those of the next commit. Return an empty list after `close`."""
         with self._arrival:
             self._arrival.wait_for(lambda: self._waiting or self._is_closed)
             for position, task in enumerate(self._waiting):
-                if callable(task.work):  # an operation has a commit of its own
+                if callable(task.work):  # commit an operation alone
                     return [self._waiting.pop(position)]
             few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
             many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
@@ -1008,14 +1055,19 @@ class Writer:
             return few + many[:number]
 
     def _commit(self, group: list[_Task]) -> list[object]:
-        """Return the outcome of each task; a failed commit stores nothing of any of them."""
+        """Run the tasks in one transaction. Return each one's result or exception; a failed commit stores nothing."""
         try:
             self._check_files()
-            if self._conn.in_transaction:  # the last group could not be rolled back, and would be committed with this
+            if self._conn.in_transaction:  # a rollback failed: the last group would be committed with this one
                 self._conn.execute("ROLLBACK")
-            outcomes = self._write(group)
+            if callable(group[0].work):
+                execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
+                outcomes = [group[0].work(self._conn)]
+                self._conn.execute("COMMIT")
+            else:
+                outcomes = list(insert_group(self._conn, [task.work for task in group]))
         except Exception as error:
-            with suppress(sqlite3.Error):  # a full disk may refuse this as well; the thread must go on
+            with suppress(sqlite3.Error):  # a full disk may make this fail as well; the thread must not end
                 if self._conn.in_transaction:
                     self._conn.execute("ROLLBACK")
             return self._outcomes_of_failure(group, error)
@@ -1026,35 +1078,33 @@ class Writer:
         return outcomes
 
     async def try_again(self) -> None:
-        """After a failed commit, try one that is as large, and commit nothing of it. Raises ApiError."""
+        """After a failed commit, write as many rows again, then undo them. Raises ApiError if that fails as well."""
         await self.run(self._try_failed_rows)
 
     def _try_failed_rows(self, conn: sqlite3.Connection) -> None:
-        conn.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")  # to have something to commit
+        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # otherwise the commit would write nothing
         if self._failed_rows:
-            try_insert(conn, self._failed_rows)
+            _try_insert(conn, self._failed_rows)
             self._failed_rows = []
-
-    def _write(self, group: list[_Task]) -> list[object]:
-        if not callable(group[0].work):
-            return list(insert_group(self._conn, [task.work for task in group]))
-        execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-        outcome = group[0].work(self._conn)
-        self._conn.execute("COMMIT")
-        return [outcome]
 
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
         if isinstance(error, ApiError):  # an operation refused its request
             return [error]
-        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, _BUGS):
+        wrong_calls = sqlite3.ProgrammingError | sqlite3.InterfaceError
+        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, wrong_calls):
             log.error("a bug in an operation; nothing of its %d requests was stored", len(group), exc_info=error)
             return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
-        known, self.failure = self.failure, failure_reason(error)
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            # A smaller commit may still fit, and would say nothing about the events that are refused.
+        # Anyone may read the reason in /health, so it contains no path.
+        reason = "the database file was removed or replaced, or cannot be looked at"
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if isinstance(error, sqlite3.Error):
+            reason = _PROBLEMS.get(code, ("the database refused a write",))[0]
+        known, self.failure = self.failure, reason
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            # A smaller commit may still succeed; that does not prove that the refused events would fit now.
             self._failed_rows = max(self._failed_rows, _rows_of(group), key=_size_of)
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
-            if self.failure != known:  # log one traceback; each refused request has a line of its own
+        if code != sqlite3.SQLITE_BUSY:
+            if self.failure != known:  # log one traceback for each reason; every refused request is logged anyway
                 log.exception("a commit failed; none of its %d requests was stored", len(group))
             message = "the database refused the write; nothing was stored, the server's log says why"
             return [ApiError("database_error", message) for _ in group]
@@ -1065,25 +1115,26 @@ class Writer:
         return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
 
     def _check_files(self) -> None:
-        """Raises FileNotFoundError if a file was removed or replaced: SQLite would write into the lost one."""
+        """Raises FileNotFoundError if a file was removed or replaced: SQLite would still write to the old one."""
         files = _files_of(self._path)
         if len(files) != len(self._files) or not all(map(os.path.samestat, files, self._files)):
             raise FileNotFoundError(f"{self._path} or its -wal was removed or replaced: put it back, or restart")
         self._files = files
 
     def _shorten_wal(self) -> None:
-        """Checkpoint a WAL that has grown too long, and start it over.
+        """Checkpoint and truncate a WAL that is larger than the limit.
 
-        SQLite does this only while nobody reads. Reads that overlap without a gap, such as four clients' sums over
-        100,000 events, let it grow by 40 MB a second. So the writer waits for the reads under way. If they take longer
-        than its timeout, it tries again when the WAL is twice as long. The length is the one that the last commit saw.
+        SQLite's automatic checkpoint restarts the WAL only at a moment without readers. If reads always overlap, such
+        as four clients' sums over 100,000 events, the WAL grows by 40 MB a second. Here the writer waits until the
+        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. The
+        size is the one before the last commit.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
             return
         self._wal_limit_bytes = 2 * wal_bytes
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 5000")  # readers take longer than another writer
+            self._conn.execute("PRAGMA busy_timeout = 5000")  # reads take longer than another process's writes
             try:
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             finally:
@@ -1095,35 +1146,14 @@ class Writer:
                 self._wal_limit_bytes = self._settings.wal_bytes
 
 
-def _rows_of(group: Iterable[_Task]) -> list[Row]:
-    return [row for task in group if not callable(task.work) for row in task.work]
-
-
-def failure_reason(error: Exception) -> str:
-    """Say why a commit failed, without a path: the answer may be shown to anyone."""
-    if isinstance(error, OSError):
-        return "the database file was removed or replaced, or cannot be looked at"
-    known = _PROBLEMS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-    return known[0] if known else "the database refused a write"
-
-
-def _files_of(path: str) -> list[os.stat_result]:
-    """Return the status of the database file and of its WAL, if they exist."""
-    files = []
-    for name in (path, f"{path}-wal"):
-        with suppress(FileNotFoundError):
-            files.append(os.stat(name))
-    return files
-
-
 class Reader:
-    """A read-only connection whose queries end when their time is up."""
+    """A read-only connection that interrupts a query at its deadline."""
 
     def __init__(self, path: str) -> None:
         self.conn = connect_reader(path)
         self.conn.set_progress_handler(lambda: self.is_closing or time.monotonic() > self._deadline, _PROGRESS_STEPS)
         self._deadline = 0.0
-        self.is_closing = False  # a past deadline would not do: the next query sets a new one
+        self.is_closing = False  # a deadline in the past would not do: the next query sets a new one
 
     def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
         """Return the operation's result. Raises TimeoutError if it takes longer than limit_s."""
@@ -1137,7 +1167,7 @@ class Reader:
 
 
 class ReaderPool:
-    """Threads that run reading operations, each with a Reader. `run` is for the event loop, `close` for any thread."""
+    """Threads that run reading operations, each with a Reader. Call `run` from the event loop only."""
 
     def __init__(self, path: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -1177,22 +1207,22 @@ class ReaderPool:
 
 
 class Store:
-    """One SQLite file with its Writer, its ReaderPool, and a quick reader for the event loop.
+    """One SQLite file with its Writer, its ReaderPool, and a quick reader for the event loop. Raises StartError.
 
-    `insert`, `write` and `read` are for an event loop, `close` for any thread but the store's own. Raises StartError.
+    Call `insert`, `write` and `read` from an event loop, and `close` from any thread except the store's own.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="eventstore-") if settings.db == ":memory:" else None
-        self.name = os.path.join(self._folder.name, "events.db") if self._folder else settings.db  # for messages
+        self.name = os.path.join(self._folder.name, "events.db") if self._folder else settings.db  # shown in messages
         self.path = real_path(self.name)
-        # A temporary file is removed at exit, so that its commits need no sync.
+        # A temporary file is removed at exit, so its commits need no sync.
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if self._folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
-        self.environments: dict[str, int] = {}  # name -> number in rows
+        self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with _start_errors(self.name):  # connect here: callers of a thread that died would wait for ever
+        with _start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
             self._writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -1201,12 +1231,15 @@ class Store:
         self._writer.start()
 
     def add_environments(self, names: Iterable[str]) -> None:
-        """Make environments known. For any thread but an event loop's. Raises sqlite3.Error."""
+        """Create the environments that are new, and remember their ids. Raises sqlite3.Error.
+
+        It waits for the write lock, so do not call it from an event loop.
+        """
         with closing(connect(self.path, self.writer_pragmas)) as conn:
             self.environments |= {name: environment_number(conn, name) for name in names}
 
     async def insert(self, rows: Sequence[Row]) -> int:
-        """Store all rows or none. Return, once they are synced to disk, how many were new (API: Sending events).
+        """Store all rows or none. Return how many were new, after they are synced to disk (API: Sending events).
 
         Raises ApiError: service_unavailable if too many events wait or the store is closing, database_error if the
         commit failed.
@@ -1214,14 +1247,14 @@ class Store:
         return await self._writer.insert(rows)
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
-        """Run an operation in a transaction of its own; an ApiError that it raises undoes it. Raises as `insert`."""
+        """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
         return self._writer.run(operation)
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
-        """Run a reading operation. Outside a transaction, each of its statements sees a snapshot of its own.
+        """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
 
-        A quick one first gets a millisecond on the event loop; if that is too short it starts over in a reader thread.
-        With a thread for every page, clients get 0.8 times as many pages.
+        A quick operation runs on the event loop. After a millisecond it is interrupted, and starts again in a reader
+        thread. If all pages used a reader thread, clients would get 0.8 times as many.
 
         Raises ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
         """
@@ -1231,7 +1264,7 @@ class Store:
         return await self._readers.run(operation)
 
     async def failure(self) -> str | None:
-        """Return why events cannot be stored, or None if they can. After a failed commit, try one again first."""
+        """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
         if self._writer.failure and time.monotonic() > self._trial_s + _TRIAL_PAUSE_S:
             self._trial_s = time.monotonic()
             with suppress(ApiError):
@@ -1239,11 +1272,11 @@ class Store:
         return self._writer.failure
 
     def warning(self) -> str | None:
-        """Return a warning if the disk is nearly full, although events can be stored."""
+        """Return a warning if the disk is nearly full; events can still be stored."""
         return self._writer.space.warning()
 
     def close(self) -> None:
-        """End running queries, commit what waits, checkpoint and close the file. A second call does nothing."""
+        """End running queries, commit waiting requests, checkpoint and close the file. A second call does nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -1257,15 +1290,25 @@ class Store:
 # ---------------------------------------------------------------------------------------------- HTTP
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
-_MAX_LOGGED_NAMES = 20  # ignored names logged a minute: strangers must not fill the log
-_TASK_TIMEOUT_S = 3  # time for the service's tasks to end when the server stops
-# Starlette's own `path` convertor stops at a line break; ids may contain one.
+_MAX_LOGGED_NAMES = 20  # ignored names logged per minute, so that clients cannot fill the log
+# Starlette's `path` convertor stops at a line break; ids may contain one.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 _Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
+def _has_extras() -> bool:
+    return importlib.util.find_spec("eventstore_extras") is not None
+
+
+def _extra(name: str, purpose: str) -> ModuleType:
+    """Import a module of eventstore_extras. Raises StartError if there is no such folder."""
+    if not _has_extras():
+        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
+    return importlib.import_module(f"eventstore_extras.{name}")
+
+
 class JsonResponse(Response):
-    """A JSON answer, made of a value or of bytes that are JSON already."""
+    """A JSON answer. Its content is a value to encode, or bytes that are JSON already."""
 
     media_type = "application/json"
 
@@ -1279,73 +1322,47 @@ def _name_of(request: Request) -> str:
 
 
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with the error body (API: Common rules), and log the one line that each refused request gets."""
+    """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
     log.warning("%s: %d %s: %s", _name_of(request), error.status, error.code, error.message)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return JsonResponse(error.body, error.status, {**(headers or {}), **retry_after})
 
 
 class Outbox(NamedTuple):
-    """Where an environment's events are forwarded to."""
+    """The target to which an environment's events are forwarded."""
 
     host: str
-    behind: Callable[[], Awaitable[int]]  # number of events that the host has not accepted (API: Monitoring)
+    behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
 
 
-class Service:
-    """What the handlers share: the settings, the store, and whatever eventstore_extras adds before the start."""
+class _Endpoint:
+    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
-    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
-        self.settings = settings
-        self.api_keys = {key.digest: key for key in settings.api_keys}
-        self.operations = tuple(operations)
-        self.store = Store(settings)
-        self.make_id = IdMaker()
-        self.outboxes: dict[str, Outbox] = {}  # by environment
-        self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # run until the server stops, then cancelled
-        self.notices: list[str] = []  # lines of the banner
-        self.is_stopping: Callable[[], bool] = lambda: False  # whether the server ends requests because it stops
-        self.next_search_s = 0.0  # when unknown fields of events are looked for again
-        self.held_bytes = 0  # size of all bodies that are being received or worked on
-        # A commit answers several clients at once, and their next batches arrive together. Checked in a row they would
-        # hold up every other request: beside 8 such clients p99 of a page is 19 ms with turns, 31 ms without.
-        self.batch_turn = asyncio.Lock()
-        self._logged_minute, self._logged_names = 0, set[str]()
+    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None) -> None:
+        self._service = service
+        self._handler = handler
+        self._parameters = parameters  # None: log no unknown parameters
 
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(task()) for task in self.tasks]
-        yield
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_TASK_TIMEOUT_S)
-        await asyncio.to_thread(self.store.close)
-
-    def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
-        """Accept these keys and no others from now on. For any thread but an event loop's."""
-        self.store.add_environments(key.environment for key in api_keys)
-        self.api_keys = {key.digest: key for key in api_keys}
-
-    def view(self, request: Request) -> View:
-        now = self.settings.clock()
-        lag_us = self.settings.visibility_lag_ms * 1000
-        return View(request["environment"], now, now - lag_us if lag_us else None)
-
-    def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
-        """Log unknown names, so that typos are noticed: each once a minute, and at most twenty."""
-        for name in names:
-            minute = self.settings.clock() // MINUTE_US
-            if minute != self._logged_minute:
-                self._logged_minute, self._logged_names = minute, set()
-            line = f"{_name_of(request)}: {quoted(name)} is ignored, {problem}"
-            if line not in self._logged_names and len(self._logged_names) < _MAX_LOGGED_NAMES:
-                self._logged_names.add(line)
-                log.warning("%s; there are: %s", line, ", ".join(known) or "none here")
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, parameters = self._service, self._parameters
+        request = Request(scope, receive)
+        if parameters is not None and scope["query_string"]:
+            sent = dict(urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace")))
+            service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
+        try:
+            response = await self._handler(service, request)
+        except asyncio.CancelledError:
+            if not service.is_stopping():  # cancelled by the caller, such as by asyncio.timeout() in a test
+                raise
+            # Otherwise uvicorn would answer 500 in plain text.
+            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
+        finally:
+            service.held_bytes -= scope.get("held_bytes", 0)
+        await response(scope, receive, send)
 
 
 class Operation(NamedTuple):
-    """A row of the route table: what is served, and what the OpenAPI document says of it."""
+    """A row of the route table, with its description for the OpenAPI document."""
 
     method: str
     path: str
@@ -1354,10 +1371,10 @@ class Operation(NamedTuple):
     body: Any = None
     parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
     example: Any = None  # of the body
-    schemas: Mapping[str, Any] = {}  # type's name -> field -> what the type does not say of it
+    schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
     status: int = 200
-    refusals: Sequence[int] = ()  # statuses beside those that every operation has
-    extra: str = ""  # the module of eventstore_extras whose OPERATIONS have the whole row
+    refusals: Sequence[int] = ()  # error statuses, besides those of every operation
+    extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
 
     @property
     def public_path(self) -> str:
@@ -1374,33 +1391,59 @@ class Operation(NamedTuple):
         return Route(self.path, _Endpoint(service, self.handler, self.parameters), methods=[self.method])
 
 
-class _Endpoint:
-    """ASGI application that answers one operation. As a function, Starlette would wrap it: 7 % fewer single events."""
+class Service:
+    """The state that handlers share: the settings, the store, and additions of eventstore_extras."""
 
-    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None) -> None:
-        self._service = service
-        self._handler = handler
-        self._parameters = parameters  # None: log no unknown parameters
+    def __init__(self, settings: Settings, operations: Sequence[Operation]) -> None:
+        self.settings = settings
+        self.api_keys = {key.digest: key for key in settings.api_keys}
+        self.operations = tuple(operations)
+        self.store = Store(settings)
+        self.make_id = IdMaker()
+        self.outboxes: dict[str, Outbox] = {}  # by environment
+        self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
+        self.notices: list[str] = []  # lines to add to the banner
+        self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
+        self.next_search_s = 0.0  # time of the next search for unknown fields in events
+        self.held_bytes = 0  # size of the bodies of all requests in progress
+        # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
+        # run between two batches: beside 8 such clients, p99 of a page is 19 ms with it and 31 ms without.
+        self.batch_turn = asyncio.Lock()
+        self._logged_minute, self._logged_names = 0, set[str]()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, parameters = self._service, self._parameters
-        request = Request(scope, receive)
-        if parameters is not None and scope["query_string"]:
-            sent = dict(urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace")))
-            service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
-        try:
-            response = await self._handler(service, request)
-        except asyncio.CancelledError:
-            if not service.is_stopping():  # the caller's own, such as asyncio.timeout() around an in-process client
-                raise
-            # uvicorn would answer 500 in plain text
-            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:
-            service.held_bytes -= scope.get("held_bytes", 0)
-        await response(scope, receive, send)
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(task()) for task in self.tasks]
+        yield
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=3)
+        await asyncio.to_thread(self.store.close)
+
+    def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
+        """Accept these keys and no others from now on. Do not call it from an event loop: see `add_environments`."""
+        self.store.add_environments(key.environment for key in api_keys)
+        self.api_keys = {key.digest: key for key in api_keys}
+
+    def view(self, request: Request) -> View:
+        now = self.settings.clock()
+        lag_us = self.settings.visibility_lag_ms * 1000
+        return View(request["environment"], now, now - lag_us if lag_us else None)
+
+    def warn_of_ignored(self, request: Request, names: Iterable[str], problem: str, known: Iterable[str]) -> None:
+        """Log unknown names, so that typos are noticed: each name once a minute, and at most twenty names a minute."""
+        for name in names:
+            minute = self.settings.clock() // MINUTE_US
+            if minute != self._logged_minute:
+                self._logged_minute, self._logged_names = minute, set()
+            line = f"{_name_of(request)}: {quoted(name)} is ignored, {problem}"
+            if line not in self._logged_names and len(self._logged_names) < _MAX_LOGGED_NAMES:
+                self._logged_names.add(line)
+                log.warning("%s; there are: %s", line, ", ".join(known) or "none here")
 
 
-class Authentication(Struct):
+class _Authentication(Struct):
     """ASGI middleware: find the environment of the key in `x-api-key`, or answer 401 (API: Common rules)."""
 
     app: ASGIApp
@@ -1409,7 +1452,7 @@ class Authentication(Struct):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _PUBLIC_PATHS:
             key = next((value for name, value in scope["headers"] if name == b"x-api-key"), None)
-            # Look up the hash: the time that the search takes tells nothing about a key.
+            # Look up the hash, so that the time of the search reveals nothing about a key.
             found = self.service.api_keys.get(hashlib.sha256(key or b"").digest())
             if key is None or found is None:
                 unknown = "holds a key that this server does not know; its banner says where its keys came from"
@@ -1422,7 +1465,7 @@ class Authentication(Struct):
 
 
 async def read_body(service: Service, request: Request) -> bytes:
-    """Return the body. Raises ApiError as soon as it is longer than max_body_bytes, announced or not."""
+    """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds max_body_bytes."""
     limit, queue_bytes = service.settings.max_body_bytes, service.settings.queue_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
@@ -1445,7 +1488,7 @@ async def read_body(service: Service, request: Request) -> bytes:
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
-    """Return the body's struct; record the fields that have the wrong type, and log the unknown ones."""
+    """Decode the body; record the fields that have the wrong type, and log the unknown ones."""
     sent = decode_fields(decoder, await read_body(service, request), faults)
     known = decoder.type.__struct_fields__  # type: ignore[attr-defined]
     service.warn_of_ignored(request, faults.ignored, "no field has that name", known)
@@ -1466,6 +1509,9 @@ def parse_parameters(query_string: bytes, faults: Faults, repeatable: Iterable[s
     return parameters
 
 
+MAX_OFFSET = 2**53  # the largest integer that every JSON reader keeps exact
+
+
 def parse_int(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text):  # int() would accept "1_0" and " 1 ", and refuse 5,000 digits
         raise FieldError("invalid_type", f"must be an integer, got {quoted(text)}")
@@ -1479,7 +1525,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _restore_plus(text: str) -> str:
-    """An unescaped `+` arrives as a space: read 10:00:00 05:30 as 10:00:00+05:30."""
+    """Read 10:00:00 05:30 as 10:00:00+05:30: a `+` that was not percent-encoded arrives as a space."""
     return re.sub(r" (?=\d\d:\d\d$)", "+", text)
 
 
@@ -1495,7 +1541,7 @@ def parse_property_filters(text: str) -> PropertyFilters:
 
 
 def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
-    """Make a check that a text is one of these, case-sensitive."""
+    """Make a check that a text is one of these; it is case-sensitive."""
 
     def check(text: str) -> str:
         if text not in allowed:
@@ -1519,17 +1565,21 @@ def whole_within(low: float, high: float) -> Callable[[float], int]:
     return check
 
 
-Parsers = dict[str, Callable[[str], Any]]
-PARAMETER_PARSERS: Parsers = {  # from a parameter's text to the type that the field has in a body
+_Parsers = dict[str, Callable[[str], Any]]
+PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the same field in a body
     "start_time": _restore_plus, "end_time": _restore_plus, "property_filters": parse_property_filters,
     "page_size": parse_int, "offset": parse_int, "count_total": _parse_bool,
 }  # fmt: skip
 
 
 def query_of_parameters(
-    struct: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: Parsers = PARAMETER_PARSERS
+    struct: type[T],
+    sent: Mapping[str, str],
+    names: Iterable[str],
+    faults: Faults,
+    parsers: _Parsers = PARAMETER_PARSERS,
 ) -> T:
-    """Make the struct from the named parameters of a GET, each as the type it has in a body (API: Queries)."""
+    """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
     parsed = struct()
     for name in names:
         if name in sent:
@@ -1538,12 +1588,12 @@ def query_of_parameters(
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
-    """Answer for Starlette, which found no route for the path or the method."""
+    """Answer a request for which Starlette found no route, or no method of the route."""
     operations: Sequence[Operation] = request.app.state.service.operations
     path = request["path"]
     routes: list[Route] = request.app.routes
     matched = next((route.path for route in routes if route.path_regex.match(path)), "")
-    # A POST to /v1/events/xyz does not mean the event with that id.
+    # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
     if error.status_code == 405 and not (request.method == "POST" and ":anything}" in matched):
         methods = {method for route in routes if route.path == matched for method in route.methods or ()}
         allowed = ", ".join(sorted(methods))
@@ -1564,7 +1614,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:
-    # Starlette raises any exception but an ApiError again after this answer, and uvicorn logs the traceback.
+    # After this answer Starlette raises any exception except an ApiError again, and uvicorn logs the traceback.
     internal = ApiError("internal_error", "an internal error; the server's log has its cause")
     return error_response(request, error if isinstance(error, ApiError) else internal)
 
@@ -1579,16 +1629,16 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientD
 # ---------------------------------------------------------------------------------------------- Ingest
 
 MAX_BATCH = 1000
-MAX_FIELD_CHARS = 1024  # each is copied into up to four indexes
-MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions refuse 1000, and one such event would fail every filter
-_MAX_DOUBLE_DIGITS = 309  # of an integer below 1.8e308
+MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
+MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
+_MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_COMMAS = 2_000_000  # limit on commas before counting events; counting costs 64 bytes per event
 
 
-# Unknown fields are forbidden here so that they are noticed and logged. They are then ignored.
+# This type forbids unknown fields to notice them. They are logged, then ignored.
 class EventIn(Struct, forbid_unknown_fields=True):
-    """One event as a client sends it (API: Sending events). Absent, null and, for strings, "" are the same."""
+    """One event as a client sends it (API: Sending events). An absent field, null and, for text, "" mean the same."""
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -1600,14 +1650,14 @@ class EventIn(Struct, forbid_unknown_fields=True):
 
 
 class _TolerantEventIn(EventIn, forbid_unknown_fields=False):
-    """The same, without noticing unknown fields."""
+    """The same event, but unknown fields are ignored without a log line."""
 
 
 def _batch_of(item: type) -> Any:
-    """Make the type of an array of at most 1000 items: a struct of 1000 fields, which stops at item 1001.
+    """Make a type for an array of at most 1000 items: a struct with 1000 fields. Decoding fails at item 1001.
 
-    `list[item]` would build eleven million structs (5 s, 1.2 GB) from 32 MiB of `[{},{},...]` before their number could
-    be checked. The struct is as fast.
+    `list[item]` would first build eleven million structs (5 s, 1.2 GB) from 32 MiB of `[{},{},...]`. The struct decodes
+    as fast as a list.
     """
     fields = [(f"event_{i}", item, None) for i in range(MAX_BATCH)]
     return msgspec.defstruct("Batch", fields, array_like=True, forbid_unknown_fields=True)
@@ -1632,7 +1682,7 @@ class BulkAccepted(Struct):
     message: str
 
 
-EVENT = msgspec.json.Decoder(EventIn)
+_EVENT = msgspec.json.Decoder(EventIn)
 _BULK = msgspec.json.Decoder(BulkIn)
 _TOLERANT_EVENT: Any = msgspec.json.Decoder(_TolerantEventIn)
 _TolerantBulkIn = msgspec.defstruct("_TolerantBulkIn", [("events", _batch_of(_TolerantEventIn))])
@@ -1644,40 +1694,8 @@ _OUTER_BULK: Any = msgspec.json.Decoder(msgspec.defstruct("OuterBulkIn", [("even
 _TOO_LARGE = "holds a number that no 64-bit float can hold"
 
 
-def check_properties(raw: bytes) -> str:
-    """Return the JSON text of an event's properties; of members with the same name it keeps the last.
-
-    Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
-    """
-    text = str(raw, "utf-8")
-    if text in ("", "null"):
-        return "{}"
-    try:
-        value = _OBJECT.decode(raw)
-    except msgspec.ValidationError as error:
-        if "out of range" in str(error):
-            raise FieldError("out_of_range", _TOO_LARGE) from None
-        raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
-    except RecursionError:
-        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
-    except msgspec.DecodeError as error:
-        reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
-        raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
-    if len(text) > _MAX_DOUBLE_DIGITS:
-        if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
-            raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
-        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
-            _check_integers(value)
-    # The text has a colon for each member and those in strings, the decoded value the same, but each name only once.
-    # A colon may also be written as \u003a.
-    colons = text.count(":")
-    if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
-        return text
-    return _without_repeated_keys(text)
-
-
 def _containers_in(value: object) -> Iterator[dict[str, Any] | list[Any]]:
-    """Yield the value and everything in it that is an object or an array. Not recursive: it may have 500 levels."""
+    """Yield the value and all objects and arrays in it. It does not recurse: there may be 500 levels."""
     found = [value]
     for each in found:
         if isinstance(each, dict | list):
@@ -1687,7 +1705,7 @@ def _containers_in(value: object) -> Iterator[dict[str, Any] | list[Any]]:
 
 
 def _check_integers(value: object) -> None:
-    """Raises FieldError if there is an integer that no double can hold; msgspec accepts up to 4,300 digits."""
+    """Raises FieldError if an integer is too large for a double; msgspec accepts up to 4,300 digits."""
     for each in _containers_in(value):
         for item in each.values() if isinstance(each, dict) else each:
             try:
@@ -1698,10 +1716,9 @@ def _check_integers(value: object) -> None:
 
 
 def _without_repeated_keys(text: str) -> str:
-    """Return the JSON text with only the last member of each name, as JSON readers see it; SQLite takes the first.
+    """Return the JSON text with only the last member of each name. JSON readers use the last one, SQLite the first.
 
-    Numbers keep their digits; white space and the spelling of escapes change. Return the text itself if no name is
-    repeated.
+    Numbers keep their digits; white space and escapes may change. Return the text unchanged if no name is repeated.
     """
     is_repeated = False
 
@@ -1726,6 +1743,38 @@ def _is_deeper_than(value: object, limit: int) -> bool:
     return bool(level)
 
 
+def check_properties(raw: bytes) -> str:
+    """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
+
+    Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
+    """
+    text = str(raw, "utf-8")
+    if text in ("", "null"):
+        return "{}"
+    try:
+        value = _OBJECT.decode(raw)
+    except msgspec.ValidationError as error:
+        if "out of range" in str(error):
+            raise FieldError("out_of_range", _TOO_LARGE) from None
+        raise FieldError("invalid_type", f"must be an object, got {excerpt(raw)}") from None
+    except RecursionError:
+        raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels") from None
+    except msgspec.DecodeError as error:
+        reason = "half of a \\u surrogate pair" if "truncated" in str(error) else str(error)
+        raise FieldError("invalid_format", f"is not valid JSON: {reason}") from None
+    if len(text) > _MAX_DOUBLE_DIGITS:
+        if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
+            raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
+        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
+            _check_integers(value)
+    # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
+    # members with a repeated name. A string can also spell a colon as \u003a.
+    colons = text.count(":")
+    if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
+        return text
+    return _without_repeated_keys(text)
+
+
 def _check_lengths(event: EventIn, faults: Faults) -> None:
     for field in ("event_name", "external_customer_id", "event_id", "customer_id", "source"):
         length = len(getattr(event, field) or "")
@@ -1734,7 +1783,7 @@ def _check_lengths(event: EventIn, faults: Faults) -> None:
 
 
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
-    """Make the row of an event. If this records a fault, the row must not be used."""
+    """Make the row of an event. Do not use it if this records a fault."""
     sent_name, customer, event_id = event.event_name or "", event.external_customer_id or "", event.event_id or ""
     customer_id, source = event.customer_id or "", event.source or ""
     if len(sent_name) + len(customer) + len(event_id) + len(customer_id) + len(source) > MAX_FIELD_CHARS:
@@ -1747,13 +1796,12 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     timestamp_us = faults.check("timestamp", parse_time, event.timestamp)
     timestamp_us = now if timestamp_us is None or timestamp_us == MIN_TIME_US else timestamp_us
     properties = faults.check("properties", check_properties, event.properties) or "{}"
-    # Row() would take 0.2 us longer, a twentieth of what an event costs the event loop.
-    return tuple.__new__(Row, (environment, event_id or make_id(now), customer, customer_id, event_name, source,
-                               timestamp_us, now, properties))  # fmt: skip
+    event_id = event_id or make_id(now)
+    return Row(environment, event_id, customer, customer_id, event_name, source, timestamp_us, now, properties)
 
 
 def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> list[Row]:
-    """Make the rows of a request's events. Raises ApiError that names every fault (API: Sending events)."""
+    """Make the rows of a request's events. Raises ApiError with all faults (API: Sending events)."""
     environment, now = service.store.environments[request["environment"]], service.settings.clock()
     faults = Faults(whole="event")
     faults.ignore(sent.unknown_fields)
@@ -1762,57 +1810,29 @@ def event_rows(service: Service, request: Request, sent: _Sent, bulk: bool) -> l
     for index, sent_event in enumerate(events):
         faults.index = index
         is_raw = isinstance(sent_event, Raw)
-        events[index] = event = decode_members(EventIn, sent_event, faults) if is_raw else sent_event
+        events[index] = event = _decode_members(EventIn, sent_event, faults) if is_raw else sent_event
         rows.append(event_row(event, environment, now, service.make_id, faults))
     faults.raise_any(events, bulk)
     service.warn_of_ignored(request, faults.ignored, "no field has that name", EventIn.__struct_fields__)
     return rows
 
 
-_SEARCH_PAUSES = 20  # a search for unknown fields is followed by a pause of this many times its duration: at most 5 %
-_MAX_SEARCHED_BYTES = 65_536  # a larger event is not searched: it may have millions of fields
+_SEARCH_PAUSES = 20  # pause after a search for unknown fields, in durations of the search: it takes at most 5 %
+_MAX_SEARCHED_BYTES = 65_536  # do not search a larger event: it may have millions of fields
 
 
 class _Sent(NamedTuple):
-    events: list[Any]  # EventIn, or Raw if the event does not fit
+    events: list[Any]  # EventIn, or Raw if a field has a wrong type
     unknown_fields: Iterable[str] = ()
-
-
-def decode_batch(service: Service, body: bytes) -> _Sent:
-    """Decode a batch, each event for itself if one has a wrong type. Raises ApiError (API: A batch)."""
-    searches = time.monotonic() >= service.next_search_s
-    batch = decode(_BULK if searches else _TOLERANT_BULK, body)
-    unknown: Iterable[str] = ()
-    if batch is None and searches:
-        with _pausing(service):
-            unknown = _unknown_fields(_events_of(decode(_RAW_BULK, body)))
-            batch = decode(_TOLERANT_BULK, body)
-    events = _events_of(batch)
-    if batch is None:
-        raws = _events_of(decode(_RAW_BULK, body))
-        events = [decode(_TOLERANT_EVENT, bytes(raw)) or raw for raw in raws]
-    if not events:
-        _refuse_batch(body)
-    return _Sent(events, unknown)
 
 
 def _events_of(batch: Any) -> list[Any]:
     return [] if batch is None else [event for event in msgspec.structs.astuple(batch.events) if event is not None]
 
 
-def _decode_single(service: Service, body: bytes) -> _Sent:
-    searches = time.monotonic() >= service.next_search_s
-    event = decode(EVENT if searches else _TOLERANT_EVENT, body)
-    if event is not None or not searches:
-        return _Sent([event or Raw(body)])
-    with _pausing(service):
-        return _Sent([decode(_TOLERANT_EVENT, body) or Raw(body)], _unknown_fields([Raw(body)]))
-
-
 @contextmanager
 def _pausing(service: Service) -> Iterator[None]:
-    """Let events with unknown fields pass without a search for a while after this one: a client that always sends them
-    must not slow down the others."""
+    """Pause the search for unknown fields after the block: clients that always send some must not slow down others."""
     start_s = time.monotonic()
     yield
     end_s = time.monotonic()
@@ -1820,7 +1840,7 @@ def _pausing(service: Service) -> Iterator[None]:
 
 
 def _unknown_fields(events: Iterable[Raw]) -> Iterable[str]:
-    """Return the names of unknown fields, as many as the log takes."""
+    """Return the names of unknown fields, at most as many as are logged in a minute."""
     found: dict[str, None] = {}
     for raw in map(bytes, events):
         if len(found) < _MAX_LOGGED_NAMES and len(raw) <= _MAX_SEARCHED_BYTES:
@@ -1842,6 +1862,39 @@ def _refuse_batch(body: bytes) -> NoReturn:
     raise_fault("events", "out_of_range", f"must hold 1 to {MAX_BATCH} events, got {number}")
 
 
+def decode_batch(service: Service, body: bytes) -> _Sent:
+    """Decode a batch. If an event has a wrong type, decode each event alone. Raises ApiError (API: A batch)."""
+    searches = time.monotonic() >= service.next_search_s
+    batch = decode(_BULK if searches else _TOLERANT_BULK, body)
+    unknown: Iterable[str] = ()
+    if batch is None and searches:
+        with _pausing(service):
+            unknown = _unknown_fields(_events_of(decode(_RAW_BULK, body)))
+            batch = decode(_TOLERANT_BULK, body)
+    events = _events_of(batch)
+    if batch is None:
+        raws = _events_of(decode(_RAW_BULK, body))
+        events = [decode(_TOLERANT_EVENT, bytes(raw)) or raw for raw in raws]
+    if not events:
+        _refuse_batch(body)
+    return _Sent(events, unknown)
+
+
+def _decode_single(service: Service, body: bytes) -> _Sent:
+    searches = time.monotonic() >= service.next_search_s
+    event = decode(_EVENT if searches else _TOLERANT_EVENT, body)
+    if event is not None or not searches:
+        return _Sent([event or Raw(body)])
+    with _pausing(service):
+        return _Sent([decode(_TOLERANT_EVENT, body) or Raw(body)], _unknown_fields([Raw(body)]))
+
+
+async def _store(service: Service, rows: list[Row], answer: object) -> Response:
+    inserted = await service.store.insert(rows)
+    headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
+    return JsonResponse(answer, 202, headers)
+
+
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
@@ -1858,20 +1911,13 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
-async def _store(service: Service, rows: list[Row], answer: object) -> Response:
-    inserted = await service.store.insert(rows)
-    headers = {"X-Events-Inserted": str(inserted), "X-Events-Duplicate": str(len(rows) - inserted)}
-    return JsonResponse(answer, 202, headers)
-
-
 # ---------------------------------------------------------------------------------------------- Queries
 
 SORTS = ("timestamp", "event_name")
 ORDERS = ("desc", "asc")
-MAX_OFFSET = 2**53  # the largest integer that every JSON reader keeps exact
 MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
-_MAX_PAGE_BYTES = 128 * 1024 * 1024  # a page is in memory several times while it is made
+_MAX_PAGE_BYTES = 128 * 1024 * 1024  # while a page is made, memory holds several copies of it
 _FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                    "source": "source"}  # fmt: skip
 EVENT_FILTERS = (*_FILTER_COLUMNS, "start_time", "end_time", "property_filters")
@@ -1897,7 +1943,7 @@ class EventQueryIn(Struct, forbid_unknown_fields=True):
 
 
 class Event(Struct):
-    """One stored event as it is answered (API: Queries). _EVENT_JSON writes it, with the fields in this order."""
+    """One stored event in an answer (API: Queries). _EVENT_JSON writes its fields in this order."""
 
     id: str
     external_customer_id: str
@@ -1911,18 +1957,18 @@ class Event(Struct):
 
 
 class EventPage(Struct, kw_only=True):
-    """One page of events and the cursors around it (API: Queries)."""
+    """One page of events, with the cursors of its first and last event (API: Queries)."""
 
     events: Raw  # a list[Event]
     has_more: bool
     iter_first_key: str | None
     iter_last_key: str | None
     total_count: int | UnsetType | None = UNSET  # absent in the answer to a GET without count_total
-    offset: int | None  # where the next page starts; null in cursor mode
+    offset: int | None  # of the next page; null for a page by cursor
 
 
 class EventQuery(Selection, frozen=True, kw_only=True):
-    """What to list: checked, complete, the same from GET and POST (API: Queries)."""
+    """A checked query with every default filled in, from a GET or a POST (API: Queries)."""
 
     page_size: int
     offset: int
@@ -1942,6 +1988,27 @@ _EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 _check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
 check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
+
+
+def _column_filters(sent: EventQueryIn) -> dict[str, str]:
+    return {column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))}
+
+
+def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
+    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
+    number = sum(map(len, filters))
+    if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
+        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
+        faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
+
+
+def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
+    """Return the filters that have values. Ignore a key without values, as FlexPrice does (API: Queries)."""
+    filters = {key: values for key, values in (sent or {}).items() if values}
+    if sent and "" in sent:
+        faults.add(field, "invalid_format", "has an empty key")
+    check_filter_limits(field, [*filters.values()], faults)
+    return filters
 
 
 def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
@@ -1964,32 +2031,11 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
     )  # fmt: skip
 
 
-def _column_filters(sent: EventQueryIn) -> dict[str, str]:
-    return {column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))}
-
-
-def check_property_filters(field: str, sent: PropertyFilters | None, faults: Faults) -> dict[str, list[str]]:
-    """Return the filters that have values; a key without any filters nothing, as on the real server (API: Queries)."""
-    filters = {key: values for key, values in (sent or {}).items() if values}
-    if sent and "" in sent:
-        faults.add(field, "invalid_format", "has an empty key")
-    check_filter_limits(field, [*filters.values()], faults)
-    return filters
-
-
-def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
-    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
-    number = sum(map(len, filters))
-    if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
-        limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
-        faults.add(field, "out_of_range", f"may hold {limits}, got {len(filters)} keys and {number} values")
-
-
-# An Event as JSON. With a struct for each event, encoded in Python, a page takes 1.3 times as long over HTTP. The
-# properties are copied as they were sent: json_object's closing brace comes off, and :end closes the object again.
+# An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
+# the properties unchanged, this removes json_object's closing brace, appends them, and closes the object with :end.
 _EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
-    'event_name', event_name, 'source', source, 'timestamp', {time_sql("timestamp_us")},
-    'ingested_at', {time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
+    'event_name', event_name, 'source', source, 'timestamp', {_time_sql("timestamp_us")},
+    'ingested_at', {_time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
 _SINCE_START, _UNTIL_END = "timestamp_us >= :start_us", "timestamp_us <= :end_us"
 
 
@@ -1998,7 +2044,7 @@ def in_range(query: Selection) -> Sql:
 
 
 def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, descending: bool) -> Sql:
-    """Build the condition for the range of time and the cursor, in the direction in which rows are read."""
+    """Build the condition for the range of time and the cursor. `descending` is the direction of reading."""
     whole = in_range(query)
     if cursor is None:
         return whole
@@ -2014,10 +2060,15 @@ def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, des
     return sql(f"{keyset if cursor.timestamp_us >= query.start_us else _SINCE_START} AND {_UNTIL_END}", *parts)
 
 
-def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
-    """Build the statement for a page plus one row, in reverse order with iter_first_key.
+def _count_statement(query: Selection) -> Sql:
+    where = all_of([matching(query), in_range(query)])
+    return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
 
-    Its columns are the event as JSON, timestamp_us, id, and the total count or NULL.
+
+def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
+    """Build the statement for a page and one more row. With iter_first_key the rows are in reverse order.
+
+    The columns are the event as JSON, timestamp_us, id, and the total count or NULL.
     """
     cursor = query.after or query.before
     descending = query.descending is (query.before is None)
@@ -2025,18 +2076,13 @@ def page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
     order = ", ".join(f"{column} {direction}" for column in columns)
-    # By name, but for one customer: sorting the customer's events is cheaper than scanning all events in name order.
+    # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
-    total = count_statement(query) if query.count else Sql("NULL", {})
+    total = _count_statement(query) if query.count else Sql("NULL", {})
     text = f"""SELECT {_EVENT_JSON}, timestamp_us, id, ({total}) FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
-
-
-def count_statement(query: Selection) -> Sql:
-    where = all_of([matching(query), in_range(query)])
-    return sql(f"SELECT count(*) FROM events {index_of(query.filters)} WHERE {where}", where)
 
 
 def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str:
@@ -2051,12 +2097,12 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
 
 
 def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[tuple[str, int, str, int | None]], bool]:
-    """Return the rows of a page, and whether more follow. A page is cut when it becomes too large, after one event."""
+    """Return the rows of a page, and whether more follow. A page ends early at _MAX_PAGE_BYTES, but has one event."""
     cursor = query.after or query.before
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
     page: list[tuple[str, int, str, int | None]] = []
     size, has_more = 0, False
-    with closing(conn.execute(*page_statement(query, cursor_name))) as rows:
+    with closing(conn.execute(*_page_statement(query, cursor_name))) as rows:
         for row in rows:
             size += len(row[0])
             has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
@@ -2073,14 +2119,19 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     rows, has_more = _select_page(conn, query)
     total = rows[0][3] if rows else None
     if query.count and not rows:
-        total = conn.execute(*count_statement(query)).fetchone()[0]
+        total = conn.execute(*_count_statement(query)).fetchone()[0]
     first_key, last_key = (Cursor(rows[at][1], rows[at][2]).text if rows else None for at in (0, -1))
-    page_size = len(rows) if has_more else query.page_size  # a page that is too large for memory is shorter
+    page_size = len(rows) if has_more else query.page_size  # a page may end early because of its size
     return EventPage(
         events=Raw(f"[{','.join([row[0] for row in rows])}]"), has_more=has_more,
         iter_first_key=first_key, iter_last_key=last_key, total_count=UNSET if query.count is None else total,
         offset=None if query.after or query.before else query.offset + page_size,
     )  # fmt: skip
+
+
+async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
+    query = event_query(sent, service.view(request), max_page_size, faults)
+    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -2100,18 +2151,13 @@ async def query_events(service: Service, request: Request) -> Response:
     return await _list(service, request, sent, 1000, faults)
 
 
-async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
-    query = event_query(sent, service.view(request), max_page_size, faults)
-    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
-
-
 # ---------------------------------------------------------------------------------------------- Lookup
 
 _LOOKUP_FILTERS = ("external_customer_id", "start_time", "end_time")
 
 
 class EventLookup(Struct):
-    """One event (API: Lookup). An event is processed as soon as it is stored, so the other fields never vary."""
+    """One event (API: Lookup). The other fields are constant: an event that is stored is processed."""
 
     event: Raw  # an Event
     status: str = "processed"
@@ -2148,7 +2194,7 @@ WINDOW_MINUTES = {"MINUTE": 1, "15MIN": 15, "30MIN": 30, "HOUR": 60, "3HOUR": 18
                   "DAY": 1440, "WEEK": 7 * 1440}  # fmt: skip
 WINDOW_SIZES = (*WINDOW_MINUTES, "MONTH")
 MAX_WINDOWS = 100_000
-A_SUNDAY = datetime(1, 1, 7)  # weeks start on Sundays; shorter windows divide them
+A_SUNDAY = datetime(1, 1, 7)  # weeks start on Sundays; a week is a multiple of each shorter window
 check_window_size = one_of(*WINDOW_SIZES)
 
 
@@ -2160,7 +2206,7 @@ class MonitoringPoint(Struct):
 
 
 class Monitoring(Struct):
-    """How many events a range has (API: Monitoring)."""
+    """The number of events in a range (API: Monitoring)."""
 
     total_count: int
     consumption_lag: int
@@ -2169,7 +2215,7 @@ class Monitoring(Struct):
 
 
 def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
-    """Yield the start of each UTC window that touches [start, end), and the end of the last one.
+    """Yield the start of each UTC window that overlaps [start, end), and the end of the last one.
 
     Raises OverflowError or ValueError outside the years 1 to 9999.
     """
@@ -2178,7 +2224,7 @@ def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
         first_us = start_us - (start_us - to_us(A_SUNDAY.replace(tzinfo=UTC))) % step_us
         bounds = range(first_us, end_us + step_us, step_us)
         if step_us >= DAY_US:
-            to_datetime(bounds[-1])  # raises OverflowError, as a month would
+            to_datetime(bounds[-1])  # raises OverflowError, as for a month
         yield from bounds
         return
     month = to_datetime(start_us).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -2189,7 +2235,7 @@ def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
 
 
 class Span(NamedTuple):
-    """A range of time to aggregate, `[start, end)`, and the start of the window that it is in."""
+    """A range of time to aggregate, `[start, end)`, and the start of its window."""
 
     start_us: int
     end_us: int
@@ -2197,7 +2243,7 @@ class Span(NamedTuple):
 
 
 def spans_of_windows(windows: Iterable[int], start_us: int, end_us: int, size: str, field: str) -> list[Span]:
-    """Return the part of each window that lies in [start, end). `windows` are their starts, and the last one's end.
+    """Return the part of each window that lies in [start, end). `windows` yields their starts and the end of the last.
 
     Raises ApiError for `field` if there are more than 100,000 windows, or some outside the years 1 to 9999.
     """
@@ -2216,22 +2262,9 @@ IN_SPAN = "timestamp_us >= span.value ->> 0 AND timestamp_us < span.value ->> 1"
 
 
 def select_per_span(conn: sqlite3.Connection, aggregate: Sql, spans: Sequence[Span]) -> list[Any]:
-    """Evaluate a SELECT for each span; it refers to the span by IN_SPAN."""
+    """Evaluate a SELECT for each span. Its condition must contain IN_SPAN."""
     statement = sql(f"SELECT ({aggregate}) FROM json_each(:spans) AS span", aggregate, spans=json.dumps(spans))
     return [row[0] for row in conn.execute(*statement).fetchall()]
-
-
-def _monitored(sent: EventQueryIn, view: View, faults: Faults) -> Selection:
-    """Check what to count: both ends or neither, by default the last 24 hours. Raises ApiError (API: Monitoring)."""
-    if bool(sent.start_time) is not bool(sent.end_time):
-        missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
-        faults.add(missing, "required", f"is required with {given}")
-    start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
-    property_filters = check_property_filters("property_filters", sent.property_filters, faults)
-    faults.raise_any()
-    start_us = start_us if sent.start_time else end_us - DAY_US
-    filters = _column_filters(sent)
-    return Selection(view=view, start_us=start_us, end_us=end_us, filters=filters, property_filters=property_filters)
 
 
 def _monitor(conn: sqlite3.Connection, selection: Selection, size: str | None, behind: int) -> bytes:
@@ -2258,11 +2291,16 @@ async def monitor_events(service: Service, request: Request) -> Response:
     parameters = parse_parameters(request["query_string"], faults)
     sent = query_of_parameters(EventQueryIn, parameters, EVENT_FILTERS, faults)
     size = faults.check("window_size", check_window_size, parameters.get("window_size"))
-    selection = _monitored(sent, service.view(request), faults)
+    if bool(sent.start_time) is not bool(sent.end_time):
+        missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
+        faults.add(missing, "required", f"is required with {given}")
+    selection = event_query(sent, service.view(request), 1, faults)
+    if not sent.start_time:
+        selection = msgspec.structs.replace(selection, start_us=selection.end_us - DAY_US)
     outbox = service.outboxes.get(request["environment"])
     behind = await outbox.behind() if outbox else 0
     body = await service.store.read(partial(_monitor, selection=selection, size=size, behind=behind), quick=False)
-    # The debugger shows the environment's name even if it has no events. A header is Latin-1, a name any text.
+    # The debugger shows the environment's name even if it has no events. Encode it, because headers are Latin-1.
     headers = {"X-Environment-Id": urllib.parse.quote(selection.view.environment, safe="")}
     if outbox:
         headers["X-Forward-To"] = outbox.host
@@ -2273,8 +2311,10 @@ async def monitor_events(service: Service, request: Request) -> Response:
 
 
 class Forwarding(Struct):
+    """An environment whose events are forwarded."""
+
     environment: str
-    to: str  # host and port
+    to: str  # the target: host and port
 
 
 class Health(Struct):
@@ -2287,7 +2327,7 @@ class Health(Struct):
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET or POST /health: this process answers; 503 with a reason while it cannot store events (API: Health)."""
+    """GET or POST /health: 200, or 503 with a reason while the server cannot store events (API: Health)."""
     forwarding = [Forwarding(environment, outbox.host) for environment, outbox in service.outboxes.items()] or UNSET
     if reason := await service.store.failure():
         return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
@@ -2297,9 +2337,9 @@ async def health(service: Service, request: Request) -> Response:
 
 
 def _debugger_handler() -> _Handler:
-    """GET /: the event debugger, a page that asks this API like any other client."""
-    page = _data_file("debugger.html")  # browsers hash the text with \n as line ends, as this has it
-    policy = "default-src 'none'; connect-src 'self'; "  # events are strangers' text: run only the script of the file
+    """GET /: the event debugger, a page that calls this API as any other client does."""
+    page = _data_file("debugger.html")  # read_text converts line ends to \n, as browsers do before they hash
+    policy = "default-src 'none'; connect-src 'self'; "  # run only the page's own script: events may contain HTML
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         policy += f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'; "
@@ -2319,22 +2359,9 @@ def _debugger_handler() -> _Handler:
 
 _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
-_EXTRAS_FOLDER = f"the folder eventstore_extras beside {__file__}"
-
-
-def _has_extras() -> bool:
-    return importlib.util.find_spec("eventstore_extras") is not None
-
-
-def _extra(name: str, purpose: str) -> ModuleType:
-    """Import a module of eventstore_extras. Raises StartError if this file stands alone."""
-    if not _has_extras():
-        raise StartError(f"{purpose} needs {_EXTRAS_FOLDER}")
-    return importlib.import_module(f"eventstore_extras.{name}")
-
 
 def _operation_of_extra(method: str, path: str, module: str) -> Operation:
-    """Make a row whose handler imports the extra on the first request."""
+    """Make a row whose handler imports a module of eventstore_extras on the first request."""
 
     async def handle(service: Service, request: Request) -> Response:
         if not _has_extras():
@@ -2370,13 +2397,13 @@ def create_app(
 ) -> Starlette:
     """Make the Events API as an ASGI application; it opens the database now and closes it with its lifespan.
 
-    `operations` are served beside its own and appear in its OpenAPI document. `middleware` runs inside its own: a
-    request that needs a key has `scope["environment"]` by then, and has passed the rate limits. `app.state.service` is
-    the Service. Raises StartError if the database cannot be used, ValueError without an API key.
+    `operations` are additional routes, which also appear in the OpenAPI document. `middleware` runs after
+    authentication and rate limits: a request that needs a key has `scope["environment"]` by then. `app.state.service`
+    is the Service. Raises StartError if the database cannot be used, ValueError without an API key.
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
-    show_debugger = _debugger_handler()  # before the store: if the file is missing, no thread stays behind
+    show_debugger = _debugger_handler()  # before the store starts threads: the file may be missing
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
@@ -2384,19 +2411,19 @@ def create_app(
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
-    layers = [Middleware(Authentication, service=service), *layers]
+    layers = [Middleware(_Authentication, service=service), *layers]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
-    app.router.redirect_slashes = False  # a redirect has no error body, and clients drop a POST's body on it
+    app.router.redirect_slashes = False  # a redirect has no error body, and clients that follow it drop a POST's body
     app.state.service = service
     return app
 
 
 # ---------------------------------------------------------------------------------------------- Listening
 
-_KEEP_ALIVE_S = 75  # longer than proxies keep an idle connection, most 60 s; one closed while they use it is a 502
-HEADERS_TIMEOUT_S = 30.0  # from the connection or a request's first byte; uvicorn has no limit
+_KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while a proxy uses it causes a 502
+HEADERS_TIMEOUT_S = 30.0  # time for a request's head, from its first byte or the connection; uvicorn has no limit
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
-_PIECE_BYTES = 16_384  # parsed at a time: an endless head may exceed the limit by this much before it is noticed
+_PIECE_BYTES = 16_384  # parsed at a time, so a head may exceed the limit by this much before it is refused
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 
 
@@ -2468,8 +2495,8 @@ class _Protocol(HttpToolsProtocol):
                 self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
 
     def _parse(self, piece: bytes) -> None:
-        """Feed a piece to the parser, which stops after the head of each request to upgrade: feed that head to a new
-        parser without the header `upgrade`, then the rest (RFC 9110, 7.8: a server may ignore it)."""
+        """Feed a piece to the parser. The parser stops after the head of a request to upgrade: feed that head to a new
+        parser without the header `upgrade`, then feed the rest (RFC 9110, 7.8: a server may ignore the header)."""
         self._framing_bytes += len(piece)
         while piece:
             try:
@@ -2494,7 +2521,7 @@ class _Protocol(HttpToolsProtocol):
         return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
-        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # plus what came with the end of the request before
+        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # the count includes the end of the request before
             length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if length > MAX_HEAD_BYTES:
                 raise self._head_too_long()
@@ -2510,7 +2537,7 @@ class _Protocol(HttpToolsProtocol):
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
-        if self._in_body:  # not after the head of a request to upgrade, which is fed again
+        if self._in_body:  # false after the head of a request to upgrade, which is parsed again
             self._framing_bytes = 0
             self._in_body = False
             HttpToolsProtocol.on_message_complete(self)
@@ -2529,7 +2556,7 @@ class _Protocol(HttpToolsProtocol):
         return True
 
     def _refuse(self, error: BaseException) -> None:
-        """Answer with the error's JSON body, log it, and close, after the answers to the requests before."""
+        """Log the error. After the answers to earlier requests, send its JSON body and close the connection."""
         if isinstance(error, httptools.HttpParserCallbackError):
             error = error.__context__ or error  # what the callback raised
         if not isinstance(error, ApiError):
@@ -2559,8 +2586,8 @@ class _Protocol(HttpToolsProtocol):
             self._close()
 
     def _close(self) -> None:
-        """Send the last answer. Closing at once would reset the connection if data are unread, and the client could
-        lose the answer, so read and drop what it still sends for _LINGER_S."""
+        """Send the last answer, then read and drop data for _LINGER_S. Closing immediately with unread data would reset
+        the connection, and the client could lose the answer."""
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             return
@@ -2600,16 +2627,6 @@ def uvicorn_server(
 # ---------------------------------------------------------------------------------------------- API keys
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine can reach
-
-
-def say(message: str) -> None:
-    """Print a command's message."""
-    print(f"eventstore: {message}", file=sys.stderr, flush=True)
-
-
-def plural(number: int, noun: str) -> str:
-    """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def check_key(key: str, where: str = "") -> str:
@@ -2663,7 +2680,7 @@ class _FoundKeys(NamedTuple):
 
 
 def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> _FoundKeys:
-    """Find the keys: flags win over environment variables; without either, make one. Raises StartError."""
+    """Return the keys of the flags, else those of the environment variables, else a new one. Raises StartError."""
     several = [part for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
     single = environ.get("FLEXPRICE_API_KEY", "").strip()
     if flags.api_key or flags.api_key_file:
@@ -2686,7 +2703,7 @@ def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> _Fo
 
 
 def _read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
-    """Load the keys again; if the file cannot be used, keep the present ones."""
+    """Load the keys again. If the file cannot be used, keep the present keys."""
     try:
         found = _find_api_keys(arguments, {})
         service.replace_api_keys(found.keys)
@@ -2698,16 +2715,9 @@ def _read_api_keys_again(service: Service, arguments: argparse.Namespace) -> Non
             log.warning("no API key is left for the environment %s, whose events are forwarded", quoted(name))
 
 
-def _read_api_keys_on_sighup(service: Service, arguments: argparse.Namespace) -> None:
-    """Use a thread: a new environment waits for the write lock, and requests must not wait with it."""
-    again = partial(_read_api_keys_again, service, arguments)
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
-
-
 # ---------------------------------------------------------------------------------------------- Command line
 
-_COMMANDS = {  # name -> the module of eventstore_extras that has it, and what it does
+_COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "serve": ("", "serve the API"),
     "import": ("importing", "store the events of a file"),
     "export": ("exporting", "write events to a file"),
@@ -2715,13 +2725,14 @@ _COMMANDS = {  # name -> the module of eventstore_extras that has it, and what i
     "prune": ("retention", "delete the events stored before a time"),
 }
 _SERVE_EXTRAS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> module
-_SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; writer and checkpoint follow, and Docker kills after 10 s
-_MAX_FLAG = 1_000_000_000_000  # larger values would overflow: a buffer's size, a time in microseconds
+_SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
+_MAX_FLAG = 1_000_000_000_000  # a larger size of a buffer or time in microseconds would overflow
 AddFlag = Callable[..., argparse.Action]
 
 
-def _banner(app: Starlette, base_url: str, found: _FoundKeys) -> str:
-    service: Service = app.state.service
+def _banner(service: Service, host: str, port: int, found: _FoundKeys) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
     key = found.made or "$FLEXPRICE_API_KEY"
     hint = "" if found.source == "FLEXPRICE_API_KEY" else " (for the lines below: export FLEXPRICE_API_KEY=...)"
@@ -2743,11 +2754,11 @@ Send an event, and read it back:
 
 
 def _stop_counting_memory() -> None:
-    """Tell SQLite not to keep memory statistics, which all threads update under one lock.
+    """Turn off SQLite's memory statistics, which all threads update under one lock.
 
-    With them the sum over a million events takes four readers on two cores 1.15 to 1.9 times as long, and clients get
-    0.8 times as many pages. SQLite accepts the setting only before it is initialised, so shut it down first. Leave it
-    alone if it is in use, or if its library cannot be reached (Windows).
+    With the statistics, four readers on two cores take 1.15 to 1.9 times as long to sum a million events, and clients
+    get 0.8 times as many pages. SQLite accepts the setting only before it is initialised, so shut it down first. Change
+    nothing if SQLite is in use, or if its library cannot be reached (Windows).
     """
     with suppress(OSError, AttributeError):
         sqlite = ctypes.CDLL(_sqlite3.__file__)
@@ -2760,7 +2771,7 @@ def _stop_counting_memory() -> None:
 
 
 def _raise_file_limit() -> None:
-    """Allow as many open files as the system permits: each connection is one, and the usual limit is 1024."""
+    """Raise the limit on open files to the maximum: each connection is a file, and the usual limit is 1024."""
     with suppress(ImportError, ValueError, OSError):
         import resource  # noqa: PLC0415 - not on Windows
 
@@ -2769,25 +2780,29 @@ def _raise_file_limit() -> None:
 
 
 def _collect_less_garbage() -> None:
-    """Run the garbage collector less often, and never over the modules.
+    """Run the garbage collector less often, and exclude the modules' objects from it.
 
-    64 requests under way create so many objects that it would run all the time: p99 of single events was 1.4 to 1.7
-    times as long.
+    With 64 requests in progress it would run all the time: p99 of single events was 1.4 to 1.7 times as long.
     """
     gc.freeze()
     gc.set_threshold(10_000)
 
 
+def _more_operations() -> Sequence[Operation]:
+    """Return what eventstore_extras adds to `serve`; nothing if this file stands alone."""
+    return _extra("analytics", "serve").OPERATIONS if _has_extras() else ()
+
+
 def serve(arguments: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; then finish the requests under way, drain the writer and return 0."""
+    """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
     found = _find_api_keys(arguments, os.environ)
     _stop_counting_memory()
     _raise_file_limit()
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-    # Set the handlers before the port answers, since a client may then stop the server. They stay after uvicorn's end,
-    # because uvicorn raises the signal again, and the default handler would make the exit status -15.
+    # Set the handlers before the port is open: a signal may arrive as soon as it is. Keep them after uvicorn has ended:
+    # uvicorn raises the signal again, and the default handler would make the exit status -15.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     with listen(arguments.host, arguments.port) as listener:
@@ -2799,29 +2814,20 @@ def serve(arguments: argparse.Namespace) -> int:
             for flag, module in _SERVE_EXTRAS.items():
                 if getattr(arguments, flag):
                     _extra(module, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
-            if arguments.api_key_file:
-                _read_api_keys_on_sighup(service, arguments)
+            if arguments.api_key_file and hasattr(signal, "SIGHUP"):  # not on Windows
+                # Use a thread: a new environment waits for the write lock, and requests must not wait with it.
+                again = partial(_read_api_keys_again, service, arguments)
+                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
             service.is_stopping = lambda: server.should_exit
-            base_url = _base_url(arguments.host, listener.getsockname()[1])
-            print(_banner(app, base_url, found), flush=True)
+            print(_banner(service, arguments.host, listener.getsockname()[1], found), flush=True)
             _collect_less_garbage()
-            server.config.app = app  # uvicorn reads it when it runs
+            server.config.app = app  # uvicorn reads it in run()
             server.run(sockets=[listener])
     return 0
 
 
-def _base_url(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-def _more_operations() -> Sequence[Operation]:
-    """Return what eventstore_extras adds to `serve`; nothing if this file stands alone."""
-    return _extra("analytics", "serve").OPERATIONS if _has_extras() else ()
-
-
 def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[[str], _Number]:
-    """Make an argparse type for a number above 0."""
+    """Make an argparse type for a number above 0, or from 0."""
 
     def parse(text: str) -> _Number:
         with suppress(ValueError):
@@ -2834,14 +2840,50 @@ def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[
     return parse
 
 
-def _rate_limits(text: str) -> Mapping[str, int]:
-    limits: Mapping[str, int] = _extra("rate_limits", "--rate-limit").parse_rate_limits(text)
-    return limits
-
-
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, "", [], {}) else action.help
+
+
+def add_db_flag(add: AddFlag, text: str) -> None:
+    add("--db", metavar="PATH", default=Settings().db, help=text)
+
+
+def _add_serve_flags(add: AddFlag) -> None:
+    """Add the flags of `serve`. A flag with the name of a field of Settings sets that field."""
+    defaults = Settings()
+    add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
+    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
+        "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
+    add("--api-key-file", metavar="FILE", help="KEY=ENVIRONMENT a line, comments behind a #; read again on SIGHUP")
+    add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
+    add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
+    add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
+    add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
+        help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
+        "if not given; 0 never warns")  # fmt: skip
+    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", default={},
+        type=lambda text: _extra("rate_limits", "--rate-limit").parse_rate_limits(text),
+        help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
+        )  # fmt: skip
+    add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
+    add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
+        help="hide events from queries for this long after they were accepted")  # fmt: skip
+    add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
+        help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
+    add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
+        "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
+    add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
+        "keys are of several")  # fmt: skip
+    add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
+    add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
+        "environments that are not forwarded")  # fmt: skip
+    add("--access-log", action="store_true", help="log every request, not only refused ones")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -2870,48 +2912,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def add_db_flag(add: AddFlag, text: str) -> None:
-    add("--db", metavar="PATH", default=Settings().db, help=text)
-
-
-def _add_serve_flags(add: AddFlag) -> None:
-    """Add the flags of `serve`. A flag with the name of a field of Settings sets that field."""
-    defaults = Settings()
-    add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
-    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
-        "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
-    add("--api-key-file", metavar="FILE", help="KEY=ENVIRONMENT a line, comments behind a #; read again on SIGHUP")
-    add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
-    add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
-    add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
-    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
-    add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
-        help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
-        "if not given; 0 never warns")  # fmt: skip
-    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", type=_rate_limits, default={},
-        help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
-        )  # fmt: skip
-    add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
-    add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
-        help="hide events from queries for this long after they were accepted")  # fmt: skip
-    add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
-        help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
-    add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
-        "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
-    add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
-        "keys are of several")  # fmt: skip
-    add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
-    add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
-    add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
-        "environments that are not forwarded")  # fmt: skip
-    add("--access-log", action="store_true", help="log every request, not only refused ones")
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
+def say(message: str) -> None:
+    """Print a command's message to stderr."""
+    print(f"eventstore: {message}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Return the exit status: 0, 1 if it stopped half-way, 2 if it cannot start."""
+    """Run the command line. Return the exit status: 0, 1 if the command stopped half-way, 2 if it cannot start."""
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         return int(arguments.run(arguments))
@@ -2921,5 +2928,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules["eventstore"] = sys.modules["__main__"]  # so that eventstore_extras imports this module, not a copy
+    sys.modules["eventstore"] = sys.modules["__main__"]  # otherwise eventstore_extras would import a second copy
     sys.exit(main())

@@ -1,83 +1,90 @@
--- The whole database: events and four ways into them; meters and features. Times are integer microseconds since 1970, UTC.
--- Run as one script inside a transaction, so a crash half-way leaves an empty file, not half a schema.
--- Every statement is safe to run again: two processes may open a new file at the same moment.
+-- The whole schema: environments, events with four indexes, meters and features. Times are integer microseconds since
+-- 1970, UTC. The server runs this file in one transaction: after a crash half-way the database file is still empty.
+-- Every statement can be repeated without harm, because two processes may open a new file at the same moment.
 
--- An environment's name is kept once; an event and each of its index entries hold a number of one byte or none.
+-- The environments' names. Events and their index entries hold the small integer instead; the name would make each of
+-- them longer.
 CREATE TABLE IF NOT EXISTS environments (
     id   INTEGER PRIMARY KEY,
     name TEXT    NOT NULL UNIQUE
 ) STRICT;
 
 CREATE TABLE IF NOT EXISTS events (
-    seq                  INTEGER PRIMARY KEY AUTOINCREMENT,  -- the order of arrival; a number is never used twice
-    environment          INTEGER NOT NULL,  -- the environment of the key that sent it
-    id                   TEXT    NOT NULL,  -- the idempotency key
+    seq                  INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival; AUTOINCREMENT reuses no number
+    environment          INTEGER NOT NULL,  -- environments.id, from the API key of the request
+    id                   TEXT    NOT NULL,  -- idempotency key: unique in the environment
     external_customer_id TEXT    NOT NULL,
-    customer_id          TEXT    NOT NULL,  -- '' when absent, like source
+    customer_id          TEXT    NOT NULL,  -- '' if the client sent none; the same for source
     event_name           TEXT    NOT NULL,
     source               TEXT    NOT NULL,
-    timestamp_us         INTEGER NOT NULL,  -- when it happened
-    ingested_at_us       INTEGER NOT NULL,  -- when it was stored here
-    properties           TEXT    NOT NULL   -- the JSON object as it was sent: numbers keep their digits
+    timestamp_us         INTEGER NOT NULL,  -- when the event happened
+    ingested_at_us       INTEGER NOT NULL,  -- when this server accepted it
+    properties           TEXT    NOT NULL   -- JSON object, the text as it was sent: numbers keep their digits
 ) STRICT;
 
--- What makes a retry harmless: the first event with an id stays.
+-- Finds an event by its id, and rejects a second event with the same id. Without it a retry would store duplicates.
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_id ON events (environment, id);
 
--- The order of a page, and so the cursor's: (timestamp, id) within one environment.
+-- Holds an environment's events in the order of pages and cursors: (timestamp, id). Without it each page would sort all
+-- events of the range.
 CREATE INDEX IF NOT EXISTS events_by_time ON events (environment, timestamp_us, id);
 
--- The same order for one customer's events.
+-- Holds each customer's events in the same order. Without it a customer's page would scan the events of all customers.
 CREATE INDEX IF NOT EXISTS events_by_customer ON events (environment, external_customer_id, timestamp_us, id);
 
--- The order of sort=event_name, and the way to a rare event's rows. It costs 75 bytes an event and
--- ingest 0-15 % (there are few names, so their pages stay hot); without it each page sorts the whole range.
+-- Holds the events in the order of sort=event_name, and finds the events with a rare name. Without it a page in that
+-- order would sort the whole range. It takes 75 bytes per event and slows ingest by 0-15 %: there are few names, so the
+-- index pages that inserts touch stay in the cache.
 CREATE INDEX IF NOT EXISTS events_by_name ON events (environment, event_name, timestamp_us, id);
 
--- A saved aggregation over the events of one name. Nothing is removed: what is archived still counts what came before.
+-- Meters: saved aggregations over the events with one name. Rows are never deleted: usage of an archived meter can still
+-- be queried.
 CREATE TABLE IF NOT EXISTS meters (
     environment    INTEGER NOT NULL,
     id             TEXT    NOT NULL,
     name           TEXT    NOT NULL,
     event_name     TEXT    NOT NULL,
-    aggregation    TEXT    NOT NULL,  -- JSON, as it is answered, like the next
+    aggregation    TEXT    NOT NULL,  -- JSON, as the API returns it; the same for filters and reset_usage
     filters        TEXT    NOT NULL,
     reset_usage    TEXT    NOT NULL,
     created_at_us  INTEGER NOT NULL,
     updated_at_us  INTEGER NOT NULL,
-    archived_at_us INTEGER,           -- NULL: published
+    archived_at_us INTEGER,           -- NULL if the meter is published
     PRIMARY KEY (environment, id)
 ) STRICT, WITHOUT ROWID;
 
+-- Finds the meters of an event name. Without it the query would scan all meters of the environment.
 CREATE INDEX IF NOT EXISTS meters_by_event_name ON meters (environment, event_name);
 
--- What a meter is called, and its units.
+-- Features: the name that users see for a meter, and its units.
 CREATE TABLE IF NOT EXISTS features (
     environment    INTEGER NOT NULL,
     id             TEXT    NOT NULL,
     name           TEXT    NOT NULL,
     lookup_key     TEXT    NOT NULL,
     description    TEXT    NOT NULL,
-    meter_id       TEXT    NOT NULL,  -- '' without one
+    meter_id       TEXT    NOT NULL,  -- '' if the feature has no meter
     metadata       TEXT    NOT NULL,  -- JSON
     type           TEXT    NOT NULL,
     unit_singular  TEXT    NOT NULL,
     unit_plural    TEXT    NOT NULL,
-    reporting_unit TEXT    NOT NULL,  -- JSON, null without one
+    reporting_unit TEXT    NOT NULL,  -- JSON; null if the feature has none
     created_at_us  INTEGER NOT NULL,
     updated_at_us  INTEGER NOT NULL,
     archived_at_us INTEGER,
     PRIMARY KEY (environment, id)
 ) STRICT, WITHOUT ROWID;
 
--- Of two features with one key the second is refused: by this index, so that it is so for two at once, too.
+-- Rejects a second feature with the same lookup key. Without it two requests at the same moment could both succeed.
 CREATE UNIQUE INDEX IF NOT EXISTS features_by_lookup_key ON features (environment, lookup_key)
     WHERE archived_at_us IS NULL AND lookup_key <> '';
 
+-- Finds the features of a meter. Without it the query would scan all features of the environment.
 CREATE INDEX IF NOT EXISTS features_by_meter ON features (environment, meter_id);
 
--- For people: sqlite3 events.db "SELECT * FROM readable_events ORDER BY seq DESC LIMIT 10". The seconds are counted
--- from the year 1, so that no division is of a negative.
+-- Events with the environment's name and readable times, for the sqlite3 command line:
+--     sqlite3 events.db "SELECT * FROM readable_events ORDER BY seq DESC LIMIT 10"
+-- Offset to year 1: integer division truncates toward zero and would round times before 1970 up.
 CREATE VIEW IF NOT EXISTS readable_events AS
 SELECT
     seq,
@@ -94,5 +101,5 @@ SELECT
     properties
 FROM events JOIN environments ON environments.id = events.environment;
 
-PRAGMA application_id = 0x45565354;  -- 'EVST': somebody else's database is not taken for ours
-PRAGMA user_version = 1;             -- raised with every change of this file, once there was a release
+PRAGMA application_id = 0x45565354;  -- 'EVST'; the server refuses another program's database
+PRAGMA user_version = 1;             -- format of the tables; increase it with every change after the first release

@@ -49,7 +49,7 @@ def choice(*values: str) -> dict[str, Any]:
     return {"enum": [*values, "", None]}
 
 
-# What the wire types do not say of their fields. Operation.schemas adds to it.
+# Schemas of fields, where the wire types do not imply them. Operation.schemas adds more.
 _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventIn": {
         "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]", "maxLength": MAX_FIELD_CHARS},
@@ -100,7 +100,7 @@ def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
 
 
 def _whole(operation: Operation) -> Operation:
-    """Return the whole row of an operation that an extra has."""
+    """Return the complete row of an operation of eventstore_extras."""
     if not operation.extra:
         return operation
     extra = importlib.import_module(f"eventstore_extras.{operation.extra}")

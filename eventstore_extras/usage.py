@@ -1,7 +1,7 @@
 """POST /v1/events/usage: aggregates events over a range of time, or over each window of it (API: Usage).
 
-From top to bottom: windows in any time zone, the request and the checked query, the SQL of an aggregate, its value and
-the answer, the handler. Meters and analytics build on it.
+From top to bottom: windows in any time zone, the request and the checked query, the SQL of an aggregate, the answer,
+the handler. The modules meters and analytics use this one.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WIT
 
 
 class Windows(Struct, frozen=True):
-    """Windows of one size in one time zone; months may start on another day than the first (API: Usage).
+    """Windows of one size in one time zone; `month_day` is the day on which months start (API: Usage).
 
-    A window starts when the zone's clocks show its start, or jump over it. A window of up to an hour starts again when
-    the clocks show its start again: the second 1:30 of a night on which clocks go back. Longer windows hold both times.
+    A window starts when the zone's clocks show its start time, or skip it. When clocks go back, some times occur twice,
+    such as 1:30. Windows of up to an hour then start twice as well; a longer window includes both hours.
     """
 
     size: str
@@ -92,11 +92,11 @@ class Windows(Struct, frozen=True):
         return spans_of_windows(self.bounds(start_us, end_us), start_us, end_us, self.size, field)
 
     def bounds(self, start_us: int, end_us: int) -> Iterator[int]:
-        """Yield the start of each window that touches [start, end), and the end of the last one.
+        """Yield the start of each window that overlaps [start, end), and the end of the last one.
 
         Raises OverflowError or ValueError outside the years 1 to 9999.
         """
-        minutes = WINDOW_MINUTES.get(self.size, 32 * 1440)  # 32 days after its start, a month is the next one
+        minutes = WINDOW_MINUTES.get(self.size, 32 * 1440)  # 32 days after the start of a month is in the next one
         if self.zone is UTC and minutes < 1440:  # 100,000 windows take 3 ms instead of 0.4 s
             yield from utc_windows(self.size, start_us, end_us)
             return
@@ -105,7 +105,7 @@ class Windows(Struct, frozen=True):
         first, bounds = MIN_TIME_US, set[int]()
         while first < end_us and len(bounds) < MAX_WINDOWS + 360:  # windows before the start do not count
             first, second = (to_us(wall.replace(tzinfo=self.zone, fold=fold)) for fold in (0, 1))
-            if first > second:  # the clocks jump over this time: find the moment
+            if first > second:  # the clocks skip this time: find the moment when they do
                 first = second = second + bisect_left(range(second, first), wall, key=self._wall)
             bounds |= {first, second if repeats else first}
             wall = self._floor(wall + timedelta(minutes=minutes))
@@ -113,11 +113,11 @@ class Windows(Struct, frozen=True):
         yield from ordered[bisect_right(ordered, start_us) - 1 : bisect_left(ordered, end_us) + 1]
 
     def _wall(self, time_us: int) -> datetime:
-        """Return what the zone's clocks show."""
+        """Return the local time in the zone, without a zone."""
         return to_datetime(time_us).astimezone(self.zone).replace(tzinfo=None)
 
     def _floor(self, wall: datetime) -> datetime:
-        """Return what the clocks show at the start of the window."""
+        """Return the local time at which the window with this local time starts."""
         if minutes := WINDOW_MINUTES.get(self.size):
             return wall - min((wall - A_SUNDAY) % timedelta(minutes=minutes), wall - datetime.min)  # not in year 0
         shift = timedelta(days=self.month_day - 1)
@@ -125,7 +125,7 @@ class Windows(Struct, frozen=True):
 
 
 def _parse_zone(name: str) -> tzinfo:
-    """Return an IANA time zone; UTC if the name is unknown, as on the real server (API: Usage)."""
+    """Return an IANA time zone; UTC if the name is unknown, as FlexPrice does (API: Usage)."""
     try:
         return UTC if name == "UTC" else ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError):
@@ -162,14 +162,14 @@ class UsageIn(Struct, forbid_unknown_fields=True):
 
 
 class UsageQuery(Selection, frozen=True, kw_only=True):
-    """What to aggregate, and into which windows: checked (API: Usage). The end is exclusive."""
+    """A checked request: what to aggregate, and into which windows (API: Usage). The end is exclusive."""
 
     aggregation: str = "COUNT"
     property_name: str = ""
     multiplier: float = 1.0
     windows: Windows | None = None
-    bucketed: bool = False  # the windows are buckets, whose values are added up
-    group_property: str = ""  # MAX of each group in a bucket
+    bucketed: bool = False  # add up the values of the windows
+    group_property: str = ""  # add up the MAX of each group in a window
     lifetime: bool = False  # without windows: include everything before the range
 
 
@@ -178,15 +178,25 @@ check_aggregation = one_of(*AGGREGATIONS)
 
 
 def check_positive(value: str | float) -> float:
-    """Return a number above 0, given as a number or its text. Raises FieldError if no 64-bit float can hold it."""
+    """Convert a number, or its text. Raises FieldError if it is not above 0 or too large for a 64-bit float."""
     if not (DECIMAL.fullmatch(str(value)) and 0 < float(value) < math.inf):
         sent = quoted(value) if isinstance(value, str) else f"{value:.15g}"
         raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {sent}")
     return float(value)
 
 
+def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
+    """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
+    is_given = sent.multiplier not in (None, "")
+    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
+        faults.add("multiplier", "required", f"is required for {kind}")
+    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
+        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
+    return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
+
+
 def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
-    """Check a request. Raises ApiError with every fault (API: Usage)."""
+    """Check a request and fill in its defaults. Raises ApiError with every fault (API: Usage)."""
     if not sent.event_name:
         faults.add("event_name", "required", "is required")
     if not sent.aggregation_type:
@@ -204,7 +214,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     first_group = (sent.group_by or [f"properties.{sent.group_by_property or ''}"])[0]
     grouped = bucketed and kind == "MAX" and first_group.startswith("properties.")
     size = bucket_size if bucketed else window_size
-    month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # as written, whatever the anchor's zone
+    month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # the day in the anchor's own zone
     columns = ("event_name", "external_customer_id", "customer_id")
     return UsageQuery(
         view=view, start_us=start_us, end_us=end_us, aggregation=kind, property_name=sent.property_name or "",
@@ -215,31 +225,23 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     )  # fmt: skip
 
 
-def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
-    """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
-    is_given = sent.multiplier not in (None, "")
-    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
-        faults.add("multiplier", "required", f"is required for {kind}")
-    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
-        faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
-    return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
-
-
 # ---------------------------------------------------------------------------------------------- SQL
 
 _MIN_REAL, _MAX_REAL = (f"CAST('{sign}1.7976931348623157e308' AS REAL)" for sign in ("-", ""))
-# The share of the range that is left after an event, for WEIGHTED_SUM.
+# For WEIGHTED_SUM: the fraction of the range that remains after an event.
 WEIGHT = "ifnull((:end_us - max(timestamp_us, :start_us)) * 1.0 / (:end_us - :start_us), 1.0)"
 
 
 def number_sql(name: str, key: str) -> Sql:
-    """Build the expression for a property as `property_number` returns it.
+    """Build the expression for a property's number; its value is what `property_number` returns.
 
-    It reads the property once, as v: that takes a sum 0.8 to 0.97 of the time. `name` makes the parameters unique.
+    It reads the property only once, as v: a sum takes 0.8 to 0.97 times as long. `name` is a unique prefix for the
+    parameters' names.
     """
     path = f":{name}_path"
-    # Compared with a REAL, a number's text becomes a number; any other text is greater than every number. SQLite
-    # forgives white space around a number, so v may not begin with any; and if it ends in some, no exponent may follow.
+    # When SQLite compares a text with a REAL, it converts the text of a number; any other text is greater than every
+    # number. It ignores white space around a number. The range '!' to ':' excludes white space at the start of v; with
+    # white space at its end, v || 'e0' is not a number.
     is_number = f"BETWEEN {_MIN_REAL} AND {_MAX_REAL}"
     is_true = f"v = 1 AND properties -> {path} = 'true'"
     return Sql(f"""(SELECT CASE
@@ -250,25 +252,25 @@ def number_sql(name: str, key: str) -> Sql:
 
 
 def sum_of(value: Sql | str, condition: str = "") -> str:
-    """Build the sum of a column. In SQLite 3.43 to 3.45 a sum that overflows is NULL: there, add values * 2**-60."""
+    """Build the sum of a column. SQLite 3.43 to 3.45 returns NULL if a sum overflows, so scale the values by 2**-60."""
     if (3, 43) <= sqlite3.sqlite_version_info < (3, 46):
         return f"(total({value} * {2.0**-60}){condition} * {2.0**60})"
     return f"total({value}){condition}"
 
 
 def _cell_sql(query: UsageQuery) -> Sql:
-    """Build the SELECT of one span's aggregate, NULL without events."""
+    """Build the SELECT of one span's aggregate, which is NULL for a span without events."""
     text = property_sql("property_text", "property", query.property_name)
     number = number_sql("number", query.property_name)
     where = matching(query)
     limits = sql("", start_us=query.start_us, end_us=query.end_us)
     rows = f"FROM events {index_of(query.filters)} WHERE {where} AND {IN_SPAN}"
-    # SQLite takes bare columns beside max() from the row of the maximum.
+    # Beside max(), SQLite takes the value of a bare column from the row with the maximum.
     exact = "property_number(properties, :number_key)"
     aggregate = {
         "COUNT": "count(*)", "MAX": f"iif(max({number}) IS NULL, NULL, {exact})",
         "AVG": f"printf('%!.17g %d', {sum_of(number)}, count(*))",
-        # A text may occur in two spans of a range, so return each span's texts; a window counts its own.
+        # Spans of one range may share texts, so return their texts; of a window only the count matters.
         "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
         "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
     }.get(query.aggregation, sum_of(number))  # fmt: skip
@@ -298,12 +300,12 @@ class Usage(Struct):
 
     event_name: str
     type: str
-    value: float | None  # null if windows were asked for
+    value: float | None  # null if the request has a window_size
     results: list[UsageResult]
 
 
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
-    """Combine the aggregates of consecutive spans; a negative value is answered as 0 (API: Usage)."""
+    """Combine the aggregates of consecutive spans. Return 0 if the value is negative (API: Usage)."""
     found = [cell for cell in cells if cell is not None]
     if query.aggregation == "AVG":
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
@@ -331,13 +333,13 @@ def usage_answer(query: UsageQuery, spans: Sequence[Span], cells: Sequence[Any])
 
 
 def spans_of_range(start_us: int, end_us: int) -> list[Span]:
-    """Split a range so that each reader thread aggregates a part of it."""
+    """Split a range into one span for each reader thread."""
     cuts = [start_us + (end_us - start_us) * i // READER_THREADS for i in range(READER_THREADS + 1)]
     return [Span(start, end, start_us) for start, end in itertools.pairwise(cuts)]
 
 
 def shares_of(items: Sequence[T]) -> list[Sequence[T]]:
-    """Divide items among the reader threads, neighbours together."""
+    """Split items into runs, at most one for each reader thread."""
     size = max(1, math.ceil(len(items) / READER_THREADS))
     return [items[start : start + size] for start in range(0, len(items), size)]
 
@@ -352,7 +354,7 @@ def _spans(query: UsageQuery) -> list[Span]:
 
 
 def select_cells(conn: sqlite3.Connection, query: UsageQuery, spans: Sequence[Span]) -> list[Any]:
-    """Return the aggregate of each span, None without events."""
+    """Return the aggregate of each span, None for a span without events."""
     return select_per_span(conn, _cell_sql(query), spans)
 
 
@@ -361,8 +363,8 @@ async def aggregate(
 ) -> bytes:
     """Compute an aggregation and encode its answer.
 
-    Each reader thread takes a share: one core reads the JSON of a million events in 1.6 s. The spans and the answer
-    are made in a thread as well: 100,000 windows would hold up the event loop.
+    The reader threads share the spans, because one core takes 1.6 s to read the JSON of a million events. They also
+    make the spans and the answer: 100,000 windows would block the event loop.
     """
     read = partial(service.store.read, quick=False)
     spans = await read(lambda _: _spans(query))

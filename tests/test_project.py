@@ -156,7 +156,7 @@ def imported_names(name: str) -> dict[str, set[str]]:
         if isinstance(node, ast.ImportFrom) and node.module == "eventstore_extras":
             aliases |= {alias.asname or alias.name: f"eventstore_extras.{alias.name}" for alias in node.names}
             used |= {f"eventstore_extras.{alias.name}": set() for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module in EXTRAS:
+        elif isinstance(node, ast.ImportFrom) and node.module in {*EXTRAS, "eventstore"}:
             used.setdefault(node.module, set()).update(alias.name for alias in node.names)
         elif isinstance(node, ast.Constant) and node.value in EXTRAS:  # for importlib.import_module
             used.setdefault(node.value, set())
@@ -174,6 +174,21 @@ def test_imports_form_no_circle() -> None:
 def test_modules_use_only_public_names_of_each_other(name: str) -> None:
     for module, names in imported_names(name).items():
         assert names <= {*getattr(importlib.import_module(module), "__all__", ())}, module
+
+
+def test_the_map_of_the_service_lists_its_sections_in_order() -> None:
+    sections = re.findall(r"^# -{90,} (.+)$", (ROOT / "eventstore.py").read_text("utf-8"), re.MULTILINE)
+    assert eventstore.__doc__
+    assert re.findall(r"^ {4}(?:\w+ +| +)(?<=.{16})(\S.*?)  ", eventstore.__doc__, re.MULTILINE) == sections
+
+
+def test_all_other_names_of_the_service_begin_with_an_underscore() -> None:
+    tree = ast.parse((ROOT / "eventstore.py").read_text("utf-8"))
+    named = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    stored = [node for each in assignments for node in ast.walk(each) if isinstance(node, ast.Name)]
+    named |= {node.id for node in stored if isinstance(node.ctx, ast.Store)} & vars(eventstore).keys()
+    assert {name for name in named if not name.startswith("_")} == {*eventstore.__all__} - {"__version__"}
 
 
 def test_the_packaging_folder_does_not_hide_the_library_of_that_name() -> None:
