@@ -758,8 +758,9 @@ def _start_errors(path: str) -> Iterator[None]:
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
-    application_id = conn.execute("PRAGMA application_id").fetchone()[0]
+    # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
+    application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
     version = conn.execute("PRAGMA user_version").fetchone()[0]
