@@ -743,6 +743,7 @@ DIFFERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @table("matches", [True, False])
 @table("more", ["", r', "with a backslash": "\t"'])
 def test_a_property_filter_compares_values_as_text(client: httpx.Client, matches: bool, more: str) -> None:
@@ -812,6 +813,7 @@ def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict[s
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @four_orders
 @table("size", [1, 7, 50])
 def test_paging_visits_every_event_once_and_in_order_while_others_arrive(
@@ -835,6 +837,7 @@ def test_paging_visits_every_event_once_and_in_order_while_others_arrive(
     assert {one["event_id"] for one in originals} <= set(visited)
 
 
+@pytest.mark.slow
 @four_orders
 @both_ways
 def test_every_page_matches_a_plain_python_model(client: httpx.Client, sort: str, order: str, method: str) -> None:
@@ -955,6 +958,7 @@ def test_an_invalid_lookup_is_refused(shared: httpx.Client, query: str) -> None:
 # ---------------------------------------------------------------------------------------------- the store
 
 
+@pytest.mark.slow
 @table("more", [0, 1, 500], ids=["one statement", "with BEGIN", "several statements"])
 def test_requests_that_share_a_commit_are_counted_separately(tmp_path: Path, more: int) -> None:
     with serving(tmp_path) as client:

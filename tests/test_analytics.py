@@ -793,6 +793,7 @@ def random_range(choose: random.Random) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @table("queries", [4, pytest.param(12, marks=pytest.mark.slow)])
 @table("group_by", DIMENSIONS, ids=[f"{number} {'+'.join(names)}" for number, names in enumerate(DIMENSIONS)])
 def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any], queries: int) -> None:
@@ -820,6 +821,7 @@ def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any], querie
     assert compared * 12 > 50 * queries
 
 
+@pytest.mark.slow
 @table("queries", [12, pytest.param(40, marks=pytest.mark.slow)])
 @table("kind", AGGREGATIONS)
 def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str, queries: int) -> None:

@@ -74,6 +74,7 @@ CANNOT_START = [  # flags, what the message names
 ]
 
 
+@pytest.mark.slow
 @table(("flags", "part"), CANNOT_START)
 def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path: Path, flags: str, part: str) -> None:
     (tmp_path / "text.db").write_text(TEXT_FILE)
@@ -146,6 +147,7 @@ SOURCES = [
 ]
 
 
+@pytest.mark.slow
 @table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
 def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(
     tmp_path: Path, flags: str, environ: dict[str, Any], accepted: dict[str, Any], source: str
@@ -165,6 +167,7 @@ def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(
         assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
 
 
+@pytest.mark.slow
 @table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
 @table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
 def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(
@@ -182,6 +185,7 @@ def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reaso
     assert "k1" not in done.stderr
 
 
+@pytest.mark.slow
 @table(("text", "message"), [
     ("# two\na=x\nb c=y", "--api-key-file keys, line 3: an API key is empty, or has a space"),
     ("a=x\nb=", "--api-key-file keys, line 2: an API key ends in '='"),
@@ -194,6 +198,7 @@ def test_a_bad_line_of_the_file_of_keys_is_named(tmp_path: Path, text: str, mess
     assert message in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned_of(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("old=development")

@@ -194,6 +194,7 @@ PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE))
           if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
 
 
+@pytest.mark.slow
 @needs_shell
 @pytest.mark.parametrize("name", PASTED)
 def test_the_commands_of_a_page_print_what_it_shows(name: str, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
     assert "the database also has events of development" in elsewhere.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @table(("form", "number"), [("ndjson", 1), ("ndjson", 3000), ("csv", 1), ("parquet", 1)])
 def test_a_full_disk_under_standard_output_is_named(tmp_path: Path, form: str, number: int) -> None:

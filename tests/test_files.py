@@ -33,6 +33,7 @@ def test_an_exported_file_appears_when_it_is_complete(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db", "in", "out.ndjson"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo terminal")
 @table("missing", [False, True], ids=["tqdm", "no tqdm"])
 def test_a_terminal_shows_a_progress_bar_if_tqdm_is_installed(tmp_path: Path, missing: bool) -> None:

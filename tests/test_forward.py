@@ -195,6 +195,7 @@ ECHOED = json.dumps({"message": f"the key {KEY} is not\nmine \x1b[31m"}).encode(
 NESTED = b'{"success": false, "error": {"message": "not so", "internal_error": null}}'
 
 
+@pytest.mark.slow
 @table(
     ("trick", "level", "part"),
     [
@@ -325,6 +326,7 @@ FOREIGN_ERRORS = {
 }
 
 
+@pytest.mark.slow
 @table("body", API_ERRORS.values(), ids=API_ERRORS)
 def test_the_apis_own_error_sets_the_refused_event_aside(tmp_path: Path, body: bytes) -> None:
     def refuse(handler: Handler, ids: list[str]) -> bool:
@@ -338,6 +340,7 @@ def test_the_apis_own_error_sets_the_refused_event_aside(tmp_path: Path, body: b
     assert json.loads(line)["event_id"] == "00001"
 
 
+@pytest.mark.slow
 @table("status", [400, 413, 422])
 @table("body", FOREIGN_ERRORS.values(), ids=FOREIGN_ERRORS)
 def test_a_refusal_that_is_not_the_apis_blocks_and_no_event_is_set_aside(
@@ -394,6 +397,7 @@ def test_a_202_counts_whatever_its_body(trick: Trick) -> None:
     assert list(itertools.chain(*target.batches)) == numbers(6)
 
 
+@pytest.mark.slow
 def test_pauses_last_as_long_as_the_target_asks_and_longer_while_it_is_blocked(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sending, "BLOCKED_PAUSE_S", 0.3)
     tricks = (answering(429, retry_after="1"), answering(401), answering(503), accept)
@@ -409,6 +413,7 @@ def test_pauses_last_as_long_as_the_target_asks_and_longer_while_it_is_blocked(m
 # ---------------------------------------------------------------------------------------------- lag
 
 
+@pytest.mark.slow
 def test_an_outage_of_a_week_loses_no_event_and_is_logged_once(caplog: Logs) -> None:
     caplog.set_level(logging.INFO, "eventstore")
     clock, started_s = SimpleNamespace(us=NOW), time.monotonic()
@@ -469,6 +474,7 @@ def test_forwarding_is_behind_with_10001_events_or_after_a_minute_but_not_right_
 # ---------------------------------------------------------------------------------------------- refused events
 
 
+@pytest.mark.slow
 @table("status", [400, 413, 422])
 def test_each_refused_event_is_set_aside_and_the_others_are_sent(tmp_path: Path, caplog: Logs, status: int) -> None:
     poison = ("00000", "00333", "00334", "00999")
@@ -621,6 +627,7 @@ def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> N
             assert received == [10 + 20, 10 + 20]  # from the client, and all that the other server has
 
 
+@pytest.mark.slow
 @table(
     ("flags", "environ", "part"),
     [
@@ -689,6 +696,7 @@ def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path:
     )
 
 
+@pytest.mark.slow
 @table(
     ("content", "part"),
     [

@@ -141,6 +141,7 @@ def statuses(answers: list[httpx.Response]) -> list[int]:
 LAST = request_bytes("GET", "/health", headers="Connection: close\r\n")
 
 
+@pytest.mark.slow
 @table("upgrade", UPGRADES)
 @table("chunked", [False, True], ids=["length", "chunked"])
 @table("route", range(len(ROUTES)), ids=ROUTES)

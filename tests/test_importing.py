@@ -63,6 +63,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.slow
 @table("way", ["plain", "BOM", "gzip", "gzip in two parts", "standard input"])
 @table("content", FORMATS.values(), ids=FORMATS)
 def test_the_format_is_detected_by_the_content(tmp_path: Path, content: bytes, way: str) -> None:
@@ -351,6 +352,7 @@ def ten_events(way: str) -> bytes:
     return packer.compress(lines) + packer.flush(zlib.Z_SYNC_FLUSH) if way == "gzip" else lines
 
 
+@pytest.mark.slow
 @needs_pipes
 @table("way", ["lines", "csv", "gzip"])
 def test_events_of_a_pipe_are_stored_after_a_second_without_input(tmp_path: Path, way: str) -> None:
@@ -362,6 +364,7 @@ def test_events_of_a_pipe_are_stored_after_a_second_without_input(tmp_path: Path
     assert len(stored_ids(tmp_path)) == 10
 
 
+@pytest.mark.slow
 @needs_pipes
 @table("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_stores_what_was_read_from_a_pipe(tmp_path: Path, number: signal.Signals) -> None:
@@ -453,6 +456,7 @@ def test_a_full_disk_under_the_rejects_stops_the_import(
 # ---------------------------------------------------------------------------------------------- time and memory
 
 
+@pytest.mark.slow
 def test_one_large_event_in_an_array_takes_linear_time(tmp_path: Path) -> None:
     """Linear time is 2 s here, quadratic time 20 s; of the processor, so that a busy machine does not matter."""
     started_s = time.process_time()

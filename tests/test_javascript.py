@@ -149,6 +149,7 @@ def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javas
         assert came == ["/v1/customers"]
 
 
+@pytest.mark.slow
 def test_with_one_python_client_customers_go_elsewhere_and_events_here(live: Live) -> None:
     with other_server() as (url, came), Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
         with pytest.raises(FlexpriceError, match="from the other server"):

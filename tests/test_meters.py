@@ -612,6 +612,7 @@ def test_the_list_of_routes() -> None:
                       ("POST", "/v1/events/analytics")}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_openapi_document_is_valid_and_describes_every_route(client: httpx.Client) -> None:
     from openapi_spec_validator import validate
 

@@ -261,6 +261,7 @@ def test_a_retry_after_a_lost_answer_stores_no_duplicate(mock: MockServer, calle
     assert ids_in(mock) == ["evt_1"]
 
 
+@pytest.mark.slow
 def test_a_delayed_event_is_stored_and_does_not_delay_the_shutdown(caplog: pytest.LogCaptureFixture) -> None:
     with running_server() as server:
         server.fail(method="POST", delay_ms=600_000)
@@ -292,6 +293,7 @@ def test_answers_of_faults_count_towards_the_rate_limit() -> None:
         assert [fault["times"] for fault in server.faults()] == [1]
 
 
+@pytest.mark.slow
 def test_a_stopping_server_sends_delayed_answers() -> None:
     with ThreadPoolExecutor() as pool:
         with running_server() as server:
@@ -369,6 +371,7 @@ def test_mock_routes_need_a_key_and_a_known_path(mock: MockServer, caller: httpx
     assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
 
 
+@pytest.mark.slow
 def test_serve_mock_opens_the_routes_and_keeps_the_event_count_right(tmp_path: Path) -> None:
     flags = ("--api-key", KEY, "--api-key", f"{STAGING_KEY}=staging", "--db", "events.db", "--mock")
     with Live(tmp_path, *flags) as live, live.client() as client, live.client(STAGING_KEY) as staging:
@@ -407,6 +410,7 @@ def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
     return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
 
 
+@pytest.mark.slow
 def test_the_fixture_is_an_empty_server_that_the_application_finds(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
@@ -504,6 +508,7 @@ def test_flexprice_real_keeps_the_variables(
     run_tests(pytester, *flags).assert_outcomes(passed=3)
 
 
+@pytest.mark.slow
 def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
     code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
@@ -583,6 +588,7 @@ def test_an_unused_fault_is_a_warning(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
 
 
+@pytest.mark.slow
 def test_a_run_without_the_fixture_does_not_import_the_server(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
@@ -610,6 +616,7 @@ RETRIED = {
 }
 
 
+@pytest.mark.slow
 @table("way", ["sync", "async", "bulk"])
 @table("faults", RETRIED.values(), ids=RETRIED)
 def test_retries_of_the_sdk_store_exactly_one_event(mock: MockServer, faults: list[dict[str, Any]], way: str) -> None:

@@ -143,6 +143,7 @@ def test_a_property_column_is_null_where_the_property_has_another_type(tmp_path:
         assert found["properties.a:b"].null_count == 2
 
 
+@pytest.mark.slow
 def test_filters_choose_events_and_the_name_of_the_file_chooses_the_format(tmp_path: Path) -> None:
     imported(tmp_path, lines_of(*[event(each, source=each) for each in ("a", "b", "c")]))
     imported(tmp_path, lines_of(event("s")), "--environment", "staging")
@@ -203,6 +204,7 @@ sys.exit(eventstore.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits the size of files")
 @table("name", ["out.parquet", "out.ndjson"])
 def test_an_export_to_a_full_disk_makes_no_file(tmp_path: Path, name: str) -> None:
@@ -468,6 +470,7 @@ BAD_FILES = {  # the content, or what makes it if that takes long; the problem, 
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table(
     "case",
     [
@@ -518,6 +521,7 @@ def test_an_import_of_a_damaged_file_ends_with_one_line(tmp_path: Path, capfd: p
 # ---------------------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs pipes")
 def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(GOOD)
@@ -532,6 +536,7 @@ def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
     assert not (tmp_path / "new.db").exists()
 
 
+@pytest.mark.slow
 @table(("arguments", "part"), [
     ("--properties-column tokens", "must look like tokens:float64, TYPE one of string, float64, int64, bool; got 'tokens'"),
     ("--properties-column tokens:double", "got 'tokens:double'"),

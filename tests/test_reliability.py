@@ -194,6 +194,7 @@ def test_a_slow_query_holds_nobody_up_and_over_its_time_is_a_503(tmp_path: Path)
         assert client.get("/health").status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 @table(("path", "body"), [("events", event()), ("events/bulk", {"events": [event()] * 3}), ("meters", meter_of()), ("features", feature_of())],
        ids=["event", "bulk", "meter", "feature"])  # fmt: skip
@@ -477,6 +478,7 @@ def take_turns(sender: Sender, status: int) -> None:
     eventually(is_done)
 
 
+@pytest.mark.slow
 def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(tmp_path: Path, disk: Disk) -> None:
     sender = Sender(1, sizes=[1, 1, 20], patience=0)
     with Live(tmp_path, "--api-key", KEY, "--db", str(disk.folder / "events.db")) as live, live.client() as client:
@@ -501,6 +503,7 @@ def test_a_full_disk_refuses_what_it_cannot_take_and_goes_on_when_there_is_room(
     check_ledgers(disk.folder, [sender])
 
 
+@pytest.mark.slow
 def test_a_server_killed_on_a_full_disk_comes_back_when_there_is_room(tmp_path: Path, disk: Disk) -> None:
     flags = ("--api-key", KEY, "--db", str(disk.folder / "events.db"))
     sender = Sender(1, sizes=[20], patience=0)
@@ -551,6 +554,7 @@ def failing_disk(live: Live, calls: str, when: str = "1+") -> Iterator[None]:
     tracing.communicate(timeout=30)
 
 
+@pytest.mark.slow
 @table("calls", [WRITES, SYNCS])
 def test_a_disk_that_answers_with_an_error_is_a_500_that_claims_nothing_until_it_works_again(
     tmp_path: Path, calls: str
@@ -679,12 +683,14 @@ def ids_after_a_restart(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_without_its_wal_the_file_has_what_was_checkpointed(tmp_path: Path) -> None:
     killed_with(tmp_path, batch_of("a"), batch_of("b"))
     (tmp_path / "events.db-wal").unlink()
     assert ids_after_a_restart(tmp_path) == sorted(one["event_id"] for one in batch_of("a"))
 
 
+@pytest.mark.slow
 @table("share", [0.2, 0.5, 0.8, 0.99])
 def test_of_a_wal_that_is_cut_off_the_whole_batches_before_the_cut_are_there(tmp_path: Path, share: float) -> None:
     names = "abcdefgh"
@@ -705,6 +711,7 @@ def refused_to_start(folder: Path, *prefix: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 @table("share", [0.01, 0.5, 0.99])
 def test_a_file_that_was_cut_off_is_refused_at_the_start(tmp_path: Path, share: float) -> None:
     with serving(tmp_path) as client:
@@ -741,6 +748,7 @@ def test_a_file_made_read_only_serves_on_is_refused_at_the_next_start_and_loses_
     assert [row[1] for row in rows_of(file.parent)] == ["a", "b"]
 
 
+@pytest.mark.slow
 @table("name", ["events.db", "events.db-wal"])
 def test_a_file_that_is_removed_under_the_server_refuses_writes_until_it_is_back(tmp_path: Path, name: str) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
@@ -862,6 +870,7 @@ def threads_and_files(live: Live) -> tuple[int, int]:
     return len(list(counted[0].iterdir())), len(list(counted[1].iterdir()))
 
 
+@pytest.mark.slow
 def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_closed(
     tmp_path: Path, many_files: Any
 ) -> None:
@@ -879,6 +888,7 @@ def test_two_thousand_silent_connections_cost_no_thread_hold_nobody_up_and_are_c
         assert (live.stop(), live.log) == (0, "")
 
 
+@pytest.mark.slow
 def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path: Path) -> None:
     one = posting(BODY)
     with (
@@ -963,6 +973,7 @@ def test_reads_that_overlap_without_end_do_not_let_the_wal_grow_without_end(tmp_
     assert len(rows_of(tmp_path)) == 30_000
 
 
+@pytest.mark.slow
 def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_than_proxies_keep_one(
     tmp_path: Path,
 ) -> None:
@@ -978,6 +989,7 @@ def test_a_connection_that_idles_is_closed_after_keep_alive_s_which_is_longer_th
 # ---------------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path: Path, number: Any) -> None:
     def takes_no_more() -> bool:
@@ -1002,6 +1014,7 @@ def test_a_signal_finishes_what_is_under_way_and_leaves_one_whole_file(tmp_path:
         assert conn.execute("SELECT id FROM events ORDER BY rowid").fetchall() == [("before",), ("under way",)]
 
 
+@pytest.mark.slow
 @table("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_as_soon_as_the_port_answers_is_a_clean_end(tmp_path: Path, number: Any) -> None:
     port = free_port()

@@ -66,6 +66,7 @@ def tens(start: int, end: int) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------- what a target answers
 
 
+@pytest.mark.slow
 def test_replay_retries_429_500_and_broken_connections(tmp_path: Path, source: Path, capsys: Captured) -> None:
     tricks = [
         answering(429, retry_after="1"),
@@ -203,6 +204,7 @@ def test_replay_sends_events_that_arrived_after_its_start_whatever_their_time(
     assert exported(tmp_path / "target") == exported(source)
 
 
+@pytest.mark.slow
 @table("deleted", ["the last one sent", "all that were sent", "all"])
 def test_replay_continues_although_events_were_deleted_meanwhile(
     tmp_path: Path, source: Path, capsys: Captured, deleted: str
@@ -295,6 +297,7 @@ def test_a_replay_that_is_killed_continues_after_the_last_saved_position(tmp_pat
         assert len(exports[0].splitlines()) == 3001
 
 
+@pytest.mark.slow
 @table("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_replay_even_where_python_ignores_exceptions(source: Path, number: str) -> None:
     code = f"""if True:

@@ -140,6 +140,7 @@ def _short_intervals(monkeypatch: Patch) -> None:
 # ---------------------------------------------------------------------------------------------- which events are deleted
 
 
+@pytest.mark.slow
 @table("seed", range(12))
 def test_a_sweep_deletes_exactly_the_old_events_that_all_targets_accepted(
     tmp_path: Path, monkeypatch: Patch, seed: int
@@ -562,6 +563,7 @@ def test_a_target_that_no_longer_receives_events_is_logged_because_events_are_ke
     assert "does not forward to" not in caplog.text
 
 
+@pytest.mark.slow
 @table(
     ("flags", "part"),
     [

@@ -237,6 +237,7 @@ def test_forwarding_continues_with_the_progress_file_of_an_earlier_version(folde
     assert saved | {"late_s": 7} == json.loads(FORWARD_PROGRESS)
 
 
+@pytest.mark.slow
 @table(("arrived", "is_caught_up", "left"), [(5, b"false", 3), (5, b"true", 0), (4, b"true", 1)])
 def test_replay_continues_with_the_progress_file_of_an_earlier_version(
     folder: Path, arrived: int, is_caught_up: bytes, left: int

@@ -70,6 +70,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cli
         yield client, events
 
 
+@pytest.mark.slow
 @table("kind", AGGREGATIONS)
 def test_usage_matches_a_plain_python_model(ledger: tuple[httpx.Client, list[Json]], kind: str) -> None:
     client, events = ledger
@@ -311,6 +312,7 @@ def test_a_value_that_is_not_exactly_a_number_counts_as_0(
         assert usage(client, kind, property_name="n")["value"] == result
 
 
+@pytest.mark.slow
 @table(("size", "windows"), [("MONTH", 24_000), ("WEEK", 104_000), ("DAY", 730_000)])
 def test_the_number_of_windows_is_limited_and_the_length_of_the_range_is_not(
     client: httpx.Client, size: str, windows: int
@@ -380,6 +382,7 @@ def starts_by_the_minute(change: Change, minutes: int, since_s: int, until_s: in
 every = table("step", [pytest.param(1, id="every change", marks=pytest.mark.slow), pytest.param(23, id="every 23rd")])
 
 
+@pytest.mark.slow
 @every
 @table("size", SHORT_SIZES)
 def test_short_windows_start_when_clocks_first_show_their_start_or_jump_over_it(size: str, step: int) -> None:
@@ -455,6 +458,7 @@ def test_an_event_is_in_the_window_that_holds_it_when_clocks_jump_over_an_edge(c
     assert windows_of(answer) == [(began, 15), (began + timedelta(minutes=15), 15)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zone", ["America/New_York", "Pacific/Chatham"])
 def test_a_range_may_have_100000_windows_on_the_night_when_clocks_go_back(zone: str) -> None:
     start_us = to_us(datetime(2026, 11, 1, 6, 30, tzinfo=UTC))
