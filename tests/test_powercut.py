@@ -27,7 +27,7 @@ from powercut import Disk, Entry, Recording, strace
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
-CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "200"))
+CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "80"))
 STARTS = 6  # disks on which a server is started as well
 FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # causes many checkpoints
 OFTEN = """

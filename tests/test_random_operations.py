@@ -62,7 +62,7 @@ from oracle import (
     time_us,
 )
 
-EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "20"))
 
 # ---------------------------------------------------------------------------------------------- random values
 
