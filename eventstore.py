@@ -807,7 +807,7 @@ def prepare_file(path: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
 
-INSERT_ROWS = 64  # rows per INSERT; larger is no faster. One statement is cached per row count
+INSERT_ROWS = 64  # rows per INSERT; more gain nothing. One statement is cached per row count
 
 
 @lru_cache
@@ -945,7 +945,7 @@ class _FreeSpace:
         """Return a warning if there is little space. Log it once, and log when the disk has room again."""
         try:
             disk = os.statvfs(self._folder)
-        except (AttributeError, OSError):  # Windows has no statvfs
+        except (AttributeError, OSError):  # Windows lacks statvfs
             return None
         limit, free = self._limit_bytes, disk.f_bavail * disk.f_frsize
         if limit is None:
@@ -1302,7 +1302,7 @@ def _has_extras() -> bool:
 
 
 def _extra(name: str, purpose: str) -> ModuleType:
-    """Import a module of eventstore_extras. Raises StartError if there is no such folder."""
+    """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
     if not _has_extras():
         raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
     return importlib.import_module(f"eventstore_extras.{name}")
@@ -2301,7 +2301,7 @@ async def monitor_events(service: Service, request: Request) -> Response:
     outbox = service.outboxes.get(request["environment"])
     behind = await outbox.behind() if outbox else 0
     body = await service.store.read(partial(_monitor, selection=selection, size=size, behind=behind), quick=False)
-    # The debugger shows the environment's name even if it has no events. Encode it, because headers are Latin-1.
+    # The debugger shows the environment's name even without events. Encode it, because headers are Latin-1.
     headers = {"X-Environment-Id": urllib.parse.quote(selection.view.environment, safe="")}
     if outbox:
         headers["X-Forward-To"] = outbox.host
@@ -2414,7 +2414,7 @@ def create_app(
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
     layers = [Middleware(_Authentication, service=service), *layers]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
-    app.router.redirect_slashes = False  # a redirect has no error body, and clients that follow it drop a POST's body
+    app.router.redirect_slashes = False  # a redirect lacks the error body, and clients that follow it drop a POST's body
     app.state.service = service
     return app
 
@@ -2422,8 +2422,8 @@ def create_app(
 # ---------------------------------------------------------------------------------------------- Listening
 
 _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while a proxy uses it causes a 502
-HEADERS_TIMEOUT_S = 30.0  # time for a request's head, from its first byte or the connection; uvicorn has no limit
-MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn has no limit
+HEADERS_TIMEOUT_S = 30.0  # time for a request's head, from its first byte or the connection; uvicorn sets none
+MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
 _PIECE_BYTES = 16_384  # parsed at a time, so a head may exceed the limit by this much before it is refused
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 

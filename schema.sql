@@ -63,12 +63,12 @@ CREATE TABLE IF NOT EXISTS features (
     name           TEXT    NOT NULL,
     lookup_key     TEXT    NOT NULL,
     description    TEXT    NOT NULL,
-    meter_id       TEXT    NOT NULL,  -- '' if the feature has no meter
+    meter_id       TEXT    NOT NULL,  -- '' without a meter
     metadata       TEXT    NOT NULL,  -- JSON
     type           TEXT    NOT NULL,
     unit_singular  TEXT    NOT NULL,
     unit_plural    TEXT    NOT NULL,
-    reporting_unit TEXT    NOT NULL,  -- JSON; null if the feature has none
+    reporting_unit TEXT    NOT NULL,  -- JSON; null without one
     created_at_us  INTEGER NOT NULL,
     updated_at_us  INTEGER NOT NULL,
     archived_at_us INTEGER,

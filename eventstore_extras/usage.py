@@ -318,7 +318,7 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
         value = max(found, default=0.0)
     else:
         value = sum(found) * query.multiplier
-    return min(max(0.0, float(value)), sys.float_info.max)  # JSON has no infinity
+    return min(max(0.0, float(value)), sys.float_info.max)  # JSON lacks infinity
 
 
 def usage_answer(query: UsageQuery, spans: Sequence[Span], cells: Sequence[Any]) -> Usage:
