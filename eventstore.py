@@ -2414,7 +2414,7 @@ def create_app(
     routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
     layers = [Middleware(_Authentication, service=service), *layers]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
-    app.router.redirect_slashes = False  # a redirect lacks the error body, and clients that follow it drop a POST's body
+    app.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
     app.state.service = service
     return app
 
