@@ -170,7 +170,7 @@ _DIMENSIONS = {"source": "nullif(source, '')", "external_customer_id": "external
 _IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
-_MAX_ITEMS = 100_000  # of an answer; it may have as many points
+_MAX_ITEMS = 100_000  # an answer has at most this many items, and at most this many points
 _ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
 
 
@@ -201,7 +201,7 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     for number, name in enumerate(sent.group_by or []):
-        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check skips an empty text
+        faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept ""
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if names and len(names) > limit:
@@ -221,15 +221,15 @@ class _Aggregate(NamedTuple):
     """How analytics computes an aggregation: SQL returns a value for each part of the range, Python merges them."""
 
     sql: Callable[[str, str], str]  # (column of the property, FILTER clause) -> aggregate
-    reads: str = ""  # the function of that column: see _Property
-    merge: Callable[[float, float], float] | None = operator.add  # (value of the earlier part, of the later part)
+    reads: str = ""  # how the column is read: _Property.function; empty if no column is needed
+    merge: Callable[[float, float], float] | None = operator.add  # of an earlier and a later part of a range
     finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
     event_columns: Sequence[str] = ()  # other columns in the aggregate: keys of _EVENT_COLUMNS
-    is_position: bool = False  # the aggregate is the position of an event; look up the event's value afterwards
+    is_position: bool = False  # SQL returns an event's position; with_latest replaces it by the value
 
 
 # To add an aggregation, add a row here, and its type and SQL to usage.py. Set `merge` to None if the values of parts
-# cannot be merged: then no window is divided, and another scan computes the whole range.
+# cannot be merged. Each window is then scanned undivided, and the total by a scan of its own.
 _AGGREGATES = {
     "COUNT": _Aggregate(lambda _, when: f"count(*){when}"),
     "SUM": _Aggregate(sum_of, "number"),
@@ -257,7 +257,7 @@ _BUCKETS_US = {size: minutes * MINUTE_US for size, minutes in WINDOW_MINUTES.ite
 
 
 class _Scan(NamedTuple):
-    """The meters, spans and dimensions that one pass over the events computes."""
+    """One pass over the events: for which meters, in which spans, by which dimensions."""
 
     meters: Sequence[NamedMeter]
     spans: Sequence[Span]
@@ -272,13 +272,13 @@ class _Scan(NamedTuple):
 
 
 def _point_size(query: _Query, named: NamedMeter) -> str | None:
-    """Return the size of the meter's points: the larger one of the requested windows and its buckets."""
+    """Return the size of the meter's points: the larger of the requested window and the meter's bucket."""
     sizes = [size for size in (query.window_size, named.aggregation.bucket_size) if size]
     return max(sizes, key=WINDOW_SIZES.index, default=None)
 
 
 def _windows(query: _Query, size: str | None) -> list[Span]:
-    """Return the windows of the range; without a size, the range as one window; none if it is empty."""
+    """Return the windows of the range: one if there is no size, none if the range is empty."""
     start_us, end_us = query.events.start_us, query.events.end_us
     spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
     return spans if start_us < end_us else []
@@ -297,7 +297,7 @@ def _divided(windows: list[Span], step_us: int = 1) -> list[Span]:
 
 
 def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
-    """Return the buckets, each with the window in which it begins; windows are enough if SQL computes the buckets."""
+    """Return a span for each bucket, with the window in which it begins; or the windows, if SQL makes the buckets."""
     if bucket_size in _BUCKETS_US:
         return _divided(_windows(query, size), DAY_US)  # at midnight, so that no bucket is cut in two
     buckets = _windows(query, bucket_size)
@@ -315,7 +315,7 @@ def _chunks(meters: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
 
 
 def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
-    """Yield the scans for meters with points of this size, or without points if it is empty."""
+    """Yield the scans for meters with points of this size; an empty size means without points."""
     windows = _windows(query, size)
     bucketed = [named for named in meters if named.aggregation.type == "MAX" and named.aggregation.bucket_size]
     undivided = [named for named in meters if _AGGREGATES[named.aggregation.type].merge is None]
@@ -332,7 +332,7 @@ def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> It
 
 def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
     """Yield as few scans as possible: meters with points of the same size share them."""
-    _windows(query, query.window_size)  # reject too many windows, also without meters
+    _windows(query, query.window_size)  # raises ApiError for too many windows, even without meters
 
     def size_of(named: NamedMeter) -> str:
         return _point_size(query, named) or "" if query.window_size else ""
@@ -347,7 +347,7 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
 
 # ---------------------------------------------------------------------------------------------- SQL
 
-# The statement of a scan that groups by one dimension, cut short. Any step can be run alone behind those before it.
+# The statement of a scan by one dimension, abridged. To see a step's rows, delete the later steps and select from it.
 #     WITH in_range AS (SELECT ... AS window, event_name, ... AS d0, ... AS x0 FROM events ... LIMIT -1),
 #          flagged AS (SELECT *, event_name = ... AS m0 FROM in_range LIMIT -1),
 #          by_window AS (SELECT d0, window, count(*) FILTER (WHERE m0) AS n0, total(x0) FILTER (WHERE m0) AS v0
@@ -363,7 +363,7 @@ _Row = tuple[Any, ...]  # of the last step
 
 
 class _Property(NamedTuple):
-    """A property as a column: the result of `function`."""
+    """A column: what `function` returns for the property `key`."""
 
     function: str  # property_json, property_text or number
     key: str
@@ -393,7 +393,7 @@ class _Columns(NamedTuple):
     """
 
     properties: dict[_Property, str]
-    event_names: dict[_Property, set[str]]  # the names of the events that need it, unless all of them do
+    event_names: dict[_Property, set[str]]  # names of the events that need the property; no entry if all do
     flags: list[str]  # for each meter of the scan, the column that is true for the meter's events
 
     @classmethod
@@ -411,7 +411,7 @@ class _Columns(NamedTuple):
 
 
 def _property_column(each: _Property, columns: _Columns) -> Sql:
-    """Build a property's column; if all events had it, 20 meters over 20 event names would take 1.3 times as long."""
+    """Build a property's column, NULL for events that do not need it: 20 event names would take 1.3 times as long."""
     name = columns.properties[each]
     if each.function == "number":
         number = number_sql(name, each.key)
@@ -459,7 +459,7 @@ def _in_range(query: _Query, scan: _Scan, columns: _Columns) -> Sql:
     text = f"""SELECT {", ".join(map(str, selected))}
         FROM json_each(:spans) AS span CROSS JOIN events {index_of(query.events.filters or ["event_name"])}
         WHERE {where} AND {IN_SPAN} {_SEPARATE}"""
-    weighted_range = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # WEIGHT names them
+    weighted_range = {"start_us": query.events.start_us, "end_us": query.events.end_us}  # parameters of WEIGHT
     return sql(text, *selected, where, spans=ENCODER.encode(scan.spans).decode(), **weighted_range)
 
 
@@ -523,8 +523,11 @@ def _with_latest(scan: _Scan) -> Sql:
 
 
 def _bucket_steps(scan: _Scan, columns: _Columns) -> dict[str, Sql]:
-    """Build the steps after `flagged` for a MAX meter with buckets: the maximum of each group in a bucket, the sum of a
-    bucket's groups, the sum and the maximum of a window's buckets."""
+    """Build the steps after `flagged` for a MAX meter with buckets.
+
+    by_group has the maximum of each group in a bucket, by_bucket the sum of these, by_window the sum and the maximum of
+    the buckets.
+    """
     keys, key = _group_and_window(scan), _bucket_group(scan)
     group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
     maximum = _value(scan, scan.meters[0], columns, "")
@@ -620,7 +623,7 @@ def _expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:
 
 
 def _properties(group: Mapping[str, str | None]) -> dict[str, str] | None:
-    """Return the properties that the request groups by, without those that the group's events lack."""
+    """Return the group's properties, except those its events lack; None if the request groups by no property."""
     values = {name.removeprefix("properties."): value for name, value in group.items() if name not in _DIMENSIONS}
     return {name: value for name, value in values.items() if value is not None} if values else None
 
@@ -688,7 +691,7 @@ _SCHEMAS = {"AnalyticsIn": {
     "sources": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_FILTER_VALUES},
 }}  # fmt: skip
 
-# What create_app takes as `operations` to serve meters, features and analytics beside its own.
+# Pass these to create_app(settings, operations=OPERATIONS) to serve meters, features and analytics.
 OPERATIONS = (
     *METER_OPERATIONS,
     *FEATURE_OPERATIONS,

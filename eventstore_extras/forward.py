@@ -105,7 +105,7 @@ def open_forward_progress(
 
 
 def read_all_forward_progress(db: str) -> list[ForwardProgress]:
-    """Return the progress for each target to which events of this database are or were forwarded. Raises StartError."""
+    """Return the progress of each target that this database forwards or has forwarded to. Raises StartError."""
     paths = sorted(glob.glob(f"{glob.escape(real_path(db))}.forward-*.json"))
     return [read_progress(Path(path), ForwardProgress, _START_OVER) for path in paths]
 
@@ -114,7 +114,7 @@ def read_all_forward_progress(db: str) -> list[ForwardProgress]:
 
 
 class _RefusedEvent(ExportedEvent):
-    """A line of the file of refused events: an event with fields that importing or sending it ignores."""
+    """A line of the file of refused events: an event and three fields that `import` and a target ignore."""
 
     refused_at: datetime
     refused_by: str
@@ -141,7 +141,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 # ---------------------------------------------------------------------------------------------- the outbox
 
-SPAN = 100_000  # seqs that one query scans; most of these events may belong to other environments
+SPAN = 100_000  # seqs that one query scans; most of them may belong to other environments
 _COUNT_ARRIVED = f"SELECT count(*), min(ingested_at_us) FROM events NOT INDEXED WHERE {IN_ENVIRONMENT} AND {ARRIVED}"
 
 
@@ -149,7 +149,7 @@ class _Page(NamedTuple):
     """The next events to send."""
 
     batch: Batch | None
-    through: int  # the batch has every event of the environment up to this seq
+    through: int  # no event of the environment up to this seq is left out
     is_full: bool  # waiting for events would not help: the batch is full, or there are more rows to scan
 
 
@@ -161,7 +161,7 @@ class Backlog(NamedTuple):
 
 
 def _next_page(conn: sqlite3.Connection, environment: str, after: int) -> _Page:
-    newest = newest_seq(conn)  # read first: the next page has the events that are committed from here on
+    newest = newest_seq(conn)  # read before the rows: later commits wait for the next page
     through = min(newest, after + SPAN)
     rows = arrived_rows(conn, sql(IN_ENVIRONMENT, environment=environment), after, through)
     batch = next(batches([rows], MAX_BATCH), None)
@@ -174,7 +174,8 @@ def _next_page(conn: sqlite3.Connection, environment: str, after: int) -> _Page:
 def _backlog(conn: sqlite3.Connection, environment: str, after: int) -> Backlog:
     """Count the events that wait.
 
-    Beyond the first 100,000 seqs, every seq counts: an exact count of ten million takes too long.
+    Among the first 100,000 seqs only the environment's events count. Beyond them every seq counts, because an exact
+    count of ten million takes too long.
     """
     unscanned = max(newest_seq(conn) - after - SPAN, 0)
     parameters = {"environment": environment, "after": after, "through": after + SPAN}
@@ -251,7 +252,7 @@ class Forwarder:
         return self._file.is_saved
 
     async def _read(self, query: Callable[[sqlite3.Connection, str, int], T]) -> T:
-        """Return the result of a query for the events after the position."""
+        """Return the result of a query for the events after those already forwarded."""
         environment, after = self._progress.environment, self._progress.seq
         return await self._store.read(lambda conn: query(conn, environment, after), quick=False)
 
@@ -280,7 +281,7 @@ class Forwarder:
     async def _save(self) -> None:
         try:
             await asyncio.to_thread(self._file.save)
-        except StopError as error:  # continue: after a crash, more events are sent again, which does no harm
+        except StopError as error:  # go on: a crash would only make the restart send more events again
             self._log(logging.ERROR, str(error))
 
     def _check_running(self) -> None:
@@ -414,7 +415,7 @@ def _environments(conn: sqlite3.Connection) -> list[str]:
 def forward(service: Service, target: Target, environment: str | None = None, interval_s: float = 1.0) -> Forwarder:
     """Make a server that has not started yet forward the events of an environment while it runs.
 
-    Without an environment, the API keys must all be of one. Raises StartError.
+    If no environment is named, all API keys must belong to the same one. Raises StartError.
     """
     db, environment = service.store.path, _chosen_environment(service, environment)
     with closing(connect_reader(db)) as conn:
