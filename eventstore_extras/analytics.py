@@ -108,7 +108,7 @@ class ExpandedMeter(Meter, kw_only=True):
 
 
 class ExpandedFeature(Feature, kw_only=True):
-    """A feature inside an item; the item has the meter."""
+    """A feature inside an item, without its meter: the item itself holds that."""
 
     meter: Meter | msgspec.UnsetType | None = msgspec.UNSET  # type: ignore[assignment]
 
@@ -229,7 +229,7 @@ class _Aggregate(NamedTuple):
 
 
 # To add an aggregation, add a row here, and its type and SQL to usage.py. Set `merge` to None if the values of parts
-# cannot be merged. Each window is then scanned undivided, and the total by a scan of its own.
+# cannot be merged: each window is then scanned undivided, and a separate scan finds the total.
 _AGGREGATES = {
     "COUNT": _Aggregate(lambda _, when: f"count(*){when}"),
     "SUM": _Aggregate(sum_of, "number"),
@@ -265,7 +265,7 @@ class _Scan(NamedTuple):
     finds_totals: bool = True
     finds_points: bool = False
     finds_sources: bool = False  # the last dimension is the source
-    is_bucketed: bool = False  # one MAX meter, whose buckets are added up
+    is_bucketed: bool = False  # one MAX meter with buckets: its total is their sum, a point is the largest
 
     def aggregate(self, named: NamedMeter) -> _Aggregate:
         return _AGGREGATES["COUNT" if self.finds_sources else named.aggregation.type]
@@ -297,7 +297,11 @@ def _divided(windows: list[Span], step_us: int = 1) -> list[Span]:
 
 
 def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
-    """Return a span for each bucket, with the window in which it begins; or the windows, if SQL makes the buckets."""
+    """Return the spans for a meter with buckets.
+
+    If SQL computes the buckets, these are the windows, perhaps divided. Otherwise there is one span for each bucket,
+    and its window is the one in which the bucket begins.
+    """
     if bucket_size in _BUCKETS_US:
         return _divided(_windows(query, size), DAY_US)  # at midnight, so that no bucket is cut in two
     buckets = _windows(query, bucket_size)
@@ -411,7 +415,10 @@ class _Columns(NamedTuple):
 
 
 def _property_column(each: _Property, columns: _Columns) -> Sql:
-    """Build a property's column, NULL for events that do not need it: 20 event names would take 1.3 times as long."""
+    """Build a property's column. It is NULL for events that do not need it.
+
+    Reading it from every event would take 1.3 times as long with 20 event names.
+    """
     name = columns.properties[each]
     if each.function == "number":
         number = number_sql(name, each.key)

@@ -99,7 +99,7 @@ def forward_progress_path(db: str, target: str, environment: str) -> Path:
 def open_forward_progress(
     conn: sqlite3.Connection, db: str, target: str, environment: str
 ) -> ProgressFile[ForwardProgress]:
-    """Return the progress of forwarding to this target, from earlier servers if there were any. Raises StartError."""
+    """Return the progress of forwarding to this target; it continues that of earlier runs. Raises StartError."""
     new = ForwardProgress(target=target, environment=environment)
     return resume_progress(conn, forward_progress_path(db, target, environment), new, _START_OVER)
 
@@ -149,7 +149,7 @@ class _Page(NamedTuple):
     """The next events to send."""
 
     batch: Batch | None
-    through: int  # no event of the environment up to this seq is left out
+    through: int  # last seq that this page covers; progress moves here once the batch is delivered
     is_full: bool  # waiting for events would not help: the batch is full, or there are more rows to scan
 
 
