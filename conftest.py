@@ -35,9 +35,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure() -> None:
-    """Handle SIGINT: `pytest &` in a script starts with SIGINT ignored, and processes started by tests inherit that."""
+    """Do not ignore signals: `pytest &` in a script starts with SIGINT ignored, `nohup pytest` with SIGHUP, and the
+    processes that tests start inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
