@@ -2080,7 +2080,7 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
-    text = f"""SELECT {_EVENT_JSON}, timestamp_us, id, ({total}) FROM events {index}
+    text = f"""SELECT {_EVENT_JSON} AS event, timestamp_us, id, ({total}) AS total FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
@@ -2097,19 +2097,43 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
     return str(row[0])
 
 
-def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[tuple[str, int, str, int | None]], bool]:
+_PageRow = tuple[str, int, str, int | None]  # the columns of _page_statement
+_NUMBERS = msgspec.json.Decoder(list[int])
+_STRINGS = msgspec.json.Decoder(list[str])
+
+
+def _fetch_rows(conn: sqlite3.Connection, statement: Sql) -> Iterable[_PageRow]:
+    """Return the rows of _page_statement, fetched as four texts in one step.
+
+    Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.3 times as long.
+    """
+    columns = "group_concat(event, char(30)), json_group_array(timestamp_us), json_group_array(id), max(total)"
+    usual_bytes = conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_PAGE_BYTES)
+    try:
+        found = conn.execute(f"SELECT {columns} FROM ({statement})", statement.values).fetchone()
+    except sqlite3.DataError:  # too large: fetch row by row, and stop when it is enough
+        found = None
+    finally:
+        conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
+    if found is None:
+        return conn.execute(*statement)
+    events, times, ids, total = found
+    texts = events.split("\x1e") if events else []  # JSON never contains this character unescaped
+    return zip(texts, _NUMBERS.decode(times), _STRINGS.decode(ids), itertools.repeat(total))
+
+
+def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[_PageRow], bool]:
     """Return the rows of a page, and whether more follow. A page ends early at _MAX_PAGE_BYTES, but has one event."""
     cursor = query.after or query.before
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
-    page: list[tuple[str, int, str, int | None]] = []
+    page: list[_PageRow] = []
     size, has_more = 0, False
-    with closing(conn.execute(*_page_statement(query, cursor_name))) as rows:
-        for row in rows:
-            size += len(row[0])
-            has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
-            if has_more:
-                break
-            page.append(row)
+    for row in _fetch_rows(conn, _page_statement(query, cursor_name)):
+        size += len(row[0])
+        has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
+        if has_more:
+            break
+        page.append(row)
     if query.before:
         page.reverse()
     return page, has_more
