@@ -430,6 +430,8 @@ def forward(service: Service, target: Target, environment: str | None = None, in
     service.outboxes[environment] = Outbox(forwarder.host, forwarder.lag)
     service.tasks.append(forwarder.run)
     service.notices.append(f"forwards to  {target.url}, environment {environment} ({plural(events, 'event')} behind)")
+    if target.proxy:
+        service.notices.append(f"             through the proxy {target.proxy.name}")
     if others:
         service.notices.append(f"             not forwarded: {', '.join(others)}")
     return forwarder

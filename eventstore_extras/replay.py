@@ -39,7 +39,6 @@ from eventstore_extras.job import StopError, run_job, until_sigterm
 from eventstore_extras.sending import (
     Answer,
     Batch,
-    Key,
     Outage,
     Outcome,
     Progress,
@@ -218,11 +217,11 @@ class _Replay:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def run(
-        self, conn: sqlite3.Connection, query: EventQuery, key: Key, advance: Callable[[int], object]
+        self, conn: sqlite3.Connection, query: EventQuery, target: Target, advance: Callable[[int], object]
     ) -> None:
         """Send everything that remains. Raises StopError if events are refused, or if none are accepted for long."""
         concurrency = self._arguments.concurrency
-        async with Target(self._progress.target, key, "--to", concurrency) as target:
+        async with target:
             sender = Sender(target, self._wait)
             try:
                 for pages in _passes(conn, query, self._progress):
@@ -240,6 +239,13 @@ class _Replay:
 
 
 # ---------------------------------------------------------------------------------------------- the command
+
+
+def _target(arguments: argparse.Namespace, url: str) -> Target:
+    """Return the API that `--to` names. Raises StartError."""
+    sources = {"--api-key": arguments.api_key, "FLEXPRICE_API_KEY": os.environ.get("FLEXPRICE_API_KEY")}
+    key = find_key(sources, "no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
+    return Target(url, key, "--to", arguments.concurrency)
 
 
 def _open_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, url: str) -> ProgressFile[ReplayProgress]:
@@ -272,16 +278,15 @@ def _replay_events(arguments: argparse.Namespace) -> int:
     url, query = target_url(arguments.to, "--to"), flag_query(arguments)
     require_httpx("replay")
     with closing(open_stored(arguments.db)) as conn:
+        target = None if arguments.dry_run else _target(arguments, url)
         file = _open_progress(arguments, conn, url)
-        if arguments.dry_run:
+        if target is None:
             say(_dry_run(conn, query, file.progress, arguments.batch_size))
             return 0
-        sources = {"--api-key": arguments.api_key, "FLEXPRICE_API_KEY": os.environ.get("FLEXPRICE_API_KEY")}
-        key = find_key(sources, "no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
         replay = _Replay(arguments, file)
         try:
             with progress_bar(lambda: _events_left(conn, query, file.progress), "event") as advance:
-                asyncio.run(until_sigterm(replay.run(conn, query, key, advance)))
+                asyncio.run(until_sigterm(replay.run(conn, query, target, advance)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             accepted = f"{plural(file.progress.accepted, 'event')} are accepted ({file.progress.position})"
             raise StopError(f"interrupted; {accepted}; {_same_command(arguments)} continues from there") from None

@@ -32,6 +32,7 @@ from msgspec import Struct
 from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, plural, quoted, real_path, sql
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
+from eventstore_extras.proxies import find_proxy, is_unreachable, transport_of
 from eventstore_extras.stored import StoredRow, select_rows
 
 __all__ = [
@@ -440,7 +441,8 @@ def require_httpx(purpose: str) -> None:
 class Target:
     """The API that receives the batches. Use it as an async context manager.
 
-    `flag` is the setting that named the URL. The constructor raises StartError if httpx cannot parse the URL.
+    `flag` is the setting that named the URL. The constructor raises StartError if httpx cannot parse the URL, or cannot
+    use the proxy or the certificates that environment variables name.
     """
 
     def __init__(self, url: str, key: Key, flag: str, connections: int = 1) -> None:
@@ -454,11 +456,13 @@ class Target:
             raise StartError(f"{flag} must be a valid URL, got {quoted(url)}: {error}") from None
         self._key = key
         self._flag = flag
+        self.proxy = find_proxy(self.bulk_url)
         # Ask for no compression: an answer of a few bytes could unpack to gigabytes.
         headers = {"x-api-key": key.value, "content-type": "application/json", "accept-encoding": "identity",
                    "user-agent": f"eventstore/{__version__}"}  # fmt: skip
-        limits = httpx.Limits(max_connections=connections)
-        self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, limits=limits)
+        # With a transport of its own, httpx does not look for proxies.
+        transport = transport_of(self.proxy, httpx.Limits(max_connections=connections))
+        self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, transport=transport)
 
     async def __aenter__(self) -> Target:
         return self
@@ -488,6 +492,8 @@ class Target:
             location = headers.get("location", "")
             redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
             problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
+        if self.proxy and self.url.startswith("http:"):  # the proxy may answer itself; with TLS it cannot
+            problem += f" (through the proxy {self.proxy.name})"
         if is_foreign:
             problem += f" - not an error of the API: does a proxy or firewall refuse this request of {size:,} bytes?"
         wait_s = retry_after_s(headers.get("retry-after", ""))
@@ -497,10 +503,19 @@ class Target:
         """Interpret the exception of a request with a body of this size."""
         import httpx  # noqa: PLC0415 - only the extra `cli` installs it
 
-        reason = str(error) or type(error).__name__
+        reason, name = str(error) or type(error).__name__, self.proxy and self.proxy.name
+        through = f" through the proxy {name}" if name else ""
         if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
-            return Answer(Outcome.BROKEN, self._log_line(f"broke off a request of {size:,} bytes: {reason}"))
-        return Answer(Outcome.RETRY, self._log_line(f"cannot be reached: {reason}"))
+            return Answer(Outcome.BROKEN, self._log_line(f"broke off a request of {size:,} bytes{through}: {reason}"))
+        outcome = Outcome.RETRY
+        if name and isinstance(error, httpx.ProxyError):
+            status = re.match(r"[1-9][0-9]{2}\b", reason)  # a SOCKS proxy sends none
+            if status and _outcome_of(int(status[0])) is not Outcome.RETRY:
+                outcome = Outcome.BLOCKED
+            through, reason = "", f"the proxy {name} refuses to connect: {reason}"
+        elif name and is_unreachable(error):
+            through, reason = "", f"the proxy {name} cannot be reached: {reason}"
+        return Answer(outcome, self._log_line(f"cannot be reached{through}: {reason}"))
 
     async def post(self, body: bytes) -> Answer:
         """Send one request. A failure to connect, send or receive becomes an Answer, not an exception."""
@@ -517,7 +532,10 @@ class Target:
                     start += chunk
                     if len(start) > _ANSWER_BYTES:
                         break
-        except (httpx.RequestError, TimeoutError) as error:
+        except Exception as error:
+            is_socks = self.proxy and self.proxy.url.startswith("socks")  # that library has exceptions of its own
+            if not isinstance(error, httpx.RequestError | TimeoutError) and not is_socks:
+                raise
             is_unclear = _outcome_of(status) is Outcome.REFUSED and not _is_api_error(start)
             if not status or is_unclear:  # any other status counts, even if the rest of the answer is lost
                 return self._failure(error, len(body))

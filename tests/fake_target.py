@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import socket
+import socketserver
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from eventstore_extras.mock import HasAddress, MockServer, running_server
 from helpers import KEY, Json, serving
 
 Handler = BaseHTTPRequestHandler
@@ -78,6 +82,26 @@ def reset(handler: Handler, size: int) -> None:
 def answer_413(handler: Handler, size: int) -> None:
     handler.rfile.read(size)
     reply(handler, 413)
+
+
+# ---------------------------------------------------------------------------------------------- proxies
+
+
+@contextmanager
+def answering_proxy(answer: bytes) -> Iterator[int]:
+    """Run a proxy that answers each connection with these bytes and closes it. Yields its port."""
+
+    class AnswerHandler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65_536)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), AnswerHandler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------- targets
@@ -175,6 +199,18 @@ class StoringTarget(FakeTarget):
     def __exit__(self, *_: object) -> None:
         super().__exit__()
         self.client.__exit__(None, None, None)
+
+
+@contextmanager
+def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer, httpx.Client]]:
+    """Run a server that forwards to the target, and yield it with a client of it."""
+    with (
+        running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
+        httpx.Client(
+            base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60, trust_env=False
+        ) as client,
+    ):
+        yield server, client
 
 
 def lag(client: httpx.Client, key: str = KEY) -> tuple[int, str | None]:

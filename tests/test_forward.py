@@ -15,8 +15,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ import pytest
 
 import eventstore
 from eventstore_extras import forward, sending
-from eventstore_extras.mock import HasAddress, MockServer, running_server
+from eventstore_extras.mock import running_server
 from fake_target import (
     FakeTarget,
     Handler,
@@ -37,6 +36,7 @@ from fake_target import (
     answering,
     cut,
     cut_after_status,
+    forwarding,
     lag,
     refusing,
     reply,
@@ -70,16 +70,6 @@ def _short_pauses(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sending, "BLOCKED_PAUSE_S", 0.01)
     monkeypatch.setattr(forward, "FAILURE_PAUSE_S", 0.01)
     monkeypatch.setattr(forward, "WATCH_INTERVAL_S", 0.01)
-
-
-@contextmanager
-def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer, httpx.Client]]:
-    """Run a server that forwards to the target, and yield it with a client of it."""
-    with (
-        running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
-        httpx.Client(base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60) as client,
-    ):
-        yield server, client
 
 
 def numbered(count: int, start: int = 0, **fields: Any) -> list[Json]:
