@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -33,6 +33,7 @@ from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key,
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
 from eventstore_extras.proxies import find_proxy, is_unreachable, transport_of
+from eventstore_extras.refused import Unfit, unfit_for_flexprice
 from eventstore_extras.stored import StoredRow, select_rows
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "ProgressFile",
+    "PutAside",
     "Sender",
     "Target",
     "Throttle",
@@ -75,15 +77,35 @@ ARRIVED = "seq > :after AND seq <= :through"  # SQLite numbers events in order o
 _NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 
 
+class PutAside(NamedTuple):
+    """An event that is not sent."""
+
+    row: StoredRow
+    unfit: Unfit
+    before: int  # this many events of its batch come before it
+
+
 class Batch(NamedTuple):
-    """Events to send in one request."""
+    """Events to send in one request, and those between them that are put aside."""
 
     rows: list[StoredRow]
     events: list[bytes]  # the same events as JSON
+    put_aside: Sequence[PutAside] = ()
 
     @property
     def body(self) -> bytes:
         return b'{"events":[' + b",".join(self.events) + b"]}"
+
+    @property
+    def last(self) -> StoredRow:
+        """The last event, sent or put aside."""
+        if self.put_aside and self.put_aside[-1].before == len(self.rows):
+            return self.put_aside[-1].row
+        return self.rows[-1]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.put_aside)
 
     def part(self, start: int, end: int | None = None) -> Batch:
         return Batch(self.rows[start:end], self.events[start:end])
@@ -94,19 +116,26 @@ class Batch(NamedTuple):
         return self.part(0, max(bisect.bisect_right(list(sizes), max_bytes), 1))
 
 
-def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Yield the rows in batches of at most `batch_size` events and 10 MB. A larger event is a batch by itself."""
-    batch, size = Batch([], []), 0
+def batches(pages: Iterable[list[StoredRow]], batch_size: int, max_event_bytes: int | None) -> Iterator[Batch]:
+    """Yield the rows in batches of at most `batch_size` events and 10 MB. A larger event is a batch by itself.
+
+    Events that FlexPrice would lose are put aside; if `max_event_bytes` is None, none are.
+    """
+    rows, events, put_aside, size = list[StoredRow](), list[bytes](), list[PutAside](), 0
     for row in itertools.chain.from_iterable(pages):
         event = ENCODER.encode(exported_event(row[1]))
-        if batch.rows and (len(batch.rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield batch
-            batch, size = Batch([], []), 0
-        batch.rows.append(row)
-        batch.events.append(event)
+        number = len(rows) + len(put_aside)
+        if number and (number == batch_size or size + len(event) > BATCH_BYTES):
+            yield Batch(rows, events, put_aside)
+            rows, events, put_aside, size = [], [], [], 0
+        if max_event_bytes and (unfit := unfit_for_flexprice(row[1], event, max_event_bytes)):
+            put_aside.append(PutAside(row, unfit, len(rows)))
+        else:
+            rows.append(row)
+            events.append(event)
         size += len(event) + 1
-    if batch.rows:
-        yield batch
+    if rows or put_aside:
+        yield Batch(rows, events, put_aside)
 
 
 def newest_seq(conn: sqlite3.Connection) -> int:

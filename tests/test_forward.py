@@ -125,7 +125,7 @@ def test_all_events_of_the_environment_are_sent_as_stored_in_order_of_arrival(tm
     progress = saved_progress(tmp_path)
     assert progress.pop("seq") in (2502, 2503)
     assert progress == {"target": target.url, "environment": "development", "last_seq": 2502, "last_id": "later",
-                        "accepted": 2502, "refused": 0}  # fmt: skip
+                        "accepted": 2502, "refused": 0, "put_aside": {}}  # fmt: skip
 
 
 def test_the_lag_counts_the_events_that_are_not_accepted_yet() -> None:
@@ -172,7 +172,8 @@ def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path) 
             store(client, each)
         store(client, event("huge", properties={"x": "y" * 17_000_000}))
         store(client, event("after"))
-    with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, _):
+    path = str(tmp_path / "events.db")
+    with FakeTarget() as target, forwarding(target, db=path, forward_everything=True) as (server, _):
         server.wait_until_forwarded()
     assert [len(batch) for batch in target.batches] == [6, 6, 6, 2, 1, 1]
     assert sum(size > 10_000_000 for size in target.sizes) == 1
@@ -243,7 +244,8 @@ def test_batches_shrink_for_a_target_that_resets_large_ones_and_grow_again(tmp_p
 def test_an_event_whose_connection_is_reset_each_time_is_neither_dropped_nor_skipped(
     tmp_path: Path, caplog: Logs
 ) -> None:
-    with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, client):
+    path = str(tmp_path / "events.db")
+    with FakeTarget() as target, forwarding(target, db=path, forward_everything=True) as (server, client):
         target.max_bytes = 100_000
         store(client, event("a"), event("large", properties={"x": "y" * 3_000_000}), event("b"))
         eventually(lambda: target.resets > 8)
