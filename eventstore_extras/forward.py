@@ -358,17 +358,17 @@ class Forwarder:
             self.outbox.blocked = ""
             batch = batch.part(len(part.rows))
             self._outage.sent(len(part.rows) if answer.outcome is Outcome.ACCEPTED else 0)
-            last = part.rows[-1]
-            if answer.outcome is Outcome.ACCEPTED:
-                self._progress.accepted += len(part.rows)
-            elif len(part.rows) > 1:
+            if answer.outcome is not Outcome.ACCEPTED and len(part.rows) > 1:
                 middle = len(part.rows) // 2
                 await self._deliver(part.part(0, middle))
                 await self._deliver(part.part(middle))
                 continue
+            last = part.rows[-1]
+            await self._set_unfit_aside(last[0])
+            if answer.outcome is Outcome.ACCEPTED:
+                self._progress.accepted += len(part.rows)
             else:
                 await self._set_refused_aside(last[1], answer.problem)
-            await self._set_unfit_aside(last[0])
             self._progress.advance(last)
             self._show_progress()
             if self._file.is_due():

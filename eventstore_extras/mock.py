@@ -347,16 +347,14 @@ class HasAddress(Protocol):
     api_key: str
 
 
-def _forward_to(target: HasAddress, service: Service, environment: str, everything: bool) -> Forwarder:
+def _forward_to(target: HasAddress, service: Service, environment: str) -> Forwarder:
     """Make the server forward the environment's events. Raises StartError where `serve --forward-to` does."""
-    from eventstore_extras import forward, refused, sending  # noqa: PLC0415 - they need httpx, which nothing else here does
+    from eventstore_extras import forward, sending  # noqa: PLC0415 - they need httpx, which nothing else here does
 
     sending.require_httpx("forward_to")
     url = sending.target_url(target.url, "forward_to")
     key = sending.Key(target.api_key, "forward_to")
-    max_event_bytes = None if everything else refused.MAX_EVENT_BYTES
-    there = sending.Target(url, key, "forward_to")
-    return forward.forward(service, there, environment, _FORWARD_INTERVAL_S, max_event_bytes)
+    return forward.forward(service, sending.Target(url, key, "forward_to"), environment, _FORWARD_INTERVAL_S)
 
 
 @contextmanager
@@ -395,7 +393,6 @@ def running_server(
     api_keys: Mapping[str, str] | None = None,
     listener: socket.socket | None = None,
     forward_to: HasAddress | None = None,
-    forward_everything: bool = False,
     **settings: Any,
 ) -> Iterator[MockServer]:
     """Run a real server in a thread until the block ends, by default with a temporary database.
@@ -403,12 +400,9 @@ def running_server(
     `api_keys` maps keys to environments. `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
     The server listens on a free port of this machine, or on `listener`, a bound socket, which it closes at the end.
     With `forward_to`, another MockServer or any object with a `url` and an `api_key`, it forwards the events of its
-    first key's environment at once, with `forward_everything` also events that FlexPrice would lose. Raises TypeError
-    for an unknown field, and StartError where `serve` does.
+    first key's environment at once. Raises TypeError for an unknown field, and StartError where `serve` does.
     """
-    _check_names(
-        "running_server", settings, ("listener", "forward_to", "forward_everything", *Settings.__struct_fields__)
-    )
+    _check_names("running_server", settings, ("listener", "forward_to", *Settings.__struct_fields__))
     if forward_to and not (hasattr(forward_to, "url") and hasattr(forward_to, "api_key")):
         raise TypeError(f"forward_to must be another server, or have a url and an api_key, got {forward_to!r}")
     api_keys = api_keys or {_DEFAULT_API_KEY: "development"}
@@ -418,8 +412,7 @@ def running_server(
         app = create_app(Settings(**{"api_keys": hashed, "db": ":memory:"} | settings), **_additions(fault_queue))
         service: Service = app.state.service
         with _closed_at_exit(service.store):
-            environment = next(iter(api_keys.values()))
-            forwarder = _forward_to(forward_to, service, environment, forward_everything) if forward_to else None
+            forwarder = _forward_to(forward_to, service, next(iter(api_keys.values()))) if forward_to else None
             recorder = _Recorder(app)
             with _serving_in_thread(recorder, listening, service):
                 url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"

@@ -147,7 +147,7 @@ def _float_of(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _as_written(value: Any) -> Any:
@@ -161,7 +161,7 @@ def _as_written(value: Any) -> Any:
     number = _float_of(value)
     if 1e-6 <= abs(number) < _EXPONENT_FROM:
         return Raw(f"{Decimal(repr(number)):f}".removesuffix(".0").encode())
-    return number
+    return Raw(repr(number).removesuffix(".0").encode())
 
 
 def queued_bytes(row: Row) -> int:

@@ -189,7 +189,7 @@ def here(command: str) -> str:
 
 
 # Their examples wait for servers and forwarding, import pandas, or run pytest.
-LONG_TO_PASTE = ("docs/outbox.md", "docs/import-export.md", "docs/testing.md")
+LONG_TO_PASTE = ("docs/outbox.md", "docs/moving.md", "docs/import-export.md", "docs/testing.md")
 PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE)) for name, page in PAGES.items()
           if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
 

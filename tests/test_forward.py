@@ -166,14 +166,15 @@ def test_events_of_another_environment_are_skipped_span_by_span(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path) -> None:
+def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sending, "unfit_for_flexprice", lambda *_: None)
     with serving(tmp_path) as client:
         for each in numbered(20, properties={"x": "y" * 1_500_000}):
             store(client, each)
         store(client, event("huge", properties={"x": "y" * 17_000_000}))
         store(client, event("after"))
     path = str(tmp_path / "events.db")
-    with FakeTarget() as target, forwarding(target, db=path, forward_everything=True) as (server, _):
+    with FakeTarget() as target, forwarding(target, db=path) as (server, _):
         server.wait_until_forwarded()
     assert [len(batch) for batch in target.batches] == [6, 6, 6, 2, 1, 1]
     assert sum(size > 10_000_000 for size in target.sizes) == 1
@@ -242,10 +243,11 @@ def test_batches_shrink_for_a_target_that_resets_large_ones_and_grow_again(tmp_p
 
 
 def test_an_event_whose_connection_is_reset_each_time_is_neither_dropped_nor_skipped(
-    tmp_path: Path, caplog: Logs
+    tmp_path: Path, caplog: Logs, monkeypatch: Patch
 ) -> None:
+    monkeypatch.setattr(sending, "unfit_for_flexprice", lambda *_: None)
     path = str(tmp_path / "events.db")
-    with FakeTarget() as target, forwarding(target, db=path, forward_everything=True) as (server, client):
+    with FakeTarget() as target, forwarding(target, db=path) as (server, client):
         target.max_bytes = 100_000
         store(client, event("a"), event("large", properties={"x": "y" * 3_000_000}), event("b"))
         eventually(lambda: target.resets > 8)

@@ -128,7 +128,7 @@ def test_a_running_server_accepts_keys_and_settings(tmp_path: Path) -> None:
 
 
 @table(("arguments", "part"), [
-    ({"colour": "red"}, r"running_server\(\) does not take colour; it takes listener, forward_to, forward_everything, api_keys, db, "),
+    ({"colour": "red"}, r"running_server\(\) does not take colour; it takes listener, forward_to, api_keys, db, "),
     ({"forward_to": "http://127.0.0.1:1"}, "forward_to must be another server, or have a url and an api_key, got 'http:"),
 ], ids=str)  # fmt: skip
 def test_an_unknown_argument_is_an_error_that_lists_the_known_ones(arguments: dict[str, Any], part: str) -> None:
