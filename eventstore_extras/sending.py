@@ -32,6 +32,7 @@ from msgspec import Struct
 from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, plural, quoted, real_path, sql
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
+from eventstore_extras.hiding import Hider
 from eventstore_extras.proxies import find_proxy, is_unreachable, transport_of
 from eventstore_extras.refused import Unfit, unfit_for_flexprice
 from eventstore_extras.stored import StoredRow, select_rows
@@ -363,7 +364,7 @@ class Outage:
 STALL_TIMEOUT_S = 60.0  # the longest time without a byte from the target
 _REQUEST_TIMEOUT_S = 300.0  # a slow line needs 80 s for 10 MB
 _ANSWER_BYTES = 1024 * 1024  # the rest of an answer is not read; an error may name each event of a batch
-_MAX_MESSAGE_CHARS = 300
+_MAX_MESSAGE_CHARS, _MAX_LINE_CHARS = 300, 2000
 
 
 class _Message(Struct):
@@ -408,15 +409,15 @@ def _is_api_error(content: bytes) -> bool:
     return isinstance(error, str) and error != ""
 
 
-def _error_message(content: bytes) -> str:
-    """Return the message of an error body, or the start of a body in another form."""
-    text = excerpt(content)
+def _error_message(content: bytes, hider: Hider) -> str:
+    """Return the message of an error body, or the start of a body in another form, without secrets."""
+    text = excerpt(hider.hide(content.decode(errors="ignore"), _MAX_MESSAGE_CHARS).encode())
     with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         body = msgspec.json.decode(content, type=_ErrorBody)
         text = body.message or (body.error.message if isinstance(body.error, _Message) else body.error) or text
         if body.details and body.details.errors:
             text = f"{text} ({body.details.errors[0].message})"
-    return text[:_MAX_MESSAGE_CHARS]
+    return hider.hide(text, _MAX_MESSAGE_CHARS)
 
 
 class Key(NamedTuple):
@@ -486,6 +487,7 @@ class Target:
         self._key = key
         self._flag = flag
         self.proxy = find_proxy(self.bulk_url)
+        self._hider = Hider([key.value, self.proxy.password if self.proxy else ""])
         # Ask for no compression: an answer of a few bytes could unpack to gigabytes.
         headers = {"x-api-key": key.value, "content-type": "application/json", "accept-encoding": "identity",
                    "user-agent": f"eventstore/{__version__}"}  # fmt: skip
@@ -501,7 +503,8 @@ class Target:
 
     def _log_line(self, text: str) -> str:
         """Make one printable line of what the target said, and hide the key, which some targets repeat."""
-        printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key.value, "***"))
+        hidden = self._hider.hide(text, _MAX_LINE_CHARS)
+        printable = "".join(char if char.isprintable() else " " for char in hidden)
         return f"{self.bulk_url} {' '.join(printable.split())}"
 
     def _answer(self, status: int, headers: Mapping[str, str], start: bytes, size: int) -> Answer:
@@ -513,13 +516,14 @@ class Target:
         is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
         if is_foreign and outcome is Outcome.REFUSED:
             outcome = Outcome.BLOCKED
-        message = _error_message(start)
+        message = _error_message(start, self._hider)
         problem = f"answered {status}{': ' if message else ''}{message}"
         if status == 401:
             problem += f" (the key came from {self._key.source})"
         if status < 400:
             location = headers.get("location", "")
-            redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
+            hidden = quoted(self._hider.hide(location, _MAX_MESSAGE_CHARS))
+            redirect = f" It redirects to {hidden}, where the key is not sent." if location else ""
             problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
         if self.proxy and self.url.startswith("http:"):  # the proxy may answer itself; with TLS it cannot
             problem += f" (through the proxy {self.proxy.name})"
