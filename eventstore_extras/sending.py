@@ -311,6 +311,7 @@ def retry_after_s(text: str) -> float:
 # ---------------------------------------------------------------------------------------------- outages
 
 _SETTLED_S = 5.0  # after this long without a failure an outage is over
+_LONG_OUTAGE_S = 10.0
 
 
 def lasted(seconds: float) -> str:
@@ -347,16 +348,18 @@ class Outage:
     def end(self, is_done: bool) -> str:
         """Return what to log if the outage has just ended, else "".
 
-        An outage ends when nothing is left to send, or after five seconds without a failure. It is not reported if the
-        log does not say that it began.
+        An outage ends when nothing is left to send, or after five seconds without a failure. A short one is reported
+        only if the log says that it began.
         """
         if self._failed_s is None or self._works_s is None:
             return ""
         if not is_done and time.monotonic() - self._works_s < _SETTLED_S:
             return ""
-        text = f"works again after {lasted(self._works_s - self._failed_s)}; {plural(self._events, 'event')} sent since"
+        outage_s = self._works_s - self._failed_s
         self._failed_s = None
-        return text if self._is_logged else ""
+        if not self._is_logged and outage_s < _LONG_OUTAGE_S:
+            return ""
+        return f"works again after {lasted(outage_s)}; {plural(self._events, 'event')} sent since"
 
 
 # ---------------------------------------------------------------------------------------------- the target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import socketserver
@@ -113,7 +114,7 @@ class FakeTarget:
     Each request uses up one trick, but the last one stays.
     """
 
-    def __init__(self, *tricks: Trick, api_key: str = KEY) -> None:
+    def __init__(self, *tricks: Trick, api_key: str = KEY, port: int = 0) -> None:
         self.api_key = api_key
         self.tricks = [*tricks]
         self.max_bytes, self.too_large = 1 << 40, reset  # what happens to a request with a larger body
@@ -124,7 +125,7 @@ class FakeTarget:
         self.paths: list[str] = []
         self.accepted: list[Json] = []
         self._lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
@@ -217,3 +218,10 @@ def lag(client: httpx.Client, key: str = KEY) -> tuple[int, str | None]:
     """Return how many events of the key's environment wait to be forwarded, and the target's host."""
     answer = client.get("/v1/events/monitoring", headers={"x-api-key": key})
     return answer.json()["post_processing_lag"], answer.headers.get("X-Forward-To")
+
+
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Wait in an event loop until the condition is true."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
@@ -23,6 +24,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 import eventstore
 from eventstore_extras import forward, sending
@@ -34,6 +36,7 @@ from fake_target import (
     accept,
     answer_413,
     answering,
+    becomes,
     cut,
     cut_after_status,
     forwarding,
@@ -463,6 +466,113 @@ def test_forwarding_is_behind_with_10001_events_or_after_a_minute_but_not_right_
     for _ in range(2):
         monitor.check(forward.Backlog(1000, NOW))
     assert caplog.text.count("has caught up") == is_behind
+
+
+def hang(*_: object) -> bool:
+    time.sleep(0.3)
+    return False
+
+
+@table(
+    ("tricks", "began"),
+    [
+        ([answering(503)] * 3, "answered 503; trying again"),
+        ([answering(500)] * 2, "answered 500; trying again"),
+        ([answering(429, retry_after="0")] * 2, "answered 429; trying again"),
+        ([answering(401)] * 2, "answered 401 (the key came from forward_to); nothing is forwarded until"),
+        ([answering(403)] * 2, "answered 403; nothing is forwarded until"),
+        ([answering(400, b"<html>")] * 2, "not an error of the API"),
+        ([cut], "broke off a request of"),
+        ([hang], "cannot be reached: ReadTimeout; trying again"),
+        ([answering(503), answering(401), cut, hang], "answered 503; trying again"),
+    ],
+)
+def test_the_end_of_each_kind_of_outage_is_logged_once(
+    caplog: Logs, monkeypatch: Patch, tricks: list[Trick], began: str
+) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.1)
+    with FakeTarget(*tricks, accept) as target, forwarding(target) as (server, client):
+        store(client, *numbered(5))
+        eventually(lambda: "works again" in caplog.text)
+        store(client, event("later"))
+        server.wait_until_forwarded()
+    first, second = [record.message for record in caplog.records if record.message.startswith("forwarding")]
+    assert began in first
+    assert re.fullmatch(
+        rf"forwarding to 127\.0\.0\.1:{target.port} works again after \d+ s; 5 events sent since", second
+    )
+
+
+def test_the_end_of_an_outage_in_which_no_connection_was_accepted_is_logged(caplog: Logs) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    with FakeTarget() as before:
+        port = before.port
+    with forwarding(before) as (server, client):
+        store(client, *numbered(5))
+        eventually(lambda: "cannot be reached: " in caplog.text)
+        assert "works again" not in caplog.text
+        with FakeTarget(port=port):
+            server.wait_until_forwarded()
+            eventually(lambda: "works again after " in caplog.text)
+    assert "; 5 events sent since" in caplog.text
+
+
+def test_an_outage_that_lasts_beyond_the_end_of_the_server_is_not_said_to_be_over(caplog: Logs) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    with FakeTarget(answering(503)) as target, forwarding(target) as (_, client):
+        store(client, event("a"))
+        eventually(lambda: "answered 503" in caplog.text)
+    assert "works again" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- the service's view
+
+
+def served(folder: Path, target: FakeTarget, **settings: Any) -> tuple[eventstore.Service, eventstore.Outbox]:
+    """Return a service that forwards to the target, and its outbox."""
+    path = filled(folder, 3)
+    keys = (eventstore.ApiKey.hashed(KEY),)
+    service: eventstore.Service
+    service = eventstore.create_app(eventstore.Settings(db=path, api_keys=keys, **settings)).state.service
+    there = sending.Target(target.url, sending.Key(target.api_key, "the test"), "forward_to")
+    forward.forward(service, there, interval_s=0.01)
+    return service, service.outboxes["development"]
+
+
+def test_the_outbox_shows_what_became_of_the_events(tmp_path: Path) -> None:
+    async def watch() -> None:
+        async with service.lifespan(Starlette()):
+            await becomes(lambda: outbox.blocked != "")
+            assert "answered 401" in outbox.blocked
+            assert await outbox.behind() == outbox.waiting == 3
+            assert 0 < eventstore.now_us() - outbox.oldest_us < 3600 * 1_000_000
+            target.tricks = [refusing(400, "1-00001")]
+            await becomes(lambda: outbox.sent == 2)
+            assert (outbox.blocked, await outbox.behind(), outbox.waiting, outbox.oldest_us) == ("", 0, 0, 0)
+            assert outbox.put_aside == {"refused": 1}
+
+    with FakeTarget(answering(401)) as target:
+        service, outbox = served(tmp_path, target)
+        assert (outbox.host, outbox.sent, outbox.put_aside) == (f"127.0.0.1:{target.port}", 0, {})
+        asyncio.run(watch())
+
+
+def test_forwarding_and_its_lag_do_not_wait_behind_queries(tmp_path: Path) -> None:
+    async def watch() -> None:
+        async with service.lifespan(Starlette()):
+            release = threading.Event()
+            queries = [asyncio.create_task(service.store.read(lambda _: release.wait(30), quick=False))
+                       for _ in range(2 * eventstore.READER_THREADS)]  # fmt: skip
+            await becomes(lambda: outbox.sent == 3)
+            assert await outbox.behind() == 0
+            assert not any(query.done() for query in queries)
+            release.set()
+            assert all(await asyncio.gather(*queries))
+
+    with FakeTarget() as target:
+        service, outbox = served(tmp_path, target)
+        asyncio.run(watch())
 
 
 # ---------------------------------------------------------------------------------------------- refused events

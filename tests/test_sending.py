@@ -167,7 +167,11 @@ def test_the_end_of_an_outage_is_reported_once_with_its_length_and_the_events_se
     clock.s += 9
     assert said(1, is_done=True) == "works again after 9 s; 1 event sent since"
     outage.failed(is_logged=False)  # the log does not say that it began
+    clock.s += 9
     assert said(1, is_done=True) == ""
+    outage.failed(is_logged=False)
+    clock.s += 10
+    assert said(1, is_done=True) == "works again after 10 s; 1 event sent since"
 
 
 # ---------------------------------------------------------------------------------------------- targets
