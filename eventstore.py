@@ -65,9 +65,11 @@ import threading
 import time
 import urllib.parse
 from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -104,8 +106,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
-    "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "connect", "connect_reader",
+    "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "Writer", "connect", "connect_reader",
     "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
     "real_path",
     # HTTP
@@ -681,6 +683,7 @@ WRITER_PRAGMAS = (
 READER_PRAGMAS = ("PRAGMA query_only = ON",)
 WRITE_LOCK_TIMEOUT_S = 5.0
 _QUICK_S = 0.001  # limit for a read on the event loop, about the time that parsing a batch takes
+_QUICK_BYTES = 1_000_000  # longest row and answer of such a read
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
 _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wrong, and what to do about it
     sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
@@ -892,11 +895,14 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 # ---------------------------------------------------------------------------------------------- Store: threads
 
-READER_THREADS = 4
+READER_THREADS = 4  # for each API key
+_MAX_READER_THREADS = 16
+_LONG_PROPERTIES = 10_000
 # Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
 # with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
 # of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
+_GROUP_OPERATIONS = 100
 _FEW_EVENTS = 10  # a request with at most this many is small
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 _SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
@@ -906,9 +912,58 @@ def _shutting_down() -> ApiError:
     return ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
 
 
-class _Task(NamedTuple):
-    work: Any  # rows to insert, or a function that is called with the connection
-    answer: asyncio.Future[Any]
+class Caller(NamedTuple):
+    """The request that is being served: the key that its limits belong to, and how to wait until its client is gone."""
+
+    key: bytes = b""  # the digest of the API key; empty for the server's own work, which no limit refuses
+    until_gone: Callable[[], Awaitable[object]] | None = None
+
+
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple
+
+
+class Shares:
+    """Divides a limit among API keys: one key may use all of it, less three quarters of what the others use.
+
+    All keys together use at most a third more than the limit, and a key that comes later still finds room. Call it from
+    the event loop only.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.total = 0
+        self._used: Counter[bytes] = Counter()
+
+    def take(self, key: bytes, amount: int, own: int = 0) -> bool:
+        """Take an amount unless it exceeds the key's share; `own` is what the same request has already taken.
+
+        A request gets any amount while no other has taken one.
+        """
+        used = self._used[key] + amount
+        if key and self.total > own and used > self.limit - 0.75 * (self.total + amount - used):
+            return False
+        self._used[key] = used
+        self.total += amount
+        return True
+
+    def give_back(self, key: bytes, amount: int) -> None:
+        self.total -= amount
+        self._used[key] -= amount
+        if not self._used[key]:
+            del self._used[key]
+
+
+class _Task:
+    """Work for a thread of the store, and the future of its result."""
+
+    __slots__ = ("answer", "deadline_s", "is_abandoned", "key", "work")
+
+    def __init__(self, work: Any, deadline_s: float = math.inf) -> None:
+        self.work = work  # rows to insert, or a function that is called with the connection
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.key = CALLER.get().key
+        self.deadline_s = deadline_s  # time.monotonic() after which a query is interrupted
+        self.is_abandoned = False  # nobody waits for the answer any more
 
     def settle(self, outcome: object) -> None:
         """Set the task's result or exception. Safe to call from any thread."""
@@ -922,6 +977,18 @@ class _Task(NamedTuple):
             self.answer.set_exception(outcome)
         else:
             self.answer.set_result(outcome)
+
+
+def _in_turns(tasks: list[_Task]) -> list[_Task]:
+    """Order tasks so that the first of each key comes first, then the second of each key, and so on."""
+    if len({task.key for task in tasks}) < 2:
+        return tasks
+    turns: Counter[bytes] = Counter()
+    ranked = []
+    for task in tasks:
+        ranked.append((turns[task.key], task))
+        turns[task.key] += 1
+    return [task for _, task in sorted(ranked, key=lambda each: each[0])]
 
 
 def _size_of(rows: Iterable[Row]) -> int:
@@ -972,6 +1039,12 @@ def _files_of(path: str) -> list[os.stat_result]:
     return files
 
 
+def _is_databases(error: Exception) -> bool:
+    """Return whether the database or its disk failed; otherwise the error is a bug or a refusal."""
+    is_wrong_call = isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError)
+    return isinstance(error, sqlite3.Error | OSError) and not is_wrong_call
+
+
 def _rows_of(group: Iterable[_Task]) -> list[Row]:
     return [row for task in group if not callable(task.work) for row in task.work]
 
@@ -992,7 +1065,8 @@ class Writer:
         self._waiting: list[_Task] = []
         self._is_closed = False
         self._short_until_s = 0.0
-        self._pending_events = 0  # only the event loop uses it
+        self._events_are_next = False  # events and operations take turns
+        self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
@@ -1002,26 +1076,21 @@ class Writer:
         self._files = _files_of(self._path)
         self._thread.start()
 
-    async def insert(self, rows: Sequence[Row]) -> int:
-        limit = self._settings.queue_events
-        if self._pending_events and self._pending_events + len(rows) > limit:
-            reason = f"{self._pending_events} events wait to be written, the limit is {limit}"
+    async def run(self, work: Sequence[Row] | Callable[[sqlite3.Connection], T]) -> Any:
+        """Queue rows or an operation, and return its result. Raises ApiError if too much waits (see Shares)."""
+        task, weight = _Task(work), 1 if callable(work) else len(work)
+        if not self._shares.take(task.key, weight):
+            reason = f"{self._shares.total} events wait to be written, the limit is {self._shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
-        self._pending_events += len(rows)
         try:
-            return int(await self.run(rows))
+            with self._arrival:
+                if self._is_closed:
+                    raise _shutting_down()
+                self._waiting.append(task)
+                self._arrival.notify()
+            return await task.answer
         finally:
-            self._pending_events -= len(rows)
-
-    def run(self, work: Sequence[Row] | Callable[[sqlite3.Connection], T]) -> asyncio.Future[Any]:
-        """Queue rows or an operation; return the future of its result."""
-        task = _Task(work, asyncio.get_running_loop().create_future())
-        with self._arrival:
-            if self._is_closed:
-                raise _shutting_down()
-            self._waiting.append(task)
-            self._arrival.notify()
-        return task.answer
+            self._shares.give_back(task.key, weight)
 
     def close(self) -> None:
         """Commit everything that waits, checkpoint, and close the connection."""
@@ -1045,18 +1114,25 @@ class Writer:
         """Wait for tasks, and return those of the next commit. Return an empty list after `close`."""
         with self._arrival:
             self._arrival.wait_for(lambda: self._waiting or self._is_closed)
-            for position, task in enumerate(self._waiting):
-                if callable(task.work):  # commit an operation alone
-                    return [self._waiting.pop(position)]
-            few = [task for task in self._waiting if len(task.work) <= _FEW_EVENTS]
-            many = [task for task in self._waiting if len(task.work) > _FEW_EVENTS]
-            now_s = time.monotonic()
-            if few:
-                self._short_until_s = now_s + 1
-            limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
-            number = bisect_left(list(itertools.accumulate(len(task.work) for task in many)), limit) + 1
-            self._waiting = many[number:]
-            return few + many[:number]
+            operations = [task for task in self._waiting if callable(task.work)]
+            events = [task for task in self._waiting if not callable(task.work)]
+            self._events_are_next = bool(events) and (self._events_are_next or not operations)
+            if not self._events_are_next:
+                group = _in_turns(operations)[:_GROUP_OPERATIONS]
+            else:
+                few = [task for task in events if len(task.work) <= _FEW_EVENTS]
+                many = [task for task in events if len(task.work) > _FEW_EVENTS]
+                now_s = time.monotonic()
+                if few:
+                    self._short_until_s = now_s + 1
+                limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
+                group = _in_turns(few) + _in_turns(many)
+                sizes = itertools.accumulate(len(task.work) for task in group)
+                del group[max(len(few), bisect_left(list(sizes), limit) + 1) :]
+            self._events_are_next = not self._events_are_next
+            chosen = set(map(id, group))
+            self._waiting = [task for task in self._waiting if id(task) not in chosen]
+            return group
 
     def _commit(self, group: list[_Task]) -> list[object]:
         """Run the tasks in one transaction. Return each one's result or exception; a failed commit stores nothing."""
@@ -1066,7 +1142,7 @@ class Writer:
                 self._conn.execute("ROLLBACK")
             if callable(group[0].work):
                 execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-                outcomes = [group[0].work(self._conn)]
+                outcomes = [self._try_operation(task.work) for task in group]
                 self._conn.execute("COMMIT")
             else:
                 outcomes = list(insert_group(self._conn, [task.work for task in group]))
@@ -1081,6 +1157,22 @@ class Writer:
             self.failure = None
         return outcomes
 
+    def _try_operation(self, operation: Callable[[sqlite3.Connection], object]) -> object:
+        """Return an operation's result or the error that undoes it alone. An error of the database ends the commit."""
+        self._conn.execute("SAVEPOINT operation")
+        try:
+            outcome = operation(self._conn)
+        except Exception as error:
+            if _is_databases(error):
+                raise
+            self._conn.execute("ROLLBACK TO operation")
+            outcome = error
+            if not isinstance(error, ApiError):
+                log.error("a bug in an operation; nothing of its request was stored", exc_info=error)
+                outcome = ApiError("internal_error", "an internal error; the server's log has its cause")
+        self._conn.execute("RELEASE operation")
+        return outcome
+
     async def try_again(self) -> None:
         """After a failed commit, write as many rows again, then undo them. Raises ApiError if that fails as well."""
         await self.run(self._try_failed_rows)
@@ -1092,11 +1184,8 @@ class Writer:
             self._failed_rows = []
 
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
-        if isinstance(error, ApiError):  # an operation refused its request
-            return [error]
-        wrong_calls = sqlite3.ProgrammingError | sqlite3.InterfaceError
-        if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, wrong_calls):
-            log.error("a bug in an operation; nothing of its %d requests was stored", len(group), exc_info=error)
+        if not _is_databases(error):
+            log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
             return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
         # Anyone may read the reason in /health, so it contains no path.
         reason = "the database file was removed or replaced, or cannot be looked at"
@@ -1151,63 +1240,134 @@ class Writer:
 
 
 class Reader:
-    """A read-only connection that interrupts a query at its deadline."""
+    """A read-only connection that interrupts a query at its deadline, or when nobody waits for it."""
 
     def __init__(self, path: str) -> None:
         self.conn = connect_reader(path)
-        self.conn.set_progress_handler(lambda: self.is_closing or time.monotonic() > self._deadline, _PROGRESS_STEPS)
-        self._deadline = 0.0
+        self.conn.set_progress_handler(self._is_over, _PROGRESS_STEPS)
+        for function in (property_json, property_text, property_number):  # one call may take longer than many steps
+            self.conn.create_function(function.__name__, 2, self._checking(function), deterministic=True)
+        self._deadline_s = 0.0
+        self._task: _Task | None = None
         self.is_closing = False  # a deadline in the past would not do: the next query sets a new one
 
-    def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
-        """Return the operation's result. Raises TimeoutError if it takes longer than limit_s."""
-        self._deadline = time.monotonic() + limit_s
+    def _is_over(self) -> bool:
+        is_abandoned = self._task is not None and self._task.is_abandoned
+        return self.is_closing or is_abandoned or time.monotonic() > self._deadline_s
+
+    def _checking(self, function: Callable[[str, str], T]) -> Callable[[str, str], T]:
+        def check_and_call(properties: str, key: str) -> T:
+            if len(properties) > _LONG_PROPERTIES and self._is_over():
+                raise TimeoutError
+            return function(properties, key)
+
+        return check_and_call
+
+    def run(
+        self, operation: Callable[[sqlite3.Connection], T], limit_s: float = math.inf, task: _Task | None = None
+    ) -> T:
+        """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
+        self._task = task
+        self._deadline_s = min(time.monotonic() + limit_s, task.deadline_s if task else math.inf)
         try:
             return operation(self.conn)
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+        except sqlite3.OperationalError:
+            if self._is_over():
                 raise TimeoutError from None
             raise
 
 
 class ReaderPool:
-    """Threads that run reading operations, each with a Reader. Call `run` from the event loop only."""
+    """Threads that run reading operations, each with a Reader. Call `run` from the event loop only.
+
+    The keys take turns, and each may use READER_THREADS threads, so that the queries of one key do not wait for those
+    of another.
+    """
 
     def __init__(self, path: str, timeout_s: float) -> None:
+        self._path = path
         self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # guards the next four attributes
+        self._waiting: dict[bytes, deque[_Task]] = {}  # by key; the first has the next turn
+        self._running: Counter[bytes] = Counter()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
-        self._threads = ThreadPoolExecutor(READER_THREADS, "eventstore-reader")
+        self._threads = ThreadPoolExecutor(_MAX_READER_THREADS, "eventstore-reader")
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
+        task = _Task(operation, time.monotonic() + self._timeout_s)
+        with self._lock:
+            self._waiting.setdefault(task.key, deque()).append(task)
         try:
-            answer = asyncio.get_running_loop().run_in_executor(self._threads, self._read, operation)
+            self._threads.submit(self._run_waiting)
         except RuntimeError:
             raise _shutting_down() from None
-        return await answer
+        until_gone = CALLER.get().until_gone
+        gone = asyncio.ensure_future(until_gone()) if until_gone else asyncio.get_running_loop().create_future()
+        try:
+            await asyncio.wait([task.answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not task.answer.done():
+                raise ClientDisconnect
+            answer: T = task.answer.result()
+            return answer
+        finally:
+            task.is_abandoned = True
+            gone.cancel()
 
     def close(self) -> None:
-        """End the running queries, cancel the waiting ones, and close the connections."""
-        for reader in self._readers:
-            reader.is_closing = True
-        self._threads.shutdown(cancel_futures=True)
+        """End the running queries, refuse the waiting ones, and close the connections."""
+        with self._lock:
+            for reader in self._readers:
+                reader.is_closing = True
+            waiting = [task for tasks in self._waiting.values() for task in tasks]
+            self._waiting = {}
+        for task in waiting:
+            task.settle(_shutting_down())
+        self._threads.shutdown()
         for reader in self._readers:
             reader.conn.close()
 
-    def _read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        reader = self._free.pop()  # there are as many readers as threads
+    def _run_waiting(self) -> None:
+        """Run waiting tasks until none may run. There is one call of this for each task."""
+        while found := self._next():
+            task, reader = found
+            try:
+                task.settle(self._outcome(task, reader))
+            finally:
+                with self._lock:
+                    self._free.append(reader)
+                    self._running[task.key] -= 1
+
+    def _next(self) -> tuple[_Task, Reader] | None:
+        with self._lock:
+            key = next((key for key in self._waiting if self._running[key] < READER_THREADS), None)
+            if key is None:
+                return None
+            tasks = self._waiting.pop(key)
+            task = tasks.popleft()
+            if tasks:
+                self._waiting[key] = tasks  # its next turn comes last
+            self._running[key] += 1
+            if not self._free:
+                self._readers.append(Reader(self._path))
+                self._free.append(self._readers[-1])
+            return task, self._free.pop()
+
+    def _outcome(self, task: _Task, reader: Reader) -> object:
+        if task.is_abandoned:
+            return None
         try:
-            return reader.run(operation, self._timeout_s)
+            return reader.run(task.work, task=task)
         except TimeoutError:
             limit = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
             reason = "the server is shutting down" if reader.is_closing else limit
-            raise ApiError("service_unavailable", reason, retry_after_s=1) from None
-        except sqlite3.Error as error:
+            return ApiError("service_unavailable", reason, retry_after_s=1)
+        except sqlite3.Error:
             log.exception("reading failed")
-            message = "the events could not be read; the server's log says why"
-            raise ApiError("database_error", message) from error
-        finally:
-            self._free.append(reader)
+            return ApiError("database_error", "the events could not be read; the server's log says why")
+        except Exception as error:
+            return error
 
 
 class Store:
@@ -1231,6 +1391,7 @@ class Store:
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop must not wait for a lock
+            self._quick_reader.conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _QUICK_BYTES)
             self._readers = ReaderPool(self.path, settings.query_timeout_s)
         self._writer.start()
 
@@ -1248,7 +1409,7 @@ class Store:
         Raises ApiError: service_unavailable if too many events wait or the store is closing, database_error if the
         commit failed.
         """
-        return await self._writer.insert(rows)
+        return int(await self._writer.run(rows))
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
         """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
@@ -1257,8 +1418,8 @@ class Store:
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
 
-        A quick operation runs on the event loop. After a millisecond it is interrupted, and starts again in a reader
-        thread. If all pages used a reader thread, clients would get 0.8 times as many.
+        A quick operation runs on the event loop. After a millisecond, or at a megabyte, it is interrupted, and starts
+        again in a reader thread. If all pages used a reader thread, clients would get 0.8 times as many.
 
         Raises ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
         """
@@ -1294,6 +1455,7 @@ class Store:
 # ---------------------------------------------------------------------------------------------- HTTP
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
+_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
 _MAX_LOGGED_NAMES = 20  # ignored names logged per minute, so that clients cannot fill the log
 # Starlette's `path` convertor stops at a line break; ids may contain one.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
@@ -1339,6 +1501,11 @@ class Outbox(NamedTuple):
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
 
 
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
@@ -1352,6 +1519,8 @@ class _Endpoint:
         service, parameters = self._service, self._parameters
         request = Request(scope, receive)
         key: ApiKey | None = scope.get("api_key")
+        caller = Caller(key.digest if key else b"anyone", partial(_until_gone, receive))
+        CALLER.set(caller)
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
@@ -1366,8 +1535,25 @@ class _Endpoint:
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
         finally:
-            service.held_bytes -= scope.get("held_bytes", 0)
-        await response(scope, receive, send)
+            service.shares.give_back(caller.key, scope.get("held_bytes", 0))
+        await self._send(response, caller.key, scope, receive, send)
+
+    async def _send(self, response: Response, key: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. A long one counts towards the key's share until the client has read most of it."""
+        size = len(response.body)
+        if size < _LONG_ANSWER_BYTES:
+            await response(scope, receive, send)
+            return
+        shares = self._service.shares
+        if not shares.take(key, size):
+            reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
+            raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
+        try:
+            await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+            await send({"type": "http.response.body", "body": response.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})  # uvicorn waits here until the client reads
+        finally:
+            shares.give_back(key, size)
 
 
 class Operation(NamedTuple):
@@ -1416,7 +1602,7 @@ class Service:
         self.notices: list[str] = []  # lines to add to the banner
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
         self.next_search_s = 0.0  # time of the next search for unknown fields in events
-        self.held_bytes = 0  # size of the bodies of all requests in progress
+        self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
         # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
         # run between two batches: beside 8 such clients, p99 of a page is 19 ms with it and 31 ms without.
         self.batch_turn = asyncio.Lock()
@@ -1477,7 +1663,7 @@ class _Authentication(Struct):
 
 async def read_body(service: Service, request: Request) -> bytes:
     """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds max_body_bytes."""
-    limit, queue_bytes = service.settings.max_body_bytes, service.settings.queue_bytes
+    limit = service.settings.max_body_bytes
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
     size = 0
@@ -1487,11 +1673,10 @@ async def read_body(service: Service, request: Request) -> bytes:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
-        service.held_bytes += len(chunks[-1])
-        request.scope["held_bytes"] = size  # _Endpoint subtracts it
-        if service.held_bytes > max(size, queue_bytes):
-            reason = f"{service.held_bytes} bytes of requests are under way, the limit is {queue_bytes}"
+        if not service.shares.take(CALLER.get().key, len(chunks[-1]), own=size - len(chunks[-1])):
+            reason = f"{service.shares.total} bytes of requests are under way, the limit is {service.shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
+        request.scope["held_bytes"] = size  # _Endpoint gives it back
         if size <= limit and not message.get("more_body"):
             return b"".join(chunks)
     got = max(size, announced)
@@ -2118,10 +2303,13 @@ def _fetch_rows(conn: sqlite3.Connection, statement: Sql) -> Iterable[_PageRow]:
     Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.15 times as long.
     """
     columns = "group_concat(event, char(30)), json_group_array(timestamp_us), json_group_array(id), max(total)"
-    usual_bytes = conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_PAGE_BYTES)
+    usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
+    conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
     try:
         found = conn.execute(f"SELECT {columns} FROM ({statement})", statement.values).fetchone()
     except sqlite3.DataError:  # too large: fetch row by row, and stop when it is enough
+        if usual_bytes == _QUICK_BYTES:
+            raise
         found = None
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
