@@ -1306,9 +1306,9 @@ class ReaderPool:
         until_gone = CALLER.get().until_gone
         gone = asyncio.ensure_future(until_gone()) if until_gone else asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait([task.answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
-                raise ClientDisconnect
+                raise ClientDisconnect if gone.done() else self._too_long()
             answer: T = task.answer.result()
             return answer
         finally:
@@ -1354,15 +1354,17 @@ class ReaderPool:
                 self._free.append(self._readers[-1])
             return task, self._free.pop()
 
+    def _too_long(self) -> ApiError:
+        reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
+        return ApiError("service_unavailable", reason, retry_after_s=1)
+
     def _outcome(self, task: _Task, reader: Reader) -> object:
         if task.is_abandoned:
             return None
         try:
             return reader.run(task.work, task=task)
         except TimeoutError:
-            limit = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
-            reason = "the server is shutting down" if reader.is_closing else limit
-            return ApiError("service_unavailable", reason, retry_after_s=1)
+            return _shutting_down() if reader.is_closing else self._too_long()
         except sqlite3.Error:
             log.exception("reading failed")
             return ApiError("database_error", "the events could not be read; the server's log says why")
@@ -1455,6 +1457,7 @@ class Store:
 # ---------------------------------------------------------------------------------------------- HTTP
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
+_MAX_OTHER_BODY_BYTES = 1024 * 1024  # of a request without events, whose body is decoded field by field
 _LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
 _MAX_LOGGED_NAMES = 20  # ignored names logged per minute, so that clients cannot fill the log
 # Starlette's `path` convertor stops at a line break; ids may contain one.
@@ -1509,11 +1512,15 @@ async def _until_gone(receive: Receive) -> None:
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
-    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None, role: str = "") -> None:
+    def __init__(self, service: Service, handler: _Handler, operation: Operation | None = None) -> None:
+        """Without an operation, the endpoint is public and ignores its parameters."""
         self._service = service
         self._handler = handler
-        self._parameters = parameters  # None: log no unknown parameters
-        self._role = role  # a key with another role is refused
+        self._parameters = operation.parameters if operation else None
+        self._role = operation.needed_role if operation else ""
+        self._max_body_bytes = service.settings.max_body_bytes
+        if not (operation and operation.takes_events):
+            self._max_body_bytes = min(self._max_body_bytes, _MAX_OTHER_BODY_BYTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, parameters = self._service, self._parameters
@@ -1521,6 +1528,7 @@ class _Endpoint:
         key: ApiKey | None = scope.get("api_key")
         caller = Caller(key.digest if key else b"anyone", partial(_until_gone, receive))
         CALLER.set(caller)
+        scope["max_body_bytes"] = self._max_body_bytes
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
@@ -1569,6 +1577,7 @@ class Operation(NamedTuple):
     schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
     status: int = 200
     refusals: Sequence[int] = ()  # error statuses, besides those of every operation
+    takes_events: bool = False  # its body may be as long as max_body_bytes, instead of _MAX_OTHER_BODY_BYTES
     role: str = ""  # a key with this role suffices; a GET is also open to event_reader
     extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
 
@@ -1580,12 +1589,15 @@ class Operation(NamedTuple):
     def is_public(self) -> bool:
         return self.path in _PUBLIC_PATHS
 
+    @property
+    def needed_role(self) -> str:
+        return "event_reader" if self.method == "GET" else self.role
+
     def serves(self, path: str) -> bool:
         return compile_path(self.path)[0].match(path) is not None
 
     def route(self, service: Service) -> Route:
-        role = "event_reader" if self.method == "GET" else self.role
-        return Route(self.path, _Endpoint(service, self.handler, self.parameters, role), methods=[self.method])
+        return Route(self.path, _Endpoint(service, self.handler, self), methods=[self.method])
 
 
 class Service:
@@ -1663,7 +1675,7 @@ class _Authentication(Struct):
 
 async def read_body(service: Service, request: Request) -> bytes:
     """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds max_body_bytes."""
-    limit = service.settings.max_body_bytes
+    limit: int = request["max_body_bytes"]
     announced = next((int(value) for name, value in request["headers"] if name == b"content-length"), 0)
     chunks: list[bytes] = []
     size = 0
@@ -2598,11 +2610,11 @@ def _operation_of_extra(method: str, path: str, module: str) -> Operation:
 
 OPERATIONS = (
     Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
-              role="event_ingestor",
+              takes_events=True, role="event_ingestor",
               example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
     Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
     Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
-              role="event_ingestor", example={"events": [_API_CALL]}),
+              takes_events=True, role="event_ingestor", example={"events": [_API_CALL]}),
     Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn, role="event_reader",
               example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
                        "page_size": 100}),
@@ -2634,7 +2646,7 @@ def create_app(
     service = Service(settings, [*OPERATIONS, *operations])
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes = [operation.route(service) for operation in matching_all_last]
-    routes.append(Route("/", _Endpoint(service, show_debugger, None), methods=["GET"]))
+    routes.append(Route("/", _Endpoint(service, show_debugger), methods=["GET"]))
     layers = [Middleware(_Authentication, service=service), *layers]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
