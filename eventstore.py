@@ -108,7 +108,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "Writer", "connect", "connect_reader",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "connect", "connect_reader",
     "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
     "real_path",
     # HTTP
@@ -1048,10 +1048,22 @@ def _shutting_down() -> ApiError:
 
 
 class Caller(NamedTuple):
-    """The request that is being served: the key that its limits belong to, and how to wait until its client is gone."""
+    """The request that is being served; empty for the server's own work, which no limit refuses."""
 
-    key: bytes = b""  # the digest of the API key; empty for the server's own work, which no limit refuses
-    until_gone: Callable[[], Awaitable[object]] | None = None
+    scope: Mapping[str, Any] = {}
+    receive: Receive | None = None
+
+    @property
+    def key(self) -> bytes:
+        """The digest of the API key, whose shares and turns the request uses."""
+        found = self.scope.get("api_key")
+        return found.digest if found else b"anyone" if self.scope else b""
+
+    async def until_gone(self) -> None:
+        """Return when the client has disconnected; never for the server's own work."""
+        receive = self.receive or asyncio.get_running_loop().create_future
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple
@@ -1203,6 +1215,7 @@ class Writer:
         self._events_are_next = False  # events and operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
+        self.on_commit: Callable[[int, float, bool], object] = lambda events, seconds, succeeded: None
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
@@ -1227,6 +1240,10 @@ class Writer:
         finally:
             self._shares.give_back(task.key, weight)
 
+    @property
+    def waiting_events(self) -> int:
+        return self._shares.total
+
     def close(self) -> None:
         """Commit everything that waits, checkpoint, and close the connection."""
         with self._arrival:
@@ -1236,8 +1253,11 @@ class Writer:
 
     def _write_until_closed(self) -> None:
         while group := self._next_group():
-            for task, outcome in zip(group, self._commit(group), strict=True):
+            start_s = time.monotonic()
+            outcomes = self._commit(group)
+            for task, outcome in zip(group, outcomes, strict=True):
                 task.settle(outcome)
+            self.on_commit(len(_rows_of(group)), time.monotonic() - start_s, self.failure is None)
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
@@ -1428,6 +1448,7 @@ class ReaderPool:
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
         self._threads = ThreadPoolExecutor(_MAX_READER_THREADS, "eventstore-reader")
+        self.timeouts = 0
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
@@ -1438,8 +1459,7 @@ class ReaderPool:
             self._threads.submit(self._run_waiting)
         except RuntimeError:
             raise _shutting_down() from None
-        until_gone = CALLER.get().until_gone
-        gone = asyncio.ensure_future(until_gone()) if until_gone else asyncio.get_running_loop().create_future()
+        gone = asyncio.create_task(CALLER.get().until_gone())
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
@@ -1489,7 +1509,16 @@ class ReaderPool:
                 self._free.append(self._readers[-1])
             return task, self._free.pop()
 
+    @property
+    def running(self) -> int:
+        return len(self._readers) - len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
     def _too_long(self) -> ApiError:
+        self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
 
@@ -1505,6 +1534,18 @@ class ReaderPool:
             return ApiError("database_error", "the events could not be read; the server's log says why")
         except Exception as error:
             return error
+
+
+class StoreState(NamedTuple):
+    """What the store is doing, and how large its files are."""
+
+    waiting_events: int = 0
+    running_queries: int = 0
+    waiting_queries: int = 0
+    query_timeouts: int = 0
+    database_bytes: int = 0
+    wal_bytes: int = 0
+    free_bytes: int = 0
 
 
 class Store:
@@ -1572,6 +1613,19 @@ class Store:
             with suppress(ApiError):
                 await self._writer.try_again()
         return self._writer.failure
+
+    def state(self) -> StoreState:
+        """Return numbers for metrics. Any thread may call it."""
+        sizes = [status.st_size for status in _files_of(self.path)]
+        with suppress(AttributeError, OSError):  # Windows lacks statvfs
+            disk = os.statvfs(os.path.dirname(self.path))
+            return StoreState(self._writer.waiting_events, self._readers.running, self._readers.waiting,
+                              self._readers.timeouts, sizes[0], sum(sizes[1:]), disk.f_bavail * disk.f_frsize)  # fmt: skip
+        return StoreState()
+
+    def observe_commits(self, on_commit: Callable[[int, float, bool], object]) -> None:
+        """Call a function after each commit, in the writer's thread: its events, its seconds, whether it succeeded."""
+        self._writer.on_commit = on_commit
 
     def warning(self) -> str | None:
         """Return a warning if the disk is nearly full; events can still be stored."""
@@ -1643,11 +1697,6 @@ class Outbox(NamedTuple):
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
@@ -1655,6 +1704,7 @@ class _Endpoint:
         """Without an operation, the endpoint is public and ignores its parameters."""
         self._service = service
         self._handler = handler
+        self.path = operation.public_path if operation else "/"
         self._parameters = tuple(operation.parameters) if operation else None
         self._role = operation.needed_role if operation else ""
 
@@ -1662,8 +1712,6 @@ class _Endpoint:
         service, parameters = self._service, self._parameters
         request = Request(scope, receive)
         key: ApiKey | None = scope.get("api_key")
-        caller = Caller(key.digest if key else b"anyone", partial(_until_gone, receive))
-        CALLER.set(caller)
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
@@ -1681,16 +1729,16 @@ class _Endpoint:
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
         finally:
-            service.shares.give_back(caller.key, scope.get("held_bytes", 0))
-        await self._send(response, caller.key, scope, receive, send)
+            service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
+        await self._send(response, scope, receive, send)
 
-    async def _send(self, response: Response, key: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A long one counts towards the key's share until the client has read most of it."""
         size = len(response.body)
         if size < _LONG_ANSWER_BYTES:
             await response(scope, receive, send)
             return
-        shares = self._service.shares
+        shares, key = self._service.shares, CALLER.get().key
         if not shares.take(key, size):
             reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
@@ -1752,6 +1800,7 @@ class Service:
         self.outboxes: dict[str, Outbox] = {}  # by environment
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
         self.notices: list[str] = []  # lines to add to the banner
+        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # around the application, when `serve` runs it
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
         self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
         # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
@@ -2031,7 +2080,8 @@ class _App(Starlette):
         sent_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         is_sent = _REQUEST_ID.fullmatch(sent_id)
         request_id = sent_id.decode() if is_sent else service.make_id(service.settings.clock(), "")
-        scope["request_id"] = request_id
+        scope["request_id"], scope["start_s"] = request_id, time.perf_counter()
+        CALLER.set(Caller(scope, receive))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -3051,7 +3101,9 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with (extras and extras.prepare(arguments)) or listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        app = create_app(Settings(api_keys=found.keys, **chosen), **(extras.additions(arguments) if extras else {}))
+        app: ASGIApp = create_app(
+            Settings(api_keys=found.keys, **chosen), **(extras.additions(arguments) if extras else {})
+        )
         service: Service = app.state.service
         with closing(service.store):
             if extras:
@@ -3060,6 +3112,8 @@ def serve(arguments: argparse.Namespace) -> int:
             host, port = listener.getsockname()[:2]
             print(_banner(service, host, port, found), flush=True)
             _collect_less_garbage()
+            for wrap in service.wrappers:
+                app = wrap(app)
             server.config.app = app  # uvicorn reads it in run()
             server.run(sockets=[listener])
     return 0

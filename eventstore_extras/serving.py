@@ -14,10 +14,16 @@ from typing import Any
 
 from eventstore import AddFlag, Service, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
+from eventstore_extras.logs import set_up
 
 __all__ = ["add_flags", "additions", "attach", "prepare"]
 
-_MODULES = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the module that it starts
+_MODULES = {
+    "mock": "mock",
+    "forward_to": "forward",
+    "retain_days": "retention",
+    "metrics": "metrics",
+}  # flag -> the module that it starts
 
 _log = logging.getLogger("eventstore")
 
@@ -39,12 +45,16 @@ def add_flags(add: AddFlag) -> None:
         "keys are of several")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--metrics", metavar="ADDRESS:PORT", help="serve metrics in Prometheus' text format at this address, without a "
+        "key")  # fmt: skip
+    add("--log-format", choices=["text", "json"], default="text", help="how to write the log")
     add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
         "environments that are not forwarded")  # fmt: skip
 
 
 def prepare(arguments: Namespace) -> socket.socket | None:
     """Prepare the process, and return the listening socket if another process has opened it. Raises StartError."""
+    set_up(arguments)
     raise_file_limit()
     return inherited_socket(arguments.fd)
 
