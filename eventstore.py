@@ -112,9 +112,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
     "real_path",
     # HTTP
-    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
-    "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
-    "read_body", "read_fields", "whole_within",
+    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Retention",
+    "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
+    "query_of_parameters", "read_body", "read_fields", "whole_within",
     # Ingest
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
@@ -1690,11 +1690,26 @@ def error_response(request: Request, error: ApiError, headers: Mapping[str, str]
     return JsonResponse(error.body, error.status, {**(headers or {}), **retry_after})
 
 
-class Outbox(NamedTuple):
-    """The target to which an environment's events are forwarded."""
+class Outbox(Struct):
+    """The target to which an environment's events are forwarded, and what became of them.
+
+    `behind` counts the events that wait, when it is called. The other numbers cost nothing to read.
+    """
 
     host: str
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
+    waiting: int = 0  # events, some seconds ago
+    oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
+    sent: int = 0  # events that the host has accepted, also from earlier runs
+    put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
+    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
+
+
+class Retention(Struct):
+    """What retention has done since the server started."""
+
+    deleted: int = 0  # events
+    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
 
 
 class _Endpoint:
@@ -1798,6 +1813,7 @@ class Service:
         self.store = Store(settings)
         self.make_id = IdMaker()
         self.outboxes: dict[str, Outbox] = {}  # by environment
+        self.retention: Retention | None = None
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
         self.notices: list[str] = []  # lines to add to the banner
         self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # around the application, when `serve` runs it
@@ -2796,6 +2812,7 @@ class Forwarding(Struct):
 
     environment: str
     to: str  # the target: host and port
+    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent without any
 
 
 class Health(Struct):
@@ -2809,7 +2826,8 @@ class Health(Struct):
 
 async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: 200, or 503 with a reason while the server cannot store events (API: Health)."""
-    forwarding = [Forwarding(environment, outbox.host) for environment, outbox in service.outboxes.items()] or UNSET
+    outboxes = service.outboxes.items()
+    forwarding = [Forwarding(name, outbox.host, outbox.put_aside or UNSET) for name, outbox in outboxes] or UNSET
     if reason := await service.store.failure():
         return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
     if warning := service.store.warning():
