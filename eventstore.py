@@ -108,9 +108,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "connect", "connect_reader",
-    "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
-    "real_path",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "connect",
+    "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement",
+    "prepare_file", "real_path",
     # HTTP
     "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Retention",
     "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
@@ -1619,8 +1619,10 @@ class Store:
         sizes = [status.st_size for status in _files_of(self.path)]
         with suppress(AttributeError, OSError):  # Windows lacks statvfs
             disk = os.statvfs(os.path.dirname(self.path))
-            return StoreState(self._writer.waiting_events, self._readers.running, self._readers.waiting,
-                              self._readers.timeouts, sizes[0], sum(sizes[1:]), disk.f_bavail * disk.f_frsize)  # fmt: skip
+            free_bytes = disk.f_bavail * disk.f_frsize
+            readers = self._readers
+            return StoreState(self._writer.waiting_events, readers.running, readers.waiting, readers.timeouts,
+                              sizes[0], sum(sizes[1:]), free_bytes)  # fmt: skip
         return StoreState()
 
     def observe_commits(self, on_commit: Callable[[int, float, bool], object]) -> None:
@@ -3119,9 +3121,8 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with (extras and extras.prepare(arguments)) or listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        app: ASGIApp = create_app(
-            Settings(api_keys=found.keys, **chosen), **(extras.additions(arguments) if extras else {})
-        )
+        additions = extras.additions(arguments) if extras else {}
+        app: Any = create_app(Settings(api_keys=found.keys, **chosen), **additions)
         service: Service = app.state.service
         with closing(service.store):
             if extras:

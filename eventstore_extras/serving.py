@@ -18,12 +18,9 @@ from eventstore_extras.logs import set_up
 
 __all__ = ["add_flags", "additions", "attach", "prepare"]
 
-_MODULES = {
-    "mock": "mock",
-    "forward_to": "forward",
-    "retain_days": "retention",
-    "metrics": "metrics",
-}  # flag -> the module that it starts
+_MODULES = {  # flag -> the module that it starts
+    "mock": "mock", "forward_to": "forward", "retain_days": "retention", "metrics": "metrics"
+}  # fmt: skip
 
 _log = logging.getLogger("eventstore")
 
