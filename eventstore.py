@@ -1687,7 +1687,8 @@ def _name_of(scope: Scope) -> str:
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
     answer = f"{error.status} {error.code}: {error.message}"
-    log.warning("%s: %s (request %s)", _name_of(request.scope), answer, request.scope.get("request_id"))
+    request.scope["status"] = error.status  # logs.py adds it to the line
+    log.warning("%s: %s", _name_of(request.scope), answer)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return JsonResponse(error.body, error.status, {**(headers or {}), **retry_after})
 
@@ -1868,7 +1869,7 @@ class Service:
             line = f"{_name_of(scope)}: {quoted(name)}"
             if line not in self._logged_names and len(self._logged_names) < _MAX_IGNORED:
                 self._logged_names.add(line)
-                log.warning("%s is ignored, it %s (request %s)", line, _problem_of(name, why), scope["request_id"])
+                log.warning("%s is ignored, it %s", line, _problem_of(name, why))
 
 
 class _Authentication(Struct):
@@ -2062,8 +2063,7 @@ async def _on_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> None:
-    message = "%s: the client went away before its request was complete (request %s)"
-    log.warning(message, _name_of(request.scope), request.scope.get("request_id"))
+    log.warning("%s: the client went away before its request was complete", _name_of(request.scope))
 
 
 _CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
@@ -2103,6 +2103,7 @@ class _App(Starlette):
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                scope["status"] = message["status"]
                 headers = [*message["headers"], *_CORS, (b"x-request-id", request_id.encode())]
                 if ignored := scope.get("ignored"):
                     headers.append((b"x-ignored", _ignored_header(ignored)))
