@@ -38,7 +38,7 @@ _ENTRY_BYTES = 20  # of an index entry, without its texts
 
 
 def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
-    """Upgrade the file from format 1 or later to `version`. Do nothing if another process has done so meanwhile.
+    """Upgrade the file from format 1 or later to `version`. Do nothing if another process has upgraded it.
 
     Raises StartError, and leaves the file as it is, if the disk is too small, if another process writes to the file, or
     if SQLite fails.

@@ -34,6 +34,7 @@ from helpers import (
     metering,
     run,
     serving,
+    store,
     table,
     write_lock,
 )
@@ -155,7 +156,7 @@ def test_a_command_that_writes_upgrades_the_file_and_says_so(
 ) -> None:
     path = copy_of(1, tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(eventstore.log, "hasHandlers", lambda: False)  # pytest adds handlers, a command has none
+    monkeypatch.setattr(eventstore.log, "hasHandlers", lambda: False)  # pytest adds a handler, commands do not
     assert run_command(tmp_path, command) == 0
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == f"eventstore: upgrading {path} from format 1 to 2: 62 events"
@@ -405,3 +406,24 @@ def test_a_power_cut_at_any_moment_leaves_the_old_format_or_the_new_one(tmp_path
             prepare_file(str(after / "events.db"))
             check_whole(contents(after), before.events)
     assert versions == {1, 2}
+
+
+# ---------------------------------------------------------------------------------------------- going back
+
+
+def test_the_documented_statements_turn_a_file_back_into_format_1_with_all_its_events(tmp_path: Path) -> None:
+    path = copy_of(1, tmp_path)
+    before, schema = contents(tmp_path), "SELECT sql FROM sqlite_schema ORDER BY name"
+    with database(tmp_path) as conn:
+        schema_before = [re.sub("IF NOT EXISTS ", "", sql or "") for (sql,) in conn.execute(schema)]
+    with serving(tmp_path) as client:
+        store(client, event("stored by the new version"))
+    (statements,) = re.findall(r"<<'SQL'\n(.*?)SQL\n", (ROOT / "docs" / "upgrading.md").read_text("utf-8"), re.DOTALL)
+    with database(tmp_path) as conn:
+        conn.executescript(statements)
+        assert [sql or "" for (sql,) in conn.execute(schema)] == schema_before
+    after = contents(tmp_path)
+    assert (after.version, after.indexes) == (1, INDEXES[1])
+    assert [row[2] for row in after.events] == [*(row[2] for row in before.events), "stored by the new version"]
+    prepare_file(str(path))
+    check_whole(contents(tmp_path), after.events)
