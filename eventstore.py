@@ -132,7 +132,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("eventstore")
 T = TypeVar("T")
@@ -408,6 +408,17 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def _has_extras() -> bool:
+    return importlib.util.find_spec("eventstore_extras") is not None
+
+
+def _extra(name: str, purpose: str) -> ModuleType:
+    """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
+    if not _has_extras():
+        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
+    return importlib.import_module(f"eventstore_extras.{name}")
+
+
 # ---------------------------------------------------------------------------------------------- JSON
 
 ENCODER = msgspec.json.Encoder()
@@ -650,7 +661,7 @@ def parse_cursor(text: str) -> Cursor:
 # ---------------------------------------------------------------------------------------------- Events in SQL
 
 _APPLICATION_ID = 0x45565354
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -898,21 +909,31 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _migrate(conn: sqlite3.Connection, path: str) -> None:
+def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
+    """Return the file's format; None if it has no tables yet. Raises StartError if this server cannot use it."""
     # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
-    version = conn.execute("PRAGMA user_version").fetchone()[0]
-    if tables and not (is_ours and version == _SCHEMA_VERSION):
-        other = f"{path} was written by another eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
+    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+    if tables and not (is_ours and 1 <= version <= _SCHEMA_VERSION):
+        writer = "a newer" if version > _SCHEMA_VERSION else "another"
+        other = f"{path} was written by {writer} eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
+    return version if tables else None
+
+
+def _migrate(conn: sqlite3.Connection, path: str, upgrades: bool) -> None:
+    version = _check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
-    if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
+    if version is None:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
+    elif upgrades and version < _SCHEMA_VERSION:
+        purpose = f"{path} has format {version}, not this eventstore's {_SCHEMA_VERSION}: upgrading it"
+        _extra("upgrades", purpose).upgrade(conn, path, _SCHEMA_VERSION)
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
     # count as duplicates, but a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
@@ -928,8 +949,11 @@ def _count_all(conn: sqlite3.Connection) -> int:
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
 
 
-def prepare_file(path: str) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+def prepare_file(path: str, upgrades: bool = True) -> int:
+    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError.
+
+    A file of an older format is upgraded, unless the caller only reads: queries are the same for every format.
+    """
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -942,7 +966,7 @@ def prepare_file(path: str) -> int:
     if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
     with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path)
+        _migrate(conn, path, upgrades)
         return _count_all(conn)
 
 
@@ -1657,17 +1681,6 @@ _COMPRESSED = {  # how a compressed body begins
 # Starlette's `path` convertor stops at a line break; ids may contain one.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 _Handler = Callable[["Service", Request], Awaitable[Response]]
-
-
-def _has_extras() -> bool:
-    return importlib.util.find_spec("eventstore_extras") is not None
-
-
-def _extra(name: str, purpose: str) -> ModuleType:
-    """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
-    if not _has_extras():
-        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
-    return importlib.import_module(f"eventstore_extras.{name}")
 
 
 class JsonResponse(Response):
