@@ -14,10 +14,13 @@ from typing import Any
 
 from eventstore import AddFlag, Service, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
+from eventstore_extras.logs import set_up
 
 __all__ = ["add_flags", "additions", "attach", "prepare"]
 
-_MODULES = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the module that it starts
+_MODULES = {  # flag -> the module that it starts
+    "mock": "mock", "forward_to": "forward", "retain_days": "retention", "metrics": "metrics"
+}  # fmt: skip
 
 _log = logging.getLogger("eventstore")
 
@@ -43,12 +46,16 @@ def add_flags(add: AddFlag) -> None:
     add("--forward-everything", action="store_true", help="the target is not FlexPrice: also forward what FlexPrice "
         "would lose")  # fmt: skip
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--metrics", metavar="ADDRESS:PORT", help="serve metrics in Prometheus' text format at this address, without a "
+        "key")  # fmt: skip
+    add("--log-format", choices=["text", "json"], default="text", help="how to write the log")
     add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
         "environments that are not forwarded")  # fmt: skip
 
 
 def prepare(arguments: Namespace) -> socket.socket | None:
     """Prepare the process, and return the listening socket if another process has opened it. Raises StartError."""
+    set_up(arguments)
     raise_file_limit()
     return inherited_socket(arguments.fd)
 

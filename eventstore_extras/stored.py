@@ -123,7 +123,7 @@ def open_stored(path: str) -> sqlite3.Connection:
     """Open a database that exists, for reading. Raises StartError."""
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
-    prepare_file(path)
+    prepare_file(path, upgrades=False)
     return connect_reader(path)
 
 
