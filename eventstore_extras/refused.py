@@ -37,7 +37,7 @@ _MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits 
 _MAX_NUMBER = 1e23
 _EXPONENT_FROM = 1e21  # FlexPrice writes smaller numbers in full
 _MIN_INTEGER, _MAX_INTEGER = -(2**63) + 512, 2**64 - 1024  # from here on the nearest 64-bit float is beyond 64 bits
-_PROPERTIES = msgspec.json.Decoder(Any)
+_PROPERTIES = msgspec.json.Decoder()
 _NUMBER_STARTS = frozenset("+-.0123456789")
 
 
@@ -125,7 +125,7 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
     FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
     """
     try:
-        values = [_PROPERTIES.decode(properties)]
+        values: list[Any] = [_PROPERTIES.decode(properties)]
     except (ValueError, msgspec.MsgspecError):  # an earlier version stored it
         return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
     found = []
