@@ -112,8 +112,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement",
     "prepare_file", "real_path",
     # HTTP
-    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Retention",
-    "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
+    "CORS_HEADERS", "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox",
+    "Retention", "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
     "query_of_parameters", "read_body", "read_fields", "whole_within",
     # Ingest
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
@@ -1692,8 +1692,9 @@ def _name_of(scope: Scope) -> str:
     return printable(f"{scope['method']} {scope.get('raw_path', b'').decode('latin-1')}")
 
 
-_CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
-         (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"), (b"access-control-max-age", b"86400"),
+CORS_HEADERS = [  # any page may call the API; it needs a key, and no cookies are used
+    (b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
+    (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"), (b"access-control-max-age", b"86400"),
 ]  # fmt: skip
 _MAX_IGNORED_CHARS = 1000  # of the header X-Ignored
 
@@ -1717,7 +1718,7 @@ def _with_headers(scope: Scope, response: Response) -> Response:
 
     Middleware that wraps `send` could add them as well: single events would take 3 % longer.
     """
-    response.raw_headers += _CORS
+    response.raw_headers += CORS_HEADERS
     if "request_id" in scope:
         response.raw_headers.append((b"x-request-id", scope["request_id"].encode()))
     if ignored := scope.get("ignored"):
@@ -1808,6 +1809,14 @@ class _Endpoint:
             shares.give_back(key, size)
 
 
+class _Route(Route):
+    """A route that matches whole paths. Starlette's pattern ends in $, which also matches before a line break."""
+
+    def __init__(self, path: str, method: str, app: ASGIApp) -> None:
+        super().__init__(path, app, methods=[method])
+        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+
+
 class Operation(NamedTuple):
     """A row of the route table, with its description for the OpenAPI document."""
 
@@ -1840,10 +1849,7 @@ class Operation(NamedTuple):
         return compile_path(self.path)[0].fullmatch(path) is not None
 
     def route(self, service: Service) -> Route:
-        route = Route(self.path, _Endpoint(service, self.handler, self), methods=[self.method])
-        # Starlette's pattern ends in $, which also matches before a line break.
-        route.path_regex = re.compile(route.path_regex.pattern.removesuffix("$") + r"\Z")
-        return route
+        return _Route(self.path, self.method, _Endpoint(service, self.handler, self))
 
 
 class _FixedRoutes(BaseRoute):
@@ -2941,7 +2947,7 @@ def create_app(
     service = Service(settings, [*OPERATIONS, *operations])
     matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
     routes: list[BaseRoute] = [operation.route(service) for operation in matching_all_last]
-    routes.append(Route("/", _Endpoint(service, show_debugger), methods=["GET"]))
+    routes.append(_Route("/", "GET", _Endpoint(service, show_debugger)))
     routes.insert(0, _FixedRoutes(routes))
     app = _App(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
