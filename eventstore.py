@@ -175,7 +175,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     queue_bytes: int = 256 * 1024 * 1024  # limit on all request bodies in memory; one alone may be larger
     rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
-    strict: bool = False  # refuse requests with unknown fields or parameters, or with some that have no effect
+    strict: bool = False  # refuse requests with unknown fields or parameters, or known ones without effect
     clock: Callable[[], int] = now_us  # microseconds since 1970
 
 
@@ -2361,7 +2361,7 @@ def _decode_with_unknown_fields(body: bytes, faults: Faults) -> list[Any]:
 
 
 def _split_batch(body: bytes, faults: Faults) -> list[Any]:
-    """Return the events of a batch as Raws. Raises ApiError if it has none, or too many."""
+    """Return the events of a batch as Raws. Raises ApiError if there are none or too many."""
     faults.whole = "body"
     if (outer := _read_members(BulkIn, body, faults)) is None:
         raise_fault("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {excerpt(body)}')
@@ -3213,8 +3213,8 @@ def _add_serve_flags(add: AddFlag) -> None:
         "if not given; 0 never warns")  # fmt: skip
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
         help="hide events from queries for this long after they were accepted")  # fmt: skip
-    add("--strict", action="store_true", help="refuse requests with unknown fields or parameters, or with some that "
-        "have no effect; they are ignored otherwise, and the header X-Ignored lists them")  # fmt: skip
+    add("--strict", action="store_true", help="refuse requests with unknown fields or parameters, or known ones "
+        "without effect; by default the header X-Ignored lists them")  # fmt: skip
     add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
         help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
