@@ -1984,6 +1984,11 @@ class EventQuery(Selection, frozen=True, kw_only=True):
         """True if sorting by name differs from sorting by time."""
         return self.by_name and "event_name" not in self.filters
 
+    @property
+    def reads_back(self) -> bool:
+        """True if the page is the one in front of a cursor. In ascending order both cursors lead forward in time."""
+        return self.descending and self.before is not None
+
 
 _EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 _check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
@@ -2067,12 +2072,12 @@ def _count_statement(query: Selection) -> Sql:
 
 
 def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
-    """Build the statement for a page and one more row. With iter_first_key the rows are in reverse order.
+    """Build the statement for a page and one more row. If the query reads back, the rows are in reverse order.
 
     The columns are the event as JSON, timestamp_us, id, and the total count or NULL.
     """
     cursor = query.after or query.before
-    descending = query.descending is (query.before is None)
+    descending = query.descending and not query.reads_back
     where = all_of([matching(query), after_cursor(query, cursor, cursor_name, descending)])
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
@@ -2134,7 +2139,7 @@ def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[_Pag
         if has_more:
             break
         page.append(row)
-    if query.before:
+    if query.reads_back:
         page.reverse()
     return page, has_more
 

@@ -78,14 +78,15 @@ def expected_page(
     does not count.
     """
     key, descending, size = sort_key(query["sort"]), query["order"] == "desc", query["page_size"]
+    reads_back = descending and side == "iter_first_key"  # in ascending order both keys lead forward
     rows = sorted((event for event in events if matches(event, query)), key=key, reverse=descending)
     if mark is None:
         candidates = rows[offset:]
-    elif descending is (side == "iter_first_key"):
+    elif reads_back or not descending:
         candidates = [row for row in rows if key(row) > key(mark)]
     else:
         candidates = [row for row in rows if key(row) < key(mark)]
-    found = candidates[-size:] if side == "iter_first_key" else candidates[:size]
+    found = candidates[-size:] if reads_back else candidates[:size]
     return {
         "events": found,
         "has_more": len(candidates) > size,

@@ -277,10 +277,12 @@ class Model(RuleBasedStateMachine):
         for mark, time_range in itertools.product([*marks, unknown], [{}, EVER]):
             self.check_pages_around(environment, filters | time_range, page_size, offset, mark)
 
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_walk(self, environment: str, filters: Json, order: Json) -> None:
+    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS, is_forward=st.booleans())
+    def begin_walk(self, environment: str, filters: Json, order: Json, is_forward: bool) -> None:
+        side = "iter_first_key" if is_forward and order["order"] == "asc" else "iter_last_key"
         present = {each["event_id"] for each in self.events[environment].values() if matches(each, filters)}
-        self.walks.append({"query": (environment, filters | order), "present": present, "seen": [], "mark": None})
+        query = environment, filters | order
+        self.walks.append({"query": query, "side": side, "present": present, "seen": [], "mark": None})
 
     @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
     def continue_walk(self, method: str, data: st.DataObject, pages: int) -> None:
@@ -288,7 +290,7 @@ class Model(RuleBasedStateMachine):
         for _ in range(pages if self.walks else 0):
             walk = self.walks[index := data.draw(st.integers(0, len(self.walks) - 1))]
             environment, query = walk["query"]
-            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
+            found = self.check_page(environment, method, query, walk["side"] if walk["mark"] else "", walk["mark"])
             walk["seen"] += [each["event_id"] for each in found["events"]] if found else []
             if found and found["has_more"]:
                 walk["mark"] = found["events"][-1]
