@@ -102,7 +102,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "ENCODER", "MEMBERS", "PropertyFilters", "decode", "decode_fields", "decoder_of",
     # Time, ids, cursors
     "DAY_US", "EARLIEST", "LATEST", "MAX_TIME_US", "MINUTE_US", "MIN_TIME_US", "RFC_3339", "Cursor", "IdMaker",
-    "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
+    "given_time", "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
     # Events in SQL
     "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
@@ -428,9 +428,10 @@ def to_us(time: datetime) -> int:
 
 MIN_TIME_US = to_us(datetime.min.replace(tzinfo=UTC))  # Go's zero time; a client that sends it means "no time"
 MAX_TIME_US = to_us(datetime.max.replace(tzinfo=UTC))
-EARLIEST, LATEST = "0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"
+EARLIEST, LATEST = "0001-01-01T00:00:00.000001Z", "9999-12-31T23:59:59.999999Z"
 MINUTE_US = 60 * 1_000_000
 DAY_US = 1440 * MINUTE_US
+_400_YEARS_US = 146_097 * DAY_US  # after them, the calendar repeats
 
 # datetime.fromisoformat also accepts week dates, a bare date, no zone and (Python 3.13) hour 24.
 RFC_3339 = re.compile(
@@ -449,16 +450,28 @@ def parse_time(text: str) -> int:
         problem = f"must be RFC 3339 with a zone, got {quoted(text)}; write it like {example}"
         raise FieldError("invalid_format", problem)
     try:
-        time_us = to_us(datetime.fromisoformat(text.upper()))
-    except ValueError:  # day 31 of a short month, or the year 0
+        if text.startswith("0000"):  # the local time can lie in the year 0, which datetime lacks
+            time_us = to_us(datetime.fromisoformat(f"0400{text[4:].upper()}")) - _400_YEARS_US
+        else:
+            time_us = to_us(datetime.fromisoformat(text.upper()))
+    except ValueError:  # day 31 of a short month
         raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {quoted(text)}: no such day") from None
     if not MIN_TIME_US <= time_us <= MAX_TIME_US:
         raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {quoted(text)}")
     return time_us
 
 
+def given_time(text: str | None) -> str | None:
+    """Return a request's time, but None for Go's zero time in any spelling: it means "no time" (API: Times)."""
+    with suppress(FieldError):
+        if text and text.startswith("000") and parse_time(text) == MIN_TIME_US:
+            return None
+    return text
+
+
 def time_range(start_time: str | None, end_time: str | None, now: int, faults: Faults) -> tuple[int, int]:
     """Return both times in microseconds. By default the end is now, the start 7 days before the end (API: Queries)."""
+    start_time, end_time = given_time(start_time), given_time(end_time)
     end_us = faults.check("end_time", parse_time, end_time)
     end_us = now if end_us is None else end_us
     start_us = faults.check("start_time", parse_time, start_time)
@@ -1525,9 +1538,9 @@ def _parse_bool(text: str) -> bool:
     return text.lower() in ("true", "1", "t")
 
 
-def _restore_plus(text: str) -> str:
+def _time_parameter(text: str) -> str | None:
     """Read 10:00:00 05:30 as 10:00:00+05:30: a `+` that was not percent-encoded arrives as a space."""
-    return re.sub(r" (?=\d\d:\d\d$)", "+", text)
+    return given_time(re.sub(r" (?=\d\d:\d\d$)", "+", text))
 
 
 def parse_property_filters(text: str) -> PropertyFilters:
@@ -1568,7 +1581,7 @@ def whole_within(low: float, high: float) -> Callable[[float], int]:
 
 _Parsers = dict[str, Callable[[str], Any]]
 PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the same field in a body
-    "start_time": _restore_plus, "end_time": _restore_plus, "property_filters": parse_property_filters,
+    "start_time": _time_parameter, "end_time": _time_parameter, "property_filters": parse_property_filters,
     "page_size": parse_int, "offset": parse_int, "count_total": _parse_bool,
 }  # fmt: skip
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,20 @@ import pytest
 
 import eventstore
 from helpers import (
+    DAY_US,
     EVER,
     Json,
+    analytics,
+    at,
     counts,
     event,
     exported,
+    feature_of,
     imported,
+    listed,
+    make,
     make_meter,
+    meter_of,
     metered_usage,
     metering,
     page,
@@ -143,6 +151,81 @@ def test_a_number_of_many_digits_that_a_double_can_hold_comes_back_as_sent(
 ) -> None:
     send_properties(client, properties)
     assert properties in client.get("/v1/events").text
+
+
+# ---------------------------------------------------------------------------------------------- the zero time
+
+ZERO_TIMES = [
+    "0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z", "0001-01-01t00:00:00.000000000z", "0001-01-01T00:00:00+00:00",
+    "0001-01-01T05:30:00+05:30", "0000-12-31T19:00:00-05:00",
+]  # fmt: skip
+SUM = {"event_name": "call", "aggregation_type": "SUM", "property_name": "n"}
+TAKING_TIMES: dict[str, tuple[str, str, Json]] = {
+    "GET list": ("GET", "/v1/events", {"count_total": "true"}),
+    "POST query": ("POST", "/v1/events/query", {}),
+    "lookup": ("GET", "/v1/events/lookup", {"id": "old"}),
+    "lookup by path": ("GET", "/v1/events/old", {}),
+    "monitoring": ("GET", "/v1/events/monitoring", {}),
+    "monitoring by hour": ("GET", "/v1/events/monitoring", {"window_size": "HOUR"}),
+    "usage": ("POST", "/v1/events/usage", SUM),
+    "usage by day": ("POST", "/v1/events/usage", SUM | {"window_size": "DAY", "timezone": "Europe/Berlin"}),
+    "usage by bucket": ("POST", "/v1/events/usage", SUM | {"bucket_size": "MINUTE"}),
+    "usage of a meter": ("POST", "/v1/events/usage/meter", {"window_size": "WEEK"}),
+    "analytics": ("POST", "/v1/events/analytics", {}),
+    "analytics by week": ("POST", "/v1/events/analytics", {"window_size": "WEEK", "group_by": ["properties.n"]}),
+    "GET meters": ("GET", "/v1/meters", {}),
+    "GET features": ("GET", "/v1/features", {}),
+    "POST features": ("POST", "/v1/features/search", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def with_meters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of an application with two meters, one of them in weekly buckets, a feature and three events."""
+    with metering(tmp_path_factory.mktemp("meters")) as client:
+        make_meter(client, "SUM", field="n")
+        make_meter(client, "MAX", field="n", bucket_size="WEEK")
+        make(client, "features", feature_of("Calls", meter=meter_of("COUNT")))
+        old = event("old", timestamp="2001-01-01T00:00:00Z", properties={"n": 100})
+        store(
+            client, old, event("week", timestamp=at(-5 * DAY_US), properties={"n": 2}), event("now", timestamp=at(-1))
+        )
+        yield client
+
+
+@table(("method", "path", "query"), TAKING_TIMES.values(), ids=TAKING_TIMES)
+def test_the_zero_time_counts_as_absent(with_meters: httpx.Client, method: str, path: str, query: Json) -> None:
+    if path.endswith("/usage/meter"):
+        query = query | {"meter_id": listed(with_meters)[-1]["id"]}
+
+    def answer(more: Json) -> Json:
+        sent: Any = {"params": query | more} if method == "GET" else {"json": query | more}
+        response = with_meters.request(method, path, **sent)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    without_times = answer({})
+    for fields, zero in itertools.product((["start_time"], ["end_time"], ["start_time", "end_time"]), ZERO_TIMES):
+        assert answer(dict.fromkeys(fields, zero)) == without_times, (fields, zero)
+
+
+def test_a_zero_billing_anchor_counts_as_absent(with_meters: httpx.Client) -> None:
+    for zero in ZERO_TIMES:
+        query = {"window_size": "MONTH", "start_time": "2000-12-01T00:00:00Z", "billing_anchor": zero}
+        answer = with_meters.post("/v1/events/usage", json=SUM | query).json()
+        assert answer["results"][0]["window_size"] == "2001-01-01T00:00:00Z"
+
+
+def test_a_zero_time_in_a_flag_counts_as_absent(tmp_path: Path) -> None:
+    with metering(tmp_path) as client:
+        store(client, event("old", timestamp="0001-01-01T00:00:00.000001Z"), event("now"))
+    for flags in ([], ["--start-time", ZERO_TIMES[0]], ["--start-time", ZERO_TIMES[-1], "--end-time", ZERO_TIMES[1]]):
+        assert len(exported(tmp_path, *flags).splitlines()) == 2
+
+
+@table("size", [None, "MINUTE", "DAY", "WEEK", "MONTH"])
+def test_analytics_over_the_first_microsecond_is_empty(with_meters: httpx.Client, size: str | None) -> None:
+    assert analytics(with_meters, start_time=eventstore.EARLIEST, end_time=eventstore.EARLIEST, window_size=size) == []
 
 
 # ---------------------------------------------------------------------------------------------- lengths
