@@ -119,8 +119,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
     # Queries, lookup
-    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "ORDERS", "SORTS", "Event", "EventLookup", "EventPage",
-    "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order",
+    "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "MAX_PAGE_SIZE", "ORDERS", "SORTS", "Event",
+    "EventLookup", "EventPage", "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order",
     "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
     "look_up_event", "query_events",
     # Monitoring, health
@@ -1573,7 +1573,8 @@ def whole_within(low: float, high: float) -> Callable[[float], int]:
         if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
             raise FieldError("invalid_type", f"must be an integer, got {value}")
         if not low <= value <= high:
-            raise FieldError("out_of_range", f"must be {low} to {high}, got {str(int(value))[:MAX_ECHO_CHARS]}")
+            limits = f"at most {high}" if low == -math.inf else f"{low} to {high}"
+            raise FieldError("out_of_range", f"must be {limits}, got {str(int(value))[:MAX_ECHO_CHARS]}")
         return int(value)
 
     return check
@@ -1931,6 +1932,9 @@ SORTS = ("timestamp", "event_name")
 ORDERS = ("desc", "asc")
 MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
+MAX_PAGE_SIZE = 100_000
+_GET_PAGE_SIZE = 50
+_QUICK_PAGE_SIZE = 500  # a larger page takes more than _QUICK_S
 _MAX_PAGE_BYTES = 128 * 1024 * 1024  # while a page is made, memory holds several copies of it
 _FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                    "source": "source"}  # fmt: skip
@@ -2006,7 +2010,7 @@ class EventQuery(Selection, frozen=True, kw_only=True):
 _EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
 _check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
-check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, math.inf)
+check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, MAX_PAGE_SIZE)
 
 
 def _column_filters(sent: EventQueryIn) -> dict[str, str]:
@@ -2030,7 +2034,7 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
     return filters
 
 
-def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faults) -> EventQuery:
+def event_query(sent: EventQueryIn, view: View, faults: Faults) -> EventQuery:
     """Check a query and fill in its defaults. Raises ApiError with every fault recorded so far (API: Queries)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     after = faults.check("iter_last_key", parse_cursor, sent.iter_last_key)
@@ -2045,7 +2049,7 @@ def event_query(sent: EventQueryIn, view: View, max_page_size: int, faults: Faul
     faults.raise_any()
     return EventQuery(
         view=view, start_us=start_us, end_us=end_us, filters=_column_filters(sent), property_filters=property_filters,
-        page_size=50 if page_size <= 0 else min(page_size, max_page_size), offset=offset,
+        page_size=page_size if page_size > 0 else 50, offset=offset,
         by_name=sort == "event_name", descending=order == "desc", after=after, before=before, count=sent.count_total,
     )  # fmt: skip
 
@@ -2172,9 +2176,10 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     )  # fmt: skip
 
 
-async def _list(service: Service, request: Request, sent: EventQueryIn, max_page_size: int, faults: Faults) -> Response:
-    query = event_query(sent, service.view(request), max_page_size, faults)
-    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query))))
+async def _list(service: Service, request: Request, sent: EventQueryIn, faults: Faults) -> Response:
+    query = event_query(sent, service.view(request), faults)
+    is_quick = query.page_size <= _QUICK_PAGE_SIZE
+    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query)), is_quick))
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -2183,7 +2188,8 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
     parameters = parse_parameters(request["query_string"], faults)
     sent = query_of_parameters(EventQueryIn, parameters, EventQueryIn.__struct_fields__, faults)
     sent.count_total = sent.count_total or None
-    return await _list(service, request, sent, 50, faults)
+    sent.page_size = min(sent.page_size or 0, _GET_PAGE_SIZE)
+    return await _list(service, request, sent, faults)
 
 
 async def query_events(service: Service, request: Request) -> Response:
@@ -2191,7 +2197,7 @@ async def query_events(service: Service, request: Request) -> Response:
     faults = Faults()
     sent = await read_fields(service, request, _EVENT_QUERY, faults)
     sent.count_total = sent.count_total is not False
-    return await _list(service, request, sent, 1000, faults)
+    return await _list(service, request, sent, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Lookup
@@ -2203,6 +2209,7 @@ class EventLookup(Struct):
     """One event (API: Lookup). The other fields are constant: an event that is stored is processed."""
 
     event: Raw  # an Event
+    events: list[Raw]  # newer servers list every version of the event here; this one has only the first
     status: str = "processed"
     processed_events: list[Any] = []
     debug_tracker: None = None
@@ -2218,7 +2225,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
     wanted = query_of_parameters(EventQueryIn, sent, _LOOKUP_FILTERS, faults)
     wanted.event_id, wanted.page_size = event_id, 1
     wanted.start_time, wanted.end_time = wanted.start_time or EARLIEST, wanted.end_time or LATEST
-    query = event_query(wanted, service.view(request), 1, faults)
+    query = event_query(wanted, service.view(request), faults)
     others = [operation.method for operation in service.operations if operation.path == request["path"]]
     hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
 
@@ -2226,7 +2233,8 @@ async def look_up_event(service: Service, request: Request) -> Response:
         rows, _ = _select_page(conn, query)
         if not rows:
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
-        return ENCODER.encode(EventLookup(Raw(rows[0][0])))
+        event = Raw(rows[0][0])
+        return ENCODER.encode(EventLookup(event, [event]))
 
     return JsonResponse(await service.store.read(find))
 
@@ -2337,7 +2345,7 @@ async def monitor_events(service: Service, request: Request) -> Response:
     if bool(sent.start_time) is not bool(sent.end_time):
         missing, given = ("start_time", "end_time") if sent.end_time else ("end_time", "start_time")
         faults.add(missing, "required", f"is required with {given}")
-    selection = event_query(sent, service.view(request), 1, faults)
+    selection = event_query(sent, service.view(request), faults)
     if not sent.start_time:
         selection = msgspec.structs.replace(selection, start_us=selection.end_us - DAY_US)
     outbox = service.outboxes.get(request["environment"])

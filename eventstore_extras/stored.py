@@ -115,7 +115,7 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     sent = EventQueryIn(**flags, count_total=True, page_size=1)
     sent.start_time, sent.end_time = given_time(sent.start_time) or EARLIEST, given_time(sent.end_time) or LATEST
     try:
-        return event_query(sent, View(arguments.environment, 0), _PAGE_EVENTS, faults)
+        return event_query(sent, View(arguments.environment, 0), faults)
     except ApiError as error:
         problems = error.details.errors or []
         messages = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]
