@@ -120,8 +120,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
     # Queries, lookup
     "EVENT_FILTERS", "MAX_FILTER_KEYS", "MAX_FILTER_VALUES", "MAX_PAGE_SIZE", "ORDERS", "SORTS", "Event",
-    "EventLookup", "EventPage", "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset", "check_order",
-    "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
+    "EventLookup", "EventPage", "EventQuery", "EventQueryIn", "after_cursor", "check_filter_limits", "check_offset",
+    "check_order", "check_property_filters", "event_query", "in_range", "list_events", "list_events_by_parameters",
     "look_up_event", "query_events",
     # Monitoring, health
     "A_SUNDAY", "IN_SPAN", "MAX_WINDOWS", "WINDOW_MINUTES", "WINDOW_SIZES", "Forwarding", "Health", "Monitoring",
