@@ -69,6 +69,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
@@ -104,8 +105,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "DAY_US", "EARLIEST", "LATEST", "MAX_TIME_US", "MINUTE_US", "MIN_TIME_US", "RFC_3339", "Cursor", "IdMaker",
     "given_time", "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
     # Events in SQL
-    "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "index_of", "is_in", "json_texts",
-    "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
+    "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "filter_options", "index_of", "is_in",
+    "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
     # Store
     "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
     "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "connect", "connect_reader",
@@ -527,9 +528,9 @@ _SCHEMA_VERSION = 1
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false")
 _ESCAPED_IN_JSON = re.compile(r'["\\\x00-\x1f]')
 _STRING = msgspec.json.Decoder(str)
+_SORTED = msgspec.json.Encoder(order="sorted")
 
 
 class Row(NamedTuple):
@@ -586,42 +587,70 @@ def index_of(columns: Iterable[str]) -> str:
     return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
 
 
-def json_texts(values: Sequence[str]) -> list[str]:
-    """Return the values of `property_json` that match: each text as a JSON string, and as a number or boolean."""
-    return [f'"{value}"' for value in values] + [value for value in values if _JSON_SCALAR.fullmatch(value)]
-
-
 def property_parameters(name: str, key: str) -> dict[str, object]:
     """Return the parameters for a key and for its path; a key that needs escapes gets the path of the whole object."""
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
 def property_sql(function: str, name: str, key: str) -> Sql:
-    """Build the expression for a top-level property; its value is what `property_json` or `property_text` returns.
+    """Build the expression for a top-level property; `name` is a unique prefix for the parameters' names.
 
-    It uses the faster `->`, and calls the function only if the properties contain a backslash: a path of SQLite cannot
-    contain a quote, and before 3.45 SQLite compares the path with the key's escaped form. `name` is a unique prefix for
-    the parameters' names.
+    Its value is what `property_text` returns. With the function "property_value" it takes 0.7 times as long, but is the
+    number itself for some numbers, 1 for true and 0 for false. Either calls `property_text` only if the properties
+    contain a backslash: a path of SQLite cannot contain a quote, and before 3.45 SQLite compares the path with the
+    key's escaped form.
     """
-    plain = "NULL" if _ESCAPED_IN_JSON.search(key) else f"properties -> :{name}_path"
-    if function == "property_text":
-        plain = f"trim(nullif({plain}, 'null'), '\"')"
-    text = f"CASE WHEN properties LIKE '%\\%' THEN {function}(properties, :{name}_key) ELSE {plain} END"
+    plain = f"properties ->> :{name}_path"
+    if _ESCAPED_IN_JSON.search(key):
+        plain = "NULL"
+    elif function == "property_text":  # v is the JSON of a string if it is less than '#'
+        plain = f"""(SELECT CASE WHEN v < '#' THEN trim(v, '"')
+            WHEN v IN ('true', 'false') OR length(v) < 16 AND v NOT GLOB '*[^0-9]*' THEN v
+            WHEN v >= '#' THEN value_text(v) END FROM (SELECT properties -> :{name}_path AS v))"""
+    text = f"CASE WHEN properties LIKE '%\\%' THEN property_text(properties, :{name}_key) ELSE {plain} END"
     return Sql(text, property_parameters(name, key))
 
 
-def property_json(properties: str, key: str) -> str | None:
-    """SQL function: return a top-level property as JSON, but a string without escapes; NULL if it is missing."""
-    raw = bytes(MEMBERS.decode(properties).get(key, b""))
-    if raw[:1] in (b"{", b"["):
-        raw = msgspec.json.format(raw, indent=-1)  # without white space, as `->` returns it
-    return f'"{_STRING.decode(raw)}"' if raw[:1] == b'"' else raw.decode() or None
+def filter_options(values: Sequence[str]) -> tuple[str, list[str | float]]:
+    """Return the function of `property_sql` that a filter needs, and the values of it that match: texts and numbers."""
+    numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
+    # SQLite reads up to 15 digits as Python does, and cannot tell 1 from true.
+    are_plain = all(re.fullmatch("-?[0-9.]{2,15}|-?[2-9]|-1", text) for text in numbers)
+    are_scalar = not any(text in ("true", "false") or text.startswith(("{", "[")) for text in values)
+    return "property_value" if are_plain and are_scalar else "property_text", [*values, *numbers.values()]
+
+
+def _number_text(json_number: str) -> str:
+    """Return the shortest text of a number's 64-bit float, as ClickHouse writes it: 200, 0.1, 1e21, 1e-7."""
+    text = repr(float(json_number) or 0.0).removesuffix(".0")  # -0.0 is 0
+    digits, _, exponent = text.partition("e")
+    if not exponent:
+        return text
+    power = int(exponent)
+    return f"{Decimal(text):f}" if -7 < power < 21 else f"{digits}e{power}"
+
+
+def _raw_number(json_number: str) -> Raw:
+    return Raw(_number_text(json_number).encode())
+
+
+def value_text(value: str) -> str | None:
+    """SQL function: return the text by which filters and groups compare a value, given as JSON; NULL if it is null.
+
+    An object or array is compact JSON with sorted keys, as Go writes it (API: Property filters).
+    """
+    if value.startswith('"'):
+        return _STRING.decode(value)
+    if value.startswith(("{", "[")):
+        return _SORTED.encode(json.loads(value, parse_int=_raw_number, parse_float=_raw_number)).decode()
+    if value in ("true", "false", "null"):
+        return None if value == "null" else value
+    return _number_text(value)
 
 
 def property_text(properties: str, key: str) -> str | None:
-    """SQL function: return a string property's value, or the JSON text of another; NULL if it is null or missing."""
-    text = property_json(properties, key)
-    return text[1:-1] if text and text[0] == '"' else None if text == "null" else text
+    """SQL function: return the `value_text` of a top-level property; NULL if it is missing."""
+    return value_text(bytes(MEMBERS.decode(properties).get(key, b"null")).decode())
 
 
 def property_number(properties: str, key: str) -> float:
@@ -656,8 +685,8 @@ def matching(selection: Selection) -> Sql:
         clauses.append(sql("ingested_at_us <= :visible_us", visible_us=selection.view.visible_us))
     clauses += [sql(f"{column} = :{column}", **{column: value}) for column, value in selection.filters.items()]
     for number, (key, values) in enumerate(selection.property_filters.items()):
-        found = property_sql("property_json", f"filter{number}", key)
-        clauses.append(is_in(found, json_texts(values), f"filter{number}_"))
+        function, options = filter_options(values)
+        clauses.append(is_in(property_sql(function, f"filter{number}", key), options, f"filter{number}_"))
     return all_of(clauses)
 
 
@@ -714,8 +743,8 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 def connect_reader(path: str) -> sqlite3.Connection:
     """Open a connection that cannot write, with the SQL functions that queries call."""
     conn = connect(path, READER_PRAGMAS)
-    for function in (property_json, property_text, property_number):
-        conn.create_function(function.__name__, 2, function, deterministic=True)
+    for function, arguments in (value_text, 1), (property_text, 2), (property_number, 2):
+        conn.create_function(function.__name__, arguments, function, deterministic=True)
     return conn
 
 

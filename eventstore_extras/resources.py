@@ -237,7 +237,7 @@ def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: 
     return ListQuery(all_of([where, *created, *_has_status(table, status)]), order_by, limit, offset)
 
 
-def is_any_of(column: str, values: Iterable[str], name: str) -> Sql:
+def is_any_of(column: str, values: Iterable[object], name: str) -> Sql:
     """Build `column IN (...)` with one parameter for all values: SQLite may limit a statement to 32,766 parameters."""
     return sql(f"{column} IN (SELECT value FROM json_each(:{name}))", **{name: ENCODER.encode(list(values)).decode()})
 

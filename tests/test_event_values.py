@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
+import random
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,6 +35,7 @@ from helpers import (
     meter_of,
     metered_usage,
     metering,
+    monitored,
     page,
     refused,
     store,
@@ -40,6 +44,7 @@ from helpers import (
     total,
     usage,
 )
+from oracle import number_text
 
 # ---------------------------------------------------------------------------------------------- repeated keys
 
@@ -151,6 +156,69 @@ def test_a_number_of_many_digits_that_a_double_can_hold_comes_back_as_sent(
 ) -> None:
     send_properties(client, properties)
     assert properties in client.get("/v1/events").text
+
+
+SAME_NUMBERS = {  # text -> spellings of the number
+    "200": ["200", "200.0", "2e2", "20.0E+1", '"200"'],
+    "1": ["1", "1.0", "1e0", "10e-1", '"1"'],
+    "0": ["0", "-0", "-0.0", "0.00", '"0"'],
+    "0.1": ["0.1", "0.10", "1e-1"],
+    "-1000000": ["-1000000", "-1e6", "-1000000.0"],
+    "1e21": ["1e21", "1E+21", "1000000000000000000000.0"],
+    "1e-7": ["1e-7", "0.0000001"],
+    "9007199254740992": ["9007199254740992", "9007199254740993", "9.007199254740993e15"],
+    "[1,0.1]": ["[1,0.1]", "[ 1.0, 0.10 ]", '"[1,0.1]"'],
+    "true": ["true", '"true"'],
+}
+OTHER_NUMBERS = ["true", "0.2", "7", '"other"', "null", "[]", "1e22"]
+NOTES = {"plain": "", "with a backslash": r', "note": "\t"'}
+
+
+@table("note", NOTES.values(), ids=NOTES)
+@table(("text", "raws"), SAME_NUMBERS.items(), ids=SAME_NUMBERS)
+def test_spellings_of_a_number_are_one_value_everywhere(tmp_path: Path, text: str, raws: list[str], note: str) -> None:
+    others, now = [raw for raw in OTHER_NUMBERS if raw not in raws], {"start_time": at(-1), "end_time": at(1)}
+    with metering(tmp_path) as client:
+        for number, raw in enumerate([*raws, *others]):
+            send_properties(client, f'{{"n": {raw}{note}}}', f"evt_{number}")
+        found = page(client, "POST", property_filters={"n": [text]}, order="asc")["events"]
+        assert [stored["id"] for stored in found] == [f"evt_{number}" for number in range(len(raws))]
+        assert all(f'"n": {raw}' in client.get("/v1/events").text for raw in raws)
+        assert monitored(client, **now, property_filters=f"n:{text}")[0] == len(raws) or "," in text
+        of_text: Json = {"filters": {"n": [text, "x"]}, **now}
+        assert usage(client, **of_text)["value"] == len(raws)
+        assert usage(client, "COUNT_UNIQUE", property_name="n", **of_text)["value"] == 1
+        distinct = len({text, *others} - {"null"})
+        assert usage(client, "COUNT_UNIQUE", property_name="n", **now)["value"] == distinct
+        by_day = usage(client, "COUNT_UNIQUE", property_name="n", window_size="DAY", **now)
+        assert [window["value"] for window in by_day["results"]] == [distinct]
+        plain, filtered = make_meter(client), make_meter(client, filters={"n": [text, "x"]})
+        unique = make_meter(client, "COUNT_UNIQUE")
+        assert metered_usage(client, filtered["id"], **now)["value"] == len(raws)
+        assert metered_usage(client, plain["id"], **of_text)["value"] == len(raws)
+        items = analytics(client, group_by=["properties.n"], **now)
+        counted = {item["meter_id"]: item for item in items if item["properties"] == {"n": text}}
+        assert {meter: item["total_usage"] for meter, item in counted.items()} == {
+            plain["id"]: f"{len(raws)}", filtered["id"]: f"{len(raws)}", unique["id"]: "1"}  # fmt: skip
+        only = analytics(client, property_filters={"n": [text]}, **now)
+        assert [item["event_count"] for item in only] == [len(raws)] * 3
+
+
+def test_a_bucketed_maximum_groups_spellings_of_a_number_together(client: httpx.Client) -> None:
+    for number, region in enumerate(["1", "1.0", "1e0", "true", '"true"', '{"a": 1, "b": 2}', '{"b":2.0,"a":1}']):
+        send_properties(client, f'{{"n": {number + 1}, "region": {region}}}', f"evt_{number}")
+    answer = usage(client, "MAX", property_name="n", bucket_size="DAY", group_by=["properties.region"], end_time=at(1))
+    assert answer["value"] == 3 + 5 + 7
+
+
+def test_the_text_of_a_number_is_the_shortest_one_of_its_float(choose: random.Random) -> None:
+    floats = [struct.unpack("d", choose.randbytes(8))[0] for _ in range(2000)]
+    floats += [choose.random() * 10 ** choose.randint(-9, 24) for _ in range(2000)]
+    floats += [float(choose.getrandbits(choose.randint(1, 70))) for _ in range(2000)]
+    for number in filter(math.isfinite, floats):
+        text = eventstore.value_text(json.dumps(number))
+        assert text == number_text(number)
+        assert float(text) == number
 
 
 # ---------------------------------------------------------------------------------------------- the zero time
