@@ -55,6 +55,7 @@ from helpers import (
     rows_to_insert,
     serving,
     store,
+    store_of,
     stores_nothing,
     table,
     total,
@@ -634,6 +635,31 @@ def test_a_page_has_the_requested_size_up_to_the_limit(many: httpx.Client, metho
     assert [stored["id"] for stored in found["events"]] == newest_first[1 : 1 + given]
     assert found["has_more"] is (given < 1001)
     assert found["offset"] == 1 + (given if found["has_more"] else size)
+
+
+def test_a_large_page_is_not_read_on_the_event_loop(many: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_read = Mock(side_effect=TimeoutError)
+    monkeypatch.setattr(store_of(many)._quick_reader, "run", quick_read)
+    assert len(page(many, "POST", page_size=100_000)["events"]) == 1002
+    assert not quick_read.called
+    assert len(page(many, "POST", page_size=50)["events"]) == 50
+    assert quick_read.called
+
+
+@pytest.mark.slow
+def test_a_page_of_100000_events_is_answered_and_the_next_one_continues(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        with closing(eventstore.connect(str(tmp_path / "events.db"))) as conn:
+            rows = rows_to_insert(*[f"{number:06}" for number in range(100_003)])
+            eventstore.insert_events(conn, rows, 5)
+        query: Json = {"page_size": 100_000, "order": "asc"}
+        first = page(client, "POST", **query)
+        assert [stored["id"] for stored in first["events"]] == [row.id for row in rows[:100_000]]
+        assert (first["has_more"], first["total_count"], first["offset"]) == (True, 100_003, 100_000)
+        for more in ({"offset": first["offset"]}, {"iter_first_key": first["iter_last_key"]}):
+            last = page(client, "POST", **query, **more)
+            assert [stored["id"] for stored in last["events"]] == ["100000", "100001", "100002"]
+            assert not last["has_more"]
 
 
 @both_ways
