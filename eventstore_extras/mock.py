@@ -288,7 +288,7 @@ class MockServer:
             raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
         sent = _convert({"start_time": EARLIEST, "end_time": LATEST, "order": "asc"} | filters, EventQueryIn)
         view = View(environment or self.api_keys[self.api_key], 0)
-        query = event_query(sent, view, 1000, Faults())
+        query = event_query(sent, view, Faults())
         reader = Reader(self._store.path)
         found: list[dict[str, Any]] = []
         with closing(reader.conn):
