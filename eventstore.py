@@ -56,6 +56,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -64,6 +65,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -178,7 +180,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 STATUS_OF_CODE = {
     "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
     "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
-    "uri_too_long": 414, "headers_too_large": 431,
+    "uri_too_long": 414, "misdirected_request": 421, "headers_too_large": 431,
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
@@ -1207,6 +1209,12 @@ class ReaderPool:
             self._free.append(reader)
 
 
+def _remove_folder(folder: str | None, process: int) -> None:
+    """Remove a temporary database, except in a forked child of the process that made it."""
+    if folder and os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Store:
     """One SQLite file with its Writer, its ReaderPool, and a quick reader for the event loop. Raises StartError.
 
@@ -1214,11 +1222,13 @@ class Store:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="eventstore-") if settings.db == ":memory:" else None
-        self.name = os.path.join(self._folder.name, "events.db") if self._folder else settings.db  # shown in messages
+        folder = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
+        self.name = os.path.join(folder, "events.db") if folder else settings.db  # shown in messages
+        self._process = os.getpid()
+        self._remove_folder = weakref.finalize(self, _remove_folder, folder, self._process)  # at exit at the latest
         self.path = real_path(self.name)
         # A temporary file is removed at exit, so its commits need no sync.
-        self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if self._folder else WRITER_PRAGMAS
+        self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
@@ -1277,15 +1287,17 @@ class Store:
         return self._writer.space.warning()
 
     def close(self) -> None:
-        """End running queries, commit waiting requests, checkpoint and close the file. A second call does nothing."""
-        if self._is_closed:
+        """End running queries, commit waiting requests, checkpoint and close the file.
+
+        Does nothing in a second call, and in a forked child, which has a copy of this store without its threads.
+        """
+        if self._is_closed or os.getpid() != self._process:
             return
         self._is_closed = True
         self._readers.close()
         self._quick_reader.conn.close()
         self._writer.close()  # last: the last connection to close removes the WAL
-        if self._folder:
-            self._folder.cleanup()
+        self._remove_folder()
 
 
 # ---------------------------------------------------------------------------------------------- HTTP
@@ -2832,8 +2844,8 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, server.handle_exit)
     with listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        additions = _extra("mock", "--mock").additions() if arguments.mock else {"operations": _more_operations()}
-        app = create_app(Settings(api_keys=found.keys, **chosen), **additions)
+        added = _extra("mock", "--mock").additions(arguments) if arguments.mock else {"operations": _more_operations()}
+        app = create_app(Settings(api_keys=found.keys, **chosen), **added)
         service: Service = app.state.service
         with closing(service.store):
             for flag, module in _SERVE_EXTRAS.items():
@@ -2895,6 +2907,8 @@ def _add_serve_flags(add: AddFlag) -> None:
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
+    add("--allow-host", metavar="NAME", action="append", default=[], help="with --mock, also answer requests to this "
+        "host name; besides loopback names and that of --host")  # fmt: skip
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
         help="hide events from queries for this long after they were accepted")  # fmt: skip
     add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,

@@ -1,6 +1,6 @@
 """The faults of a mock: their fields and effects, their checks, the queue, and the middleware that injects them.
 
-To add a fault, add a field to `InjectedFault` and a row to `FIELDS`.
+To add a fault, add a field to `FaultFields` and `InjectedFault`, and a row to `FIELDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import msgspec
 from msgspec import Struct
@@ -41,7 +41,7 @@ from eventstore import (
 from eventstore_extras import analytics
 from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 
-__all__ = ["FIELDS", "FaultInjection", "FaultQueue", "InjectedFault", "check_fault", "decode_fault"]
+__all__ = ["FIELDS", "FaultFields", "FaultInjection", "FaultQueue", "InjectedFault", "check_fault", "decode_fault"]
 
 _INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 _API_OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # without the mock's own
@@ -54,6 +54,18 @@ _ERROR_CODES = {
 }
 
 # ---------------------------------------------------------------------------------------------- what a fault does
+
+
+class FaultFields(TypedDict, total=False):
+    """The fields of a fault, for type checkers: the keywords of `MockServer.fail`."""
+
+    method: str | None
+    path: str | None
+    times: int | None
+    status: int | None
+    retry_after_s: int | None
+    delay_ms: int | None
+    stored: bool | None
 
 
 class InjectedFault(Struct):

@@ -166,7 +166,7 @@ def test_events_rejects_bad_filters(
 
 def test_fail_rejects_an_unknown_field(mock: MockServer) -> None:
     with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, path, times, "):
-        mock.fail(status=500, tmies=3)
+        mock.fail(status=500, tmies=3)  # type: ignore[call-arg]
     assert mock.faults() == []
 
 
