@@ -96,7 +96,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     # General
     "T", "__version__", "log",
     # Settings
-    "ApiKey", "Settings", "now_us",
+    "ApiKey", "Settings", "monotonic_s", "now_us",
     # Errors
     "MAX_ECHO_CHARS", "STATUS_OF_CODE", "ApiError", "ErrorBody", "ErrorDetails", "ErrorMessage", "Fault", "Faults",
     "FieldError", "StartError", "excerpt", "plural", "quoted", "raise_fault",
@@ -157,6 +157,11 @@ class ApiKey(Struct, frozen=True):
 def now_us() -> int:
     """Return the wall clock in microseconds since 1970."""
     return time.time_ns() // 1000
+
+
+def monotonic_s(clock: Callable[[], float] = time.monotonic) -> float:
+    """Return a time for durations. It is bound here: when a test's freezegun replaces the module's, queries time out."""
+    return clock()
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -1154,13 +1159,13 @@ class Reader:
 
     def __init__(self, path: str) -> None:
         self.conn = connect_reader(path)
-        self.conn.set_progress_handler(lambda: self.is_closing or time.monotonic() > self._deadline, _PROGRESS_STEPS)
+        self.conn.set_progress_handler(lambda: self.is_closing or monotonic_s() > self._deadline, _PROGRESS_STEPS)
         self._deadline = 0.0
         self.is_closing = False  # a deadline in the past would not do: the next query sets a new one
 
     def run(self, operation: Callable[[sqlite3.Connection], T], limit_s: float) -> T:
         """Return the operation's result. Raises TimeoutError if it takes longer than limit_s."""
-        self._deadline = time.monotonic() + limit_s
+        self._deadline = monotonic_s() + limit_s
         try:
             return operation(self.conn)
         except sqlite3.OperationalError as error:
@@ -1846,9 +1851,9 @@ def _events_of(batch: Any) -> list[Any]:
 @contextmanager
 def _pausing(service: Service) -> Iterator[None]:
     """Pause the search for unknown fields after the block: clients that always send some must not slow down others."""
-    start_s = time.monotonic()
+    start_s = monotonic_s()
     yield
-    end_s = time.monotonic()
+    end_s = monotonic_s()
     service.next_search_s = end_s + _SEARCH_PAUSES * (end_s - start_s)
 
 
@@ -1877,7 +1882,7 @@ def _refuse_batch(body: bytes) -> NoReturn:
 
 def decode_batch(service: Service, body: bytes) -> _Sent:
     """Decode a batch. If an event has a wrong type, decode each event alone. Raises ApiError (API: A batch)."""
-    searches = time.monotonic() >= service.next_search_s
+    searches = monotonic_s() >= service.next_search_s
     batch = decode(_BULK if searches else _TOLERANT_BULK, body)
     unknown: Iterable[str] = ()
     if batch is None and searches:
@@ -1894,7 +1899,7 @@ def decode_batch(service: Service, body: bytes) -> _Sent:
 
 
 def _decode_single(service: Service, body: bytes) -> _Sent:
-    searches = time.monotonic() >= service.next_search_s
+    searches = monotonic_s() >= service.next_search_s
     event = decode(_EVENT if searches else _TOLERANT_EVENT, body)
     if event is not None or not searches:
         return _Sent([event or Raw(body)])

@@ -336,9 +336,14 @@ def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
         raise ApiError("validation_error", str(error)) from None
 
 
+def _has_threads() -> bool:
+    """Return False if gevent or eventlet has replaced threads: a server would block the code that it serves."""
+    return inspect.isbuiltin(_thread.start_new_thread)
+
+
 def _require_threads() -> None:
-    """Raises StartError if gevent or eventlet has replaced threads: the server would block the code that it serves."""
-    if not inspect.isbuiltin(_thread.start_new_thread):
+    """Raises StartError if threads are replaced."""
+    if not _has_threads():
         problem = "running_server() needs threads, which gevent or eventlet has replaced in this process"
         raise StartError(
             f"{problem}: patch with thread=False, or run `eventstore serve --mock` as a process of its own"
@@ -354,9 +359,9 @@ def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
 
 
 def _share_address(sock: socket.socket) -> None:
-    for option in ("SO_REUSEADDR", "SO_REUSEPORT"):  # Linux looks at the first, macOS at the second
-        if hasattr(socket, option):
-            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
+    """Let another socket have the same address, as long as only one of them listens."""
+    option = socket.SO_REUSEPORT if sys.platform == "darwin" else socket.SO_REUSEADDR
+    sock.setsockopt(socket.SOL_SOCKET, option, 1)
 
 
 class _Port:
@@ -400,9 +405,10 @@ class _Port:
         self._thread.start()
 
     def stop(self) -> None:
+        if sys.is_finalizing() or not _has_threads():  # join() would never return: the thread has ended, or cannot end
+            return
         self._server.should_exit = True
-        if not sys.is_finalizing():  # Python has ended the thread by then, and from 3.13 on join() would never return
-            self._thread.join()
+        self._thread.join()
 
     def open(self) -> None:
         """Accept connections again."""
@@ -436,7 +442,11 @@ class _Port:
         self._server.servers.clear()
         state = self._server.server_state
         for connection in [*state.connections]:
-            connection.transport.abort()
+            transport = connection.transport
+            number = transport.get_extra_info("socket").fileno()
+            with suppress(OSError), socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as copy:
+                copy.shutdown(socket.SHUT_RDWR)  # to close it alone would not, if a forked child has it as well
+            transport.abort()
         if state.tasks:
             await asyncio.wait(state.tasks, timeout=_SHUTDOWN_TIMEOUT_S)
 

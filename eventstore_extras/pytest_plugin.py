@@ -126,10 +126,13 @@ def _running_server(config: pytest.Config) -> Iterator[MockServer]:
 
     listener = config.stash[_RESERVED_PORT].listener.dup()
     with ExitStack() as stack:
+        problem = ""
         try:
             server = stack.enter_context(running_server(api_keys={_API_KEY: "development"}, listener=listener))
         except StartError as error:
-            pytest.fail(str(error), pytrace=False)
+            problem = str(error)
+        if problem:  # outside of the except block, where pytest would show the message twice
+            pytest.fail(problem, pytrace=False)
         server.refuse_connections()
         yield server
 
