@@ -60,7 +60,7 @@ def is_allowed(header: str, allowed: Collection[str] = ()) -> bool:
 
 
 class AllowedHosts:
-    """ASGI middleware: answer 421 if `Host` or `Origin` names a host that is not allowed, or `Host` is missing."""
+    """ASGI middleware: answer 403 if `Host` or `Origin` names a host that is not allowed, or `Host` is missing."""
 
     def __init__(self, app: ASGIApp, allowed: Collection[str] = ()) -> None:
         self._app = app
@@ -76,5 +76,5 @@ class AllowedHosts:
             if refused:
                 problem = f"{refused[0]} is not this machine: a mock answers to localhost and loopback addresses only"
                 advice = "to allow a name, use --allow-host NAME or running_server(allowed_hosts=[NAME])"
-                app = error_response(Request(scope), ApiError("misdirected_request", f"{problem}; {advice}"))
+                app = error_response(Request(scope), ApiError("permission_denied", f"{problem}; {advice}"))
         await app(scope, receive, send)
