@@ -41,9 +41,18 @@ from eventstore import (
 from eventstore_extras import analytics
 from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 
-__all__ = ["FIELDS", "FaultFields", "FaultInjection", "FaultQueue", "InjectedFault", "check_fault", "decode_fault"]
+__all__ = [
+    "FIELDS",
+    "INGEST_PATHS",
+    "FaultFields",
+    "FaultInjection",
+    "FaultQueue",
+    "InjectedFault",
+    "check_fault",
+    "decode_fault",
+]
 
-_INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
+INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 _API_OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # without the mock's own
 _ERROR_CODES = {
     429: "too_many_requests",
@@ -84,7 +93,7 @@ class InjectedFault(Struct):
         return self.status == 202 or bool(self.stored)
 
     def matches(self, method: str, path: str) -> bool:
-        is_ingest = method == "POST" and path in _INGEST_PATHS
+        is_ingest = method == "POST" and path in INGEST_PATHS
         return self.method in (None, method) and self.path in (None, path) and (is_ingest or not self.needs_ingest())
 
 
@@ -183,9 +192,9 @@ def _check_that_a_request_can_match(fault: InjectedFault, errors: Faults) -> Non
         allowed = ", ".join(sorted(methods))
         problem = f"must be one that this path takes ({allowed}), got {quoted(fault.method)}"
         errors.add("method", "invalid_format", problem)
-    elif fault.needs_ingest() and not any(fault.matches("POST", path) for path in _INGEST_PATHS):
+    elif fault.needs_ingest() and not any(fault.matches("POST", path) for path in INGEST_PATHS):
         name, value = ("stored", "true") if fault.stored else ("status", "202")
-        ingest = " and ".join(f"POST {path}" for path in sorted(_INGEST_PATHS))
+        ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
         errors.add(name, "invalid_format", f"is {value}, which goes with {ingest} only")
 
 
@@ -278,7 +287,7 @@ def _losing_ingest(service: Service) -> ASGIApp:
     """Return the ingest routes on a store that loses the events. They check events and answer as usual."""
     losing = copy.copy(service)
     losing.store = cast(Store, _LosingStore(service.store.environments))
-    ingest = [each for each in _API_OPERATIONS if each.method == "POST" and each.path in _INGEST_PATHS]
+    ingest = [each for each in _API_OPERATIONS if each.method == "POST" and each.path in INGEST_PATHS]
     return Starlette(routes=[each.route(losing) for each in ingest], exception_handlers=EXCEPTION_HANDLERS)
 
 

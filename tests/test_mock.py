@@ -42,8 +42,6 @@ from helpers import (
 if TYPE_CHECKING:
     from flexprice.utils import RetryConfig
 
-pytest_plugins = "pytester"
-
 # ---------------------------------------------------------------------------------------------- running_server
 
 
@@ -387,7 +385,7 @@ def test_serve_mock_opens_the_routes_and_keeps_the_event_count_right(tmp_path: P
         assert "events.db (1 event)" in live.banner
 
 
-# ---------------------------------------------------------------------------------------------- the fixture, the SDK
+# ---------------------------------------------------------------------------------------------- its process
 
 
 def test_the_server_does_not_import_pytest() -> None:
@@ -405,201 +403,7 @@ def test_a_server_whose_block_never_ends_stops_with_the_process_and_leaves_no_fi
     assert list(tmp_path.iterdir()) == []
 
 
-def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
-    return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
-
-
-@pytest.mark.slow
-def test_the_fixture_is_an_empty_server_that_the_application_finds(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import os, urllib.request
-
-        import pytest
-
-        def application_code(event_id):
-            body = ('{"event_name": "call", "external_customer_id": "cust", "event_id": "%s"}' % event_id).encode()
-            headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
-            urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
-
-        servers = []
-
-        @pytest.mark.parametrize("event_id", ["one", "two"])
-        def test_each_starts_empty(flexprice, event_id):
-            assert flexprice.events() == flexprice.faults() == []
-            application_code(event_id)
-            assert [event["id"] for event in flexprice.events()] == [event_id]
-            flexprice.fail(status=500)
-            assert len(flexprice.faults()) == 1
-            flexprice.reset()
-            flexprice.fail(delay_ms=1, times=2)
-            application_code(event_id)
-            servers.append(flexprice.url)
-
-        def test_there_is_one_server_for_the_run(flexprice):
-            assert set(servers) == {flexprice.url}
-        """
-    )
-    run_tests(pytester, "-W", "error").assert_outcomes(passed=3)
-
-
-MODULE_LEVEL_CLIENT = """
-import os, urllib.request
-
-HOST = os.environ.get("FLEXPRICE_API_HOST", "https://us.api.flexprice.io/v1")  # as an application reads it at import
-KEY = os.environ.get("FLEXPRICE_API_KEY", "a real key")
-
-def send():
-    body = b'{"event_name": "call", "external_customer_id": "cust"}'
-    return urllib.request.urlopen(urllib.request.Request(HOST + "/events", body, {"x-api-key": KEY}), timeout=5)
-"""
-
-
-@pytest.mark.slow
-def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makeconftest("import application")
-    pytester.makepyfile(
-        """
-        import time, urllib.error
-
-        import pytest
-        import application
-
-        def test_without_the_fixture_is_refused_at_once():
-            start = time.monotonic()
-            with pytest.raises(urllib.error.URLError, match="refused"):
-                application.send()
-            assert time.monotonic() - start < 2
-
-        def test_with_the_fixture_finds_its_event(flexprice):
-            application.send()
-            assert len(flexprice.events()) == 1 and application.HOST == flexprice.url
-        """
-    )
-    run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
-
-
-@pytest.mark.slow
-@table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
-def test_flexprice_real_keeps_the_variables(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, flags: list[str], ini: str
-) -> None:
-    monkeypatch.setenv("FLEXPRICE_API_HOST", "http://real.example/v1")
-    monkeypatch.setenv("FLEXPRICE_API_KEY", "real")
-    pytester.makefile(".ini", pytest=ini)
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import os
-        import application
-
-        def test_real():
-            assert (application.HOST, application.KEY) == ("http://real.example/v1", "real")
-
-        def test_with_the_fixture(flexprice):
-            assert os.environ["FLEXPRICE_API_HOST"] == flexprice.url
-
-        def test_real_again():
-            assert os.environ["FLEXPRICE_API_HOST"] == "http://real.example/v1"
-        """
-    )
-    run_tests(pytester, *flags).assert_outcomes(passed=3)
-
-
-@pytest.mark.slow
-def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
-    (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
-    code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
-            "status = pytest.main(['-q', '-p', 'no:schemathesis', 'test_nothing.py']); "
-            "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
-    assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
-
-
-@pytest.mark.slow
-def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import pathlib
-        import application
-        import pytest
-
-        @pytest.mark.parametrize("number", range(8))
-        def test_it(flexprice, number, worker_id):
-            application.send()
-            assert len(flexprice.events()) == 1
-            pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
-        """
-    )
-    run_tests(pytester, "-n", "2").assert_outcomes(passed=8)
-    urls = [path.read_text() for path in pytester.path.glob("*.url")]
-    assert len(urls) == len(set(urls)) == 2
-
-
-@pytest.mark.slow
-def test_requests_shows_each_request_and_its_fault(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import urllib.error, urllib.request
-
-        import application
-        import pytest
-
-        def test_retries_are_counted(flexprice):
-            flexprice.fail(path="/v1/events", status=503, retry_after_s=1)
-            for expected in (503, 202):
-                try:
-                    application.send()
-                except urllib.error.HTTPError as error:
-                    assert error.code == expected
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(flexprice.url + "/events?page_size=1")
-            first, second, third = flexprice.requests()
-            assert (first.method, first.path, first.status, first.json["event_name"]) == ("POST", "/v1/events", 503, "call")
-            assert first.fault["retry_after_s"] == 1 and second.fault is third.fault is None
-            assert "x-api-key" not in first.headers and first.headers["content-length"] == str(len(first.body))
-            assert [request.status for request in (second, third)] == [202, 401]
-            assert (third.query, third.body) == ("page_size=1", b"")
-            flexprice.reset()
-            assert flexprice.requests() == []
-        """
-    )
-    run_tests(pytester).assert_outcomes(passed=1)
-
-
-@pytest.mark.slow
-def test_an_unused_fault_is_a_warning(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import application
-
-        def test_adds_faults_that_it_does_not_use(flexprice):
-            flexprice.fail(path="/v1/events/bulk", status=429)
-            flexprice.fail(delay_ms=1, times=5)
-            application.send()
-        """
-    )
-    result = run_tests(pytester)
-    result.assert_outcomes(passed=1, warnings=1)
-    result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
-
-
-@pytest.mark.slow
-def test_a_run_without_the_fixture_does_not_import_the_server(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import sys
-
-        def test_only_the_plugin_is_imported():
-            modules = [name for name in sys.modules if name.startswith("eventstore")]
-            assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
-        """
-    )
-    run_tests(pytester).assert_outcomes(passed=1)
+# ---------------------------------------------------------------------------------------------- the SDK
 
 
 def retrying() -> RetryConfig:
