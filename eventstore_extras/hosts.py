@@ -18,7 +18,7 @@ from eventstore import ApiError, StartError, error_response, quoted
 
 __all__ = ["AllowedHosts", "check_hosts", "is_allowed"]
 
-_NAME = r"\[[0-9a-f:.]+\]|[^][:/@\\\s]+"
+_NAME = r"\[[0-9a-f:.]+\]|[^][:/@,\\\s]+"
 _AUTHORITY = re.compile(rf"(?:https?://)?({_NAME})(?::[0-9]*)?", re.IGNORECASE)  # `Host`, or `Origin` with a scheme
 _WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - a server that listens there has every address of this machine
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from eventstore import ApiError
-from eventstore_extras.mock import MockServer, running_server
+from eventstore import EVENT_FILTERS, ApiError, Settings
+from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
+from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
     BODY,
     DAY_US,
@@ -30,6 +31,7 @@ from helpers import (
     counts,
     event,
     eventually,
+    feature_of,
     posting,
     python,
     refused,
@@ -162,10 +164,36 @@ def test_events_rejects_bad_filters(
         mock.events(**filters)
 
 
-def test_fail_rejects_an_unknown_field(mock: MockServer) -> None:
-    with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, path, times, "):
+def test_a_misspelt_keyword_is_an_error_at_run_time_and_for_mypy(mock: MockServer) -> None:
+    """mypy checks this file: it reports an unused `type: ignore`, so each of these lines is an error for it."""
+    with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, .* did you mean times\?"):
         mock.fail(status=500, tmies=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"fail\(\) does not take statsu; .* did you mean status\?"):
+        mock.fail(statsu=500)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"events\(\) has no filter page_sise: it takes external_customer_id, "):
+        mock.events(page_sise=1)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"externalCustomerId, sorce: it takes .* did you mean external_customer_id and s"
+    ):
+        mock.events(externalCustomerId="c", sorce="s")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="does not take nope; it takes"), running_server(nope=4):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(TypeError, match="mean allowed_hosts"), running_server(allow_hosts=["x"]):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(TypeError, match="mean visibility_lag_ms"), running_server(visibilityLagMs=1):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(ApiError):
+        mock.fail(status="500")  # type: ignore[arg-type]
+    with pytest.raises(ApiError):
+        mock.events(source=5)  # type: ignore[arg-type]
     assert mock.faults() == []
+
+
+def test_the_keywords_for_type_checkers_are_the_fields_that_exist() -> None:
+    assert set(FaultFields.__annotations__) == set(InjectedFault.__struct_fields__) == set(FIELDS)
+    assert set(EventFilters.__annotations__) == set(EVENT_FILTERS)
+    own = {"strict"} - set(Settings.__struct_fields__)
+    assert set(SettingsFields.__annotations__) - own == set(Settings.__struct_fields__) - {"api_keys"}
 
 
 def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client) -> None:
@@ -174,6 +202,47 @@ def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client)
     mock.reset()
     assert (mock.events(), mock.faults()) == ([], [])
     assert counts(send(caller)) == (1, 0)
+
+
+def test_with_a_clock_that_stands_still_the_event_just_sent_counts_everywhere() -> None:
+    with running_server(clock=lambda: NOW) as server, calling(server) as client:
+        feature = client.post("/features", json=feature_of()).json()
+        assert send(client).status_code == send(client, "evt_2").status_code == 202
+        assert {stored["timestamp"] for stored in server.events()} == {"2025-10-15T11:38:47.962Z"}
+        count = {"event_name": "call", "aggregation_type": "COUNT"}
+        assert client.post("/events/usage", json=count).json()["value"] == 2
+        (window,) = client.post("/events/usage", json=count | {"window_size": "HOUR"}).json()["results"]
+        assert window["value"] == 2
+        for size in ({}, {"window_size": "HOUR"}):
+            assert client.get("/events/monitoring", params=size).json()["total_count"] == 2
+            (item,) = client.post("/events/analytics", json={"external_customer_id": "cust", **size}).json()["items"]
+            assert (item["total_usage"], item["event_count"]) == ("2", 2)
+        usage = client.post("/events/usage/meter", json={"meter_id": feature["meter_id"]}).json()
+        assert usage["value"] == 2
+        assert len(client.get("/events").json()["events"]) == 2
+        assert client.get(f"/meters/{feature['meter_id']}").json()["created_at"] == "2025-10-15T11:38:47.962Z"
+
+
+def test_a_server_can_be_unreachable_for_a_while_and_keeps_its_events() -> None:
+    with running_server() as server, calling(server) as client:
+        assert send(client).status_code == 202
+        for _ in range(3):
+            server.refuse_connections()
+            server.refuse_connections()
+            for _ in range(2):
+                with pytest.raises(httpx.ConnectError, match="refused"):
+                    send(client)
+            server.accept_connections()
+            server.accept_connections()
+            assert counts(send(client)) == (0, 1)
+        assert ids_in(server) == ["evt_1"]
+
+
+def test_while_a_server_is_unreachable_no_other_program_gets_its_port() -> None:
+    with running_server() as server:
+        server.refuse_connections()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", httpx.URL(server.url).port))
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -400,6 +469,47 @@ def test_a_server_whose_block_never_ends_stops_with_the_process_and_leaves_no_fi
             "print(urllib.request.urlopen(url.removesuffix('v1') + 'health').status)")  # fmt: skip
     ended = python(code, tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "200\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+FORKS = {  # what the child does
+    "sys.exit": "sys.exit(0)",
+    "os._exit": "os._exit(0)",
+    "raises": "1 / 0",
+    "leaves the block": "return",
+    "collects garbage": "del server; gc.collect(); os._exit(0)",
+    "stops it": "server.refuse_connections(); server.accept_connections(); running.close(); sys.exit(0)",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@table("child", FORKS.values(), ids=FORKS)
+def test_a_forked_child_neither_stops_the_server_nor_removes_its_database(tmp_path: Path, child: str) -> None:
+    code = f"""if True:
+        import contextlib, gc, os, sys, tempfile, urllib.request
+        from eventstore_extras.mock import running_server
+
+        def send(server):
+            body = b'{{"event_name": "call", "external_customer_id": "cust"}}'
+            headers = {{"x-api-key": server.api_key}}
+            urllib.request.urlopen(urllib.request.Request(server.url + "/events", body, headers))
+
+        def run():
+            with contextlib.ExitStack() as running:
+                server = running.enter_context(running_server())
+                send(server)
+                child = os.fork()
+                if child == 0:
+                    {child}
+                os.waitpid(child, 0)
+                send(server)
+                print(len(server.events()), len(server.requests()))
+
+        tempfile.tempdir = sys.argv[1]
+        run()
+    """
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "2 2\n"), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
