@@ -218,7 +218,7 @@ class ReceivedRequest(Struct, frozen=True):
     body: bytes  # as far as the server has read it
     status: int | None  # None: not answered, or not yet
     fault: dict[str, Any] | None  # the one that the request met
-    ignored: list[str] = []  # names in the request that the server does not know
+    ignored: list[str] = []  # names in the request that the server ignored; "..." if there are more
 
     @property
     def json(self) -> Any:
@@ -245,7 +245,7 @@ class _Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_ingest = scope["method"] == "POST" and scope["path"] in INGEST_PATHS
+        is_ingest = scope["method"] == "POST" and scope["path"].rstrip("/") in INGEST_PATHS
         _reads_events.set(scope["path"].startswith("/v1/events") and not is_ingest)
         body = bytearray()
         status: int | None = None

@@ -620,13 +620,14 @@ def test_meters_and_features_are_moved_as_documented_and_a_second_run_changes_no
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_systemd_accepts_the_documented_units(tmp_path: Path) -> None:
-    (unit,) = blocks(DEPLOYING, "ini")
+    sockets, unit = blocks(DEPLOYING, "ini")
     unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # the program must exist
     (edited,) = blocks(OUTBOX, "systemd")
     edited = re.sub(r"^(ExecStart=)/\S+", rf"\1{sys.executable}", edited, flags=re.MULTILINE)
     (tmp_path / "eventstore.service").write_text(f"{unit}\n{edited}")
-    done = run(tmp_path, "systemd-analyze", "verify", "--man=no", "./eventstore.service")
-    assert [line for line in done.stdout.splitlines() if "eventstore.service" in line] == []
+    (tmp_path / "eventstore.socket").write_text(sockets)
+    done = run(tmp_path, "systemd-analyze", "verify", "--man=no", "./eventstore.service", "./eventstore.socket")
+    assert [line for line in done.stdout.splitlines() if "eventstore." in line] == []
 
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")

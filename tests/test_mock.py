@@ -192,8 +192,18 @@ def test_a_misspelt_keyword_is_an_error_at_run_time_and_for_mypy(mock: MockServe
 def test_the_keywords_for_type_checkers_are_the_fields_that_exist() -> None:
     assert set(FaultFields.__annotations__) == set(InjectedFault.__struct_fields__) == set(FIELDS)
     assert set(EventFilters.__annotations__) == set(EVENT_FILTERS)
-    own = {"strict"} - set(Settings.__struct_fields__)
-    assert set(SettingsFields.__annotations__) - own == set(Settings.__struct_fields__) - {"api_keys"}
+    assert set(SettingsFields.__annotations__) == set(Settings.__struct_fields__) - {"api_keys"}
+
+
+def test_a_strict_server_refuses_what_others_ignore(mock: MockServer, caller: httpx.Client) -> None:
+    assert send(caller, sorce="web").status_code == 202
+    assert [request.ignored for request in mock.requests()] == [["sorce"]]
+    assert mock.ignored_names() == ['POST /v1/events ignored "sorce"']
+    assert mock.ignored_names() == []
+    with running_server(strict=True) as strict, calling(strict) as client:
+        refused(send(client, sorce="web"), part="sorce")
+        refused(client.get("/events", params={"sorce": "web"}), part="sorce")
+        assert strict.events() == strict.ignored_names() == []
 
 
 def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client) -> None:
@@ -207,7 +217,8 @@ def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client)
 def test_with_a_clock_that_stands_still_the_event_just_sent_counts_everywhere() -> None:
     with running_server(clock=lambda: NOW) as server, calling(server) as client:
         feature = client.post("/features", json=feature_of()).json()
-        assert send(client).status_code == send(client, "evt_2").status_code == 202
+        assert send(client).status_code == 202
+        assert client.post("/events/", json=event("evt_2")).status_code == 202
         assert {stored["timestamp"] for stored in server.events()} == {"2025-10-15T11:38:47.962Z"}
         count = {"event_name": "call", "aggregation_type": "COUNT"}
         assert client.post("/events/usage", json=count).json()["value"] == 2
