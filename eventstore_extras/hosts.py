@@ -1,7 +1,7 @@
 """Refuse requests of other sites' pages to a server whose key anybody may know.
 
-By DNS rebinding a page makes the name of its own site mean 127.0.0.1; its requests still name that site in `Host`. The
-requests that a page sends to 127.0.0.1 itself name the page's site in `Origin`.
+By DNS rebinding a page makes its site's name mean 127.0.0.1; its requests still name that site in `Host`. The requests
+that a page sends to 127.0.0.1 itself name the page's site in `Origin`.
 """
 
 from __future__ import annotations
