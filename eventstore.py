@@ -110,13 +110,13 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "Writer", "connect", "connect_reader",
-    "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
-    "real_path",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "connect",
+    "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement",
+    "prepare_file", "real_path",
     # HTTP
-    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
-    "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
-    "read_body", "read_fields", "whole_within",
+    "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Retention",
+    "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
+    "query_of_parameters", "read_body", "read_fields", "whole_within",
     # Ingest
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
@@ -134,7 +134,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("eventstore")
 T = TypeVar("T")
@@ -415,6 +415,17 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def _has_extras() -> bool:
+    return importlib.util.find_spec("eventstore_extras") is not None
+
+
+def _extra(name: str, purpose: str) -> ModuleType:
+    """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
+    if not _has_extras():
+        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
+    return importlib.import_module(f"eventstore_extras.{name}")
+
+
 # ---------------------------------------------------------------------------------------------- JSON
 
 ENCODER = msgspec.json.Encoder()
@@ -657,7 +668,7 @@ def parse_cursor(text: str) -> Cursor:
 # ---------------------------------------------------------------------------------------------- Events in SQL
 
 _APPLICATION_ID = 0x45565354
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -905,21 +916,31 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _migrate(conn: sqlite3.Connection, path: str) -> None:
+def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
+    """Return the file's format; None if it has no tables yet. Raises StartError if this server cannot use it."""
     # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
-    version = conn.execute("PRAGMA user_version").fetchone()[0]
-    if tables and not (is_ours and version == _SCHEMA_VERSION):
-        other = f"{path} was written by another eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
+    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
+    if tables and not (is_ours and 1 <= version <= _SCHEMA_VERSION):
+        writer = "a newer" if version > _SCHEMA_VERSION else "another"
+        other = f"{path} was written by {writer} eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
+    return version if tables else None
+
+
+def _migrate(conn: sqlite3.Connection, path: str, upgrades: bool) -> None:
+    version = _check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
-    if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
+    if version is None:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
+    elif upgrades and version < _SCHEMA_VERSION:
+        purpose = f"{path} has format {version}, not this eventstore's {_SCHEMA_VERSION}: upgrading it"
+        _extra("upgrades", purpose).upgrade(conn, path, _SCHEMA_VERSION)
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
     # count as duplicates, but a power cut would lose them. So write the WAL into the file and sync that.
     conn.execute("PRAGMA wal_checkpoint")
@@ -935,8 +956,11 @@ def _count_all(conn: sqlite3.Connection) -> int:
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
 
 
-def prepare_file(path: str) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+def prepare_file(path: str, upgrades: bool = True) -> int:
+    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError.
+
+    A file of an older format is upgraded, unless the caller only reads: queries are the same for every format.
+    """
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -949,7 +973,7 @@ def prepare_file(path: str) -> int:
     if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
     with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path)
+        _migrate(conn, path, upgrades)
         return _count_all(conn)
 
 
@@ -1055,10 +1079,22 @@ def _shutting_down() -> ApiError:
 
 
 class Caller(NamedTuple):
-    """The request that is being served: the key that its limits belong to, and how to wait until its client is gone."""
+    """The request that is being served; empty for the server's own work, which no limit refuses."""
 
-    key: bytes = b""  # the digest of the API key; empty for the server's own work, which no limit refuses
-    until_gone: Callable[[], Awaitable[object]] | None = None
+    scope: Mapping[str, Any] = {}
+    receive: Receive | None = None
+
+    @property
+    def key(self) -> bytes:
+        """The digest of the API key, whose shares and turns the request uses."""
+        found = self.scope.get("api_key")
+        return found.digest if found else b"anyone" if self.scope else b""
+
+    async def until_gone(self) -> None:
+        """Return when the client has disconnected; never for the server's own work."""
+        receive = self.receive or asyncio.get_running_loop().create_future
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple
@@ -1210,6 +1246,7 @@ class Writer:
         self._events_are_next = False  # events and operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
+        self.on_commit: Callable[[int, float, bool], object] = lambda events, seconds, succeeded: None
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
@@ -1234,6 +1271,10 @@ class Writer:
         finally:
             self._shares.give_back(task.key, weight)
 
+    @property
+    def waiting_events(self) -> int:
+        return self._shares.total
+
     def close(self) -> None:
         """Commit everything that waits, checkpoint, and close the connection."""
         with self._arrival:
@@ -1243,8 +1284,11 @@ class Writer:
 
     def _write_until_closed(self) -> None:
         while group := self._next_group():
-            for task, outcome in zip(group, self._commit(group), strict=True):
+            start_s = monotonic_s()
+            outcomes = self._commit(group)
+            for task, outcome in zip(group, outcomes, strict=True):
                 task.settle(outcome)
+            self.on_commit(len(_rows_of(group)), monotonic_s() - start_s, self.failure is None)
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
@@ -1435,6 +1479,7 @@ class ReaderPool:
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
         self._threads = ThreadPoolExecutor(_MAX_READER_THREADS, "eventstore-reader")
+        self.timeouts = 0
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
@@ -1445,8 +1490,7 @@ class ReaderPool:
             self._threads.submit(self._run_waiting)
         except RuntimeError:
             raise _shutting_down() from None
-        until_gone = CALLER.get().until_gone
-        gone = asyncio.ensure_future(until_gone()) if until_gone else asyncio.get_running_loop().create_future()
+        gone = asyncio.create_task(CALLER.get().until_gone())
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
@@ -1496,7 +1540,16 @@ class ReaderPool:
                 self._free.append(self._readers[-1])
             return task, self._free.pop()
 
+    @property
+    def running(self) -> int:
+        return len(self._readers) - len(self._free)
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
     def _too_long(self) -> ApiError:
+        self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
 
@@ -1518,6 +1571,18 @@ def _remove_folder(folder: str | None, process: int) -> None:
     """Remove a temporary database, except in a forked child of the process that made it."""
     if folder and os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class StoreState(NamedTuple):
+    """What the store is doing, and how large its files are."""
+
+    waiting_events: int = 0
+    running_queries: int = 0
+    waiting_queries: int = 0
+    query_timeouts: int = 0
+    database_bytes: int = 0
+    wal_bytes: int = 0
+    free_bytes: int = 0
 
 
 class Store:
@@ -1588,6 +1653,21 @@ class Store:
                 await self._writer.try_again()
         return self._writer.failure
 
+    def state(self) -> StoreState:
+        """Return numbers for metrics. Any thread may call it."""
+        sizes = [status.st_size for status in _files_of(self.path)]
+        with suppress(AttributeError, OSError):  # Windows lacks statvfs
+            disk = os.statvfs(os.path.dirname(self.path))
+            free_bytes = disk.f_bavail * disk.f_frsize
+            readers = self._readers
+            return StoreState(self._writer.waiting_events, readers.running, readers.waiting, readers.timeouts,
+                              sizes[0], sum(sizes[1:]), free_bytes)  # fmt: skip
+        return StoreState()
+
+    def observe_commits(self, on_commit: Callable[[int, float, bool], object]) -> None:
+        """Call a function after each commit, in the writer's thread: its events, its seconds, whether it succeeded."""
+        self._writer.on_commit = on_commit
+
     def warning(self) -> str | None:
         """Return a warning if the disk is nearly full; events can still be stored."""
         return self._writer.space.warning()
@@ -1620,17 +1700,6 @@ register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {
 _Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
-def _has_extras() -> bool:
-    return importlib.util.find_spec("eventstore_extras") is not None
-
-
-def _extra(name: str, purpose: str) -> ModuleType:
-    """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
-    if not _has_extras():
-        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
-    return importlib.import_module(f"eventstore_extras.{name}")
-
-
 class JsonResponse(Response):
     """A JSON answer. Its content is a value to encode, or bytes that are JSON already."""
 
@@ -1648,21 +1717,32 @@ def _name_of(scope: Scope) -> str:
 def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
     answer = f"{error.status} {error.code}: {error.message}"
-    log.warning("%s: %s (request %s)", _name_of(request.scope), answer, request.scope.get("request_id"))
+    request.scope["status"] = error.status  # logs.py adds it to the line
+    log.warning("%s: %s", _name_of(request.scope), answer)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return JsonResponse(error.body, error.status, {**(headers or {}), **retry_after})
 
 
-class Outbox(NamedTuple):
-    """The target to which an environment's events are forwarded."""
+class Outbox(Struct):
+    """The target to which an environment's events are forwarded, and what became of them.
+
+    `behind` counts the events that wait, when it is called. The other numbers cost nothing to read.
+    """
 
     host: str
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
+    waiting: int = 0  # events, some seconds ago
+    oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
+    sent: int = 0  # events that the host has accepted, also from earlier runs
+    put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
+    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
 
 
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class Retention(Struct):
+    """What retention has done since the server started."""
+
+    deleted: int = 0  # events
+    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
 
 
 class _Endpoint:
@@ -1672,6 +1752,7 @@ class _Endpoint:
         """Without an operation, the endpoint is public and ignores its parameters."""
         self._service = service
         self._handler = handler
+        self.path = operation.public_path if operation else "/"
         self._parameters = tuple(operation.parameters) if operation else None
         self._role = operation.needed_role if operation else ""
 
@@ -1679,8 +1760,6 @@ class _Endpoint:
         service, parameters = self._service, self._parameters
         request = Request(scope, receive)
         key: ApiKey | None = scope.get("api_key")
-        caller = Caller(key.digest if key else b"anyone", partial(_until_gone, receive))
-        CALLER.set(caller)
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
@@ -1698,16 +1777,16 @@ class _Endpoint:
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
         finally:
-            service.shares.give_back(caller.key, scope.get("held_bytes", 0))
-        await self._send(response, caller.key, scope, receive, send)
+            service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
+        await self._send(response, scope, receive, send)
 
-    async def _send(self, response: Response, key: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A long one counts towards the key's share until the client has read most of it."""
         size = len(response.body)
         if size < _LONG_ANSWER_BYTES:
             await response(scope, receive, send)
             return
-        shares = self._service.shares
+        shares, key = self._service.shares, CALLER.get().key
         if not shares.take(key, size):
             reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
@@ -1767,8 +1846,10 @@ class Service:
         self.store = Store(settings)
         self.make_id = IdMaker()
         self.outboxes: dict[str, Outbox] = {}  # by environment
+        self.retention: Retention | None = None
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
         self.notices: list[str] = []  # lines to add to the banner
+        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # around the application, when `serve` runs it
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
         self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
         # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
@@ -1818,7 +1899,7 @@ class Service:
             line = f"{_name_of(scope)}: {quoted(name)}"
             if line not in self._logged_names and len(self._logged_names) < _MAX_IGNORED:
                 self._logged_names.add(line)
-                log.warning("%s is ignored, it %s (request %s)", line, _problem_of(name, why), scope["request_id"])
+                log.warning("%s is ignored, it %s", line, _problem_of(name, why))
 
 
 class _Authentication(Struct):
@@ -2012,8 +2093,7 @@ async def _on_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> None:
-    message = "%s: the client went away before its request was complete (request %s)"
-    log.warning(message, _name_of(request.scope), request.scope.get("request_id"))
+    log.warning("%s: the client went away before its request was complete", _name_of(request.scope))
 
 
 _CORS = [(b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
@@ -2048,10 +2128,12 @@ class _App(Starlette):
         sent_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         is_sent = _REQUEST_ID.fullmatch(sent_id)
         request_id = sent_id.decode() if is_sent else service.make_id(service.settings.clock(), "")
-        scope["request_id"] = request_id
+        scope["request_id"], scope["start_s"] = request_id, time.perf_counter()
+        CALLER.set(Caller(scope, receive))
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                scope["status"] = message["status"]
                 headers = [*message["headers"], *_CORS, (b"x-request-id", request_id.encode())]
                 if ignored := scope.get("ignored"):
                     headers.append((b"x-ignored", _ignored_header(ignored)))
@@ -2763,6 +2845,7 @@ class Forwarding(Struct):
 
     environment: str
     to: str  # the target: host and port
+    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent without any
 
 
 class Health(Struct):
@@ -2776,7 +2859,8 @@ class Health(Struct):
 
 async def health(service: Service, request: Request) -> Response:
     """GET or POST /health: 200, or 503 with a reason while the server cannot store events (API: Health)."""
-    forwarding = [Forwarding(environment, outbox.host) for environment, outbox in service.outboxes.items()] or UNSET
+    outboxes = service.outboxes.items()
+    forwarding = [Forwarding(name, outbox.host, outbox.put_aside or UNSET) for name, outbox in outboxes] or UNSET
     if reason := await service.store.failure():
         return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
     if warning := service.store.warning():
@@ -3068,7 +3152,8 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with (extras and extras.prepare(arguments)) or listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        app = create_app(Settings(api_keys=found.keys, **chosen), **(extras.additions(arguments) if extras else {}))
+        additions = extras.additions(arguments) if extras else {}
+        app: Any = create_app(Settings(api_keys=found.keys, **chosen), **additions)
         service: Service = app.state.service
         with closing(service.store):
             if extras:
@@ -3077,6 +3162,8 @@ def serve(arguments: argparse.Namespace) -> int:
             host, port = listener.getsockname()[:2]
             print(_banner(service, host, port, found), flush=True)
             _collect_less_garbage()
+            for wrap in service.wrappers:
+                app = wrap(app)
             server.config.app = app  # uvicorn reads it in run()
             server.run(sockets=[listener])
     return 0

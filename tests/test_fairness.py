@@ -102,8 +102,12 @@ def rows_of_batch(made: Store, name: str, number: int) -> list[Row]:
     return [Row(environment, f"{name} {each}", "c", "", "e", "", 0, 0, "{}") for each in range(number)]
 
 
-def as_key(key: bytes, until_gone: Callable[[], Any] | None = None) -> None:
-    CALLER.set(Caller(key, until_gone))
+def as_key(key: bytes, gone: asyncio.Event | None = None) -> None:
+    async def receive() -> dict[str, Any]:
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    CALLER.set(Caller({"api_key": ApiKey(key, "development")}, receive))
 
 
 async def of_key(key: bytes, call: Callable[[], Any]) -> Any:
@@ -256,7 +260,7 @@ def test_a_query_whose_client_is_gone_is_not_run(tmp_path: Path) -> None:
         release.wait(30)
 
     async def ask(queries: ReaderPool, gone: asyncio.Event) -> None:
-        as_key(b"a", gone.wait)
+        as_key(b"a", gone)
         await queries.run(wait)
 
     async def flood(queries: ReaderPool) -> list[Any]:
@@ -290,7 +294,7 @@ def test_a_running_query_ends_when_nobody_waits_for_it(tmp_path: Path, how: str)
             ended.set()
 
     async def ask(queries: ReaderPool, gone: asyncio.Event) -> None:
-        as_key(b"a", gone.wait)
+        as_key(b"a", gone)
         await queries.run(count)
 
     async def leave(queries: ReaderPool) -> None:
