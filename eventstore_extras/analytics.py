@@ -200,8 +200,9 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     """Check a request. Raises ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
-    for number, name in enumerate(sent.group_by or []):
+    for number, name in enumerate((sent.group_by or [])[:_MAX_DIMENSIONS]):
         faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept ""
+    faults.ignore(name for name in ("include_children", "breakdown_bucket") if getattr(sent, name))
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if names and len(names) > limit:
@@ -672,7 +673,7 @@ def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_
 
 async def compute_analytics(service: Service, request: Request) -> Response:
     """POST /v1/events/analytics: usage by meter, group and window (API: Analytics)."""
-    faults = Faults()
+    faults = service.faults(request)
     query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
     find = partial(named_meters, environment=query.events.view.environment, feature_ids=query.feature_ids)
@@ -702,6 +703,7 @@ _SCHEMAS = {"AnalyticsIn": {
 OPERATIONS = (
     *METER_OPERATIONS,
     *FEATURE_OPERATIONS,
-    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=_SCHEMAS,
+    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, role="event_reader",
+              schemas=_SCHEMAS,
               example={"external_customer_id": "cust_42", "group_by": ["properties.model"], "window_size": "DAY"}),
 )  # fmt: skip
