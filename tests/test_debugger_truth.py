@@ -1,4 +1,4 @@
-"""Test that the debugger shows what the server has, or says that it does not know, whatever happens meanwhile."""
+"""Test that the debugger shows what the server has, or says that it does not know."""
 
 from __future__ import annotations
 
@@ -317,6 +317,21 @@ def test_names_that_the_server_ignored_are_shown(debugger: Debugger, proxy: Prox
     debugger.click("#send-form .main")
     debugger.opens("#answer", "Ignored: event_nam, a,b\n, %FF")
     debugger.click("#send-dialog .close")
+
+
+@needs_browser
+def test_a_misspelled_field_of_a_test_event_is_named(browser: Debugger, tmp_path: Path) -> None:
+    with Live(tmp_path, "--api-key", "key") as live:
+        browser.open(f"{live.url}/#key=key")
+        browser.opens("#pulse", "Live")
+        browser.click("#send")
+        body = {"event_name": "call", "external_customer_id": "cust", "properteis": {}}
+        browser.fill("#send-input", json.dumps(body))
+        browser.click("#send-form .main")
+        browser.opens("#answer", "Ignored: properteis")
+        browser.click("#send-dialog .close")
+        browser.opens("#notice", "The server ignored what it does not know in v1/events: properteis.")
+        browser.open("about:blank")
 
 
 @needs_browser

@@ -428,7 +428,7 @@ def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     assert asked(debugger, "/v1/events/usage") == 2  # in all, and by window
 
 
-WITHOUT_METERS = "import sys, eventstore; eventstore._more_operations = lambda: (); sys.exit(eventstore.main())"
+WITHOUT_METERS = "import sys, eventstore; from eventstore_extras import analytics; analytics.OPERATIONS = (); sys.exit(eventstore.main())"
 
 
 @needs_browser
