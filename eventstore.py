@@ -57,6 +57,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -65,6 +66,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -95,7 +97,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     # General
     "T", "__version__", "log",
     # Settings
-    "ROLES", "ApiKey", "Settings", "now_us",
+    "ROLES", "ApiKey", "Settings", "monotonic_s", "now_us",
     # Errors
     "MAX_ECHO_CHARS", "STATUS_OF_CODE", "ApiError", "ErrorBody", "ErrorDetails", "ErrorMessage", "Fault", "Faults",
     "FieldError", "StartError", "excerpt", "plural", "printable", "quoted", "raise_fault",
@@ -161,6 +163,11 @@ ROLES = ("event_ingestor", "event_reader")  # may only send events; may only rea
 def now_us() -> int:
     """Return the wall clock in microseconds since 1970."""
     return time.time_ns() // 1000
+
+
+def monotonic_s(clock: Callable[[], float] = time.monotonic) -> float:
+    """Return a time for durations. Bound here: if a test's freezegun replaces the module's, queries would time out."""
+    return clock()
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -924,12 +931,12 @@ def execute_writing(
     conn: sqlite3.Connection, timeout_s: float, statement: str, values: Sequence[object] | Mapping[str, object] = ()
 ) -> sqlite3.Cursor:
     """Execute a statement that needs the write lock; retry every 5 ms: other writers release it only briefly."""
-    deadline = time.monotonic() + timeout_s
+    deadline = monotonic_s() + timeout_s
     while True:
         try:
             return conn.execute(statement, values)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or monotonic_s() > deadline:
                 raise
 
 
@@ -1195,7 +1202,7 @@ class _Task:
         self.work = work  # rows to insert, or a function that is called with the connection
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.key = CALLER.get().key
-        self.deadline_s = deadline_s  # time.monotonic() after which a query is interrupted
+        self.deadline_s = deadline_s  # monotonic_s() after which a query is interrupted
         self.is_abandoned = False  # nobody waits for the answer any more
 
     def settle(self, outcome: object) -> None:
@@ -1240,8 +1247,8 @@ class _FreeSpace:
 
     def watch(self) -> None:
         """Check at most once a second, so that the log has the warning even if nobody requests /health."""
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + _SPACE_PAUSE_S
+        if monotonic_s() >= self._next_s:
+            self._next_s = monotonic_s() + _SPACE_PAUSE_S
             self.warning()
 
     def warning(self) -> str | None:
@@ -1339,11 +1346,11 @@ class Writer:
 
     def _write_until_closed(self) -> None:
         while group := self._next_group():
-            start_s = time.monotonic()
+            start_s = monotonic_s()
             outcomes = self._commit(group)
             for task, outcome in zip(group, outcomes, strict=True):
                 task.settle(outcome)
-            self.on_commit(len(_rows_of(group)), time.monotonic() - start_s, self.failure is None)
+            self.on_commit(len(_rows_of(group)), monotonic_s() - start_s, self.failure is None)
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
@@ -1363,7 +1370,7 @@ class Writer:
             else:
                 few = [task for task in events if len(task.work) <= _FEW_EVENTS]
                 many = [task for task in events if len(task.work) > _FEW_EVENTS]
-                now_s = time.monotonic()
+                now_s = monotonic_s()
                 if few:
                     self._short_until_s = now_s + 1
                 limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
@@ -1495,7 +1502,7 @@ class Reader:
 
     def _is_over(self) -> bool:
         is_abandoned = self._task is not None and self._task.is_abandoned
-        return self.is_closing or is_abandoned or time.monotonic() > self._deadline_s
+        return self.is_closing or is_abandoned or monotonic_s() > self._deadline_s
 
     def _checking(self, function: Callable[..., T]) -> Callable[..., T]:
         def check_and_call(json_text: str, *key: str) -> T:
@@ -1510,7 +1517,7 @@ class Reader:
     ) -> T:
         """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
         self._task = task
-        self._deadline_s = min(time.monotonic() + limit_s, task.deadline_s if task else math.inf)
+        self._deadline_s = min(monotonic_s() + limit_s, task.deadline_s if task else math.inf)
         try:
             return operation(self.conn)
         except sqlite3.OperationalError:
@@ -1539,7 +1546,7 @@ class ReaderPool:
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
-        task = _Task(operation, time.monotonic() + self._timeout_s)
+        task = _Task(operation, monotonic_s() + self._timeout_s)
         with self._lock:
             self._waiting.setdefault(task.key, deque()).append(task)
         try:
@@ -1623,6 +1630,12 @@ class ReaderPool:
             return error
 
 
+def _remove_folder(folder: str | None, process: int) -> None:
+    """Remove a temporary database, except in a forked child of the process that made it."""
+    if folder and os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class StoreState(NamedTuple):
     """What the store is doing, and how large its files are."""
 
@@ -1642,11 +1655,13 @@ class Store:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="eventstore-") if settings.db == ":memory:" else None
-        self.name = os.path.join(self._folder.name, "events.db") if self._folder else settings.db  # shown in messages
+        folder = tempfile.mkdtemp(prefix="eventstore-") if settings.db == ":memory:" else None
+        self.name = os.path.join(folder, "events.db") if folder else settings.db  # shown in messages
+        self._process = os.getpid()
+        self._remove_folder = weakref.finalize(self, _remove_folder, folder, self._process)  # at exit at the latest
         self.path = real_path(self.name)
         # A temporary file is removed at exit, so its commits need no sync.
-        self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if self._folder else WRITER_PRAGMAS
+        self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
@@ -1695,8 +1710,8 @@ class Store:
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
-        if self._writer.failure and time.monotonic() > self._trial_s + _TRIAL_PAUSE_S:
-            self._trial_s = time.monotonic()
+        if self._writer.failure and monotonic_s() > self._trial_s + _TRIAL_PAUSE_S:
+            self._trial_s = monotonic_s()
             with suppress(ApiError):
                 await self._writer.try_again()
         return self._writer.failure
@@ -1721,15 +1736,17 @@ class Store:
         return self._writer.space.warning()
 
     def close(self) -> None:
-        """End running queries, commit waiting requests, checkpoint and close the file. A second call does nothing."""
-        if self._is_closed:
+        """End running queries, commit waiting requests, checkpoint and close the file.
+
+        Does nothing in a second call, and in a forked child, which has a copy of this store without its threads.
+        """
+        if self._is_closed or os.getpid() != self._process:
             return
         self._is_closed = True
         self._readers.close()
         self._quick_reader.conn.close()
         self._writer.close()  # last: the last connection to close removes the WAL
-        if self._folder:
-            self._folder.cleanup()
+        self._remove_folder()
 
 
 # ---------------------------------------------------------------------------------------------- HTTP
