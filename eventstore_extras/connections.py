@@ -376,7 +376,7 @@ def raise_file_limit() -> None:
 def inherited_socket(fd: int | None) -> socket.socket | None:
     """Return the listening socket that systemd or another parent passed: as `--fd`, else as LISTEN_FDS says.
 
-    Return None if there is none. Raises StartError if it is no listening TCP socket.
+    Return None if no socket was passed. Raises StartError if it is not a listening TCP socket.
     """
     source = f"--fd {fd}"
     if fd is None:

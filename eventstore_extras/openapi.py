@@ -17,6 +17,7 @@ from eventstore import (
     MAX_FIELD_CHARS,
     MAX_FILTER_KEYS,
     MAX_OFFSET,
+    MAX_PAGE_SIZE,
     ORDERS,
     RFC_3339,
     SORTS,
@@ -62,13 +63,14 @@ _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventQueryIn": {
         **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
         "property_filters": FILTERS_SCHEMA,
-        "page_size": {"type": ["integer", "null"]},
+        "page_size": {"type": ["integer", "null"], "maximum": MAX_PAGE_SIZE},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
         "sort": {"enum": [*SORTS, None]}, "order": {"enum": [*ORDERS, None]},
         **dict.fromkeys(("iter_first_key", "iter_last_key"), _CURSOR),
     },
     "EventPage": {"events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
-    "EventLookup": {"event": {"$ref": "#/components/schemas/Event"}},
+    "EventLookup": {"event": {"$ref": "#/components/schemas/Event"},
+                    "events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
 }  # fmt: skip
 
 PARAMETER_SCHEMAS: dict[str, Any] = {
