@@ -2236,7 +2236,7 @@ class _App(Starlette):
             await error_response(Request(scope), refusal)(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
-            if scope.get("ignored"):
+            if scope.get("ignored") and not service.settings.strict:
                 service.log_ignored(scope)
 
 
