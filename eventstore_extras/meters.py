@@ -487,7 +487,7 @@ METER_SCHEMAS: dict[str, Any] = {
                 "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS},
                 "reset_usage": {"enum": [*_RESETS, "Periodic", "Cumulative"]}},
     "AggregationIn": {"type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]}, "expression": _NOTHING,
-                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], _NOTHING]},
+                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], {"type": "null"}]},
                       "bucket_size": choice(*WINDOW_SIZES)},
     "MeterFilterIn": {"key": {"type": "string", "minLength": 1},
                       "values": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20}},

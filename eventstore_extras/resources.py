@@ -259,7 +259,7 @@ LIST_SCHEMA: dict[str, Any] = {  # for the fields of a body
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
     "limit": {"type": ["integer", "null"]} | _LIMIT,
     "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-    "status": choice(*_STATUSES), "order": choice(*ORDERS),
+    "status": choice(*_STATUSES), "order": {"enum": [*ORDERS, None]},
 }  # fmt: skip
 LIST_PARAMETERS: dict[str, Any] = {
     **{name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset", "order")},

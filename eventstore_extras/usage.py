@@ -398,7 +398,7 @@ _SCHEMAS = {"UsageIn": {
     **dict.fromkeys(("start_time", "end_time", "billing_anchor"), TIME_SCHEMA),
     **{name: choice(*WINDOW_SIZES) for name in ("window_size", "bucket_size")}, "filters": FILTERS_SCHEMA,
     "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
-                             {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
+                             {"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
 }}  # fmt: skip
 OPERATIONS = (
     Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, role="event_reader", schemas=_SCHEMAS,
