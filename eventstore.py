@@ -2671,7 +2671,7 @@ def _count_statement(query: Selection) -> Sql:
 def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     """Build the statement for a page and one more row. If the query reads back, the rows are in reverse order.
 
-    The columns are the event as JSON, timestamp_us, id, and the total count or NULL.
+    The columns are the event as JSON, and the total count or NULL.
     """
     cursor = query.after or query.before
     descending = query.descending and not query.reads_back
@@ -2682,7 +2682,7 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
-    text = f"""SELECT {_EVENT_JSON} AS event, timestamp_us, id, ({total}) AS total FROM events {index}
+    text = f"""SELECT {_EVENT_JSON} AS event, ({total}) AS total FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
@@ -2699,62 +2699,79 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
     return str(row[0])
 
 
-_PageRow = tuple[str, int, str, int | None]  # the columns of _page_statement
-_NUMBERS = msgspec.json.Decoder(list[int])
-_STRINGS = msgspec.json.Decoder(list[str])
+class _Place(Struct):
+    """The fields of an event's JSON that its cursor needs."""
+
+    id: str
+    timestamp: datetime
 
 
-def _fetch_rows(conn: sqlite3.Connection, statement: Sql) -> Iterable[_PageRow]:
-    """Return the rows of _page_statement, fetched as four texts in one step.
+_PLACE = msgspec.json.Decoder(_Place)
+
+
+def _key_of(event: str) -> str:
+    """Return the cursor of an event, given as JSON."""
+    place = _PLACE.decode(event)
+    return Cursor(to_us(place.timestamp), place.id).text
+
+
+class _Page(NamedTuple):
+    events: list[str]  # as JSON
+    has_more: bool
+    total: int | None
+
+
+def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
+    """Return the events of _page_statement, fetched as one text.
 
     Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.15 times as long.
     """
-    columns = "group_concat(event, char(30)), json_group_array(timestamp_us), json_group_array(id), max(total)"
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
     try:
-        found = conn.execute(f"SELECT {columns} FROM ({statement})", statement.values).fetchone()
-    except sqlite3.DataError:  # too large: fetch row by row, and stop when it is enough
+        statement_of_one = f"SELECT group_concat(event, char(30)), max(total) FROM ({statement})"
+        text, total = conn.execute(statement_of_one, statement.values).fetchone()
+        events = text.split("\x1e") if text else []  # JSON never contains this character unescaped
+        return _Page(events[:page_size], len(events) > page_size, total)
+    except sqlite3.DataError:
         if usual_bytes == _QUICK_BYTES:
             raise
-        found = None
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
-    if found is None:
-        return conn.execute(*statement)
-    events, times, ids, total = found
-    texts = events.split("\x1e") if events else []  # JSON never contains this character unescaped
-    return zip(texts, _NUMBERS.decode(times), _STRINGS.decode(ids), itertools.repeat(total))
+    return _fetch_short_page(conn, statement, page_size)
 
 
-def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[_PageRow], bool]:
-    """Return the rows of a page, and whether more follow. A page ends early at _MAX_PAGE_BYTES, but has one event."""
+def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
+    """Return a page that ends early at _MAX_PAGE_BYTES, but has one event."""
+    events: list[str] = []
+    size, total = 0, None
+    for event, total in conn.execute(*statement):
+        size += len(event)
+        if events and (len(events) == page_size or size > _MAX_PAGE_BYTES):
+            return _Page(events, True, total)
+        events.append(event)
+    return _Page(events, False, total)
+
+
+def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
     cursor = query.after or query.before
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
-    page: list[_PageRow] = []
-    size, has_more = 0, False
-    for row in _fetch_rows(conn, _page_statement(query, cursor_name)):
-        size += len(row[0])
-        has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
-        if has_more:
-            break
-        page.append(row)
+    page = _fetch_page(conn, _page_statement(query, cursor_name), query.page_size)
     if query.reads_back:
-        page.reverse()
-    return page, has_more
+        page.events.reverse()
+    return page
 
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
-    rows, has_more = _select_page(conn, query)
-    total = rows[0][3] if rows else None
-    if query.count and not rows:
+    events, has_more, total = _select_page(conn, query)
+    if query.count and not events:
         total = conn.execute(*_count_statement(query)).fetchone()[0]
-    first_key, last_key = (Cursor(rows[at][1], rows[at][2]).text if rows else None for at in (0, -1))
-    page_size = len(rows) if has_more else query.page_size  # a page may end early because of its size
+    page_size = len(events) if has_more else query.page_size  # a page may end early because of its size
     return EventPage(
-        events=Raw(f"[{','.join([row[0] for row in rows])}]"), has_more=has_more,
-        iter_first_key=first_key, iter_last_key=last_key, total_count=UNSET if query.count is None else total,
+        events=Raw(f"[{','.join(events)}]"), has_more=has_more,
+        iter_first_key=_key_of(events[0]) if events else None, iter_last_key=_key_of(events[-1]) if events else None,
+        total_count=UNSET if query.count is None else total,
         offset=None if query.after or query.before else query.offset + page_size,
     )  # fmt: skip
 
@@ -2813,10 +2830,10 @@ async def look_up_event(service: Service, request: Request) -> Response:
     hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
 
     def find(conn: sqlite3.Connection) -> bytes:
-        rows, _ = _select_page(conn, query)
-        if not rows:
+        events = _select_page(conn, query).events
+        if not events:
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
-        event = Raw(rows[0][0])
+        event = Raw(events[0])
         return ENCODER.encode(EventLookup(event, [event]))
 
     return JsonResponse(await service.store.read(find))
