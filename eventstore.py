@@ -105,9 +105,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
     "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "connect", "connect_reader",
-    "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
-    "real_path",
+    "WRITE_LOCK_TIMEOUT_S", "Reader", "ReaderPool", "Store", "Writer", "add_functions", "check_format", "check_path",
+    "connect", "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group",
+    "insert_statement", "prepare_file", "real_path", "start_errors",
     # HTTP
     "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Service",
     "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters", "query_of_parameters",
@@ -704,9 +704,13 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 def connect_reader(path: str) -> sqlite3.Connection:
     """Open a connection that cannot write, with the SQL functions that queries call."""
     conn = connect(path, READER_PRAGMAS)
+    add_functions(conn)
+    return conn
+
+
+def add_functions(conn: sqlite3.Connection) -> None:
     for function in (property_json, property_text, property_number):
         conn.create_function(function.__name__, 2, function, deterministic=True)
-    return conn
 
 
 def execute_writing(
@@ -752,7 +756,8 @@ def _ends_in_half_a_page(path: str) -> bool:
 
 
 @contextmanager
-def _start_errors(path: str) -> Iterator[None]:
+def start_errors(path: str) -> Iterator[None]:
+    """Turn SQLite's errors into StartError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -760,20 +765,26 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _migrate(conn: sqlite3.Connection, path: str) -> None:
+def check_format(conn: sqlite3.Connection, path: str) -> int | None:
+    """Return the file's format; None if it has no tables yet. Raises StartError if this server cannot use it."""
     # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
         raise StartError(f"{path} is a database of some other program: choose another file with --db")
-    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    version = int(conn.execute("PRAGMA user_version").fetchone()[0])
     if tables and not (is_ours and version == _SCHEMA_VERSION):
         other = f"{path} was written by another eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
         way = "export its events with the eventstore that wrote it, import them with this one"
         raise StartError(f"{other}: {way}; --db names another file")
+    return version if tables else None
+
+
+def _migrate(conn: sqlite3.Connection, path: str) -> None:
+    version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
-    if not tables:  # a process that starts at the same time waits for the lock, then creates nothing
+    if version is None:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
     # count as duplicates, but a power cut would lose them. So write the WAL into the file and sync that.
@@ -790,8 +801,8 @@ def _count_all(conn: sqlite3.Connection) -> int:
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
 
 
-def prepare_file(path: str) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+def check_path(path: str) -> None:
+    """Raises StartError if there cannot be a database of that name, or if its file was cut off."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -803,7 +814,15 @@ def prepare_file(path: str) -> int:
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
     if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
-    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+
+
+def prepare_file(path: str) -> int:
+    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError."""
+    check_path(path)
+    if path != ":memory:":
+        with suppress(OSError):  # it exists, or SQLite says why it cannot; the -wal and -shm get the same mode
+            os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
+    with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
         _migrate(conn, path)
         return _count_all(conn)
 
@@ -1226,7 +1245,7 @@ class Store:
         self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with _start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
+        with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
             self._writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)

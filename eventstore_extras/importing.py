@@ -35,8 +35,8 @@ from eventstore import (
     Settings,
     StartError,
     add_db_flag,
+    check_path,
     connect,
-    connect_reader,
     environment_number,
     insert_events,
     now_us,
@@ -57,6 +57,7 @@ from eventstore_extras.entries import (
 )
 from eventstore_extras.files import Stream, explain_missing_parquet, numbered_lines, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
+from eventstore_extras.stored import open_stored
 
 __all__ = ["add_flags", "run"]
 
@@ -515,7 +516,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
         stack.enter_context(signals.handled())
         with signals.waiting():  # to open a named pipe takes until another process writes to it
             raw = stack.enter_context(_open_input(arguments.file))
-        is_new = _check_database(arguments.db)
+        is_new = _check_database(arguments.db, arguments.dry_run)
         rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
         database = None
         if not arguments.dry_run:
@@ -552,12 +553,15 @@ def _open_input(path: str) -> _Input:
         raise StartError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_database(path: str) -> bool:
+def _check_database(path: str, reads_only: bool) -> bool:
     """Check the database file, and return whether it is still to be created. Raises StartError."""
     if path == ":memory:":
         raise StartError("--db :memory: would be gone after the import: name a file")
+    check_path(path)
     is_new = not os.path.exists(path)
-    if not is_new or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+    if not is_new and reads_only:
+        open_stored(path).close()
+    elif not is_new:
         prepare_file(path)
     return is_new
 
@@ -626,7 +630,7 @@ def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
     if is_new:
         names = [_DEFAULT_ENVIRONMENT]
     else:
-        with closing(connect_reader(arguments.db)) as conn:
+        with closing(open_stored(arguments.db)) as conn:
             names = _environments(conn)
     return _environment_note(names, arguments.environment, "would be created")
 
