@@ -88,9 +88,9 @@ def open_stored(path: str) -> sqlite3.Connection:
     """
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
-    check_path(path)
     if not os.access(path, os.R_OK):
         raise StartError(f"cannot read the database {path}: allow it, or name another file with --db")
+    check_path(path)
     with start_errors(path), ExitStack() as stack:
         conn = stack.enter_context(closing(_connect_for_reading(real_path(path))))
         if check_format(conn, path) is None:
