@@ -2764,12 +2764,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def say(message: str) -> None:
-    """Print a command's message to stderr."""
-    print(f"eventstore: {message}", file=sys.stderr, flush=True)
+    """Print a command's message to stderr, unless that is closed or full."""
+    with suppress(OSError):
+        print(f"eventstore: {message}", file=sys.stderr, flush=True)
+
+
+def _replace_closed_files() -> None:
+    """Open /dev/null for each closed standard file: otherwise a file opened later would get its number and messages."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - stays open
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 if the command stopped half-way, 2 if it cannot start."""
+    _replace_closed_files()
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         return int(arguments.run(arguments))

@@ -103,6 +103,8 @@ _WRITERS: dict[str, Callable[[argparse.Namespace], _Write]] = {
 
 def _writer(arguments: argparse.Namespace) -> _Write:
     """Return the function that writes the chosen format. Raises StartError if a flag does not fit the format."""
+    if arguments.output is None and sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
+        raise StartError("standard output is closed: name a file with --output")
     named_parquet = (arguments.output or "").endswith((".parquet", ".parquet.gz"))
     form = arguments.format or ("parquet" if named_parquet else "ndjson")
     if (form == "clickhouse") is not bool(arguments.tenant_id):
@@ -144,7 +146,6 @@ def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
         with _standard_output() as output:
             yield output
         return
-    path = os.path.realpath(path)
     _check_output(path, db)
     with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
         if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
@@ -157,8 +158,6 @@ def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
     """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
-    if sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
-        raise StartError("standard output is closed: name a file with --output")
     try:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -175,9 +174,11 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 def _check_output(path: str, db: str) -> None:
     """Raise StartError if the path is the database, or cannot be written."""
+    if os.path.islink(path):
+        raise StartError(f"--output {path} is a link: name the file itself")
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or not a regular file: name another one")
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"--output {path}: the folder {folder} does not exist: make it, or name another file")
     if not os.access(folder, os.W_OK):

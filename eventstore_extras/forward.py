@@ -41,7 +41,7 @@ from eventstore import (
     to_datetime,
 )
 from eventstore_extras.entries import ExportedEvent, exported_event
-from eventstore_extras.files import sync_folder
+from eventstore_extras.files import private_opener, sync_folder
 from eventstore_extras.job import StopError
 from eventstore_extras.sending import (
     ARRIVED,
@@ -128,7 +128,7 @@ def refused_path(db: str) -> Path:
 def append_line(path: Path, line: bytes) -> None:
     """Append a line to a file and sync it."""
     is_new = not path.exists()
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=private_opener) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             file.write(b"\n" * (file.read() != b"\n"))  # end a line that a power cut left incomplete
