@@ -8,6 +8,7 @@ import glob
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -30,7 +32,8 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------- reading
 
 Stream = io.BufferedReader | gzip.GzipFile
-_SKIP_BYTES = 1024 * 1024
+_SKIP_BYTES = _PIECE_BYTES = 1024 * 1024
+_HEAD_BYTES = 64 * 1024
 _SPLIT_BYTES = 16 * 1024  # what remains of them is copied for each line
 _MIN_GZIP_READ_BYTES = 4096  # the gzip module reads heads in smaller pieces, data in larger ones
 
@@ -57,35 +60,40 @@ class _Arriving:
         return self._file.read(size) if is_head else self._file.read1(size)
 
 
-def as_utf8(stream: Stream) -> Stream:
-    """Return the text of a stream in UTF-8, without a byte order mark. Reading it may raise UnicodeDecodeError."""
-    encoding = json.detect_encoding(stream.peek(4)[:4])
-    if encoding == "utf-8-sig":
-        stream.read(len(codecs.BOM_UTF8))
-    elif encoding != "utf-8":
-        return io.BufferedReader(_Transcoded(stream, encoding), _SKIP_BYTES)
-    return stream
+def as_utf8(stream: Stream) -> io.BufferedReader:
+    """Return the text of a stream in UTF-8, without a byte order mark. Reading it may raise UnicodeDecodeError.
+
+    peek() of the new stream returns its first line, or the start of a long one, even if it arrives in pieces.
+    """
+    read = partial(stream.read1, _PIECE_BYTES)
+    head = read()
+    while (
+        b"\n" not in head and not re.search(rb"\r.", head, re.DOTALL) and len(head) < _HEAD_BYTES and (more := read())
+    ):
+        head += more
+    encoding = json.detect_encoding(head[:4])
+    head = head.removeprefix(codecs.BOM_UTF8)
+    pieces: Iterator[bytes] = itertools.chain([head], iter(read, b""))
+    if not encoding.startswith("utf-8"):
+        pieces = map(str.encode, codecs.iterdecode(pieces, encoding))
+    return io.BufferedReader(_Joined(pieces), _PIECE_BYTES)
 
 
-class _Transcoded(io.RawIOBase):
-    """A stream of another encoding, in UTF-8."""
+class _Joined(io.RawIOBase):
+    """The bytes of several pieces."""
 
-    def __init__(self, stream: Stream, encoding: str) -> None:
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._pending = b""
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        is_whole = False
-        while not self._pending and not is_whole:
-            chunk = self._stream.read1(len(buffer))
-            is_whole = not chunk
-            self._pending = self._decoder.decode(chunk, final=is_whole).encode()
-        size = min(len(buffer), len(self._pending))
-        buffer[:size], self._pending = self._pending[:size], self._pending[size:]
+        if not self._rest:
+            self._rest = next(filter(None, self._pieces), b"")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
 

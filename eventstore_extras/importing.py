@@ -76,11 +76,13 @@ def _read_entries(
     """
     try:
         packed = unpacked(file, before_read)
-        check_known(packed.peek(1))
-        stream = as_utf8(packed)
-        form = detect_format(stream.peek(1)) if arguments.format == "auto" else arguments.format
-        if form == "parquet" and (stream is not file or not file.seekable()):
+        head = packed.peek(1)
+        check_known(head)
+        is_parquet = arguments.format == "parquet" or (arguments.format == "auto" and detect_format(head) == "parquet")
+        if is_parquet and (packed is not file or not file.seekable()):
             raise InputError(None, "Parquet is read from its end: name a file that is not gzipped, not a pipe")
+        stream = packed if is_parquet else as_utf8(packed)
+        form = detect_format(stream.peek(1)) if arguments.format == "auto" else arguments.format
         if arguments.assume_utc and form != "parquet":
             raise InputError(None, f"--assume-utc is for Parquet, this is {form}: write its times with a zone")
         yield from _READERS[form](stream, arguments)

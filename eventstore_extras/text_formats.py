@@ -180,7 +180,10 @@ class _JsonText:
         while True:
             try:
                 _ANY.decode(memoryview(self._text)[self._at :])
-                size, reason = len(self._text) - self._at, ""  # more of a number may follow
+                size, reason = len(self._text) - self._at, ""
+                value = self._text[self._at :].rstrip()
+                if len(value) < size or value.endswith((b"}", b"]", b'"')):  # otherwise a number may continue
+                    return self._take(len(value))
             except RecursionError:
                 raise InputError(None, "is nested too deep") from None
             except msgspec.DecodeError as error:
