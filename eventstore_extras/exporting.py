@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def _clickhouse_writer(arguments: argparse.Namespace) -> _Write:
             {
                 "id": row.id,
                 "tenant_id": arguments.tenant_id,
-                "environment_id": arguments.environment,
+                "environment_id": arguments.environment_id,
                 "external_customer_id": row.external_customer_id,
                 "event_name": row.event_name,
                 "customer_id": row.customer_id,
@@ -93,6 +94,11 @@ def _parquet_writer(arguments: argparse.Namespace) -> _Write:
     return parquet.parquet_writer(arguments.environment, arguments.property_columns, arguments.output)
 
 
+_WHERE_IDS_ARE = (
+    "FlexPrice shows the rows of its own environments only; its Postgres has the ids: "
+    "SELECT tenant_id, id AS environment_id, name FROM environments"
+)
+_ENVIRONMENT_ID = re.compile(r"(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})|env_[0-9A-Za-z]{26}")
 _WRITERS: dict[str, Callable[[argparse.Namespace], _Write]] = {
     "ndjson": _ndjson_writer,
     "csv": _csv_writer,
@@ -107,8 +113,10 @@ def _writer(arguments: argparse.Namespace) -> _Write:
         raise StartError("standard output is closed: name a file with --output")
     named_parquet = (arguments.output or "").endswith((".parquet", ".parquet.gz"))
     form = arguments.format or ("parquet" if named_parquet else "ndjson")
-    if (form == "clickhouse") is not bool(arguments.tenant_id):
-        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    if form == "clickhouse" and not (arguments.tenant_id and arguments.environment_id):
+        raise StartError(f"--format clickhouse needs --tenant-id and --environment-id: {_WHERE_IDS_ARE}")
+    if form != "clickhouse" and (arguments.tenant_id or arguments.environment_id):
+        raise StartError("--tenant-id and --environment-id go with --format clickhouse")
     if arguments.property_columns and form != "parquet":
         raise StartError("--properties-column goes with --format parquet: the other formats have no typed columns")
     return _WRITERS[form](arguments)
@@ -195,7 +203,9 @@ def add_flags(_: str, add: AddFlag) -> None:
     add_filter_flags(add)
     add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
         "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
-    add("--tenant-id", help="for --format clickhouse")
+    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
+    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
+        "--format clickhouse")  # fmt: skip
     add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
         default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
         f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
@@ -209,6 +219,13 @@ def _property_column(text: str) -> tuple[str, str]:
         types = ", ".join(_COLUMN_TYPES)
         raise argparse.ArgumentTypeError(f"must look like tokens:float64, TYPE one of {types}; got {text!r}")
     return name, kind
+
+
+def _environment_id(text: str) -> str:
+    if _ENVIRONMENT_ID.fullmatch(text):
+        return text
+    shape = "a UUID or env_ and 26 characters, not the environment's name"
+    raise argparse.ArgumentTypeError(f"must be the id that FlexPrice gave the environment, {shape}; got {text!r}")
 
 
 def run(arguments: argparse.Namespace) -> int:

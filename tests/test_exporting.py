@@ -73,11 +73,16 @@ def test_ndjson_loses_nothing_through_csv_or_the_bulk_endpoint(tmp_path: Path) -
     assert exported(tmp_path / "bulk") == lines
 
 
-def test_export_writes_rows_for_flexprices_own_table(tmp_path: Path) -> None:
+ENVIRONMENT_ID = "6f1c2a90-5a58-4a50-9d5e-2f4be0a0f5a1"
+
+
+@table("environment_id", [ENVIRONMENT_ID, "env_01K8ZC3V9GQ4R5S6T7V8W9X0Y1"])
+def test_export_writes_rows_for_flexprices_own_table(tmp_path: Path, environment_id: str) -> None:
     with serving(tmp_path) as client:
         store(client, event("a", source="s", timestamp="2026-08-06T12:23:31.987654+05:30", properties={"n": "\u00e9"}))
-    assert json.loads(exported(tmp_path, "--tenant-id", "tenant_1", form="clickhouse")) == {
-        "id": "a", "tenant_id": "tenant_1", "environment_id": "development", "external_customer_id": "cust",
+    flags = ("--tenant-id", "tenant_1", "--environment-id", environment_id)
+    assert json.loads(exported(tmp_path, *flags, form="clickhouse")) == {
+        "id": "a", "tenant_id": "tenant_1", "environment_id": environment_id, "external_customer_id": "cust",
         "event_name": "call", "customer_id": "", "source": "s", "timestamp": "2026-08-06 06:53:31.987",
         "ingested_at": "2025-10-15 11:38:47.962", "properties": '{"n":"\u00e9"}'}  # fmt: skip
 
@@ -174,6 +179,15 @@ def test_a_closed_standard_output_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "eventstore: standard output is closed: name a file with --output\n")
 
 
+@table("name", ["production", "6f1c2a90", "env_production", ""])
+def test_an_environment_name_is_refused_as_its_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line("export", "--format", "clickhouse", "--tenant-id", "t", "--environment-id", name)
+    assert f"not the environment's name; got {name!r}" in capsys.readouterr().err
+
+
 CANNOT_START = [  # arguments, what the message names
     ("export --db missing.db", "missing.db"),
     ("export --start-time yesterday", "--start-time must be RFC 3339"),
@@ -182,8 +196,12 @@ CANNOT_START = [  # arguments, what the message names
         '--end-time is "2026-01-01T00:00:00Z", before --start-time "2026-01-02T00:00:00Z"',
     ),
     ("export --property-filters x", "--property-filters must look like"),
-    ("export --format clickhouse", "--tenant-id"),
-    ("export --tenant-id t", "--tenant-id goes with --format clickhouse"),
+    ("export --format clickhouse", "--format clickhouse needs --tenant-id and --environment-id"),
+    ("export --format clickhouse --tenant-id t", "SELECT tenant_id, id AS environment_id, name FROM environments"),
+    (f"export --format clickhouse --environment-id {ENVIRONMENT_ID}", "needs --tenant-id"),
+    ("export --tenant-id t", "go with --format clickhouse"),
+    (f"export --environment-id {ENVIRONMENT_ID}", "go with --format clickhouse"),
+    ("export -o link", "--output link is a link: name the file itself"),
     ("export -o events.db", "events.db is the database"),
     ("export -o folder", "folder"),
     ("export -o missing/out", "missing does not exist"),
@@ -196,6 +214,7 @@ def test_an_export_that_cannot_start_says_why_in_one_line_and_changes_nothing(
 ) -> None:
     imported(tmp_path, lines_of(event("a")))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("in")
     before = sizes_in(tmp_path)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

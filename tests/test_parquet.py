@@ -545,7 +545,7 @@ def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
     ("--format parquet --properties-column a:int64 --properties-column a:bool", "--properties-column a is given twice"),
     ("--format parquet -o out.gz", "--output out.gz: Parquet is compressed already; leave .gz out"),
     ("-o out.parquet.gz", "--output out.parquet.gz: Parquet is compressed already; leave .gz out"),
-    ("--format parquet --tenant-id t", "--tenant-id goes with --format clickhouse"),
+    ("--format parquet --tenant-id t", "go with --format clickhouse"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_the_format_are_refused(tmp_path: Path, arguments: str, part: str) -> None:
     imported(tmp_path, lines_of(event("a")))
