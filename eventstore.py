@@ -2602,6 +2602,7 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "export": ("exporting", "write events to a file"),
     "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
+    "backup": ("backup", "copy the database to one file, and check the copy"),
     "keys": ("keys", "make API keys, or list those of a file"),
 }
 _SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
