@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from eventstore import MEMBERS
-from eventstore_extras import importing, text_formats
+from eventstore_extras import files, importing, text_formats
 from eventstore_extras.entries import Entry, checked_row
 from helpers import (
     KEY,
@@ -511,27 +511,83 @@ def test_a_full_disk_under_the_rejects_stops_the_import(
     assert stored_ids(tmp_path) == ["1", "2"]
 
 
+# ---------------------------------------------------------------------------------------------- bounds
+
+
+QUOTED = b'"{""list"": [' + b"1, " * 30_000 + b'1]}"'  # commas inside quotes do not count
+ROWS = {  # the rows, and the line that the message names; None if they are fine
+    "commas": (b"call,cust," + b"," * 20_000 + b"\n", 2),
+    "short cells": (b"call,cust," + b"ab," * 20_000 + b"\n", 2),
+    "quoted cells": (b"call,cust," + b'"a",' * 20_000 + b"\n", 2),
+    "empty quoted cells": (b"call,cust," + b'"",' * 20_000 + b"\n", 2),
+    "after a lone quote": (b'call"s,cust,' + b"," * 20_000 + b"\n", 2),
+    "after a cell of several lines": (b'call,"cu\n\nst","' + b'""' * 100 + b'"' + b"," * 20_000 + b"\n", 2),
+    "spread over lines": (b"call,cust" + b',"a\nb"' * 20_000 + b"\n", 2),
+    "in the second row": (b"call,cust,\n" + b"," * 20_000 + b"\n", 3),
+    "many commas in quotes": (b"call,cust," + QUOTED + b"\ncall,cust," + QUOTED + b"\n", None),
+    "many commas in quotes of several lines": (b"call,cust," + QUOTED.replace(b"1, ", b"1,\n") + b"\n", None),
+}
+
+
+@table(("rows", "line"), ROWS.values(), ids=ROWS)
+def test_a_row_of_csv_has_a_bounded_number_of_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: bytes, line: int | None
+) -> None:
+    content = b"event_name,external_customer_id,properties\n" + rows
+    imported(tmp_path, content, status=1 if line else 0)
+    assert (f"{tmp_path}/in:{line}: has more than 10000 cells" in capsys.readouterr().err) is bool(line)
+
+
+def test_a_row_of_csv_with_many_lines_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = b"call,cust" + b',"' * 10 + b"\nx" * 3000 + b'"\n'
+    imported(tmp_path, b"event_name,external_customer_id\n" + row, "--max-body-bytes", 1000, status=1)
+    assert f"{tmp_path}/in:2: is longer than 2000 bytes" in capsys.readouterr().err
+
+
+@table("start", [b"", b"event_name,external_customer_id\n", b"["])
+def test_an_import_of_nothing_but_blank_lines_can_be_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, start: bytes
+) -> None:
+    """The file is 0.1 MB, so that the file itself is read only once."""
+    (tmp_path / "in").write_bytes(gzip.compress(start + b"\n" * 100_000_000, 1))
+    pieces = []
+    read = files._Arriving.read
+
+    def interrupted_at_the_fifth_piece(self: files._Arriving, size: int) -> bytes:
+        pieces.append(size)
+        if len(pieces) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return read(self, size)
+
+    monkeypatch.setattr(files._Arriving, "read", interrupted_at_the_fifth_piece)
+    assert command_line("import", "--db", tmp_path / "events.db", tmp_path / "in") == 1
+    assert "interrupted; stored before it: 0 events" in capsys.readouterr().err
+    assert len(pieces) <= 6
+
+
 # ---------------------------------------------------------------------------------------------- time and memory
 
 
 @pytest.mark.slow
-def test_one_large_event_in_an_array_takes_linear_time(tmp_path: Path) -> None:
+@table("frame", ["[%s]", '{"events": [%s]}', '{"event": %s}', "[%s,\n 1]"])
+def test_one_large_event_in_an_array_takes_linear_time(tmp_path: Path, frame: str) -> None:
     """Linear time is 2 s here, quadratic time 20 s; of the processor, so that a busy machine does not matter."""
+    large = json.dumps(event("a", properties={"list": ["x" * 10] * 2_000_000}))
     started_s = time.process_time()
-    imported(tmp_path, json.dumps([event("a", properties={"list": ["x" * 10] * 2_000_000})]).encode())
+    imported(tmp_path, (frame % large).encode(), "--skip-invalid", tmp_path / "rejects")
     assert time.process_time() - started_s < 10
     assert (tmp_path / "in").stat().st_size > 25_000_000
+    assert stored_ids(tmp_path) == ["a"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak")
-@table("form", ["ndjson", "csv"])
-@pytest.mark.slow
+@table("form", ["ndjson", "csv", "json"])
 def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: str) -> None:
     """The database stays small, as there are only 100 ids, and so do transactions: only holding the file would need more."""
     code = """if True:
         import sys, eventstore
-        from eventstore_extras import importing, text_formats
+        from eventstore_extras import files, importing, text_formats
         importing._GROUP_BYTES = 1 << 20
         eventstore.main(sys.argv[1:])
         print(open("/proc/self/status").read())
@@ -541,8 +597,10 @@ def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: s
         with (tmp_path / "in").open("w") as file:
             file.write("event_name,external_customer_id,event_id,properties.text\n" * (form == "csv"))
             for each in range(number):
-                sent = event(f"{each % 100}", properties={"text": "x" * 5000})
-                file.write(f"call,cust,{each % 100},{'x' * 5000}\n" if form == "csv" else json.dumps(sent) + "\n")
+                sent = json.dumps(event(f"{each % 100}", properties={"text": "x" * 5000}))
+                lines = {"csv": f"call,cust,{each % 100},{'x' * 5000}\n", "json": f"{',' if each else '['}{sent}"}
+                file.write(lines.get(form, sent + "\n"))
+            file.write("]" * (form == "json"))
         done = python(code, "import", tmp_path / "in", "--db", tmp_path / "events.db")
         assert f"imported {number:,} events" in done.stderr
         peaks += [int(peak_kb) * 1024 for peak_kb in re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)]
