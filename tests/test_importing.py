@@ -539,7 +539,7 @@ def test_a_row_of_csv_has_a_bounded_number_of_cells(
 
 
 def test_a_row_of_csv_with_many_lines_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = b"call,cust" + b',"' * 10 + b"\nx" * 3000 + b'"\n'
+    row = b"call,cust" + (b',"' + b"\nx" * 400 + b'"') * 4 + b"\n"
     imported(tmp_path, b"event_name,external_customer_id\n" + row, "--max-body-bytes", 1000, status=1)
     assert f"{tmp_path}/in:2: is longer than 2000 bytes" in capsys.readouterr().err
 

@@ -449,14 +449,19 @@ def test_a_batch_of_rows_is_bounded_by_what_the_pages_may_expand_to(
     assert len(content) < 20_000
     sizes = []
     decode = parquet._batch_rows
-    monkeypatch.setattr(parquet, "_batch_rows", lambda batch: sizes.append(batch.num_rows) or decode(batch))
+
+    def decoded(batch: Any) -> Any:
+        sizes.append(batch.num_rows)
+        return decode(batch)
+
+    monkeypatch.setattr(parquet, "_batch_rows", decoded)
     monkeypatch.setattr(parquet, "_BATCH_BYTES", 500_000)
     imported(tmp_path, content)
     assert (sum(sizes), max(sizes) <= 5) == (40, True)
-    assert len(stored_ids(tmp_path)) == 40
-    monkeypatch.undo()
+    sizes.clear()
     imported(tmp_path, large_rows(300, 10))
-    assert len(stored_ids(tmp_path)) == 340
+    assert sizes == [256, 44]
+    assert len(stored_ids(tmp_path)) == 300
 
 
 def test_a_page_that_does_not_fit_into_memory_is_refused(
