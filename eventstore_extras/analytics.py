@@ -48,9 +48,9 @@ from eventstore import (
     all_of,
     check_property_filters,
     check_window_size,
+    filter_options,
     index_of,
     is_in,
-    json_texts,
     matching,
     property_sql,
     quoted,
@@ -200,8 +200,9 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     """Check a request. Raises ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
-    for number, name in enumerate(sent.group_by or []):
+    for number, name in enumerate((sent.group_by or [])[:_MAX_DIMENSIONS]):
         faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept ""
+    faults.ignore(name for name in ("include_children", "breakdown_bucket") if getattr(sent, name))
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
         if names and len(names) > limit:
@@ -369,7 +370,7 @@ _Row = tuple[Any, ...]  # of the last step
 class _Property(NamedTuple):
     """A column: what `function` returns for the property `key`."""
 
-    function: str  # property_json, property_text or number
+    function: str  # of property_sql, or number
     key: str
 
 
@@ -381,7 +382,8 @@ def _bucket_group(scan: _Scan) -> str | None:
 
 def _properties_of(scan: _Scan, named: NamedMeter) -> list[_Property]:
     """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
-    properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
+    filters = filters_in_both({}, named.meter)
+    properties = [_Property(filter_options(values)[0][-1], key) for key, values in filters.items()]
     if function := scan.aggregate(named).reads:
         properties.append(_Property(function, named.aggregation.field or ""))
     if scan.is_bucketed and (key := _bucket_group(scan)):
@@ -476,8 +478,9 @@ def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
     if named.archived_at_us is not None:
         clauses.append(sql(f"ingested_at_us < :{flag}_archived_us", **{f"{flag}_archived_us": named.archived_at_us}))
     for number, (key, values) in enumerate(filters_in_both({}, named.meter).items()):
-        column = columns.properties[_Property("property_json", key)]
-        clauses.append(is_any_of(column, json_texts(values), f"{flag}_values{number}"))
+        functions, options = filter_options(values)
+        column = columns.properties[_Property(functions[-1], key)]
+        clauses.append(is_any_of(column, options, f"{flag}_values{number}"))
     return all_of(clauses)
 
 
@@ -672,7 +675,7 @@ def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_
 
 async def compute_analytics(service: Service, request: Request) -> Response:
     """POST /v1/events/analytics: usage by meter, group and window (API: Analytics)."""
-    faults = Faults()
+    faults = service.faults(request)
     query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
     find = partial(named_meters, environment=query.events.view.environment, feature_ids=query.feature_ids)

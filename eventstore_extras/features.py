@@ -335,7 +335,7 @@ _SEARCH = msgspec.json.Decoder(FeatureSearchIn)
 
 async def create_feature(service: Service, request: Request) -> Response:
     """POST /v1/features: a name and units for a meter, which may be new (API: Features)."""
-    faults = Faults(index=0)
+    faults = service.faults(request, index=0)
     columns, meter = _feature_columns(await read_fields(service, request, _FEATURE, faults), faults)
     faults.raise_any()
     view = service.view(request)
@@ -399,7 +399,7 @@ async def _search(service: Service, request: Request, sent: FeatureSearchIn, fau
 
 async def find_features(service: Service, request: Request) -> Response:
     """GET /v1/features (API: Search)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
     sent.sort = sorts_by(sent.sort or [], faults)
     return await _search(service, request, sent, faults)
@@ -407,7 +407,7 @@ async def find_features(service: Service, request: Request) -> Response:
 
 async def search_features(service: Service, request: Request) -> Response:
     """POST /v1/features/search (API: Search)."""
-    faults = Faults()
+    faults = service.faults(request)
     return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
 
 

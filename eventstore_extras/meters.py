@@ -76,7 +76,6 @@ from eventstore_extras.usage import (
     usage_answer,
     usage_query,
     usage_value,
-    warn_of_zone,
 )
 
 __all__ = [
@@ -189,6 +188,9 @@ def _checked_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
 
 def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFilter]:
     checked = []
+    if len(sent) > MAX_FILTER_KEYS:
+        faults.add("filters", "out_of_range", f"may hold {MAX_FILTER_KEYS} filters, got {len(sent)}")
+        return []
     for number, condition in enumerate(sent):
         with faults.within(f"filters[{number}]"):
             if not condition.key:
@@ -308,7 +310,7 @@ class MeterPage(Struct):
 
 async def create_meter(service: Service, request: Request) -> Response:
     """POST /v1/meters: a saved aggregation over the events of one name (API: Meters)."""
-    faults = Faults(index=0)
+    faults = service.faults(request, index=0)
     columns = meter_columns(await read_fields(service, request, _METER, faults), faults)
     faults.raise_any()
     view = service.view(request)
@@ -325,7 +327,7 @@ async def show_meter(service: Service, request: Request) -> Response:
 
 async def find_meters(service: Service, request: Request) -> Response:
     """GET /v1/meters (API: Lists)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = parse_list(MeterListIn, request, ["meter_ids"], faults)
     sorts = sorts_by([sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, request["environment"], faults)
@@ -401,7 +403,8 @@ def _check_meter_usage(sent: MeterUsageIn, view: View, faults: Faults) -> None:
     """Check the caller's fields before the meter is looked up. Raises ApiError with every fault."""
     if not sent.meter_id:
         faults.add("meter_id", "required", "is required")
-    faults.check("bucket_size", check_window_size, sent.bucket_size)
+    if faults.check("bucket_size", check_window_size, sent.bucket_size):
+        faults.ignore(["bucket_size"])
     usage_query(_usage_in(sent, "any", Aggregation("COUNT")), view, faults)
 
 
@@ -446,11 +449,10 @@ async def _lifetime_value(service: Service, query: UsageQuery) -> float:
 
 async def compute_meter_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage/meter: usage with the aggregation of a meter (API: Usage of a meter)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = await read_fields(service, request, _METER_USAGE, faults)
     view = service.view(request)
     _check_meter_usage(sent, view, faults)
-    warn_of_zone(service, request, sent.timezone)
     require = partial(require_meter, environment=view.environment, meter_id=sent.meter_id or "")
     meter = (await service.store.read(require)).meter
     query = _meter_query(sent, meter, view)
@@ -485,7 +487,7 @@ METER_SCHEMAS: dict[str, Any] = {
                 "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS},
                 "reset_usage": {"enum": [*_RESETS, "Periodic", "Cumulative"]}},
     "AggregationIn": {"type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]}, "expression": _NOTHING,
-                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], _NOTHING]},
+                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], {"type": "null"}]},
                       "bucket_size": choice(*WINDOW_SIZES)},
     "MeterFilterIn": {"key": {"type": "string", "minLength": 1},
                       "values": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20}},

@@ -17,6 +17,7 @@ from eventstore import (
     MAX_FIELD_CHARS,
     MAX_FILTER_KEYS,
     MAX_OFFSET,
+    MAX_PAGE_SIZE,
     ORDERS,
     RFC_3339,
     SORTS,
@@ -35,7 +36,7 @@ from eventstore import (
 __all__ = ["FILTERS_SCHEMA", "OPERATIONS", "PARAMETER_SCHEMAS", "TIME_SCHEMA", "choice", "openapi_document", "ref"]
 
 TIME_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "string", "format": "date-time", "pattern": f"^{RFC_3339.pattern}$"}, {"enum": ["", None]}]
+    "anyOf": [{"type": "string", "format": "date-time", "pattern": f"^{RFC_3339.pattern}$"}, {"type": "null"}]
 }
 FILTERS_SCHEMA: dict[str, Any] = {
     "type": ["object", "null"], "maxProperties": MAX_FILTER_KEYS, "propertyNames": {"minLength": 1},
@@ -45,7 +46,7 @@ _CURSOR: dict[str, Any] = {"anyOf": [{"type": "string", "pattern": "^-?[0-9]{1,1
 
 
 def choice(*values: str) -> dict[str, Any]:
-    """Make the schema of an optional field with these values."""
+    """Make the schema of an optional field with these values; the empty text is absent as well."""
     return {"enum": [*values, "", None]}
 
 
@@ -62,13 +63,14 @@ _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventQueryIn": {
         **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
         "property_filters": FILTERS_SCHEMA,
-        "page_size": {"type": ["integer", "null"]},
+        "page_size": {"type": ["integer", "null"], "maximum": MAX_PAGE_SIZE},
         "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-        "sort": choice(*SORTS), "order": choice(*ORDERS),
+        "sort": {"enum": [*SORTS, None]}, "order": {"enum": [*ORDERS, None]},
         **dict.fromkeys(("iter_first_key", "iter_last_key"), _CURSOR),
     },
     "EventPage": {"events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
-    "EventLookup": {"event": {"$ref": "#/components/schemas/Event"}},
+    "EventLookup": {"event": {"$ref": "#/components/schemas/Event"},
+                    "events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}}},
 }  # fmt: skip
 
 PARAMETER_SCHEMAS: dict[str, Any] = {

@@ -14,10 +14,13 @@ from typing import Any
 
 from eventstore import AddFlag, Service, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
+from eventstore_extras.logs import set_up
 
 __all__ = ["add_flags", "additions", "attach", "prepare"]
 
-_MODULES = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the module that it starts
+_MODULES = {  # flag -> the module that it starts
+    "mock": "mock", "forward_to": "forward", "retain_days": "retention", "metrics": "metrics"
+}  # fmt: skip
 
 _log = logging.getLogger("eventstore")
 
@@ -33,18 +36,28 @@ def add_flags(add: AddFlag) -> None:
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
+    add("--allow-host", metavar="NAME", action="append", default=[], help="with --mock, also answer requests to this "
+        "host name, besides loopback and --host; may be given several times, and * is any name")  # fmt: skip
     add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
         "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
     add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
         "keys are of several")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
+    add("--forward-max-event-bytes", metavar="N", type=positive(int), default=1_000_000, help="longest event, in "
+        "FlexPrice's queue, that is forwarded; a longer one is put aside")  # fmt: skip
+    add("--forward-everything", action="store_true", help="the target is not FlexPrice: also forward what FlexPrice "
+        "would lose")  # fmt: skip
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--metrics", metavar="ADDRESS:PORT", help="serve metrics in Prometheus' text format at this address, without a "
+        "key")  # fmt: skip
+    add("--log-format", choices=["text", "json"], default="text", help="how to write the log")
     add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
         "environments that are not forwarded")  # fmt: skip
 
 
 def prepare(arguments: Namespace) -> socket.socket | None:
     """Prepare the process, and return the listening socket if another process has opened it. Raises StartError."""
+    set_up(arguments)
     raise_file_limit()
     return inherited_socket(arguments.fd)
 
@@ -52,7 +65,7 @@ def prepare(arguments: Namespace) -> socket.socket | None:
 def additions(arguments: Namespace) -> dict[str, Any]:
     """Return the keyword arguments of create_app that add the operations of eventstore_extras."""
     if arguments.mock:
-        found: dict[str, Any] = _module("mock").additions()
+        found: dict[str, Any] = _module("mock").additions(arguments)
         return found
     return {"operations": _module("analytics").OPERATIONS}
 

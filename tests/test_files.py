@@ -17,8 +17,8 @@ import pytest
 
 from eventstore_extras import exporting
 from eventstore_extras.files import whole_file
-from eventstore_extras.forward import append_line
 from eventstore_extras.job import StopError
+from eventstore_extras.refused import append_lines
 from helpers import (
     KEY,
     ROOT,
@@ -168,7 +168,7 @@ def test_new_files_that_hold_events_can_be_read_by_their_owner_only(tmp_path: Pa
         store(client, event("a"))
         assert [mode(path) for path in sorted(tmp_path.glob("events.db*"))] == [0o600] * 3
     imported(tmp_path / "imported", lines_of(event("a")) + b"{}", "--skip-invalid", tmp_path / "rejects")
-    append_line(tmp_path / "refused", b"{}\n")
+    append_lines(tmp_path / "refused", [b"{}"])
     exported(tmp_path)
     for name in ("imported/events.db", "rejects", "refused", "exported.ndjson"):
         assert mode(tmp_path / name) == 0o600, name
@@ -206,7 +206,7 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFi
         )
         assert command_line("export", "--db", tmp_path / "events.db", "-o", tmp_path / "link") == 2
         with pytest.raises(OSError, match="it is a link"):
-            append_line(tmp_path / "link", b"{}\n")
+            append_lines(tmp_path / "link", [b"{}"])
     assert (tmp_path / "victim").read_text() == "precious"
     assert not (tmp_path / "missing").exists()
 
