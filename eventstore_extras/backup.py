@@ -117,7 +117,7 @@ def _back_up(arguments: argparse.Namespace) -> int:
             _check_copy(file.name, counts)
     _write_positions(path, positions)
     noted = f", with {plural(len(positions), 'forwarding position')} beside it" if positions else ""
-    say(f"copied {db} to {path}: {plural(events, 'event')}, {size[0]:,} bytes, checked{noted}; "
+    say(f"copied {db} to {path}: {plural(events, 'event')}, checked{noted}; "
         f"{time.monotonic() - started_s:.1f} s")  # fmt: skip
     return 0
 

@@ -65,9 +65,7 @@ def test_a_copy_of_a_running_server_holds_everything_up_to_its_moment(
         message = capsys.readouterr().err
         store(client, event("c"))
         assert stored_ids(tmp_path) == ["a", "b", "c"]
-    assert re.fullmatch(
-        r"eventstore: copied \S+events\.db to \S+events\.db: 3 events, [0-9,]+ bytes, checked; .+ s\n", message
-    )
+    assert re.fullmatch(r"eventstore: copied \S+events\.db to \S+events\.db: 3 events, checked; .+ s\n", message)
     assert {name: (copy / name).stat().st_mode & 0o777 for name in sizes_in(copy)} == {"events.db": 0o600}
     with metering(copy) as client:
         assert stored_ids(copy) == ["a", "b"]
