@@ -194,7 +194,7 @@ def _temporary_file(path: str | Path) -> BinaryIO:
     """Create a file beside another one, and lock it, so that no other process takes it for a leftover."""
     while True:
         file = open(f"{path}.{secrets.token_hex(8)}.tmp", "xb", opener=private_opener)  # noqa: SIM115 - returned
-        with suppress(OSError):  # some file systems have no locks
+        with suppress(OSError):  # some file systems cannot lock
             if not _try_lock(file) or not os.fstat(file.fileno()).st_nlink:  # it was just taken for a leftover
                 file.close()
                 continue
@@ -227,7 +227,7 @@ def _remove_leftovers(path: Path) -> None:
 
 def _keep_rights(path: str | Path, descriptor: int) -> None:
     """Give a new file the mode, and if possible the owner and the group, of the file that it will replace."""
-    with suppress(OSError, AttributeError):  # there is none, or this is Windows
+    with suppress(OSError, AttributeError):  # the file is new, or this is Windows
         before = os.lstat(path)
         for owner in (before.st_uid, -1):
             with suppress(OSError):

@@ -49,7 +49,7 @@ def detect_format(head: bytes) -> str:
 
 
 def _line_end(stream: Stream) -> bytes:
-    """Return the byte that ends a line: a carriage return if the file, as far as it is known, has no line feed."""
+    """Return the byte that ends a line: a carriage return if the start of the file lacks line feeds."""
     head = stream.peek(1)
     return b"\r" if b"\n" not in head and re.search(rb"\r.", head, re.DOTALL) else b"\n"
 

@@ -320,7 +320,7 @@ def test_reading_commands_do_not_wait_for_the_write_lock(
     imported(tmp_path, lines_of(event("a")))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    with database(tmp_path, isolation_level=None) as conn:  # it has no -shm yet: the reader creates it
+    with database(tmp_path, isolation_level=None) as conn:  # no -wal and -shm yet
         conn.execute("PRAGMA journal_mode = DELETE")
     with write_lock(tmp_path):
         assert command_line(*command.split()) == 0
