@@ -111,9 +111,10 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "connect",
-    "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement",
-    "prepare_file", "real_path",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer",
+    "add_functions", "check_format", "check_path", "connect", "connect_reader", "environment_number",
+    "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
+    "start_errors",
     # HTTP
     "CORS_HEADERS", "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox",
     "Retention", "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
@@ -922,9 +923,14 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 def connect_reader(path: str) -> sqlite3.Connection:
     """Open a connection that cannot write, with the SQL functions that queries call."""
     conn = connect(path, READER_PRAGMAS)
+    add_functions(conn)
+    return conn
+
+
+def add_functions(conn: sqlite3.Connection) -> None:
+    """Add the SQL functions that queries call."""
     for function, arguments in _SQL_FUNCTIONS:
         conn.create_function(function.__name__, arguments, function, deterministic=True)
-    return conn
 
 
 def execute_writing(
@@ -970,7 +976,8 @@ def _ends_in_half_a_page(path: str) -> bool:
 
 
 @contextmanager
-def _start_errors(path: str) -> Iterator[None]:
+def start_errors(path: str) -> Iterator[None]:
+    """Turn SQLite's errors into StartError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -978,7 +985,7 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
+def check_format(conn: sqlite3.Connection, path: str) -> int | None:
     """Return the file's format; None if it has no tables yet. Raises StartError if this server cannot use it."""
     # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
@@ -994,13 +1001,13 @@ def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
     return version if tables else None
 
 
-def _migrate(conn: sqlite3.Connection, path: str, upgrades: bool) -> None:
-    version = _check_format(conn, path)
+def _migrate(conn: sqlite3.Connection, path: str) -> None:
+    version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
     if version is None:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
-    elif upgrades and version < _SCHEMA_VERSION:
+    elif version < _SCHEMA_VERSION:
         purpose = f"{path} has format {version}, not this eventstore's {_SCHEMA_VERSION}: upgrading it"
         _extra("upgrades", purpose).upgrade(conn, path, _SCHEMA_VERSION)
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
@@ -1018,11 +1025,8 @@ def _count_all(conn: sqlite3.Connection) -> int:
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
 
 
-def prepare_file(path: str, upgrades: bool = True) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError.
-
-    A file of an older format is upgraded, unless the caller only reads: queries are the same for every format.
-    """
+def check_path(path: str) -> None:
+    """Raises StartError if there cannot be a database of that name, or if its file was cut off."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -1034,8 +1038,19 @@ def prepare_file(path: str, upgrades: bool = True) -> int:
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
     if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
-    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path, upgrades)
+
+
+def prepare_file(path: str) -> int:
+    """Create the database, upgrade one of an older format, or check that eventstore wrote it.
+
+    Return its number of events. Raises StartError.
+    """
+    check_path(path)
+    if path != ":memory:":
+        with suppress(OSError):  # it exists, or SQLite says why it cannot; the -wal and -shm get the same mode
+            os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
+    with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        _migrate(conn, path)
         return _count_all(conn)
 
 
@@ -1666,7 +1681,7 @@ class Store:
         self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with _start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
+        with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
             self._writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -3201,6 +3216,7 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "export": ("exporting", "write events to a file"),
     "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
+    "backup": ("backup", "copy the database to one file, and check the copy"),
     "keys": ("keys", "make API keys, or list those of a file"),
 }
 _SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
@@ -3368,12 +3384,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def say(message: str) -> None:
-    """Print a command's message to stderr."""
-    print(f"eventstore: {message}", file=sys.stderr, flush=True)
+    """Print a command's message to stderr, unless that is closed or full."""
+    with suppress(OSError):
+        print(f"eventstore: {message}", file=sys.stderr, flush=True)
+
+
+def _replace_closed_files() -> None:
+    """Open /dev/null for each closed standard file: otherwise a file opened later would get its number and messages."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - stays open
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 if the command stopped half-way, 2 if it cannot start."""
+    _replace_closed_files()
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         return int(arguments.run(arguments))
