@@ -1560,7 +1560,7 @@ class Writer:
             return
         self._wal_limit_bytes = 2 * wal_bytes
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 5000")  # reads take longer than another process's writes
+            self._conn.execute("PRAGMA busy_timeout = 1000")  # reads take longer than another process's writes
             try:
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             finally:
@@ -2612,7 +2612,7 @@ def _body_rows(
 ) -> list[Row]:
     faults = service.faults(request, whole="event")
     if len(body) > _MANY_BYTES and not bulk:  # before msgspec takes 0.1 s to skip ten million values
-        faults.check("properties", _check_number_of_values, body)
+        faults.check("properties" if b'"properties"' in body else "event", _check_number_of_values, body)
         faults.raise_any()
     events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
     return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)

@@ -9,11 +9,13 @@ request, and for the client to read an answer. docs/deploying.md has the table o
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import os
 import socket
 from contextlib import suppress
 from http import HTTPStatus
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -331,18 +333,18 @@ class _Room:
                 self.limit = min(_MAX_CONNECTIONS, files - _SPARE_FILES)
 
     def close_idle(self, newest: Protocol) -> bool:
-        """Close the connection that has been idle for longest, and log it. Return False if all have requests."""
+        """Close a hundredth of the connections, and log it: first those that never had a request, then those that have
+        been idle for longest. Return False if all have requests."""
         now_s = newest.loop.time()
         if now_s >= self._logged_s + _LOG_PAUSE_S:
             self._logged_s = now_s
-            _log.warning("%s are open, the limit; the one idle for longest is closed for each new one",
-                         plural(self.limit, "connection"))  # fmt: skip
+            _log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
         others = (each for each in self._connections if each is not newest and isinstance(each, Protocol))
-        idle = [(each.idle_since_s, id(each), each) for each in others if each.idle_since_s is not None]
-        if not idle:
-            return False
-        min(idle)[2].transport.abort()
-        return True
+        idle = [(each.cycle is not None, each.idle_since_s, each) for each in others if each.idle_since_s is not None]
+        # To look at 10,000 connections for each new one would occupy the event loop.
+        for _, _, each in heapq.nsmallest(max(1, self.limit // 100), idle, key=itemgetter(0, 1)):
+            each.transport.abort()
+        return bool(idle)
 
 
 class Server(uvicorn.Server):
