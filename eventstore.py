@@ -2322,23 +2322,20 @@ class _App(Starlette):
         scope["request_id"] = service.request_id(headers.get(b"x-request-id"))
         scope["start_s"] = time.perf_counter()
         caller = CALLER.set(Caller(scope, receive))
-        try:
-            await self._answer(service, scope, headers.get(b"x-api-key"), receive, send)
-        finally:
-            CALLER.reset(caller)  # of a program that calls the application directly
-
-    async def _answer(self, service: Service, scope: Scope, key: bytes | None, receive: Receive, send: Send) -> None:
         if scope["path"][-1:] == "/" and service.serves_exactly(scope["method"], scope["path"][:-1]):
             scope["path"] = scope["path"][:-1]
         is_public = scope["path"] in _PUBLIC_PATHS
-        if scope["method"] == "OPTIONS":
-            await _with_headers(scope, Response())(scope, receive, send)
-        elif not is_public and (refusal := _authenticate(service, scope, key)):
-            await error_response(Request(scope), refusal)(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
-            if scope.get("ignored") and not service.settings.strict:
-                service.log_ignored(scope)
+        try:
+            if scope["method"] == "OPTIONS":
+                await _with_headers(scope, Response())(scope, receive, send)
+            elif not is_public and (refusal := _authenticate(service, scope, headers.get(b"x-api-key"))):
+                await error_response(Request(scope), refusal)(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+                if scope.get("ignored"):
+                    service.log_ignored(scope)
+        finally:
+            CALLER.reset(caller)  # for a program that calls the application directly
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientDisconnect: _on_disconnect,

@@ -553,7 +553,7 @@ LARGE = {
     "numbers": b'{"a": [%b]}' % b", ".join([b"1"] * 600_000),
     "members": b"{%b}" % b",".join(b'"k%d":1' % number for number in range(600_000)),
     "deep arrays": b'{"a": [%b]}' % b",".join([b"[" * 400 + b"]" * 400] * 2000),
-    "texts without values": b'{"a": "%b"}' % (b", " * 600_000),
+    "text with commas": b'{"a": "%b"}' % (b", " * 600_000),
 }
 
 
@@ -563,10 +563,10 @@ def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, proper
     body = b'{"event_name": "e", "external_customer_id": "c", "properties": %b}' % properties
     with serving(tmp_path) as client:
         path, sent = ("/v1/events/bulk", b'{"events": [%b]}' % body) if bulk else ("/v1/events", body)
-        message = (
-            "properties may hold 500,000 commas, opening braces and brackets if longer than 1,000,000 bytes, got more"
-        )
-        refused(client.post(path, content=sent), part=message)
+        response = client.post(path, content=sent)
+        refused(response)
+        limit = "500,000 commas, opening braces and brackets if longer than 1,000,000 bytes"
+        assert f"properties may hold {limit}, got more" in response.text
         assert store_of(client).state().waiting_events == 0
 
 
