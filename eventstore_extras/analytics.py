@@ -14,6 +14,7 @@ import sqlite3
 import sys
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named
 from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
 from eventstore_extras.meters import Aggregation, Meter, filters_in_both
 from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
-from eventstore_extras.resources import decimal_text, is_any_of, time_text
+from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
 from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
 
 __all__ = ["OPERATIONS", "Analytics", "AnalyticsIn", "AnalyticsItem", "AnalyticsPoint"]
@@ -265,7 +266,9 @@ class _Scan(NamedTuple):
     finds_totals: bool = True
     finds_points: bool = False
     finds_sources: bool = False  # the last dimension is the source
-    is_bucketed: bool = False  # one MAX meter with buckets: its total is their sum, a point is the largest
+    # One MAX meter with buckets or groups: its total is the sum of the buckets, a point is the largest bucket. A bucket
+    # is the sum of its groups' maxima; without a bucket_size, the range and each window are one bucket.
+    is_bucketed: bool = False
 
     def aggregate(self, named: NamedMeter) -> _Aggregate:
         return _AGGREGATES["COUNT" if self.finds_sources else named.aggregation.type]
@@ -321,7 +324,8 @@ def _chunks(meters: Sequence[NamedMeter]) -> Iterator[Sequence[NamedMeter]]:
 def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> Iterator[_Scan]:
     """Yield the scans for meters with points of this size; an empty size means without points."""
     windows = _windows(query, size)
-    bucketed = [named for named in meters if named.aggregation.type == "MAX" and named.aggregation.bucket_size]
+    bucketed = [named for named in meters if named.aggregation.type == "MAX"
+                and (named.aggregation.bucket_size or named.aggregation.group_by)]  # fmt: skip
     undivided = [named for named in meters if _AGGREGATES[named.aggregation.type].merge is None]
     for some in _chunks([named for named in meters if named not in (*bucketed, *undivided)]):
         yield _Scan(some, _divided(windows), query.dimensions, finds_points=bool(size))
@@ -330,8 +334,13 @@ def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> It
         if size:
             yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
     for named in bucketed:
-        spans = _bucket_spans(query, str(named.aggregation.bucket_size), size)
-        yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
+        if bucket_size := named.aggregation.bucket_size:
+            spans = _bucket_spans(query, bucket_size, size)
+            yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
+            continue
+        yield _Scan([named], _windows(query, ""), query.dimensions, is_bucketed=True)
+        if size:
+            yield _Scan([named], windows, query.dimensions, finds_totals=False, finds_points=True, is_bucketed=True)
 
 
 def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
@@ -622,7 +631,8 @@ class _Tallies:
 
 def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
     usage = _AGGREGATES[named.aggregation.type].finish(value, event_count, named.aggregation)
-    return decimal_text(min(float(usage), sys.float_info.max))  # infinity cannot be written in digits
+    number = min(float(usage), sys.float_info.max)  # infinity cannot be written in digits
+    return plain_decimal(Decimal(repr(number))) if named.aggregation.type == "AVG" else decimal_text(number)
 
 
 def _expanded(kind: type[T], struct: Struct | None, **more: object) -> T | None:

@@ -48,6 +48,7 @@ from eventstore_extras.resources import (
     LIST_PARAMETERS,
     MAX_NAME_CHARS,
     NAME_SCHEMA,
+    SORTS,
     Columns,
     Done,
     Pagination,
@@ -162,8 +163,8 @@ def _checked_buckets(sent: AggregationIn, kind: str, faults: Faults) -> str | No
     bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     if bucket_size and kind not in _BUCKETED:
         faults.add("bucket_size", "invalid_format", f"goes with {' and '.join(_BUCKETED)} only, not with {kind}")
-    if sent.group_by and (kind != "MAX" or not sent.bucket_size):
-        faults.add("group_by", "invalid_format", "goes with MAX and a bucket_size only")
+    if sent.group_by and kind != "MAX":
+        faults.add("group_by", "invalid_format", f"goes with MAX only, not with {kind}")
     if sent.group_by and sent.group_by.startswith("properties."):  # usage and analytics write it that way
         problem = f"must be the property alone, without properties. before it, got {quoted(sent.group_by)}"
         faults.add("group_by", "invalid_format", problem)
@@ -191,11 +192,12 @@ def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFil
     checked = []
     for number, condition in enumerate(sent):
         with faults.within(f"filters[{number}]"):
-            if not condition.key:
+            key, values = (condition.key or "").strip(), [value.strip() for value in condition.values or []]
+            if not key:
                 faults.add("key", "required", "is required: the property to look at")
-            if not condition.values:
+            if not values:
                 faults.add("values", "required", "is required: an array of at least one string")
-        checked.append(MeterFilter(condition.key or "", condition.values or []))
+        checked.append(MeterFilter(key, values))
     check_filter_limits("filters", [condition.values for condition in checked], faults)
     return checked
 
@@ -327,7 +329,7 @@ async def find_meters(service: Service, request: Request) -> Response:
     """GET /v1/meters (API: Lists)."""
     faults = Faults()
     sent = parse_list(MeterListIn, request, ["meter_ids"], faults)
-    sorts = sorts_by([sent.sort] if sent.sort else [], faults)
+    sorts = sorts_by("meters", [sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, request["environment"], faults)
     faults.raise_any()
     event_name = (sent.event_name or "").strip()
@@ -376,7 +378,7 @@ class MeterUsageIn(Struct, forbid_unknown_fields=True):
     start_time: str | None = None
     end_time: str | None = None
     window_size: str | None = None
-    bucket_size: str | None = None
+    bucket_size: str | None = None  # without effect: the meter has its own
     filters: PropertyFilters | None = None
     billing_anchor: str | None = None
     timezone: str | None = None
@@ -401,14 +403,17 @@ def _check_meter_usage(sent: MeterUsageIn, view: View, faults: Faults) -> None:
     """Check the caller's fields before the meter is looked up. Raises ApiError with every fault."""
     if not sent.meter_id:
         faults.add("meter_id", "required", "is required")
-    faults.check("bucket_size", check_window_size, sent.bucket_size)
     usage_query(_usage_in(sent, "any", Aggregation("COUNT")), view, faults)
 
 
 def _meter_query(sent: MeterUsageIn, meter: Meter, view: View) -> UsageQuery:
     query = usage_query(_usage_in(sent, meter.event_name, meter.aggregation), view, Faults())
-    is_lifetime = meter.reset_usage == "NEVER" and query.windows is None
-    return replace(query, property_filters=filters_in_both(query.property_filters, meter), lifetime=is_lifetime)
+    return replace(
+        query, property_filters=filters_in_both(query.property_filters, meter),
+        lifetime=meter.reset_usage == "NEVER" and query.windows is None,
+        group_property=meter.aggregation.group_by or "",
+        size_field="meter_id" if query.bucketed else query.size_field,
+    )  # fmt: skip
 
 
 def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
@@ -490,14 +495,15 @@ METER_SCHEMAS: dict[str, Any] = {
     "MeterFilterIn": {"key": {"type": "string", "minLength": 1},
                       "values": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20}},
 }  # fmt: skip
+_LIST_PARAMETERS = LIST_PARAMETERS | {"event_name": {"type": "string"}, "sort": {"enum": [*SORTS["meters"], ""]}}
 _USAGE_SCHEMAS = {"MeterUsageIn": _TIMES | {
-    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice(*WINDOW_SIZES),
-    "bucket_size": choice(*WINDOW_SIZES), "filters": FILTERS_SCHEMA, "billing_anchor": TIME_SCHEMA}}  # fmt: skip
+    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice(*WINDOW_SIZES), "filters": FILTERS_SCHEMA,
+    "billing_anchor": TIME_SCHEMA}}  # fmt: skip
 
 OPERATIONS = (
     Operation("POST", "/v1/meters", create_meter, Meter, MeterIn, status=201, example=METER_EXAMPLE,
               schemas=METER_SCHEMAS),
-    Operation("GET", "/v1/meters", find_meters, MeterPage, None, LIST_PARAMETERS | {"event_name": {"type": "string"}}),
+    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS),
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),

@@ -88,8 +88,9 @@ class Windows(Struct, frozen=True):
     month_day: int = 1
 
     def spans(self, start_us: int, end_us: int, field: str = "window_size") -> list[Span]:
-        """Return the part of each window that lies in [start, end). Raises ApiError if there are too many."""
-        return spans_of_windows(self.bounds(start_us, end_us), start_us, end_us, self.size, field)
+        """Return the part of each window in [start, end). Raises ApiError for `field` if there are too many."""
+        size = f"names a meter whose bucket_size {self.size}" if field == "meter_id" else self.size
+        return spans_of_windows(self.bounds(start_us, end_us), start_us, end_us, size, field)
 
     def bounds(self, start_us: int, end_us: int) -> Iterator[int]:
         """Yield the start of each window that overlaps [start, end), and the end of the last one.
@@ -168,6 +169,7 @@ class UsageQuery(Selection, frozen=True, kw_only=True):
     property_name: str = ""
     multiplier: float = 1.0
     windows: Windows | None = None
+    size_field: str = "window_size"  # the request's field that decides the size of the windows
     bucketed: bool = False  # add up the values of the windows
     group_property: str = ""  # add up the MAX of each group in a window
     lifetime: bool = False  # without windows: include everything before the range
@@ -188,9 +190,7 @@ def check_positive(value: str | float) -> float:
 def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
     """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
     is_given = sent.multiplier not in (None, "")
-    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
-        faults.add("multiplier", "required", f"is required for {kind}")
-    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
+    if kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
         faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
     return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
 
@@ -221,6 +221,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         filters={column: value for column in columns if (value := getattr(sent, column))},
         property_filters=property_filters, multiplier=1.0 if kind == "COUNT" else multiplier,
         windows=Windows(size, _parse_zone(sent.timezone or "UTC"), month_day) if size else None, bucketed=bucketed,
+        size_field="bucket_size" if bucketed else "window_size",
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )  # fmt: skip
 
@@ -348,7 +349,10 @@ def _spans(query: UsageQuery) -> list[Span]:
     if query.start_us == query.end_us and not query.lifetime:
         return []
     if query.windows:
-        return query.windows.spans(query.start_us, query.end_us)
+        return query.windows.spans(query.start_us, query.end_us, query.size_field)
+    if query.group_property:  # undivided, because a group's maximum in the range is that of one part of it
+        start_us = MIN_TIME_US if query.lifetime else query.start_us
+        return [Span(start_us, query.end_us, start_us)]
     earlier = [Span(MIN_TIME_US, query.start_us, MIN_TIME_US)] if query.lifetime else []
     return [*earlier, *spans_of_range(query.start_us, query.end_us)]
 

@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfo
 import httpx
 import pytest
 
-from eventstore import to_us
+from eventstore import EARLIEST, LATEST, to_us
 from eventstore_extras.usage import Windows
 from helpers import (
     DAY_US,
@@ -231,7 +231,6 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
     ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
     ({"multiplier": "2"}, "multiplier goes with SUM_WITH_MULTIPLIER only, not with COUNT"),
     ({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": -1}, "multiplier must be a decimal number greater than 0, got -1"),
-    ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
     *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": multiplier}, "multiplier")
     for multiplier in BAD_MULTIPLIERS],
     ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
@@ -239,7 +238,10 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
     ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
     ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
     ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "MINUTE makes more than 100000"),
-    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
+    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "bucket_size MINUTE makes more than 100000"),
+    ({"bucket_size": "DAY", "window_size": "HOUR", "start_time": EARLIEST, "end_time": LATEST, "aggregation_type": "MAX", "property_name": "n"}, "bucket_size DAY"),
+    ({"bucket_size": "DAY", "end_time": "0001-01-02T00:00:00Z", "aggregation_type": "MAX", "property_name": "n"}, "bucket_size makes a window outside"),
+    ({"bucket_size": "DAY", "window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "window_size MINUTE makes more than 100000"),
     *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
     ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
     ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
@@ -247,6 +249,18 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
 ])  # fmt: skip
 def test_an_invalid_usage_query_is_refused(shared: httpx.Client, bad: dict[str, Any], part: str) -> None:
     refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
+
+
+@table("kind", ["SUM_WITH_MULTIPLIER", "sum_with_multiplier", "Sum_With_Multiplier"])
+@table("absent", [{}, {"multiplier": None}], ids=["absent", "null"])
+def test_the_multiplier_is_1_unless_it_is_sent(client: httpx.Client, kind: str, absent: Json) -> None:
+    store(client, *[event(timestamp=at(-1), properties={"n": n}) for n in (2, 0.5)])
+    query = {"event_name": "call", "aggregation_type": kind} | absent
+    for more, expected in (({"property_name": "n"}, ("SUM_WITH_MULTIPLIER", 2.5)), ({}, ("COUNT", 2))):
+        answer = client.post("/v1/events/usage", json=query | more).json()
+        assert (answer["type"], answer["value"]) == expected
+    windows = client.post("/v1/events/usage", json=query | {"property_name": "n", "window_size": "DAY"}).json()
+    assert [each["value"] for each in windows["results"]] == [2.5]
 
 
 @table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
