@@ -70,12 +70,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache, partial
-from http import HTTPStatus
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args
 
-import httptools
 import msgspec
 import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -87,14 +85,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # What others may use, section by section; all other names begin with an underscore.
 __all__ = [  # noqa: RUF022 - in the order of the file
     # General
     "T", "__version__", "log",
     # Settings
-    "ApiKey", "Settings", "now_us",
+    "ROLES", "ApiKey", "Settings", "now_us",
     # Errors
     "MAX_ECHO_CHARS", "STATUS_OF_CODE", "ApiError", "ErrorBody", "ErrorDetails", "ErrorMessage", "Fault", "Faults",
     "FieldError", "StartError", "excerpt", "plural", "quoted", "raise_fault",
@@ -128,8 +125,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
     "spans_of_windows", "utc_windows",
     # Serving
-    "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "OPERATIONS", "AddFlag", "add_db_flag", "check_key", "create_app",
-    "listen", "main", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
+    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "find_api_keys",
+    "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
@@ -146,10 +143,15 @@ class ApiKey(Struct, frozen=True):
 
     digest: bytes
     environment: str
+    label: str = ""  # name of the key in logs
+    role: str = ""  # one of ROLES, or empty for a key that may do everything
 
     @classmethod
-    def hashed(cls, key: str, environment: str = "development") -> ApiKey:
-        return cls(hashlib.sha256(key.encode()).digest(), environment)
+    def hashed(cls, key: str, environment: str = "development", label: str = "", role: str = "") -> ApiKey:
+        return cls(hashlib.sha256(key.encode()).digest(), environment, label, role)
+
+
+ROLES = ("event_ingestor", "event_reader")  # may only send events; may only read
 
 
 def now_us() -> int:
@@ -176,9 +178,10 @@ class Settings(Struct, frozen=True, kw_only=True):
 # ---------------------------------------------------------------------------------------------- Errors
 
 STATUS_OF_CODE = {
-    "validation_error": 400, "unauthorized": 401, "not_found": 404, "method_not_allowed": 405, "already_exists": 409,
-    "too_many_requests": 429, "database_error": 500, "internal_error": 500, "service_unavailable": 503,
-    "uri_too_long": 414, "headers_too_large": 431,
+    "validation_error": 400, "unauthorized": 401, "permission_denied": 403, "not_found": 404,
+    "method_not_allowed": 405, "request_timeout": 408, "already_exists": 409, "too_many_requests": 429,
+    "database_error": 500, "internal_error": 500, "service_unavailable": 503, "uri_too_long": 414,
+    "headers_too_large": 431,
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
@@ -1339,14 +1342,19 @@ class Outbox(NamedTuple):
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
-    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None) -> None:
+    def __init__(self, service: Service, handler: _Handler, parameters: Iterable[str] | None, role: str = "") -> None:
         self._service = service
         self._handler = handler
         self._parameters = parameters  # None: log no unknown parameters
+        self._role = role  # a key with another role is refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, parameters = self._service, self._parameters
         request = Request(scope, receive)
+        key: ApiKey | None = scope.get("api_key")
+        if key and key.role and key.role != self._role:
+            needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
+            raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
         if parameters is not None and scope["query_string"]:
             sent = dict(urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace")))
             service.warn_of_ignored(request, sent.keys() - {*parameters}, "no parameter has that name", parameters)
@@ -1375,6 +1383,7 @@ class Operation(NamedTuple):
     schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
     status: int = 200
     refusals: Sequence[int] = ()  # error statuses, besides those of every operation
+    role: str = ""  # a key with this role suffices; a GET is also open to event_reader
     extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
 
     @property
@@ -1389,7 +1398,8 @@ class Operation(NamedTuple):
         return compile_path(self.path)[0].match(path) is not None
 
     def route(self, service: Service) -> Route:
-        return Route(self.path, _Endpoint(service, self.handler, self.parameters), methods=[self.method])
+        role = "event_reader" if self.method == "GET" else self.role
+        return Route(self.path, _Endpoint(service, self.handler, self.parameters, role), methods=[self.method])
 
 
 class Service:
@@ -2395,16 +2405,17 @@ def _operation_of_extra(method: str, path: str, module: str) -> Operation:
         response: Response = await row.handler(service, request)
         return response
 
-    return Operation(method, path, handle, None, extra=module)
+    return Operation(method, path, handle, None, role="event_reader", extra=module)
 
 
 OPERATIONS = (
     Operation("POST", "/v1/events", ingest_event, EventAccepted, EventIn, status=202, refusals=[429],
+              role="event_ingestor",
               example=_API_CALL | {"event_id": "evt_1", "properties": {"tokens": 1250}}),
     Operation("GET", "/v1/events", list_events_by_parameters, EventPage, None, EventQueryIn.__struct_fields__),
     Operation("POST", "/v1/events/bulk", ingest_events_bulk, BulkAccepted, BulkIn, status=202, refusals=[429],
-              example={"events": [_API_CALL]}),
-    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn,
+              role="event_ingestor", example={"events": [_API_CALL]}),
+    Operation("POST", "/v1/events/query", query_events, EventPage, EventQueryIn, role="event_reader",
               example={"external_customer_id": "cust_42", "property_filters": {"region": ["eu", "us"]},
                        "page_size": 100}),
     _operation_of_extra("POST", "/v1/events/usage", "usage"),
@@ -2446,183 +2457,6 @@ def create_app(
 # ---------------------------------------------------------------------------------------------- Listening
 
 _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while a proxy uses it causes a 502
-HEADERS_TIMEOUT_S = 30.0  # time for a request's head, from its first byte or the connection; uvicorn sets none
-MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
-_PIECE_BYTES = 16_384  # parsed at a time, so a head may exceed the limit by this much before it is refused
-_LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
-
-
-class _WholeResponses:
-    """A transport that writes a response's head together with its body.
-
-    With uvicorn's two writes the event loop spends 11 % more time on a page and 7 % more on a single event.
-    """
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head = b""
-        self.is_closing = transport.is_closing
-
-    def write(self, data: bytes) -> None:
-        if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
-            self._head = data
-        else:
-            self._transport.write(self._head + data)
-            self._head = b""
-
-    def flush(self) -> None:
-        """Write a head that no body follows: the answer to HEAD."""
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-
-class _Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1, except that it ignores requests to upgrade, limits the size of a request's head, answers
-    clients that have shut down their sending side, and refuses malformed requests with the JSON error body.
-
-    `timeout_keep_alive_task` is the only timer of a connection: for a head, between requests, or before it closes.
-    Methods that run for each request call HttpToolsProtocol's directly: with super() they take 1.5 us longer, 5 %.
-    """
-
-    url = b""
-    _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
-    _in_body = False  # between the end of a request's head and the end of the request
-    _last_answer: bytes | None = None  # set as soon as nothing more is read
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._responses = _WholeResponses(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unset_keepalive_if_required()  # otherwise the timer holds this object until it expires
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._last_answer is not None:
-            return
-        if not (self._framing_bytes or self._in_body):
-            self._unset_keepalive_if_required()
-        try:
-            if len(data) <= _PIECE_BYTES:
-                self._parse(data)
-            else:
-                for start in range(0, len(data), _PIECE_BYTES):
-                    self._parse(data[start : start + _PIECE_BYTES])
-        except (httptools.HttpParserError, ApiError) as error:
-            self._refuse(error)
-        else:
-            if self._framing_bytes and not self._in_body and self.timeout_keep_alive_task is None:
-                self.timeout_keep_alive_task = self.loop.call_later(HEADERS_TIMEOUT_S, self.shutdown)
-
-    def _parse(self, piece: bytes) -> None:
-        """Feed a piece to the parser. The parser stops after the head of a request to upgrade: feed that head to a new
-        parser without the header `upgrade`, then feed the rest (RFC 9110, 7.8: a server may ignore the header)."""
-        self._framing_bytes += len(piece)
-        while piece:
-            try:
-                self.parser.feed_data(piece)
-                break
-            except httptools.HttpParserUpgrade as upgrade:
-                piece = piece[upgrade.args[0] :]
-                method, version = self.parser.get_method(), self.parser.get_http_version()
-                if method == b"CONNECT":
-                    raise ApiError("method_not_allowed", "CONNECT is not allowed: this is not a proxy") from None
-                lines = [b"%s %s HTTP/%s" % (method, self.url, version.encode())]
-                lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > MAX_HEAD_BYTES:
-            raise self._head_too_long()
-
-    def _head_too_long(self) -> ApiError:
-        part, code = "headers", "headers_too_large"
-        if len(self.url) > MAX_HEAD_BYTES // 2:
-            part, code = "URL", "uri_too_long"
-        return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
-
-    def on_headers_complete(self) -> None:
-        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # the count includes the end of the request before
-            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if length > MAX_HEAD_BYTES:
-                raise self._head_too_long()
-        if not self.parser.should_upgrade():
-            if self.timeout_keep_alive_task is not None:
-                self._unset_keepalive_if_required()
-            HttpToolsProtocol.on_headers_complete(self)
-            self.cycle.transport = self._responses  # type: ignore[assignment]
-            self._in_body = True
-
-    def on_body(self, body: bytes) -> None:
-        self._framing_bytes = 0
-        HttpToolsProtocol.on_body(self, body)
-
-    def on_message_complete(self) -> None:
-        if self._in_body:  # false after the head of a request to upgrade, which is parsed again
-            self._framing_bytes = 0
-            self._in_body = False
-            HttpToolsProtocol.on_message_complete(self)
-
-    def on_response_complete(self) -> None:
-        was_last = self._last_answer is not None and not self.pipeline
-        self._responses.flush()
-        HttpToolsProtocol.on_response_complete(self)
-        if was_last:
-            self._close()
-
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection open until the requests that arrived in full are answered."""
-        if self._last_answer is None:
-            self._end(b"")
-        return True
-
-    def _refuse(self, error: BaseException) -> None:
-        """Log the error. After the answers to earlier requests, send its JSON body and close the connection."""
-        if isinstance(error, httptools.HttpParserCallbackError):
-            error = error.__context__ or error  # what the callback raised
-        if not isinstance(error, ApiError):
-            hint = f"the request is not valid HTTP/1.1: {error}"
-            if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
-                hint += "; spaces and characters outside ASCII in a URL must be percent-encoded: %20, and %C3%BC for ü"
-            error = ApiError("validation_error", hint)
-        status = HTTPStatus(error.status)
-        log.warning("a request from %s: %d %s: %s", (self.client or ["?"])[0], status, error.code, error.message)
-        body = ENCODER.encode(error.body)
-        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self._end(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-
-    def _end(self, answer: bytes) -> None:
-        """Read nothing more. Once the requests that arrived in full are answered, send `answer` and close."""
-        self._last_answer = answer
-        self._unset_keepalive_if_required()
-        if self._in_body:  # the newest request will never be complete
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-            if self.pipeline:
-                self.pipeline.popleft()
-                return
-            if self.cycle.response_started:
-                self._last_answer = b""
-        if self._in_body or self.cycle is None or self.cycle.response_complete:
-            self._close()
-
-    def _close(self) -> None:
-        """Send the last answer, then read and drop data for _LINGER_S. Closing immediately with unread data would reset
-        the connection, and the client could lose the answer."""
-        self._unset_keepalive_if_required()
-        if self.transport.is_closing():
-            return
-        if not self._last_answer:
-            self.transport.close()
-            return
-        self.transport.write(self._last_answer)
-        self.transport.write_eof()
-        self.flow.resume_reading()
-        self.timeout_keep_alive_task = self.loop.call_later(_LINGER_S, self.transport.close)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -2643,101 +2477,102 @@ def uvicorn_server(
     app: ASGIApp | str, shutdown_timeout_s: int, keep_alive_s: int = _KEEP_ALIVE_S, access_log: bool = False
 ) -> uvicorn.Server:
     config = uvicorn.Config(
-        app, http=_Protocol, ws="none", lifespan="on", log_config=None, access_log=access_log, proxy_headers=False,
+        app, http="httptools", ws="none", lifespan="on", log_config=None, access_log=access_log, proxy_headers=False,
         server_header=False, timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=shutdown_timeout_s,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    make: Callable[[uvicorn.Config], uvicorn.Server] = uvicorn.Server
+    if _has_extras():
+        make = _extra("connections", "serve").Server  # limits a connection's sizes and times
+    return make(config)
 
 
 # ---------------------------------------------------------------------------------------------- API keys
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine can reach
+_HASHED_KEY = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 def check_key(key: str, where: str = "") -> str:
-    """Return the key. Raises StartError if an HTTP header cannot carry it."""
+    """Return the key. Raises StartError if an HTTP header cannot carry it, or if it is in quotes."""
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         problem = "is empty, or has a space or a character outside ASCII"
         raise StartError(f"{where}an API key {problem}: an HTTP header cannot carry it")
+    if key[0] in "\"'`" or key[-1] in "\"'`":
+        raise StartError(f"{where}an API key begins or ends with a quote: write it without quotes")
     return key
 
 
-def _parse_api_keys(texts: Iterable[tuple[str, str]]) -> tuple[ApiKey, ...]:
-    """Parse pairs of a source and `KEY` or `KEY=ENVIRONMENT`.
+def _parse_api_key(source: str, text: str) -> ApiKey:
+    first, *attributes = (part.strip() for part in text.split(";"))
+    key, separator, environment = (part.strip() for part in first.partition("="))
+    given = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in attributes)}
+    if given.keys() - {"label", "role"} or "=" in environment or "," in text:
+        problem = "an API key has a ',', a second '=', or a ';' without label= or role= behind it"
+        several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
+        raise StartError(f"{source}: {problem}: are several keys meant? {several}")
+    if separator and not environment:
+        raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
+    check_key(key, f"{source}: ")
+    for name, value in {"environment": environment, **given}.items():
+        if not value.isprintable() or value[:1] in ("'", '"') or value[-1:] in ("'", '"') or len(value) > 255:
+            problem = "is longer than 255 characters, in quotes, or has a control character"
+            raise StartError(f"{source}: the {name} {quoted(value)} {problem}")
+    if (role := given.get("role", "")) not in ("", *ROLES):
+        raise StartError(f"{source}: the role must be {' or '.join(ROLES)}, got {quoted(role)}")
+    parsed = ApiKey.hashed(key, environment or "development", given.get("label", ""), role)
+    hashed = _HASHED_KEY.fullmatch(key)
+    return msgspec.structs.replace(parsed, digest=bytes.fromhex(hashed[1])) if hashed else parsed
+
+
+def parse_api_keys(texts: Iterable[tuple[str, str]]) -> tuple[ApiKey, ...]:
+    """Parse pairs of a source and `KEY[=ENVIRONMENT][; label=LABEL][; role=ROLE]`. KEY may be `sha256:` and its hash.
 
     Raises StartError naming the source (flag, file line, variable), never the key.
     """
-    keys: dict[ApiKey, str] = {}
+    keys: dict[bytes, tuple[ApiKey, str]] = {}
     for source, text in texts:
-        key, separator, environment = (part.strip() for part in text.partition("="))
-        if separator and not environment:
-            raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
-        if sign := re.search("[=;,]", key + environment):
-            several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
-            problem = f"an API key or its environment has a {sign[0]!r} in it, which neither may"
-            raise StartError(f"{source}: {problem}: are several keys meant? {several}")
-        parsed = ApiKey.hashed(check_key(key, f"{source}: "), environment or "development")
-        for known, known_source in keys.items():
-            if known.digest == parsed.digest:
-                again = "twice" if known_source == source else f"as {known_source}"
-                raise StartError(f"{source} names the same key {again}: a key is bound to one environment")
-        keys[parsed] = source
-    return tuple(keys)
+        parsed = _parse_api_key(source, text)
+        if parsed.digest in keys:
+            known_source = keys[parsed.digest][1]
+            again = "twice" if known_source == source else f"as {known_source}"
+            raise StartError(f"{source} names the same key {again}: a key is bound to one environment")
+        keys[parsed.digest] = parsed, source
+    return tuple(key for key, _ in keys.values())
 
 
-def _read_key_file(path: str) -> list[tuple[str, str]]:
-    """Return each key's source and text: `KEY` or `KEY=ENVIRONMENT` a line, comments after #. Raises StartError."""
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"cannot read --api-key-file {path}: {getattr(error, 'strerror', error)}") from error
-    texts = [line.partition("#")[0].strip() for line in lines]
-    found = [(f"--api-key-file {path}, line {number}", text) for number, text in enumerate(texts, 1) if text]
-    if not found:
-        raise StartError(f"--api-key-file {path} has no key in it: write KEY=ENVIRONMENT, each on a line")
-    return found
+class FoundKeys(NamedTuple):
+    """The API keys of `serve`, and where they were found."""
 
-
-class _FoundKeys(NamedTuple):
     keys: tuple[ApiKey, ...]
     source: str
     made: str | None = None  # the key in clear text, if it was made for this run
 
 
-def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> _FoundKeys:
+def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys:
     """Return the keys of the flags, else those of the environment variables, else a new one. Raises StartError."""
-    several = [part for part in environ.get("EVENTSTORE_API_KEYS", "").split(",") if part.strip()]
-    single = environ.get("FLEXPRICE_API_KEY", "").strip()
-    if flags.api_key or flags.api_key_file:
-        sources = {"--api-key": flags.api_key, "--api-key-file": flags.api_key_file}
+    path = getattr(flags, "api_key_file", None)  # a flag of eventstore_extras
+    if flags.api_key or path:
+        sources = {"--api-key": flags.api_key, "--api-key-file": path}
         texts = [("--api-key", text) for text in flags.api_key]
-        texts += _read_key_file(flags.api_key_file) if flags.api_key_file else []
-        return _FoundKeys(_parse_api_keys(texts), " and ".join(flag for flag, given in sources.items() if given))
-    if several:
-        name = "EVENTSTORE_API_KEYS"
-        return _FoundKeys(_parse_api_keys((name, text) for text in several), name)
-    if single:
-        if "=" in single:
+        if path:
+            texts += _extra("keys", "--api-key-file").read_key_file(path)
+        return FoundKeys(parse_api_keys(texts), " and ".join(flag for flag, given in sources.items() if given))
+    for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"):
+        value = environ.get(name)
+        if value is None:
+            continue
+        if name == "FLEXPRICE_API_KEY" and "=" in value:
             raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
-        return _FoundKeys(_parse_api_keys([("FLEXPRICE_API_KEY", single)]), "FLEXPRICE_API_KEY")
+        parts = value.split(",") if name == "EVENTSTORE_API_KEYS" else [value]
+        texts = [(name, text) for text in parts if text.strip()]
+        if not texts:
+            raise StartError(f"{name} is set, but holds no key: write a key into it, or unset it")
+        return FoundKeys(parse_api_keys(texts), name)
     if flags.host not in _LOOPBACK:
         problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
         raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
     made = f"evs_{secrets.token_urlsafe(18)}"
-    return _FoundKeys((ApiKey.hashed(made),), "made for this run", made)
-
-
-def _read_api_keys_again(service: Service, arguments: argparse.Namespace) -> None:
-    """Load the keys again. If the file cannot be used, keep the present keys."""
-    try:
-        found = _find_api_keys(arguments, {})
-        service.replace_api_keys(found.keys)
-    except (StartError, sqlite3.Error) as error:
-        log.error("the API keys stay as they were: %s", error)
-    else:
-        log.info("%s from %s", plural(len(found.keys), "API key"), found.source)
-        for name in service.outboxes.keys() - {key.environment for key in found.keys}:
-            log.warning("no API key is left for the environment %s, whose events are forwarded", quoted(name))
+    return FoundKeys((ApiKey.hashed(made),), "made for this run", made)
 
 
 # ---------------------------------------------------------------------------------------------- Command line
@@ -2748,14 +2583,14 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "export": ("exporting", "write events to a file"),
     "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
+    "keys": ("keys", "make API keys, or list those of a file"),
 }
-_SERVE_EXTRAS = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> module
 _SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
 _MAX_FLAG = 1_000_000_000_000  # a larger size of a buffer or time in microseconds would overflow
 AddFlag = Callable[..., argparse.Action]
 
 
-def _banner(service: Service, host: str, port: int, found: _FoundKeys) -> str:
+def _banner(service: Service, host: str, port: int, found: FoundKeys) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     environments = ", ".join(sorted({key.environment for key in service.settings.api_keys}))
@@ -2795,15 +2630,6 @@ def _stop_counting_memory() -> None:
             sqlite.sqlite3_initialize()
 
 
-def _raise_file_limit() -> None:
-    """Raise the limit on open files to the maximum: each connection is a file, and the usual limit is 1024."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource  # noqa: PLC0415 - not on Windows
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 def _collect_less_garbage() -> None:
     """Run the garbage collector less often, and exclude the modules' objects from it.
 
@@ -2813,38 +2639,30 @@ def _collect_less_garbage() -> None:
     gc.set_threshold(10_000)
 
 
-def _more_operations() -> Sequence[Operation]:
-    """Return what eventstore_extras adds to `serve`; nothing if this file stands alone."""
-    return _extra("analytics", "serve").OPERATIONS if _has_extras() else ()
-
-
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    found = _find_api_keys(arguments, os.environ)
+    found = find_api_keys(arguments, os.environ)
     _stop_counting_memory()
-    _raise_file_limit()
+    extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
     # Set the handlers before the port is open: a signal may arrive as soon as it is. Keep them after uvicorn has ended:
     # uvicorn raises the signal again, and the default handler would make the exit status -15.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
-    with listen(arguments.host, arguments.port) as listener:
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with (extras and extras.prepare(arguments)) or listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
-        additions = _extra("mock", "--mock").additions() if arguments.mock else {"operations": _more_operations()}
-        app = create_app(Settings(api_keys=found.keys, **chosen), **additions)
+        app = create_app(Settings(api_keys=found.keys, **chosen), **(extras.additions(arguments) if extras else {}))
         service: Service = app.state.service
         with closing(service.store):
-            for flag, module in _SERVE_EXTRAS.items():
-                if getattr(arguments, flag):
-                    _extra(module, f"--{flag.replace('_', '-')}").attach(service, arguments, listener.getsockname())
-            if arguments.api_key_file and hasattr(signal, "SIGHUP"):  # not on Windows
-                # Use a thread: a new environment waits for the write lock, and requests must not wait with it.
-                again = partial(_read_api_keys_again, service, arguments)
-                signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=again, daemon=True).start())
+            if extras:
+                extras.attach(service, arguments, listener.getsockname())
             service.is_stopping = lambda: server.should_exit
-            print(_banner(service, arguments.host, listener.getsockname()[1], found), flush=True)
+            host, port = listener.getsockname()[:2]
+            print(_banner(service, host, port, found), flush=True)
             _collect_less_garbage()
             server.config.app = app  # uvicorn reads it in run()
             server.run(sockets=[listener])
@@ -2882,7 +2700,6 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
     add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
         "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
-    add("--api-key-file", metavar="FILE", help="KEY=ENVIRONMENT a line, comments behind a #; read again on SIGHUP")
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
@@ -2890,23 +2707,10 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
         help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
         "if not given; 0 never warns")  # fmt: skip
-    add("--rate-limit", dest="rate_limits", metavar="documented|SINGLE,BULK", default={},
-        type=lambda text: _extra("rate_limits", "--rate-limit").parse_rate_limits(text),
-        help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
-        )  # fmt: skip
-    add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
         help="hide events from queries for this long after they were accepted")  # fmt: skip
     add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
         help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
-    add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
-        "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
-    add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
-        "keys are of several")  # fmt: skip
-    add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
-    add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
-    add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
-        "environments that are not forwarded")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
     add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
 
@@ -2928,11 +2732,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         elif name in argv[:1]:
             command.set_defaults(run=serve)
             _add_serve_flags(command.add_argument)
+            if _has_extras():
+                _extra("serving", "serve").add_flags(command.add_argument)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
         hint = f"; is {similar[0]} meant?" if similar else ""
+        hint += "" if _has_extras() else f"; most flags need the folder eventstore_extras beside {__file__}"
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 

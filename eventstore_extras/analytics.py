@@ -712,6 +712,7 @@ _SCHEMAS = {"AnalyticsIn": {
 OPERATIONS = (
     *METER_OPERATIONS,
     *FEATURE_OPERATIONS,
-    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, schemas=_SCHEMAS,
+    Operation("POST", "/v1/events/analytics", compute_analytics, Analytics, AnalyticsIn, role="event_reader",
+              schemas=_SCHEMAS,
               example={"external_customer_id": "cust_42", "group_by": ["properties.model"], "window_size": "DAY"}),
 )  # fmt: skip

@@ -507,7 +507,7 @@ OPERATIONS = (
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),
-    Operation("POST", "/v1/events/usage/meter", compute_meter_usage, Usage, MeterUsageIn,
+    Operation("POST", "/v1/events/usage/meter", compute_meter_usage, Usage, MeterUsageIn, role="event_reader",
               refusals=[404], schemas=_USAGE_SCHEMAS,
               example={"meter_id": "meter_01K7M", "external_customer_id": "cust_42", "window_size": "DAY"}),
 )  # fmt: skip

@@ -394,7 +394,7 @@ _SCHEMAS = {"UsageIn": {
                              {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
 }}  # fmt: skip
 OPERATIONS = (
-    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, schemas=_SCHEMAS,
+    Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, role="event_reader", schemas=_SCHEMAS,
               example={"event_name": "api_request", "external_customer_id": "cust_42", "aggregation_type": "SUM",
                        "property_name": "tokens", "window_size": "DAY", "timezone": "America/New_York"}),
 )  # fmt: skip

@@ -6,11 +6,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,8 @@ from helpers import (
     TEXT_FILE,
     Live,
     event,
-    eventually,
     ids,
     is_root,
-    page,
     python,
     refused,
     run,
@@ -131,110 +127,6 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
             assert total(client) == 1001
         assert key not in live.log
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
-
-
-BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app-key"}
-SOURCES = [
-    ("--api-key flag --api-key a-b=prod", BOTH, {"flag": "development", "a-b": "prod"}, "--api-key"),
-    (
-        "--api-key-file keys --api-key flag",
-        BOTH,
-        {"flag": "development", "one": "production", "two": "development"},
-        "--api-key and --api-key-file",
-    ),
-    ("", BOTH, {"one": "production", "two": "staging"}, "EVENTSTORE_API_KEYS"),
-    ("", BOTH | {"EVENTSTORE_API_KEYS": ""}, {"app-key": "development"}, "FLEXPRICE_API_KEY"),
-]
-
-
-@pytest.mark.slow
-@table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
-def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(
-    tmp_path: Path, flags: str, environ: dict[str, Any], accepted: dict[str, Any], source: str
-) -> None:
-    (tmp_path / "keys").write_text("# comment\none = production\n\ntwo  # the second\n")
-    with Live(tmp_path, *flags.split(), **environ) as live:
-        for key in ("flag", "a-b", "one", "two", "app-key", "app"):
-            with live.client(key) as client:
-                response = client.post("/v1/events", json=event())
-                if key in accepted:
-                    assert page(client)["events"][0]["environment_id"] == accepted[key]
-                else:
-                    refused(response, 401, "unauthorized")
-        assert source in live.banner
-        assert f"  debugger     {live.url}/\n" in live.banner
-        shown = live.banner + live.log
-        assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
-
-
-@pytest.mark.slow
-@table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
-@table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
-def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(
-    tmp_path: Path, source: str, text: str
-) -> None:
-    if "," in text and source == "EVENTSTORE_API_KEYS":
-        text = "k1=production;k2=staging"
-    (tmp_path / "keys").write_text(text)
-    flags = {"--api-key": ["--api-key", text], "--api-key-file": ["--api-key-file", "keys"]}.get(source, [])
-    environ = {"EVENTSTORE_API_KEYS": "", "FLEXPRICE_API_KEY": ""} | ({} if flags else {source: text})
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert source in done.stderr
-    assert "EVENTSTORE_API_KEYS" in done.stderr
-    assert "k1" not in done.stderr
-
-
-@pytest.mark.slow
-@table(("text", "message"), [
-    ("# two\na=x\nb c=y", "--api-key-file keys, line 3: an API key is empty, or has a space"),
-    ("a=x\nb=", "--api-key-file keys, line 2: an API key ends in '='"),
-    ("a=x\n\na=y", "--api-key-file keys, line 3 names the same key as --api-key-file keys, line 1"),
-])  # fmt: skip
-def test_a_bad_line_of_the_file_of_keys_is_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "keys").write_text(text)
-    done = run(*SCRIPT, "serve", "--port", "0", "--api-key-file", "keys", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned_of(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("old=development")
-    to_nobody = ("--forward-to", "http://127.0.0.1:1")
-    with Live(tmp_path, "--api-key-file", "keys", *to_nobody, EVENTSTORE_FORWARD_API_KEY="a-key") as live:
-        (tmp_path / "keys").write_text("new=production")
-        live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: 'no API key is left for the environment "development"' in live.log)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("old=production")
-
-    def statuses() -> dict[str, int]:
-        with live.client("old") as old, live.client("new") as new:
-            return {"old": old.get("/v1/events").status_code, "new": new.get("/v1/events").status_code}
-
-    with Live(tmp_path, "--api-key-file", "keys") as live:
-        assert statuses() == {"old": 200, "new": 401}
-        keys.write_text("old=production\nnew=an environment that is new")
-        live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: statuses() == {"old": 200, "new": 200})
-        with live.client("new") as client:
-            assert store(client, event("a")).status_code == 202
-            assert page(client)["events"][0]["environment_id"] == "an environment that is new"
-        for number, bad in enumerate(("", "a=b=c"), 1):
-            keys.write_text(bad)
-            live.process.send_signal(signal.SIGHUP)
-            while live.log.count("the API keys stay as they were") < number:
-                time.sleep(0.005)
-        assert statuses() == {"old": 200, "new": 200}
-        keys.write_text("new=an environment that is new")
-        live.process.send_signal(signal.SIGHUP)
-        eventually(lambda: statuses() == {"old": 401, "new": 200})
 
 
 def test_a_flag_that_is_nearly_one_is_answered_with_it(tmp_path: Path) -> None:

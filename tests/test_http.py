@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 from uvicorn.server import ServerState
 
 import eventstore
+from eventstore_extras import connections
 from helpers import (
     BODY,
     HEAD,
@@ -270,7 +271,7 @@ def test_curl_with_http2_stores_an_event(live: Live, chunked: bool) -> None:
     assert "Upgrade: h2c" in done.stderr
 
 
-LIMIT = eventstore.MAX_HEAD_BYTES
+LIMIT = connections.MAX_HEAD_BYTES
 LONG_HEADS = {
     "one header": (f"GET /health HTTP/1.1\r\nX-Long: {'a' * 100_000}\r\n\r\n", 431, "headers_too_large"),
     "many headers": ("GET /health HTTP/1.1\r\n" + "X: y\r\n" * 12_000 + "\r\n", 431, "headers_too_large"),
@@ -505,7 +506,10 @@ DRIPS = {  # the bytes to send first, and those to repeat
 
 @pytest.mark.slow
 def test_a_client_cannot_keep_a_connection_open_with_occasional_bytes(tmp_path: Path) -> None:
-    code = "import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
+    code = (
+        "import sys, eventstore; from eventstore_extras import connections;"
+        "connections.HEADERS_TIMEOUT_S = connections.BODY_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
+    )
     command, flags = [sys.executable, "-c", code], ["--api-key", KEY, "--keep-alive-s", "1"]
     with Live(tmp_path, *flags, command=command, PYTHONPATH=str(ROOT)) as live, ExitStack() as stack:
         drips = {name: (stack.enter_context(live.connect()), drip) for name, (_, drip) in DRIPS.items()}
@@ -538,7 +542,7 @@ def test_a_lost_connection_leaves_no_timer_behind() -> None:
         config = eventstore.uvicorn_server(Starlette(), 1).config
         config.load()
         state = ServerState()
-        listening = await loop.create_server(lambda: eventstore._Protocol(config, state, {}, loop), "127.0.0.1", 0)
+        listening = await loop.create_server(lambda: connections.Protocol(config, state, {}, loop), "127.0.0.1", 0)
         address = listening.sockets[0].getsockname()
         made: weakref.WeakSet[Any] = weakref.WeakSet()
         for sent in (b"", b"GET / HT", b"garbage\r\n"):

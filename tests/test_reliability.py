@@ -859,7 +859,10 @@ def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_the_others(tmp_p
 
 def limited_to(seconds: float) -> list[str]:
     """A server that waits so long for the headers of a request."""
-    code = f"import sys, eventstore; eventstore.HEADERS_TIMEOUT_S = {seconds}; sys.exit(eventstore.main())"
+    code = (
+        "import sys, eventstore; from eventstore_extras import connections;"
+        f"connections.HEADERS_TIMEOUT_S = {seconds}; sys.exit(eventstore.main())"
+    )
     return [sys.executable, "-c", code]
 
 
