@@ -2018,7 +2018,7 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
         faults.add(field, "invalid_format", "has an empty key")
-    check_filter_limits(field, [*filters.values()], faults)
+    check_filter_limits(field, [values or [] for values in (sent or {}).values()], faults)
     return filters
 
 

@@ -64,7 +64,7 @@ from eventstore_extras.features import OPERATIONS as FEATURE_OPERATIONS
 from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named_meters
 from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
 from eventstore_extras.meters import Aggregation, Meter, filters_in_both
-from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
+from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice, enum_schema, ref
 from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
 from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
 
@@ -204,8 +204,8 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     for number, name in enumerate(sent.group_by or []):
         faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept ""
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
-    for field, names, limit in ("group_by", dimensions, _MAX_DIMENSIONS), ("sources", sent.sources, MAX_FILTER_VALUES):
-        if names and len(names) > limit:
+    for field, limit in (("group_by", _MAX_DIMENSIONS), ("sources", MAX_FILTER_VALUES)):
+        if len(names := getattr(sent, field) or []) > limit:
             faults.add(field, "out_of_range", f"may hold {limit} names, got {len(names)}")
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.raise_any()
@@ -699,11 +699,11 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, rows, strict=True))))
 
 
-_SCHEMAS = {"AnalyticsIn": {
+_SCHEMAS: dict[str, Any] = {"Dimension": enum_schema([*_IMPLIED_DIMENSIONS, *_DIMENSIONS]), "AnalyticsIn": {
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
-    "window_size": choice(*WINDOW_SIZES), "property_filters": FILTERS_SCHEMA,
+    "window_size": choice("WindowSize"), "property_filters": FILTERS_SCHEMA,
     "group_by": {"type": ["array", "null"], "maxItems": _MAX_DIMENSIONS,
-                 "items": {"anyOf": [{"enum": [*_IMPLIED_DIMENSIONS, *_DIMENSIONS]},
+                 "items": {"anyOf": [ref("Dimension"),
                                      {"type": "string", "pattern": f"^{_PROPERTY_DIMENSION.pattern}$"}]}},
     "sources": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_FILTER_VALUES},
 }}  # fmt: skip

@@ -21,7 +21,6 @@ from starlette.responses import Response
 from eventstore import (
     ENCODER,
     IN_ENVIRONMENT,
-    ORDERS,
     ApiError,
     Faults,
     FieldError,
@@ -40,7 +39,6 @@ from eventstore_extras.meters import (
     METER_COLUMNS,
     METER_EXAMPLE,
     METER_SCHEMAS,
-    POSITIVE_SCHEMA,
     Aggregation,
     Meter,
     MeterIn,
@@ -50,7 +48,9 @@ from eventstore_extras.meters import (
     require_meter,
     stored_meter,
 )
+from eventstore_extras.openapi import EMPTY_ARRAY, POSITIVE_SCHEMA, enum_schema, optional, ref
 from eventstore_extras.resources import (
+    LIST_ENUMS,
     LIST_PARAMETERS,
     LIST_SCHEMA,
     MAX_NAME_CHARS,
@@ -516,24 +516,32 @@ async def search_features(service: Service, request: Request) -> Response:
 _UNIT_SCHEMAS = {name: {"type": ["string", "null"], "maxLength": _MAX_UNIT_CHARS} for name in _UNITS}
 _REPORTING_SCHEMAS = {"ReportingUnitIn": {**dict.fromkeys(_UNITS, NAME_SCHEMA), "conversion_rate": POSITIVE_SCHEMA}}
 _FEATURE_SCHEMAS = METER_SCHEMAS | _REPORTING_SCHEMAS | {
-    "FeatureIn": {"name": NAME_SCHEMA, "type": {"enum": _TYPES}, **_UNIT_SCHEMAS,
+    "FeatureType": enum_schema(_TYPES),
+    "FeatureIn": {"name": NAME_SCHEMA, "type": ref("FeatureType"), **_UNIT_SCHEMAS,
                   "lookup_key": {"type": ["string", "null"], "maxLength": MAX_NAME_CHARS}},
 }  # fmt: skip
 _UPDATE_SCHEMAS = _REPORTING_SCHEMAS | {
     "FeatureUpdateIn": {"name": NAME_SCHEMA | {"type": ["string", "null"]}, **_UNIT_SCHEMAS,
-                        "filters": {"type": ["array", "null"], "maxItems": 0}},
+                        "filters": EMPTY_ARRAY},
 }  # fmt: skip
-_SEARCH_SCHEMAS = {
-    "FeatureSearchIn": LIST_SCHEMA | {"filters": {"type": ["array", "null"], "maxItems": 0}},
-    "SortIn": {"field": {"enum": [*SORTS["features"]]}, "direction": {"enum": ORDERS}},
-}
-_TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains", "expand")
-_SEARCH_PARAMETERS = LIST_PARAMETERS | {name: {"type": "string"} for name in ("sort", *_TEXT_PARAMETERS)}
+_EXPAND_SCHEMA = {"type": "string", "pattern": r"^\s*meters\s*(,\s*meters\s*)*$"}
+_SEARCH_SCHEMAS = LIST_ENUMS | {
+    "FeatureSort": enum_schema(SORTS["features"]),
+    "FeatureSearchIn": LIST_SCHEMA | {"filters": EMPTY_ARRAY,
+                                      "expand": optional(_EXPAND_SCHEMA)},
+    "SortIn": {"field": ref("FeatureSort"), "direction": ref("Order")},
+}  # fmt: skip
+_TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains")
+_SORT_PARAMETER = f"^({'|'.join(SORTS['features'])}|,)*$"  # several, separated by commas
+_SEARCH_PARAMETERS = LIST_PARAMETERS | {
+    **{name: {"type": "string"} for name in _TEXT_PARAMETERS},
+    "sort": {"type": "string", "pattern": _SORT_PARAMETER}, "expand": _EXPAND_SCHEMA,
+}  # fmt: skip
 
 OPERATIONS = (
     Operation("POST", "/v1/features", create_feature, Feature, FeatureIn, status=201, refusals=[404, 409],
               example={"name": "Tokens", "type": "metered", "meter": METER_EXAMPLE}, schemas=_FEATURE_SCHEMAS),
-    Operation("GET", "/v1/features", find_features, FeaturePage, None, _SEARCH_PARAMETERS),
+    Operation("GET", "/v1/features", find_features, FeaturePage, None, _SEARCH_PARAMETERS, schemas=LIST_ENUMS),
     Operation("POST", "/v1/features/search", search_features, FeaturePage, FeatureSearchIn, role="event_reader",
               schemas=_SEARCH_SCHEMAS,
               example={"lookup_keys": ["tokens"]}),

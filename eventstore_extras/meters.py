@@ -7,6 +7,7 @@ Features and analytics build on it.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from eventstore import (
+    DECIMAL,
     ENCODER,
     IN_ENVIRONMENT,
     MAX_FILTER_KEYS,
+    MAX_FILTER_VALUES,
     MIN_TIME_US,
     MINUTE_US,
     WINDOW_MINUTES,
-    WINDOW_SIZES,
     ApiError,
     Faults,
     JsonResponse,
@@ -43,8 +45,18 @@ from eventstore import (
     read_fields,
     sql,
 )
-from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice, ref
+from eventstore_extras.openapi import (
+    FILTERS_SCHEMA,
+    NOTHING,
+    TEXT_SCHEMA,
+    TIME_SCHEMA,
+    any_case,
+    choice,
+    enum_schema,
+    ref,
+)
 from eventstore_extras.resources import (
+    LIST_ENUMS,
     LIST_PARAMETERS,
     MAX_NAME_CHARS,
     NAME_SCHEMA,
@@ -66,6 +78,8 @@ from eventstore_extras.resources import (
     time_text,
 )
 from eventstore_extras.usage import (
+    AGGREGATION_ENUMS,
+    AGGREGATION_SCHEMA,
     AGGREGATIONS,
     Usage,
     UsageIn,
@@ -81,7 +95,7 @@ from eventstore_extras.usage import (
 )
 
 __all__ = [
-    "METER_COLUMNS", "METER_EXAMPLE", "METER_SCHEMAS", "OPERATIONS", "POSITIVE_SCHEMA", "Aggregation", "Meter",
+    "METER_COLUMNS", "METER_EXAMPLE", "METER_SCHEMAS", "OPERATIONS", "Aggregation", "Meter",
     "MeterIn", "MeterListIn", "MeterPage", "MeterUsageIn", "StoredMeter", "add_meter", "all_meters", "filters_in_both",
     "meter_columns", "require_meter", "stored_meter",
 ]  # fmt: skip
@@ -478,32 +492,35 @@ METER_EXAMPLE = {
     "filters": [{"key": "model", "values": ["gpt-4o"]}],
     "reset_usage": "BILLING_PERIOD",
 }
-POSITIVE_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
-              {"type": "number", "exclusiveMinimum": 0}]}  # fmt: skip
-_NOTHING = {"enum": ["", None]}
 _TIMES = dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA)
-METER_SCHEMAS: dict[str, Any] = {
-    "MeterIn": {"name": NAME_SCHEMA,
-                "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]", "maxLength": MAX_NAME_CHARS},
-                "aggregation": ref(AggregationIn),
-                "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS},
-                "reset_usage": {"enum": [*_RESETS, "Periodic", "Cumulative"]}},
-    "AggregationIn": {"type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]}, "expression": _NOTHING,
-                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], _NOTHING]},
-                      "bucket_size": choice(*WINDOW_SIZES)},
-    "MeterFilterIn": {"key": {"type": "string", "minLength": 1},
-                      "values": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20}},
+_DECIMAL_SCHEMA = {
+    "anyOf": [{"type": "string", "pattern": f"^{DECIMAL.pattern}$"},
+              {"type": "number", "minimum": -sys.float_info.max, "maximum": sys.float_info.max}, NOTHING]}  # fmt: skip
+_RESET_SCHEMA = {"anyOf": [ref("ResetUsage"), any_case(_RESET_ALIASES)]}
+METER_SCHEMAS: dict[str, Any] = AGGREGATION_ENUMS | {
+    "ResetUsage": enum_schema(_RESETS),
+    "MeterIn": {"name": NAME_SCHEMA,  # white space around the event name does not count
+                "event_name": {"type": "string", "pattern": rf"^\s*\S([\s\S]{{0,{MAX_NAME_CHARS - 2}}}\S)?\s*$"},
+                "aggregation": ref(AggregationIn), "reset_usage": _RESET_SCHEMA,
+                "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS,
+                            "description": f"At most {MAX_FILTER_VALUES} values under all keys together."}},
+    "AggregationIn": {"type": AGGREGATION_SCHEMA, "expression": NOTHING, "multiplier": _DECIMAL_SCHEMA,
+                      "bucket_size": choice("WindowSize"),
+                      "field": {"type": ["string", "null"], "description": "Required for all types but COUNT."},
+                      "group_by": {"type": ["string", "null"], "pattern": r"^(?!properties\.)"}},
+    "MeterFilterIn": {"key": TEXT_SCHEMA, "values": {"type": "array", "items": {"type": "string"}, "minItems": 1,
+                                                     "maxItems": MAX_FILTER_VALUES}},
 }  # fmt: skip
-_LIST_PARAMETERS = LIST_PARAMETERS | {"event_name": {"type": "string"}, "sort": {"enum": [*SORTS["meters"], ""]}}
+_LIST_PARAMETERS = LIST_PARAMETERS | {"event_name": {"type": "string"}, "sort": ref("MeterSort")}
+_LIST_ENUMS = LIST_ENUMS | {"MeterSort": enum_schema(SORTS["meters"])}
 _USAGE_SCHEMAS = {"MeterUsageIn": _TIMES | {
-    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice(*WINDOW_SIZES), "filters": FILTERS_SCHEMA,
+    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice("WindowSize"), "filters": FILTERS_SCHEMA,
     "billing_anchor": TIME_SCHEMA}}  # fmt: skip
 
 OPERATIONS = (
     Operation("POST", "/v1/meters", create_meter, Meter, MeterIn, status=201, example=METER_EXAMPLE,
               schemas=METER_SCHEMAS),
-    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS),
+    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS, schemas=_LIST_ENUMS),
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),

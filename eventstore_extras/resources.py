@@ -20,7 +20,6 @@ from eventstore import (
     ENCODER,
     IN_ENVIRONMENT,
     MAX_OFFSET,
-    ORDERS,
     PARAMETER_PARSERS,
     Faults,
     FieldError,
@@ -40,14 +39,14 @@ from eventstore import (
     to_datetime,
     whole_within,
 )
-from eventstore_extras.openapi import PARAMETER_SCHEMAS, TIME_SCHEMA, choice
+from eventstore_extras.openapi import PARAMETER_SCHEMAS, TIME_SCHEMA, choice, enum_schema, ref
 from eventstore_extras.usage import check_positive
 
 __all__ = [
-    "LIST_PARAMETERS", "LIST_SCHEMA", "MAX_NAME_CHARS", "NAME_SCHEMA", "SORTS", "Columns", "Done", "ListQuery",
-    "Pagination", "Sort", "archive_row", "check_decimal", "check_length", "check_name", "check_positive_decimal",
-    "check_sort", "decimal_text", "fetch_page", "insert_row", "is_any_of", "list_query", "parse_list", "plain_decimal",
-    "sorts_by", "time_text", "update_row",
+    "LIST_ENUMS", "LIST_PARAMETERS", "LIST_SCHEMA", "MAX_NAME_CHARS", "NAME_SCHEMA", "SORTS", "Columns", "Done",
+    "ListQuery", "Pagination", "Sort", "archive_row", "check_decimal", "check_length", "check_name",
+    "check_positive_decimal", "check_sort", "decimal_text", "fetch_page", "insert_row", "is_any_of", "list_query",
+    "parse_list", "plain_decimal", "sorts_by", "time_text", "update_row",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- Texts and names
@@ -265,13 +264,15 @@ def fetch_page(
 
 _LIMIT = {"minimum": 0, "maximum": _MAX_LIMIT}
 NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+LIST_ENUMS = {"ListStatus": enum_schema(_STATUSES)}
 LIST_SCHEMA: dict[str, Any] = {  # for the fields of a body
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
     "limit": {"type": ["integer", "null"]} | _LIMIT,
     "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-    "status": choice(*_STATUSES), "order": choice(*ORDERS),
+    "status": choice("ListStatus"), "order": choice("Order"),
 }  # fmt: skip
 LIST_PARAMETERS: dict[str, Any] = {
     **{name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset", "order")},
-    "limit": {"type": "integer"} | _LIMIT, "status": {"enum": [*_STATUSES, ""]}, "meter_ids": {"type": "string"},
+    "limit": {"type": "integer"} | _LIMIT, "status": ref("ListStatus"),
+    "meter_ids": {"type": "string"},
 }  # fmt: skip

@@ -33,7 +33,6 @@ from eventstore import (
     MINUTE_US,
     READER_THREADS,
     WINDOW_MINUTES,
-    WINDOW_SIZES,
     Faults,
     FieldError,
     JsonResponse,
@@ -63,12 +62,22 @@ from eventstore import (
     to_us,
     utc_windows,
 )
-from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
+from eventstore_extras.openapi import (
+    ANSWERED_TIME,
+    FILTERS_SCHEMA,
+    POSITIVE_SCHEMA,
+    TIME_SCHEMA,
+    any_case,
+    choice,
+    enum_schema,
+    optional,
+    ref,
+)
 
 __all__ = [
-    "AGGREGATIONS", "OPERATIONS", "WEIGHT", "Usage", "UsageIn", "UsageQuery", "Windows", "aggregate",
-    "check_aggregation", "check_positive", "number_sql", "select_cells", "shares_of", "spans_of_range", "sum_of",
-    "usage_answer", "usage_query", "usage_value", "warn_of_zone",
+    "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
+    "UsageQuery", "Windows", "aggregate", "check_aggregation", "check_positive", "number_sql", "select_cells",
+    "shares_of", "spans_of_range", "sum_of", "usage_answer", "usage_query", "usage_value", "warn_of_zone",
 ]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
@@ -385,14 +394,15 @@ async def compute_usage(service: Service, request: Request) -> Response:
     return JsonResponse(await aggregate(service, usage_query(sent, service.view(request), faults), usage_answer))
 
 
-_SCHEMAS = {"UsageIn": {
+AGGREGATION_ENUMS = {"AggregationType": enum_schema(AGGREGATIONS)}
+AGGREGATION_SCHEMA = {"anyOf": [ref("AggregationType"), any_case(AGGREGATIONS)]}
+_SCHEMAS: dict[str, Any] = {"UsageIn": {
     "event_name": {"type": "string", "minLength": 1},
-    "aggregation_type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]},
+    "aggregation_type": AGGREGATION_SCHEMA,
     **dict.fromkeys(("start_time", "end_time", "billing_anchor"), TIME_SCHEMA),
-    **{name: choice(*WINDOW_SIZES) for name in ("window_size", "bucket_size")}, "filters": FILTERS_SCHEMA,
-    "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
-                             {"type": "number", "exclusiveMinimum": 0}, {"enum": ["", None]}]},
-}}  # fmt: skip
+    **{name: choice("WindowSize") for name in ("window_size", "bucket_size")}, "filters": FILTERS_SCHEMA,
+    "multiplier": optional(POSITIVE_SCHEMA),
+}, "UsageResult": {"window_size": ANSWERED_TIME}} | AGGREGATION_ENUMS  # fmt: skip
 OPERATIONS = (
     Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, role="event_reader", schemas=_SCHEMAS,
               example={"event_name": "api_request", "external_customer_id": "cust_42", "aggregation_type": "SUM",
