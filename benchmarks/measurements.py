@@ -130,7 +130,8 @@ def _check_batches(change: Callable[[int], dict[str, object]], bench: Bench) -> 
 
     def check() -> None:
         with suppress(ApiError):
-            event_rows(service, request, decode_batch(service, body), bulk=True)
+            faults = service.faults(request, whole="event")
+            event_rows(service, decode_batch(body, faults), ENVIRONMENT, faults, bulk=True)
 
     logging.disable()  # the log names the unknown fields
     try:

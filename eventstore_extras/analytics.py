@@ -201,8 +201,9 @@ def _checked_query(sent: AnalyticsIn, view: View, faults: Faults) -> _Query:
     """Check a request. Raises ApiError with every fault (API: Analytics)."""
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
-    for number, name in enumerate(sent.group_by or []):
+    for number, name in enumerate((sent.group_by or [])[:_MAX_DIMENSIONS]):
         faults.check(f"group_by[{number}]", _check_dimension, name or " ")  # faults.check would accept ""
+    faults.ignore(name for name in ("include_children", "breakdown_bucket") if getattr(sent, name))
     dimensions = tuple(dict.fromkeys(name for name in sent.group_by or [] if name not in _IMPLIED_DIMENSIONS))
     for field, limit in (("group_by", _MAX_DIMENSIONS), ("sources", MAX_FILTER_VALUES)):
         if len(names := getattr(sent, field) or []) > limit:
@@ -682,7 +683,7 @@ def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_
 
 async def compute_analytics(service: Service, request: Request) -> Response:
     """POST /v1/events/analytics: usage by meter, group and window (API: Analytics)."""
-    faults = Faults()
+    faults = service.faults(request)
     query = _checked_query(await read_fields(service, request, _ANALYTICS, faults), service.view(request), faults)
     read = partial(service.store.read, quick=False)
     find = partial(named_meters, environment=query.events.view.environment, feature_ids=query.feature_ids)

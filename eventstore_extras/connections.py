@@ -14,6 +14,7 @@ import os
 import socket
 from contextlib import suppress
 from http import HTTPStatus
+from types import FrameType
 from typing import Any
 
 import httptools
@@ -347,6 +348,12 @@ class Server(uvicorn.Server):
         config.http = Protocol
         super().__init__(config)
         self.server_state.room = _Room(self)  # type: ignore[attr-defined]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; on a second SIGINT drop all connections, for which uvicorn would wait."""
+        super().handle_exit(sig, frame)
+        for connection in list(self.server_state.connections) if self.force_exit else []:
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.is_stopping = True  # type: ignore[attr-defined]

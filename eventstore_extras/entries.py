@@ -227,7 +227,7 @@ def _json_event(content: bytes, faults: Faults) -> EventIn:
     if event_id != event.id:
         faults.ignore(name for name in ("id", *_ANSWERED_ONLY) if getattr(event, name))
     return EventIn(event.event_name, event.external_customer_id, event_id, event.customer_id, event.source,
-                   event.timestamp, event.properties)  # fmt: skip
+                   event.timestamp or None, event.properties)  # fmt: skip
 
 
 _TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
@@ -330,7 +330,7 @@ def _is_same_value(left: Raw, right: Raw) -> bool:
 
 def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
     """Put the times of a table's row into the row to store, which has the time of the import in both places."""
-    timestamp_us = faults.check("timestamp", _time_us, columns.timestamp)
+    timestamp_us = faults.check("timestamp", _time_us, None if columns.timestamp == "" else columns.timestamp)
     ingested_at_us = faults.check("ingested_at", _time_us, columns.ingested_at)
     if timestamp_us is None or timestamp_us == MIN_TIME_US:  # Go's zero time counts as absent
         timestamp_us = row.timestamp_us

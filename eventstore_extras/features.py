@@ -403,7 +403,7 @@ _SEARCH = msgspec.json.Decoder(FeatureSearchIn)
 
 async def create_feature(service: Service, request: Request) -> Response:
     """POST /v1/features: a name and units for a meter, which may be new (API: Features)."""
-    faults = Faults(index=0)
+    faults = service.faults(request, index=0)
     columns, meter = _feature_columns(await read_fields(service, request, _FEATURE, faults), faults)
     faults.raise_any()
     view = service.view(request)
@@ -422,7 +422,7 @@ async def show_feature(service: Service, request: Request) -> Response:
 
 async def update_feature(service: Service, request: Request) -> Response:
     """PUT /v1/features/{id}: change a feature's name, description, units or metadata (API: Features)."""
-    faults = Faults(index=0)
+    faults = service.faults(request, index=0)
     columns = _changed_columns(await read_fields(service, request, _FEATURE_UPDATE, faults), faults)
     faults.raise_any()
     view = service.view(request)
@@ -499,14 +499,14 @@ async def _search(
 
 async def find_features(service: Service, request: Request) -> Response:
     """GET /v1/features (API: Search)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
     return await _search(service, request, sent, sorts_by("features", sent.sort or [], faults), faults)
 
 
 async def search_features(service: Service, request: Request) -> Response:
     """POST /v1/features/search (API: Search)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = await read_fields(service, request, _SEARCH, faults)
     return await _search(service, request, sent, _checked_sorts(sent.sort or [], faults), faults)
 

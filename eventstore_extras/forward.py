@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import glob
+import itertools
 import logging
 import os
 import socket
 import sqlite3
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from msgspec import structs
+import msgspec
 
 from eventstore import (
-    ENCODER,
     IN_ENVIRONMENT,
     MAX_BATCH,
     ApiError,
@@ -31,18 +30,22 @@ from eventstore import (
     Row,
     Service,
     StartError,
-    T,
     connect_reader,
     log,
     plural,
     quoted,
     real_path,
     sql,
-    to_datetime,
 )
-from eventstore_extras.entries import ExportedEvent, exported_event
-from eventstore_extras.files import sync_folder
 from eventstore_extras.job import StopError
+from eventstore_extras.refused import (
+    MAX_EVENT_BYTES,
+    add_counts,
+    append_lines,
+    refused_line,
+    refused_path,
+    shown_counts,
+)
 from eventstore_extras.sending import (
     ARRIVED,
     BATCH_BYTES,
@@ -52,6 +55,7 @@ from eventstore_extras.sending import (
     Outcome,
     Progress,
     ProgressFile,
+    PutAside,
     Sender,
     Target,
     Throttle,
@@ -65,6 +69,7 @@ from eventstore_extras.sending import (
     resume_progress,
     target_url,
 )
+from eventstore_extras.stored import OwnReader
 
 __all__ = [
     "FAILURE_PAUSE_S",
@@ -74,13 +79,11 @@ __all__ = [
     "ForwardProgress",
     "Forwarder",
     "LagMonitor",
-    "append_line",
     "attach",
     "forward",
     "forward_progress_path",
     "open_forward_progress",
     "read_all_forward_progress",
-    "refused_path",
 ]
 
 # ---------------------------------------------------------------------------------------------- progress
@@ -89,7 +92,15 @@ _START_OVER = "remove it, and all events are sent again, which does no harm"
 
 
 class ForwardProgress(Progress, kw_only=True):
-    refused: int = 0  # events
+    refused: int = 0  # events that the target refused
+    put_aside: dict[str, int] = msgspec.field(
+        default_factory=dict
+    )  # events that were not sent, by the reason of a rule
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many events were put aside, by reason."""
+        return {"refused": self.refused, **self.put_aside} if self.refused else self.put_aside
 
 
 def forward_progress_path(db: str, target: str, environment: str) -> Path:
@@ -108,35 +119,6 @@ def read_all_forward_progress(db: str) -> list[ForwardProgress]:
     """Return the progress of each target that this database forwards or has forwarded to. Raises StartError."""
     paths = sorted(glob.glob(f"{glob.escape(real_path(db))}.forward-*.json"))
     return [read_progress(Path(path), ForwardProgress, _START_OVER) for path in paths]
-
-
-# ---------------------------------------------------------------------------------------------- refused events
-
-
-class _RefusedEvent(ExportedEvent):
-    """A line of the file of refused events: an event and three fields that `import` and a target ignore."""
-
-    refused_at: datetime
-    refused_by: str
-    refusal: str
-
-
-def refused_path(db: str) -> Path:
-    return Path(f"{real_path(db)}.refused.ndjson")
-
-
-def append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file and sync it."""
-    is_new = not path.exists()
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\n" * (file.read() != b"\n"))  # end a line that a power cut left incomplete
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    if is_new:
-        sync_folder(path)
 
 
 # ---------------------------------------------------------------------------------------------- the outbox
@@ -160,15 +142,15 @@ class Backlog(NamedTuple):
     oldest_us: int  # when the first of them was stored; 0 if none waits
 
 
-def _next_page(conn: sqlite3.Connection, environment: str, after: int) -> _Page:
+def _next_page(conn: sqlite3.Connection, environment: str, after: int, max_event_bytes: int | None) -> _Page:
     newest = newest_seq(conn)  # read before the rows: later commits wait for the next page
     through = min(newest, after + SPAN)
     rows = arrived_rows(conn, sql(IN_ENVIRONMENT, environment=environment), after, through)
-    batch = next(batches([rows], MAX_BATCH), None)
+    batch = next(batches([rows], MAX_BATCH, max_event_bytes), None)
     if batch is None:
         return _Page(None, max(through, after), through < newest)
-    is_full = len(batch.rows) == MAX_BATCH or len(batch.rows) < len(rows) or len(batch.events[0]) >= BATCH_BYTES
-    return _Page(batch, batch.rows[-1][0], is_full or through < newest)
+    is_full = batch.size == MAX_BATCH or batch.size < len(rows) or sum(map(len, batch.events)) >= BATCH_BYTES
+    return _Page(batch, batch.last[0], is_full or through < newest)
 
 
 def _backlog(conn: sqlite3.Connection, environment: str, after: int) -> Backlog:
@@ -232,33 +214,53 @@ class Forwarder:
     """Sends the events of one environment in order of arrival, one batch at a time, until the server stops."""
 
     def __init__(
-        self, service: Service, target: Target, file: ProgressFile[ForwardProgress], interval_s: float
+        self,
+        service: Service,
+        target: Target,
+        file: ProgressFile[ForwardProgress],
+        interval_s: float,
+        max_event_bytes: int | None,
     ) -> None:
         self.host = urllib.parse.urlsplit(target.url).netloc
+        self.outbox = Outbox(self.host, self.lag)
         self._store = service.store
         self._clock = service.settings.clock
         self._target = target
         self._file = file
         self._progress = file.progress
         self._interval_s = interval_s
+        self._max_event_bytes = max_event_bytes
+        self._reader = OwnReader(service.store.path, "forwarder")
         self._sender = Sender(target, self._wait)
         self._monitor = LagMonitor(self.host, self._clock, interval_s)
         self._log_throttle = Throttle(_LOG_INTERVAL_S)
         self._outage = Outage()
+        self._unfit: list[PutAside] = []  # in the batch that is being sent
         self._stopping = asyncio.Event()
+        self._show_progress()
 
     @property
     def is_saved(self) -> bool:
         return self._file.is_saved
 
-    async def _read(self, query: Callable[[sqlite3.Connection, str, int], T]) -> T:
-        """Return the result of a query for the events after those already forwarded."""
+    def _show_progress(self) -> None:
+        self.outbox.sent = self._progress.accepted
+        self.outbox.put_aside = self._progress.reasons
+
+    async def _look(self) -> Backlog:
+        """Return what waits: the events after those already forwarded."""
         environment, after = self._progress.environment, self._progress.seq
-        return await self._store.read(lambda conn: query(conn, environment, after), quick=False)
+        backlog = await self._reader.read(lambda conn: _backlog(conn, environment, after))
+        self.outbox.waiting, self.outbox.oldest_us = backlog
+        return backlog
+
+    async def _next_page(self) -> _Page:
+        environment, after, max_bytes = self._progress.environment, self._progress.seq, self._max_event_bytes
+        return await self._reader.read(lambda conn: _next_page(conn, environment, after, max_bytes))
 
     async def lag(self) -> int:
         """Return how many events wait; `_backlog` says how exact this is."""
-        return (await self._read(_backlog)).events
+        return (await self._look()).events
 
     def lag_now(self) -> int:
         """Return the same as `lag`. Any thread may call this, even when the server is not running."""
@@ -300,6 +302,7 @@ class Forwarder:
     async def _wait(self, answer: Answer, waits: int) -> None:
         """Wait before a request is sent again. Raises _StoppingError."""
         backoff_s = answer.backoff_s(waits)
+        self.outbox.blocked = answer.problem if answer.outcome is Outcome.BLOCKED else ""
         if answer.outcome is Outcome.BLOCKED:
             stopped = f"nothing is forwarded until this is corrected, trying again every {backoff_s:g} s"
             is_logged = self._log(logging.ERROR, f"{answer.problem}; {stopped}")
@@ -308,21 +311,41 @@ class Forwarder:
         self._outage.failed(is_logged)
         await self._pause(backoff_s)
 
-    async def _set_aside(self, row: Row, refusal: str) -> None:
-        """Write a refused event to its file. Waits until that is possible. Raises _StoppingError."""
-        path = refused_path(self._store.path)
-        event = _RefusedEvent(**structs.asdict(exported_event(row)), refused_at=to_datetime(self._clock()),
-                              refused_by=self._target.url, refusal=refusal)  # fmt: skip
+    async def _write_aside(self, rows: Sequence[tuple[Row, str]]) -> Path:
+        """Write events that are not delivered, and why, to their file. Waits until that is possible.
+
+        Raises _StoppingError.
+        """
+        path, now = refused_path(self._store.path), self._clock()
+        lines = [refused_line(row, self._target.url, reason, now) for row, reason in rows]
         while True:
             try:
-                await asyncio.to_thread(append_line, path, ENCODER.encode(event) + b"\n")
-                break
+                await asyncio.to_thread(append_lines, path, lines)
+                return path
             except OSError as error:
-                reason = f"the refused event {quoted(row.id)} cannot be written to {path}: {error.strerror or error}"
+                first = f"the refused event {quoted(rows[0][0].id)} cannot be written to {path}"
+                reason = f"{first}: {error.strerror or error}"
                 self._log(logging.ERROR, f"{reason}; nothing is forwarded until there is space for it")
                 await self._pause(FAILURE_PAUSE_S)
+
+    async def _set_refused_aside(self, row: Row, refusal: str) -> None:
+        path = await self._write_aside([(row, refusal)])
         self._progress.refused += 1
         log.error("forwarding: event %s is refused and was written to %s: %s", quoted(row.id), path, refusal)
+
+    async def _set_unfit_aside(self, through: int) -> None:
+        """Write the events up to this seq that are not sent. Raises _StoppingError."""
+        found = list(itertools.takewhile(lambda aside: aside.row[0] <= through, self._unfit))
+        if not found:
+            return
+        path = await self._write_aside([(aside.row[1], aside.unfit.text) for aside in found])
+        del self._unfit[: len(found)]
+        add_counts(self._progress.put_aside, (aside.unfit.reason for aside in found))
+        self._progress.advance(found[-1].row)
+        counts = dict[str, int]()
+        add_counts(counts, (aside.unfit.reason for aside in found))
+        first = f"{'the first is ' if len(found) > 1 else ''}{quoted(found[0].row[1].id)}, {found[0].unfit.text}"
+        log.error("forwarding: %s in %s: %s", shown_counts(counts), path, first)
 
     async def _deliver(self, batch: Batch) -> None:
         """Send a batch until every event is accepted or set aside. Raises _StoppingError.
@@ -332,29 +355,36 @@ class Forwarder:
         while batch.rows:
             self._check_running()
             part, answer = await self._sender.send_head(batch)
+            self.outbox.blocked = ""
             batch = batch.part(len(part.rows))
             self._outage.sent(len(part.rows) if answer.outcome is Outcome.ACCEPTED else 0)
-            if answer.outcome is Outcome.ACCEPTED:
-                self._progress.accepted += len(part.rows)
-            elif len(part.rows) > 1:
+            if answer.outcome is not Outcome.ACCEPTED and len(part.rows) > 1:
                 middle = len(part.rows) // 2
                 await self._deliver(part.part(0, middle))
                 await self._deliver(part.part(middle))
                 continue
+            last = part.rows[-1]
+            await self._set_unfit_aside(last[0])
+            if answer.outcome is Outcome.ACCEPTED:
+                self._progress.accepted += len(part.rows)
             else:
-                await self._set_aside(part.rows[0][1], answer.problem)
-            self._progress.advance(part.rows[-1])
+                await self._set_refused_aside(last[1], answer.problem)
+            self._progress.advance(last)
+            self._show_progress()
             if self._file.is_due():
                 await self._save()
 
     async def _send_next(self) -> None:
         """Send the next batch, after waiting for more events if it is not full. Raises _StoppingError."""
-        page = await self._read(_next_page)
+        page = await self._next_page()
         if not page.is_full:
             await self._pause(self._interval_s)
-            page = await self._read(_next_page)
+            page = await self._next_page()
         if page.batch:
+            self._unfit = list(page.batch.put_aside)
             await self._deliver(page.batch)
+            await self._set_unfit_aside(page.through)
+            self._show_progress()
         self._progress.seq = page.through
         self._log_end_of_outage(is_done=page.batch is None)
 
@@ -375,8 +405,8 @@ class Forwarder:
 
     async def _watch(self) -> None:
         while True:
-            with suppress(ApiError):  # the query timed out
-                self._monitor.check(await self._read(_backlog))
+            with suppress(ApiError, sqlite3.Error):  # the server is stopping, or the task that sends says what is wrong
+                self._monitor.check(await self._look())
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def run(self) -> None:
@@ -392,6 +422,7 @@ class Forwarder:
             work.cancel()
             watch.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
+            await asyncio.to_thread(self._reader.close)
 
 
 # ---------------------------------------------------------------------------------------------- at the start
@@ -412,10 +443,17 @@ def _environments(conn: sqlite3.Connection) -> list[str]:
     return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
 
 
-def forward(service: Service, target: Target, environment: str | None = None, interval_s: float = 1.0) -> Forwarder:
+def forward(
+    service: Service,
+    target: Target,
+    environment: str | None = None,
+    interval_s: float = 1.0,
+    max_event_bytes: int | None = MAX_EVENT_BYTES,
+) -> Forwarder:
     """Make a server that has not started yet forward the events of an environment while it runs.
 
-    If no environment is named, all API keys must belong to the same one. Raises StartError.
+    If no environment is named, all API keys must belong to the same one. With None for `max_event_bytes` it also sends
+    what FlexPrice would lose. Raises StartError.
     """
     db, environment = service.store.path, _chosen_environment(service, environment)
     with closing(connect_reader(db)) as conn:
@@ -426,10 +464,14 @@ def forward(service: Service, target: Target, environment: str | None = None, in
         file.save()  # from now on, retention keeps the events that this target has not accepted
     except StopError as error:
         raise StartError(str(error)) from error
-    forwarder = Forwarder(service, target, file, interval_s)
-    service.outboxes[environment] = Outbox(forwarder.host, forwarder.lag)
+    forwarder = Forwarder(service, target, file, interval_s, max_event_bytes)
+    service.outboxes[environment] = forwarder.outbox
     service.tasks.append(forwarder.run)
     service.notices.append(f"forwards to  {target.url}, environment {environment} ({plural(events, 'event')} behind)")
+    if reasons := file.progress.reasons:
+        service.notices.append(f"             {shown_counts(reasons)} in {refused_path(service.store.name)}")
+    if target.proxy:
+        service.notices.append(f"             through the proxy {target.proxy.name}")
     if others:
         service.notices.append(f"             not forwarded: {', '.join(others)}")
     return forwarder
@@ -467,4 +509,6 @@ def attach(service: Service, arguments: argparse.Namespace, listening: tuple[Any
     for name in ("httpx", "httpcore"):  # they would log a line for each request
         logging.getLogger(name).setLevel(logging.WARNING)
     target = Target(url, key, "--forward-to")
-    forward(service, target, arguments.forward_environment, arguments.forward_interval_ms / 1000)
+    max_event_bytes = None if arguments.forward_everything else arguments.forward_max_event_bytes
+    interval_s = arguments.forward_interval_ms / 1000
+    forward(service, target, arguments.forward_environment, interval_s, max_event_bytes)

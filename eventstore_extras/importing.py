@@ -383,7 +383,7 @@ class _Importer:
             self._bytes += len(event.row.properties)
         finally:
             if faults.ignored and len(self.ignored) < _MAX_IGNORED:
-                self.ignored |= faults.ignored
+                self.ignored.update(faults.ignored)
         if len(self._events) < _GROUP_EVENTS and self._bytes < _GROUP_BYTES:
             return False
         self.commit()

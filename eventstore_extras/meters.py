@@ -91,7 +91,6 @@ from eventstore_extras.usage import (
     usage_answer,
     usage_query,
     usage_value,
-    warn_of_zone,
 )
 
 __all__ = [
@@ -204,6 +203,9 @@ def _checked_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
 
 def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFilter]:
     checked = []
+    if len(sent) > MAX_FILTER_KEYS:
+        faults.add("filters", "out_of_range", f"may hold {MAX_FILTER_KEYS} filters, got {len(sent)}")
+        return []
     for number, condition in enumerate(sent):
         with faults.within(f"filters[{number}]"):
             key, values = (condition.key or "").strip(), [value.strip() for value in condition.values or []]
@@ -324,7 +326,7 @@ class MeterPage(Struct):
 
 async def create_meter(service: Service, request: Request) -> Response:
     """POST /v1/meters: a saved aggregation over the events of one name (API: Meters)."""
-    faults = Faults(index=0)
+    faults = service.faults(request, index=0)
     columns = meter_columns(await read_fields(service, request, _METER, faults), faults)
     faults.raise_any()
     view = service.view(request)
@@ -341,7 +343,7 @@ async def show_meter(service: Service, request: Request) -> Response:
 
 async def find_meters(service: Service, request: Request) -> Response:
     """GET /v1/meters (API: Lists)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = parse_list(MeterListIn, request, ["meter_ids"], faults)
     sorts = sorts_by("meters", [sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, request["environment"], faults)
@@ -417,6 +419,8 @@ def _check_meter_usage(sent: MeterUsageIn, view: View, faults: Faults) -> None:
     """Check the caller's fields before the meter is looked up. Raises ApiError with every fault."""
     if not sent.meter_id:
         faults.add("meter_id", "required", "is required")
+    if sent.bucket_size:
+        faults.ignore(["bucket_size"])
     usage_query(_usage_in(sent, "any", Aggregation("COUNT")), view, faults)
 
 
@@ -465,11 +469,10 @@ async def _lifetime_value(service: Service, query: UsageQuery) -> float:
 
 async def compute_meter_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage/meter: usage with the aggregation of a meter (API: Usage of a meter)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = await read_fields(service, request, _METER_USAGE, faults)
     view = service.view(request)
     _check_meter_usage(sent, view, faults)
-    warn_of_zone(service, request, sent.timezone)
     require = partial(require_meter, environment=view.environment, meter_id=sent.meter_id or "")
     meter = (await service.store.read(require)).meter
     query = _meter_query(sent, meter, view)

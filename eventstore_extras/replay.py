@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 import msgspec
@@ -29,6 +28,7 @@ from eventstore import (
     in_range,
     list_events,
     matching,
+    now_us,
     plural,
     positive,
     quoted,
@@ -36,14 +36,22 @@ from eventstore import (
 )
 from eventstore_extras.files import progress_bar
 from eventstore_extras.job import StopError, run_job, until_sigterm
+from eventstore_extras.refused import (
+    MAX_EVENT_BYTES,
+    add_counts,
+    append_lines,
+    refused_line,
+    refused_path,
+    shown_counts,
+)
 from eventstore_extras.sending import (
     Answer,
     Batch,
-    Key,
     Outage,
     Outcome,
     Progress,
     ProgressFile,
+    PutAside,
     Sender,
     Target,
     Throttle,
@@ -133,6 +141,10 @@ class _FailedError(Exception):
         self.part = part
 
 
+def _max_event_bytes(arguments: argparse.Namespace) -> int | None:
+    return None if arguments.everything else arguments.max_event_bytes
+
+
 def _same_command(arguments: argparse.Namespace) -> str:
     return f"the same command{' without --restart' if arguments.restart else ''}"
 
@@ -148,6 +160,7 @@ class _Replay:
         self._success_s = time.monotonic()  # when a part was last accepted
         self._notices = Throttle(_SAY_INTERVAL_S)
         self._outage = Outage()
+        self._put_aside: dict[str, int] = {}  # events that were not sent, by reason
         self._failing = set[asyncio.Task[None] | None]()  # those whose last request failed
         self.sent = self.accepted = self.retried = self.duplicates = 0
 
@@ -189,13 +202,30 @@ class _Replay:
                 self._say_end_of_outage()
             batch = batch.part(len(part.rows))
 
+    @property
+    def aside_note(self) -> str:
+        """The part of a summary that says how many events were put aside and why; "" for none."""
+        if not self._put_aside:
+            return ""
+        return f"; {shown_counts(self._put_aside)} in {refused_path(self._arguments.db)}"
+
+    def _write_aside(self, put_aside: Sequence[PutAside]) -> None:
+        """Write the events of a batch that are not sent to the file of refused events. Raises StopError."""
+        path, now, target = refused_path(self._arguments.db), now_us(), self._progress.target
+        try:
+            append_lines(path, [refused_line(aside.row[1], target, aside.unfit.text, now) for aside in put_aside])
+        except OSError as error:
+            reason = f"cannot write the events that are not sent to {path}: {error.strerror or error}"
+            raise StopError(f"{reason}; correct this, then {_same_command(self._arguments)} continues") from error
+        add_counts(self._put_aside, (aside.unfit.reason for aside in put_aside))
+
     def _stop_error(self, failure: _FailedError, batch: Batch) -> StopError:
         rows = (failure.part or batch).rows
         ids = f"from {quoted(rows[0][1].id)} to {quoted(rows[-1][1].id)}"
         failed = f"this is the batch of {plural(len(rows), 'event')} {ids}"
         accepted = f"everything before it is accepted ({self._progress.position})"
         advice = f"correct this, then {_same_command(self._arguments)} continues from there"
-        return StopError(f"{failure}; {failed}; {accepted}; {advice}")
+        return StopError(f"{failure}; {failed}; {accepted}{self.aside_note}; {advice}")
 
     async def _finish_oldest(self) -> int:
         """Wait for the oldest batch, advance the progress past it, and return how many events it had."""
@@ -204,12 +234,14 @@ class _Replay:
             await task
         except _FailedError as failure:
             raise self._stop_error(failure, batch) from None
+        if batch.put_aside:
+            self._write_aside(batch.put_aside)
         self._pending.popleft()
         self._progress.accepted += len(batch.rows)
-        self._progress.advance(batch.rows[-1])
+        self._progress.advance(batch.last)
         if self._file.is_due():
             self._file.save()
-        return len(batch.rows)
+        return batch.size
 
     async def _cancel_pending(self) -> None:
         tasks = [task for _, task in self._pending]
@@ -218,15 +250,15 @@ class _Replay:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def run(
-        self, conn: sqlite3.Connection, query: EventQuery, key: Key, advance: Callable[[int], object]
+        self, conn: sqlite3.Connection, query: EventQuery, target: Target, advance: Callable[[int], object]
     ) -> None:
         """Send everything that remains. Raises StopError if events are refused, or if none are accepted for long."""
         concurrency = self._arguments.concurrency
-        async with Target(self._progress.target, key, "--to", concurrency) as target:
+        async with target:
             sender = Sender(target, self._wait)
             try:
                 for pages in _passes(conn, query, self._progress):
-                    for batch in batches(pages, self._arguments.batch_size):
+                    for batch in batches(pages, self._arguments.batch_size, _max_event_bytes(self._arguments)):
                         if len(self._pending) == concurrency:
                             advance(await self._finish_oldest())
                         self._pending.append((batch, asyncio.create_task(self._send(sender, batch))))
@@ -235,11 +267,18 @@ class _Replay:
                 self._say_end_of_outage(is_done=True)
             finally:
                 await self._cancel_pending()
-                if self._progress.accepted or self._file.path.exists():
+                if self._progress.accepted or self._put_aside or self._file.path.exists():
                     self._file.save()
 
 
 # ---------------------------------------------------------------------------------------------- the command
+
+
+def _target(arguments: argparse.Namespace, url: str) -> Target:
+    """Return the API that `--to` names. Raises StartError."""
+    sources = {"--api-key": arguments.api_key, "FLEXPRICE_API_KEY": os.environ.get("FLEXPRICE_API_KEY")}
+    key = find_key(sources, "no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
+    return Target(url, key, "--to", arguments.concurrency)
 
 
 def _open_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, url: str) -> ProgressFile[ReplayProgress]:
@@ -257,13 +296,19 @@ def _open_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, url:
     return file
 
 
-def _dry_run(conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress, batch_size: int) -> str:
+def _dry_run(
+    conn: sqlite3.Connection, query: EventQuery, progress: ReplayProgress, arguments: argparse.Namespace
+) -> str:
     """Say what a replay would send."""
-    remaining = (batches(pages, batch_size) for pages in _passes(conn, query, progress))
-    sizes = [len(batch.rows) for batch in itertools.chain.from_iterable(remaining)]
+    sizes, put_aside = list[int](), dict[str, int]()
+    for pages in _passes(conn, query, progress):
+        for batch in batches(pages, arguments.batch_size, _max_event_bytes(arguments)):
+            sizes += [len(batch.rows)] if batch.rows else []
+            add_counts(put_aside, (aside.unfit.reason for aside in batch.put_aside))
     would = f"would send {plural(sum(sizes), 'event')} in {plural(len(sizes), 'request')}"
-    elsewhere = "" if sizes else no_events_hint(conn, progress.environment)
-    return f"{would} to {bulk_url(progress.target)}; nothing was sent{elsewhere}"
+    aside = f"; would have {shown_counts(put_aside)}" if put_aside else ""
+    elsewhere = "" if sizes or put_aside else no_events_hint(conn, progress.environment)
+    return f"{would} to {bulk_url(progress.target)}{aside}; nothing was sent{elsewhere}"
 
 
 def _replay_events(arguments: argparse.Namespace) -> int:
@@ -272,23 +317,24 @@ def _replay_events(arguments: argparse.Namespace) -> int:
     url, query = target_url(arguments.to, "--to"), flag_query(arguments)
     require_httpx("replay")
     with closing(open_stored(arguments.db)) as conn:
+        target = None if arguments.dry_run else _target(arguments, url)
         file = _open_progress(arguments, conn, url)
-        if arguments.dry_run:
-            say(_dry_run(conn, query, file.progress, arguments.batch_size))
+        if target is None:
+            say(_dry_run(conn, query, file.progress, arguments))
             return 0
-        sources = {"--api-key": arguments.api_key, "FLEXPRICE_API_KEY": os.environ.get("FLEXPRICE_API_KEY")}
-        key = find_key(sources, "no API key for the target: set FLEXPRICE_API_KEY, or give it with --api-key")
         replay = _Replay(arguments, file)
         try:
             with progress_bar(lambda: _events_left(conn, query, file.progress), "event") as advance:
-                asyncio.run(until_sigterm(replay.run(conn, query, key, advance)))
+                asyncio.run(until_sigterm(replay.run(conn, query, target, advance)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             accepted = f"{plural(file.progress.accepted, 'event')} are accepted ({file.progress.position})"
-            raise StopError(f"interrupted; {accepted}; {_same_command(arguments)} continues from there") from None
+            raise StopError(
+                f"interrupted; {accepted}{replay.aside_note}; {_same_command(arguments)} continues from there"
+            ) from None
         elsewhere = "" if replay.sent else no_events_hint(conn, arguments.environment)
     known = f" ({replay.duplicates:,} of them it already had)" if replay.duplicates else ""
     counts = f"sent {plural(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
-    say(f"{counts}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    say(f"{counts}{replay.aside_note}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
 
 
@@ -306,6 +352,9 @@ def add_flags(_: str, add: AddFlag) -> None:
     add("--batch-size", type=_batch_size, default=500, help=f"events per request, at most {MAX_BATCH}")
     add("--concurrency", type=positive(int), default=4, help="requests at the same time")
     add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for this long")
+    add("--max-event-bytes", metavar="N", type=positive(int), default=MAX_EVENT_BYTES, help="longest event, in "
+        "FlexPrice's queue, that is sent; a longer one is put aside")  # fmt: skip
+    add("--everything", action="store_true", help="the target is not FlexPrice: also send what FlexPrice would lose")
     add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     add("--restart", action="store_true", help="start over instead of continuing where the last run stopped")
 

@@ -27,9 +27,11 @@ from eventstore import (
     AddFlag,
     ApiError,
     FieldError,
+    Retention,
     Service,
     Sql,
     StartError,
+    Store,
     T,
     add_db_flag,
     all_of,
@@ -48,6 +50,7 @@ from eventstore import (
 from eventstore_extras.forward import ForwardProgress, forward_progress_path, read_all_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 from eventstore_extras.sending import lasted
+from eventstore_extras.stored import OwnReader
 
 __all__ = [
     "CLOCK_INTERVAL_S",
@@ -89,9 +92,9 @@ Kept = Counter[tuple[str, bool]]  # events by their environment and whether they
 
 
 class Database(Protocol):
-    """What a sweep needs: the Store of a server, or a DatabaseFile."""
+    """What a sweep needs: the database of a server, or a DatabaseFile."""
 
-    async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T: ...
+    async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T: ...
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]: ...
 
@@ -186,11 +189,11 @@ class Sweep:
 
     async def survey(self) -> Survey:
         """Describe all events, without deleting any."""
-        after, newest = await self._database.read(_seq_range, quick=False)
+        after, newest = await self._database.read(_seq_range)
         found = Survey(0, 0, 0)
         while after < newest:
             span = self._span(after, newest)
-            more = await self._database.read(span.survey, quick=False)
+            more = await self._database.read(span.survey)
             newest_us = max(found.newest_us, more.newest_us)
             found = Survey(found.expired + more.expired, found.events + more.events, newest_us)
             after = span.through
@@ -201,7 +204,7 @@ class Sweep:
 
         Few expired events come after such a span: only imported events can be older than events that arrived before.
         """
-        read = partial(self._database.read, quick=False)
+        read = self._database.read
         after, newest = await read(_seq_range)
         rows = _FIRST_ROWS
         while after < newest:
@@ -324,11 +327,21 @@ MOST_AT_ONCE = 1000  # events that the first sweep may delete even if they are m
 _GAP_DAYS = 7  # the clock may be wrong if nothing was stored for longer than this and twice the retention time
 
 
+class _ServedDatabase:
+    """The database of a server, read without waiting behind queries."""
+
+    def __init__(self, store: Store) -> None:
+        self._reader = OwnReader(store.path, "retention")
+        self.read, self.write, self.close = self._reader.read, store.write, self._reader.close
+
+
 class _Retention:
     """Deletes events that were stored more than this many days ago, at the start and every hour."""
 
     def __init__(self, service: Service, days: float, deletes_unforwarded: bool) -> None:
-        self._store = service.store
+        self.done = Retention()
+        self._path = service.store.path
+        self._database = _ServedDatabase(service.store)
         self._wall = service.settings.clock
         self._kept_us = int(days * DAY_US)
         self._outboxes = service.outboxes
@@ -352,17 +365,21 @@ class _Retention:
     async def _try_sweep(self, now: int, thorough: bool) -> None:
         before_us = max(now - self._kept_us, MIN_TIME_US)
         before = to_datetime(before_us).isoformat().replace("+00:00", "Z")
-        path = self._store.path
+        path = self._path
         forwarded = read_all_forward_progress(path)
         keeps_unforwarded = bool(forwarded or self._outboxes) and not self._deletes_unforwarded
-        sweep = Sweep(path, self._store, Expired(before_us, forwarded, keeps_unforwarded=keeps_unforwarded))
+        sweep = Sweep(path, self._database, Expired(before_us, forwarded, keeps_unforwarded=keeps_unforwarded))
         if not self._is_trusted:
             if doubt := await self._doubt(now, sweep):
                 advice = f"if the clock is right, run: eventstore prune --db {shlex.quote(path)} --before {before}"
                 log.warning("retention: suspended, because %s; %s", doubt, advice)
                 return
             self._is_trusted = True
-        await sweep.run(thorough)
+        try:
+            await sweep.run(thorough)
+        finally:
+            self.done.deleted += sweep.deleted
+        self.done.swept_us = now
         note = _kept_note(sweep.kept, path, forwarded)
         if sweep.deleted or note != self._note:
             log.info("retention: deleted %s, stored before %s%s", plural(sweep.deleted, "event"), before, note)
@@ -378,9 +395,15 @@ class _Retention:
 
     async def run(self) -> None:
         """Run until cancelled."""
+        try:
+            await self._sweep_hourly()
+        finally:
+            await asyncio.to_thread(self._database.close)
+
+    async def _sweep_hourly(self) -> None:
         newest_us = 0
-        with suppress(ApiError):  # the database cannot be read: the sweep will say so
-            newest_us = await self._store.read(_newest_stored_us, quick=False)
+        with suppress(ApiError, sqlite3.Error):  # the database cannot be read: the sweep will say so
+            newest_us = await self._database.read(_newest_stored_us)
         clock = SteadyClock(self._wall, newest_us)
         swept_us: int | None = None
         corrections = 0
@@ -408,7 +431,9 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
                         progress.target, advice)  # fmt: skip
     days = arguments.retain_days
     deletes_unforwarded = bool(vars(arguments).get("delete_unforwarded"))
-    service.tasks.append(_Retention(service, days, deletes_unforwarded).run)
+    retention = _Retention(service, days, deletes_unforwarded)
+    service.retention = retention.done
+    service.tasks.append(retention.run)
     unit = "day" if days == 1 else "days"
     service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
     if service.outboxes and not deletes_unforwarded:
@@ -428,7 +453,7 @@ class DatabaseFile:
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
 
-    async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
+    async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
         return operation(self._conn)
 
     async def write(self, operation: Callable[[sqlite3.Connection], T]) -> T:

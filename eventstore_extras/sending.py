@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -32,6 +32,9 @@ from msgspec import Struct
 from eventstore import ENCODER, Sql, StartError, __version__, all_of, check_key, excerpt, plural, quoted, real_path, sql
 from eventstore_extras.entries import exported_event
 from eventstore_extras.files import whole_file
+from eventstore_extras.hiding import Hider
+from eventstore_extras.proxies import find_proxy, is_unreachable, transport_of
+from eventstore_extras.refused import Unfit, unfit_for_flexprice
 from eventstore_extras.stored import StoredRow, select_rows
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "Outcome",
     "Progress",
     "ProgressFile",
+    "PutAside",
     "Sender",
     "Target",
     "Throttle",
@@ -74,15 +78,35 @@ ARRIVED = "seq > :after AND seq <= :through"  # SQLite numbers events in order o
 _NEWEST_SEQ = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'events'"
 
 
+class PutAside(NamedTuple):
+    """An event that is not sent."""
+
+    row: StoredRow
+    unfit: Unfit
+    before: int  # this many events of its batch come before it
+
+
 class Batch(NamedTuple):
-    """Events to send in one request."""
+    """Events to send in one request, and those between them that are put aside."""
 
     rows: list[StoredRow]
     events: list[bytes]  # the same events as JSON
+    put_aside: Sequence[PutAside] = ()
 
     @property
     def body(self) -> bytes:
         return b'{"events":[' + b",".join(self.events) + b"]}"
+
+    @property
+    def last(self) -> StoredRow:
+        """The last event, sent or put aside."""
+        if self.put_aside and self.put_aside[-1].before == len(self.rows):
+            return self.put_aside[-1].row
+        return self.rows[-1]
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.put_aside)
 
     def part(self, start: int, end: int | None = None) -> Batch:
         return Batch(self.rows[start:end], self.events[start:end])
@@ -93,19 +117,26 @@ class Batch(NamedTuple):
         return self.part(0, max(bisect.bisect_right(list(sizes), max_bytes), 1))
 
 
-def batches(pages: Iterable[list[StoredRow]], batch_size: int) -> Iterator[Batch]:
-    """Yield the rows in batches of at most `batch_size` events and 10 MB. A larger event is a batch by itself."""
-    batch, size = Batch([], []), 0
+def batches(pages: Iterable[list[StoredRow]], batch_size: int, max_event_bytes: int | None) -> Iterator[Batch]:
+    """Yield the rows in batches of at most `batch_size` events and 10 MB. A larger event is a batch by itself.
+
+    Events that FlexPrice would lose are put aside; if `max_event_bytes` is None, none are.
+    """
+    rows, events, put_aside, size = list[StoredRow](), list[bytes](), list[PutAside](), 0
     for row in itertools.chain.from_iterable(pages):
         event = ENCODER.encode(exported_event(row[1]))
-        if batch.rows and (len(batch.rows) == batch_size or size + len(event) > BATCH_BYTES):
-            yield batch
-            batch, size = Batch([], []), 0
-        batch.rows.append(row)
-        batch.events.append(event)
+        number = len(rows) + len(put_aside)
+        if number and (number == batch_size or size + len(event) > BATCH_BYTES):
+            yield Batch(rows, events, put_aside)
+            rows, events, put_aside, size = [], [], [], 0
+        if max_event_bytes and (unfit := unfit_for_flexprice(row[1], event, max_event_bytes)):
+            put_aside.append(PutAside(row, unfit, len(rows)))
+        else:
+            rows.append(row)
+            events.append(event)
         size += len(event) + 1
-    if batch.rows:
-        yield batch
+    if rows or put_aside:
+        yield Batch(rows, events, put_aside)
 
 
 def newest_seq(conn: sqlite3.Connection) -> int:
@@ -280,6 +311,7 @@ def retry_after_s(text: str) -> float:
 # ---------------------------------------------------------------------------------------------- outages
 
 _SETTLED_S = 5.0  # after this long without a failure an outage is over
+_LONG_OUTAGE_S = 10.0
 
 
 def lasted(seconds: float) -> str:
@@ -316,16 +348,18 @@ class Outage:
     def end(self, is_done: bool) -> str:
         """Return what to log if the outage has just ended, else "".
 
-        An outage ends when nothing is left to send, or after five seconds without a failure. It is not reported if the
-        log does not say that it began.
+        An outage ends when nothing is left to send, or after five seconds without a failure. A short one is reported
+        only if the log says that it began.
         """
         if self._failed_s is None or self._works_s is None:
             return ""
         if not is_done and time.monotonic() - self._works_s < _SETTLED_S:
             return ""
-        text = f"works again after {lasted(self._works_s - self._failed_s)}; {plural(self._events, 'event')} sent since"
+        outage_s = self._works_s - self._failed_s
         self._failed_s = None
-        return text if self._is_logged else ""
+        if not self._is_logged and outage_s < _LONG_OUTAGE_S:
+            return ""
+        return f"works again after {lasted(outage_s)}; {plural(self._events, 'event')} sent since"
 
 
 # ---------------------------------------------------------------------------------------------- the target
@@ -333,7 +367,7 @@ class Outage:
 STALL_TIMEOUT_S = 60.0  # the longest time without a byte from the target
 _REQUEST_TIMEOUT_S = 300.0  # a slow line needs 80 s for 10 MB
 _ANSWER_BYTES = 1024 * 1024  # the rest of an answer is not read; an error may name each event of a batch
-_MAX_MESSAGE_CHARS = 300
+_MAX_MESSAGE_CHARS, _MAX_LINE_CHARS = 300, 2000
 
 
 class _Message(Struct):
@@ -378,15 +412,15 @@ def _is_api_error(content: bytes) -> bool:
     return isinstance(error, str) and error != ""
 
 
-def _error_message(content: bytes) -> str:
-    """Return the message of an error body, or the start of a body in another form."""
-    text = excerpt(content)
+def _error_message(content: bytes, hider: Hider) -> str:
+    """Return the message of an error body, or the start of a body in another form, without secrets."""
+    text = excerpt(hider.hide(content.decode(errors="ignore"), _MAX_MESSAGE_CHARS).encode())
     with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         body = msgspec.json.decode(content, type=_ErrorBody)
         text = body.message or (body.error.message if isinstance(body.error, _Message) else body.error) or text
         if body.details and body.details.errors:
             text = f"{text} ({body.details.errors[0].message})"
-    return text[:_MAX_MESSAGE_CHARS]
+    return hider.hide(text, _MAX_MESSAGE_CHARS)
 
 
 class Key(NamedTuple):
@@ -440,7 +474,8 @@ def require_httpx(purpose: str) -> None:
 class Target:
     """The API that receives the batches. Use it as an async context manager.
 
-    `flag` is the setting that named the URL. The constructor raises StartError if httpx cannot parse the URL.
+    `flag` is the setting that named the URL. The constructor raises StartError if httpx cannot parse the URL, or cannot
+    use the proxy or the certificates that environment variables name.
     """
 
     def __init__(self, url: str, key: Key, flag: str, connections: int = 1) -> None:
@@ -454,11 +489,14 @@ class Target:
             raise StartError(f"{flag} must be a valid URL, got {quoted(url)}: {error}") from None
         self._key = key
         self._flag = flag
+        self.proxy = find_proxy(self.bulk_url)
+        self._hider = Hider([key.value, self.proxy.password if self.proxy else ""])
         # Ask for no compression: an answer of a few bytes could unpack to gigabytes.
         headers = {"x-api-key": key.value, "content-type": "application/json", "accept-encoding": "identity",
                    "user-agent": f"eventstore/{__version__}"}  # fmt: skip
-        limits = httpx.Limits(max_connections=connections)
-        self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, limits=limits)
+        # With a transport of its own, httpx does not look for proxies.
+        transport = transport_of(self.proxy, httpx.Limits(max_connections=connections))
+        self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, transport=transport)
 
     async def __aenter__(self) -> Target:
         return self
@@ -468,7 +506,8 @@ class Target:
 
     def _log_line(self, text: str) -> str:
         """Make one printable line of what the target said, and hide the key, which some targets repeat."""
-        printable = "".join(char if char.isprintable() else " " for char in text.replace(self._key.value, "***"))
+        hidden = self._hider.hide(text, _MAX_LINE_CHARS)
+        printable = "".join(char if char.isprintable() else " " for char in hidden)
         return f"{self.bulk_url} {' '.join(printable.split())}"
 
     def _answer(self, status: int, headers: Mapping[str, str], start: bytes, size: int) -> Answer:
@@ -480,14 +519,17 @@ class Target:
         is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
         if is_foreign and outcome is Outcome.REFUSED:
             outcome = Outcome.BLOCKED
-        message = _error_message(start)
+        message = _error_message(start, self._hider)
         problem = f"answered {status}{': ' if message else ''}{message}"
         if status == 401:
             problem += f" (the key came from {self._key.source})"
         if status < 400:
             location = headers.get("location", "")
-            redirect = f" It redirects to {quoted(location)}, where the key is not sent." if location else ""
+            hidden = quoted(self._hider.hide(location, _MAX_MESSAGE_CHARS))
+            redirect = f" It redirects to {hidden}, where the key is not sent." if location else ""
             problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
+        if self.proxy and self.url.startswith("http:"):  # the proxy may answer itself; with TLS it cannot
+            problem += f" (through the proxy {self.proxy.name})"
         if is_foreign:
             problem += f" - not an error of the API: does a proxy or firewall refuse this request of {size:,} bytes?"
         wait_s = retry_after_s(headers.get("retry-after", ""))
@@ -497,10 +539,19 @@ class Target:
         """Interpret the exception of a request with a body of this size."""
         import httpx  # noqa: PLC0415 - only the extra `cli` installs it
 
-        reason = str(error) or type(error).__name__
+        reason, name = str(error) or type(error).__name__, self.proxy and self.proxy.name
+        through = f" through the proxy {name}" if name else ""
         if isinstance(error, (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)):
-            return Answer(Outcome.BROKEN, self._log_line(f"broke off a request of {size:,} bytes: {reason}"))
-        return Answer(Outcome.RETRY, self._log_line(f"cannot be reached: {reason}"))
+            return Answer(Outcome.BROKEN, self._log_line(f"broke off a request of {size:,} bytes{through}: {reason}"))
+        outcome = Outcome.RETRY
+        if name and isinstance(error, httpx.ProxyError):
+            status = re.match(r"[1-9][0-9]{2}\b", reason)  # a SOCKS proxy sends none
+            if status and _outcome_of(int(status[0])) is not Outcome.RETRY:
+                outcome = Outcome.BLOCKED
+            through, reason = "", f"the proxy {name} refuses to connect: {reason}"
+        elif name and is_unreachable(error):
+            through, reason = "", f"the proxy {name} cannot be reached: {reason}"
+        return Answer(outcome, self._log_line(f"cannot be reached{through}: {reason}"))
 
     async def post(self, body: bytes) -> Answer:
         """Send one request. A failure to connect, send or receive becomes an Answer, not an exception."""
@@ -517,7 +568,10 @@ class Target:
                     start += chunk
                     if len(start) > _ANSWER_BYTES:
                         break
-        except (httpx.RequestError, TimeoutError) as error:
+        except Exception as error:
+            is_socks = self.proxy and self.proxy.url.startswith("socks")  # that library has exceptions of its own
+            if not isinstance(error, httpx.RequestError | TimeoutError) and not is_socks:
+                raise
             is_unclear = _outcome_of(status) is Outcome.REFUSED and not _is_api_error(start)
             if not status or is_unclear:  # any other status counts, even if the rest of the answer is lost
                 return self._failure(error, len(body))

@@ -14,10 +14,16 @@ from typing import Any
 
 from eventstore import AddFlag, Service, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
+from eventstore_extras.logs import set_up
 
 __all__ = ["add_flags", "additions", "attach", "prepare"]
 
-_MODULES = {"mock": "mock", "forward_to": "forward", "retain_days": "retention"}  # flag -> the module that it starts
+_MODULES = {
+    "mock": "mock",
+    "forward_to": "forward",
+    "retain_days": "retention",
+    "metrics": "metrics",
+}  # flag -> the module that it starts
 
 _log = logging.getLogger("eventstore")
 
@@ -38,13 +44,21 @@ def add_flags(add: AddFlag) -> None:
     add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
         "keys are of several")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
+    add("--forward-max-event-bytes", metavar="N", type=positive(int), default=1_000_000, help="longest event, in "
+        "FlexPrice's queue, that is forwarded; a longer one is put aside")  # fmt: skip
+    add("--forward-everything", action="store_true", help="the target is not FlexPrice: also forward what FlexPrice "
+        "would lose")  # fmt: skip
     add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--metrics", metavar="ADDRESS:PORT", help="serve metrics in Prometheus' text format at this address, without a "
+        "key")  # fmt: skip
+    add("--log-format", choices=["text", "json"], default="text", help="how to write the log")
     add("--delete-unforwarded", action="store_true", help="with --forward-to, let --retain-days also delete events of "
         "environments that are not forwarded")  # fmt: skip
 
 
 def prepare(arguments: Namespace) -> socket.socket | None:
     """Prepare the process, and return the listening socket if another process has opened it. Raises StartError."""
+    set_up(arguments)
     raise_file_limit()
     return inherited_socket(arguments.fd)
 

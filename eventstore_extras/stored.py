@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import math
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from msgspec.structs import replace
@@ -20,9 +23,11 @@ from eventstore import (
     EventQuery,
     EventQueryIn,
     Faults,
+    Reader,
     Row,
     Sql,
     StartError,
+    T,
     View,
     add_db_flag,
     after_cursor,
@@ -37,7 +42,8 @@ from eventstore import (
 )
 
 __all__ = [
-    "StoredRow", "add_filter_flags", "flag_query", "no_events_hint", "open_stored", "select_rows", "stored_events",
+    "OwnReader", "StoredRow", "add_filter_flags", "flag_query", "no_events_hint", "open_stored", "select_rows",
+    "stored_events",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -74,6 +80,43 @@ def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
             if size_bytes >= _PAGE_BYTES:
                 break
     return page
+
+
+def _shutting_down() -> ApiError:
+    return ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1)
+
+
+class OwnReader:
+    """A connection and a thread that no other reader uses, so that reading never waits behind queries."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, f"eventstore-{name}")
+        self._reader: Reader | None = None  # opened by the first read
+
+    async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a reading operation. Raises sqlite3.Error, and ApiError once the reader is closed."""
+        try:
+            answer = asyncio.get_running_loop().run_in_executor(self._thread, self._read, operation)
+        except RuntimeError:  # the thread has ended
+            raise _shutting_down() from None
+        return await answer
+
+    def _read(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        if self._reader is None:
+            self._reader = Reader(self._path)
+        try:
+            return self._reader.run(operation, math.inf)
+        except TimeoutError:
+            raise _shutting_down() from None
+
+    def close(self) -> None:
+        """End the running operation and close the connection."""
+        if self._reader:
+            self._reader.is_closing = True
+        self._thread.shutdown(cancel_futures=True)
+        if self._reader:
+            self._reader.conn.close()
 
 
 def open_stored(path: str) -> sqlite3.Connection:

@@ -77,7 +77,7 @@ from eventstore_extras.openapi import (
 __all__ = [
     "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
     "UsageQuery", "Windows", "aggregate", "check_aggregation", "check_positive", "number_sql", "select_cells",
-    "shares_of", "spans_of_range", "sum_of", "usage_answer", "usage_query", "usage_value", "warn_of_zone",
+    "shares_of", "spans_of_range", "sum_of", "usage_answer", "usage_query", "usage_value",
 ]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
@@ -142,12 +142,6 @@ def _parse_zone(name: str) -> tzinfo:
         return UTC
 
 
-def warn_of_zone(service: Service, request: Request, name: str | None) -> None:
-    """Log an unknown time zone."""
-    if name and name != "UTC" and _parse_zone(name) is UTC:
-        service.warn_of_ignored(request, [name], "no time zone has that name", ["those of IANA, Europe/Berlin"])
-
-
 # ---------------------------------------------------------------------------------------------- Query
 
 
@@ -204,6 +198,19 @@ def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
     return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
 
 
+def _without_effect(sent: UsageIn) -> Iterator[str]:
+    """Yield the fields that are sent and change nothing, because of what another field is or lacks."""
+    kind = (sent.aggregation_type or "").upper() if sent.property_name else "COUNT"
+    is_bucketed = bool(sent.bucket_size) and kind in ("MAX", "SUM")
+    size = sent.bucket_size if is_bucketed else sent.window_size
+    needs = {
+        "bucket_size": is_bucketed, "window_size": not is_bucketed, "timezone": bool(size),
+        "billing_anchor": size == "MONTH", "group_by": is_bucketed and kind == "MAX",
+        "group_by_property": is_bucketed and kind == "MAX" and not sent.group_by,
+    }  # fmt: skip
+    yield from (name for name, has_effect in needs.items() if getattr(sent, name) and not has_effect)
+
+
 def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     """Check a request and fill in its defaults. Raises ApiError with every fault (API: Usage)."""
     if not sent.event_name:
@@ -216,6 +223,9 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     faults.check("billing_anchor", parse_time, sent.billing_anchor)
+    zone = _parse_zone(sent.timezone or "UTC")
+    if zone is UTC and sent.timezone not in (None, "", "UTC"):
+        faults.ignore(["timezone"], f"must be like Europe/Berlin, got {quoted(sent.timezone or '')}: UTC is taken")
     property_filters = check_property_filters("filters", sent.filters, faults)
     faults.raise_any()
     kind = kind if kind and sent.property_name else "COUNT"
@@ -229,7 +239,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         view=view, start_us=start_us, end_us=end_us, aggregation=kind, property_name=sent.property_name or "",
         filters={column: value for column in columns if (value := getattr(sent, column))},
         property_filters=property_filters, multiplier=1.0 if kind == "COUNT" else multiplier,
-        windows=Windows(size, _parse_zone(sent.timezone or "UTC"), month_day) if size else None, bucketed=bucketed,
+        windows=Windows(size, zone, month_day) if size else None, bucketed=bucketed,
         size_field="bucket_size" if bucketed else "window_size",
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )  # fmt: skip
@@ -388,9 +398,9 @@ async def aggregate(
 
 async def compute_usage(service: Service, request: Request) -> Response:
     """POST /v1/events/usage (API: Usage)."""
-    faults = Faults()
+    faults = service.faults(request)
     sent = await read_fields(service, request, _USAGE, faults)
-    warn_of_zone(service, request, sent.timezone)
+    faults.ignore(_without_effect(sent))
     return JsonResponse(await aggregate(service, usage_query(sent, service.view(request), faults), usage_answer))
 
 

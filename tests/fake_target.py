@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import socketserver
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+from eventstore_extras.mock import HasAddress, MockServer, running_server
 from helpers import KEY, Json, serving
 
 Handler = BaseHTTPRequestHandler
@@ -80,6 +85,26 @@ def answer_413(handler: Handler, size: int) -> None:
     reply(handler, 413)
 
 
+# ---------------------------------------------------------------------------------------------- proxies
+
+
+@contextmanager
+def answering_proxy(answer: bytes) -> Iterator[int]:
+    """Run a proxy that answers each connection with these bytes and closes it. Yields its port."""
+
+    class AnswerHandler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65_536)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), AnswerHandler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01]).start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+
+
 # ---------------------------------------------------------------------------------------------- targets
 
 
@@ -89,7 +114,7 @@ class FakeTarget:
     Each request uses up one trick, but the last one stays.
     """
 
-    def __init__(self, *tricks: Trick, api_key: str = KEY) -> None:
+    def __init__(self, *tricks: Trick, api_key: str = KEY, port: int = 0) -> None:
         self.api_key = api_key
         self.tricks = [*tricks]
         self.max_bytes, self.too_large = 1 << 40, reset  # what happens to a request with a larger body
@@ -100,7 +125,7 @@ class FakeTarget:
         self.paths: list[str] = []
         self.accepted: list[Json] = []
         self._lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
@@ -177,7 +202,26 @@ class StoringTarget(FakeTarget):
         self.client.__exit__(None, None, None)
 
 
+@contextmanager
+def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer, httpx.Client]]:
+    """Run a server that forwards to the target, and yield it with a client of it."""
+    with (
+        running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
+        httpx.Client(
+            base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60, trust_env=False
+        ) as client,
+    ):
+        yield server, client
+
+
 def lag(client: httpx.Client, key: str = KEY) -> tuple[int, str | None]:
     """Return how many events of the key's environment wait to be forwarded, and the target's host."""
     answer = client.get("/v1/events/monitoring", headers={"x-api-key": key})
     return answer.json()["post_processing_lag"], answer.headers.get("X-Forward-To")
+
+
+async def becomes(condition: Callable[[], bool]) -> None:
+    """Wait in an event loop until the condition is true."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.01)

@@ -355,7 +355,7 @@ def test_a_timeout_around_an_in_process_client_is_its_own(tmp_path: Path, monkey
             await asyncio.sleep(0.05)
             task.cancel()
             refused(await task, 503, "service_unavailable", "shutting down")
-            assert service.held_bytes == 0
+            assert service.shares.total == 0
 
     with write_lock(tmp_path):
         asyncio.run(send())

@@ -189,7 +189,7 @@ def here(command: str) -> str:
 
 
 # Their examples wait for servers and forwarding, import pandas, or run pytest.
-LONG_TO_PASTE = ("docs/outbox.md", "docs/import-export.md", "docs/testing.md")
+LONG_TO_PASTE = ("docs/outbox.md", "docs/moving.md", "docs/import-export.md", "docs/testing.md")
 PASTED = [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG_TO_PASTE)) for name, page in PAGES.items()
           if blocks(page, "console") or blocks(page, "python")]  # fmt: skip
 
@@ -463,7 +463,7 @@ def test_a_documented_fault_does_what_the_page_says(fault: str) -> None:
 
 def test_the_documented_log_lines_are_in_the_source() -> None:
     rows = re.findall(r"^\|.*\| (?:WARNING|ERROR).*$", section(RELIABILITY, "What to watch"), re.MULTILINE)
-    assert len(rows) == 18
+    assert len(rows) == 19
     source = "".join(path.read_text("utf-8") for path in MODULES)
     for row in rows:
         for text in re.findall(r"`([^`]+)`", row.split("|")[1]):
@@ -620,13 +620,14 @@ def test_meters_and_features_are_moved_as_documented_and_a_second_run_changes_no
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_systemd_accepts_the_documented_units(tmp_path: Path) -> None:
-    (unit,) = blocks(DEPLOYING, "ini")
+    sockets, unit = blocks(DEPLOYING, "ini")
     unit = re.sub(r"^(ExecStart=)\S+", rf"\1{sys.executable}", unit, flags=re.MULTILINE)  # the program must exist
     (edited,) = blocks(OUTBOX, "systemd")
     edited = re.sub(r"^(ExecStart=)/\S+", rf"\1{sys.executable}", edited, flags=re.MULTILINE)
     (tmp_path / "eventstore.service").write_text(f"{unit}\n{edited}")
-    done = run(tmp_path, "systemd-analyze", "verify", "--man=no", "./eventstore.service")
-    assert [line for line in done.stdout.splitlines() if "eventstore.service" in line] == []
+    (tmp_path / "eventstore.socket").write_text(sockets)
+    done = run(tmp_path, "systemd-analyze", "verify", "--man=no", "./eventstore.service", "./eventstore.socket")
+    assert [line for line in done.stdout.splitlines() if "eventstore." in line] == []
 
 
 @pytest.mark.skipif(not shutil.which("caddy"), reason="needs caddy")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -183,12 +183,12 @@ def batch(change: Callable[[int], Json]) -> bytes:
 
 def least_s(service: Any, body: bytes) -> float:
     """Return the shortest processor time of decoding and checking a batch, as its request does."""
-    request: Any = {"environment": "development"}
     durations = []
     for _ in range(15):
         start = time.process_time()
         with suppress(eventstore.ApiError):
-            eventstore.event_rows(service, request, eventstore.decode_batch(service, body), bulk=True)
+            faults = eventstore.Faults(whole="event")
+            eventstore.event_rows(service, eventstore.decode_batch(body, faults), "development", faults, bulk=True)
         durations.append(time.process_time() - start)
     return min(durations)
 
@@ -197,7 +197,6 @@ def test_a_batch_with_unknown_or_wrong_fields_costs_about_as_much_as_a_plain_one
     client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = client.app.state.service
-    monkeypatch.setattr(service, "warn_of_ignored", lambda *_: None)
     plain = least_s(service, batch(lambda _: {}))
     unknown = least_s(service, batch(lambda _: {"metadata": "x"}))
     wrong = least_s(service, batch(lambda number: {"source": 7} if number == 500 else {}))
@@ -215,25 +214,56 @@ def test_an_unknown_field_anywhere_in_a_batch_is_named_in_the_log(
     assert total(client) == 1000
 
 
-def test_the_log_names_few_of_many_unknown_fields(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
-    assert client.post("/v1/events/bulk", content=batch(lambda number: {f"x{number}": 1})).status_code == 202
-    assert client.post("/v1/events", json=event() | dict.fromkeys(map(str, range(5000)), 0)).status_code == 202
-    assert caplog.text.count(" is ignored") == 20
+ODD: dict[str, Callable[[int], Json]] = {
+    "one field": lambda _: {"metadata": "x"},
+    "fifteen fields": lambda _: {f"field_{number}": number for number in range(15)},
+    "a hundred fields": lambda _: {f"field_{number}": number for number in range(100)},
+    "each its own": lambda number: {f"x{number}": 1},
+    "the last one": lambda number: {"x": 1} if number == 999 else {},
+    "a name with a space": lambda _: {"a b": {}},
+    "a long name": lambda _: {"x" * 200: 1},
+}  # fmt: skip
 
 
-def test_unknown_fields_that_are_not_searched_for_are_ignored_as_well(
-    client: Any, caplog: pytest.LogCaptureFixture
+@table("change", ODD.values(), ids=ODD)
+def test_a_batch_with_unknown_fields_is_stored_and_its_faults_are_found(
+    client: httpx.Client, change: Callable[[int], Json]
 ) -> None:
-    service = client.app.state.service
-    service.next_search_s = time.monotonic() + 1000
-    caplog.set_level(logging.WARNING)
-    assert counts(store(client, event("a") | {"x": 1}, event("b"))) == (2, 0)
-    assert client.post("/v1/events", json=event("c") | {"x": {"y": []}}).status_code == 202
-    assert "is ignored" not in caplog.text
-    refused(client.post("/v1/events", json=event("d") | {"x": 1, "source": 5}), part="source must be a string")
-    details = refused(client.post("/v1/events/bulk", json={"events": [event() | {"x": 1}, event(5), {"x": 1}]}))
-    assert [(fault["index"], fault["field"]) for fault in details["errors"]] == [
-        (1, "event_id"), (2, "event_name"), (2, "external_customer_id")]  # fmt: skip
+    assert counts(client.post("/v1/events/bulk", content=batch(change))) == (1000, 0)
+    assert {each["properties"]["n"] for each in page(client, "POST", page_size=1000)["events"]} == {*range(1000)}
+    details = refused(
+        client.post("/v1/events/bulk", content=batch(lambda n: change(n) | {"source": 5} if n % 9 == 0 else change(n)))
+    )
+    assert (details["rejected"], details["truncated"]) == (112, True)
+    assert [fault["index"] for fault in details["errors"]] == [*range(0, 900, 9)]
+
+
+MILLIONS = b",".join(b'"%d":1' % number for number in range(1_000_000))
+MANY: dict[str, tuple[str, bytes]] = {
+    "fields of an event": ("/v1/events", b'{"event_name":"call","external_customer_id":"cust",%b}' % MILLIONS),
+    "fields of an event in a batch": ("/v1/events/bulk", b'{"events":[{"event_name":"call","external_customer_id":"cust",%b}]}' % MILLIONS),
+    "fields of a batch": ("/v1/events/bulk", b'{"events":[{"event_name":"call","external_customer_id":"cust"}],%b}' % MILLIONS),
+    "empty events": ("/v1/events/bulk", b'{"events":[%b]}' % b",".join([b"{}"] * 4_000_000)),
+    "events with a brace": ("/v1/events/bulk", b'{"events":[%b]}' % b",".join([b'{"x":{}}'] * 400_000)),
+    "filters of a meter": ("/v1/meters", b'{"filters":[%b]}' % b",".join([b"{}"] * 150_000)),
+    "filters of a wrong type": ("/v1/meters", b'{"filters":[%b,1]}' % b",".join([b"{}"] * 150_000)),
+    "names to group by": ("/v1/events/analytics", b'{"group_by":[%b]}' % b",".join([b'"?"'] * 200_000)),
+    "a query of 2 MB": ("/v1/events/query", b'{"source":"%b"}' % (b"x" * 2_000_000)),
+}  # fmt: skip
+
+
+@table("name", MANY)
+def test_millions_of_names_or_items_take_little_memory(tmp_path: Path, name: str) -> None:
+    path, body = MANY[name]
+    with metering(tmp_path) as client:
+        tracemalloc.start()
+        try:
+            response = client.post(path, content=body)
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert response.status_code == (202 if "fields" in name else 400), response.text
+    assert peak_bytes < 4 * len(body) + 30_000_000  # the client and the server have copies of the body
 
 
 def test_one_wrong_event_in_a_batch_is_named(client: httpx.Client) -> None:

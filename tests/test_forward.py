@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
@@ -15,8 +16,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +24,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 import eventstore
 from eventstore_extras import forward, sending
-from eventstore_extras.mock import HasAddress, MockServer, running_server
+from eventstore_extras.mock import running_server
 from fake_target import (
     FakeTarget,
     Handler,
@@ -35,8 +36,10 @@ from fake_target import (
     accept,
     answer_413,
     answering,
+    becomes,
     cut,
     cut_after_status,
+    forwarding,
     lag,
     refusing,
     reply,
@@ -70,16 +73,6 @@ def _short_pauses(monkeypatch: Patch) -> None:
     monkeypatch.setattr(sending, "BLOCKED_PAUSE_S", 0.01)
     monkeypatch.setattr(forward, "FAILURE_PAUSE_S", 0.01)
     monkeypatch.setattr(forward, "WATCH_INTERVAL_S", 0.01)
-
-
-@contextmanager
-def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer, httpx.Client]]:
-    """Run a server that forwards to the target, and yield it with a client of it."""
-    with (
-        running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
-        httpx.Client(base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60) as client,
-    ):
-        yield server, client
 
 
 def numbered(count: int, start: int = 0, **fields: Any) -> list[Json]:
@@ -135,7 +128,7 @@ def test_all_events_of_the_environment_are_sent_as_stored_in_order_of_arrival(tm
     progress = saved_progress(tmp_path)
     assert progress.pop("seq") in (2502, 2503)
     assert progress == {"target": target.url, "environment": "development", "last_seq": 2502, "last_id": "later",
-                        "accepted": 2502, "refused": 0}  # fmt: skip
+                        "accepted": 2502, "refused": 0, "put_aside": {}}  # fmt: skip
 
 
 def test_the_lag_counts_the_events_that_are_not_accepted_yet() -> None:
@@ -176,13 +169,15 @@ def test_events_of_another_environment_are_skipped_span_by_span(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path) -> None:
+def test_a_request_has_at_most_10_mb_unless_one_event_is_larger(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sending, "unfit_for_flexprice", lambda *_: None)
     with serving(tmp_path) as client:
         for each in numbered(20, properties={"x": "y" * 1_500_000}):
             store(client, each)
         store(client, event("huge", properties={"x": "y" * 17_000_000}))
         store(client, event("after"))
-    with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, _):
+    path = str(tmp_path / "events.db")
+    with FakeTarget() as target, forwarding(target, db=path) as (server, _):
         server.wait_until_forwarded()
     assert [len(batch) for batch in target.batches] == [6, 6, 6, 2, 1, 1]
     assert sum(size > 10_000_000 for size in target.sizes) == 1
@@ -251,9 +246,11 @@ def test_batches_shrink_for_a_target_that_resets_large_ones_and_grow_again(tmp_p
 
 
 def test_an_event_whose_connection_is_reset_each_time_is_neither_dropped_nor_skipped(
-    tmp_path: Path, caplog: Logs
+    tmp_path: Path, caplog: Logs, monkeypatch: Patch
 ) -> None:
-    with FakeTarget() as target, forwarding(target, db=str(tmp_path / "events.db")) as (server, client):
+    monkeypatch.setattr(sending, "unfit_for_flexprice", lambda *_: None)
+    path = str(tmp_path / "events.db")
+    with FakeTarget() as target, forwarding(target, db=path) as (server, client):
         target.max_bytes = 100_000
         store(client, event("a"), event("large", properties={"x": "y" * 3_000_000}), event("b"))
         eventually(lambda: target.resets > 8)
@@ -469,6 +466,113 @@ def test_forwarding_is_behind_with_10001_events_or_after_a_minute_but_not_right_
     for _ in range(2):
         monitor.check(forward.Backlog(1000, NOW))
     assert caplog.text.count("has caught up") == is_behind
+
+
+def hang(*_: object) -> bool:
+    time.sleep(0.3)
+    return False
+
+
+@table(
+    ("tricks", "began"),
+    [
+        ([answering(503)] * 3, "answered 503; trying again"),
+        ([answering(500)] * 2, "answered 500; trying again"),
+        ([answering(429, retry_after="0")] * 2, "answered 429; trying again"),
+        ([answering(401)] * 2, "answered 401 (the key came from forward_to); nothing is forwarded until"),
+        ([answering(403)] * 2, "answered 403; nothing is forwarded until"),
+        ([answering(400, b"<html>")] * 2, "not an error of the API"),
+        ([cut], "broke off a request of"),
+        ([hang], "cannot be reached: ReadTimeout; trying again"),
+        ([answering(503), answering(401), cut, hang], "answered 503; trying again"),
+    ],
+)
+def test_the_end_of_each_kind_of_outage_is_logged_once(
+    caplog: Logs, monkeypatch: Patch, tricks: list[Trick], began: str
+) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.1)
+    with FakeTarget(*tricks, accept) as target, forwarding(target) as (server, client):
+        store(client, *numbered(5))
+        eventually(lambda: "works again" in caplog.text)
+        store(client, event("later"))
+        server.wait_until_forwarded()
+    first, second = [record.message for record in caplog.records if record.message.startswith("forwarding")]
+    assert began in first
+    assert re.fullmatch(
+        rf"forwarding to 127\.0\.0\.1:{target.port} works again after \d+ s; 5 events sent since", second
+    )
+
+
+def test_the_end_of_an_outage_in_which_no_connection_was_accepted_is_logged(caplog: Logs) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    with FakeTarget() as before:
+        port = before.port
+    with forwarding(before) as (server, client):
+        store(client, *numbered(5))
+        eventually(lambda: "cannot be reached: " in caplog.text)
+        assert "works again" not in caplog.text
+        with FakeTarget(port=port):
+            server.wait_until_forwarded()
+            eventually(lambda: "works again after " in caplog.text)
+    assert "; 5 events sent since" in caplog.text
+
+
+def test_an_outage_that_lasts_beyond_the_end_of_the_server_is_not_said_to_be_over(caplog: Logs) -> None:
+    caplog.set_level(logging.INFO, "eventstore")
+    with FakeTarget(answering(503)) as target, forwarding(target) as (_, client):
+        store(client, event("a"))
+        eventually(lambda: "answered 503" in caplog.text)
+    assert "works again" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- the service's view
+
+
+def served(folder: Path, target: FakeTarget, **settings: Any) -> tuple[eventstore.Service, eventstore.Outbox]:
+    """Return a service that forwards to the target, and its outbox."""
+    path = filled(folder, 3)
+    keys = (eventstore.ApiKey.hashed(KEY),)
+    service: eventstore.Service
+    service = eventstore.create_app(eventstore.Settings(db=path, api_keys=keys, **settings)).state.service
+    there = sending.Target(target.url, sending.Key(target.api_key, "the test"), "forward_to")
+    forward.forward(service, there, interval_s=0.01)
+    return service, service.outboxes["development"]
+
+
+def test_the_outbox_shows_what_became_of_the_events(tmp_path: Path) -> None:
+    async def watch() -> None:
+        async with service.lifespan(Starlette()):
+            await becomes(lambda: outbox.blocked != "")
+            assert "answered 401" in outbox.blocked
+            assert await outbox.behind() == outbox.waiting == 3
+            assert 0 < eventstore.now_us() - outbox.oldest_us < 3600 * 1_000_000
+            target.tricks = [refusing(400, "1-00001")]
+            await becomes(lambda: outbox.sent == 2)
+            assert (outbox.blocked, await outbox.behind(), outbox.waiting, outbox.oldest_us) == ("", 0, 0, 0)
+            assert outbox.put_aside == {"refused": 1}
+
+    with FakeTarget(answering(401)) as target:
+        service, outbox = served(tmp_path, target)
+        assert (outbox.host, outbox.sent, outbox.put_aside) == (f"127.0.0.1:{target.port}", 0, {})
+        asyncio.run(watch())
+
+
+def test_forwarding_and_its_lag_do_not_wait_behind_queries(tmp_path: Path) -> None:
+    async def watch() -> None:
+        async with service.lifespan(Starlette()):
+            release = threading.Event()
+            queries = [asyncio.create_task(service.store.read(lambda _: release.wait(30), quick=False))
+                       for _ in range(2 * eventstore.READER_THREADS)]  # fmt: skip
+            await becomes(lambda: outbox.sent == 3)
+            assert await outbox.behind() == 0
+            assert not any(query.done() for query in queries)
+            release.set()
+            assert all(await asyncio.gather(*queries))
+
+    with FakeTarget() as target:
+        service, outbox = served(tmp_path, target)
+        asyncio.run(watch())
 
 
 # ---------------------------------------------------------------------------------------------- refused events

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from eventstore import ENCODER, StartError
-from eventstore_extras import features, forward, meters
+from eventstore_extras import features, forward, meters, refused
 from fake_target import FakeTarget, Handler, lag, reply
 from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from powercut import Disk, Entry, Recording, strace
@@ -222,7 +222,7 @@ def properties_sent(cut: Cut) -> dict[str, dict[str, Any]]:
 def in_refused_file(cut: Cut) -> set[str]:
     """Return the ids of events that stand on a complete line of the file of refused events."""
     sent, found = properties_sent(cut), set()
-    path = Path(forward.refused_path(str(cut.folder / "events.db")))
+    path = Path(refused.refused_path(str(cut.folder / "events.db")))
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             one = json.loads(line)
@@ -452,7 +452,7 @@ forward.os.fsync = lambda _: None
 retention.read_all_forward_progress = lambda _: []
 sys.argv.append("--delete-unforwarded")
 """
-LATE = "forward.append_line = lambda path, line: open(path, 'ab').write(line)"
+LATE = "forward.append_lines = lambda path, lines: open(path, 'ab').writelines(line + b'\\n' for line in lines)"
 NORMAL = """
 eventstore.PRAGMAS += ("PRAGMA synchronous = NORMAL",)
 retention.checkpoint = lambda _: None  # it would sync so soon that little is lost

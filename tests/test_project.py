@@ -108,7 +108,6 @@ def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: P
 def test_the_service_imports_no_extras_and_no_pytest() -> None:
     code = """if True:
         import sys, eventstore
-        eventstore.parse_arguments(["serve"])
         app = eventstore.create_app(eventstore.Settings(db=":memory:", api_keys=(eventstore.ApiKey.hashed("k"),)))
         app.state.service.store.close()
         print({name.partition(".")[0] for name in sys.modules} & {"eventstore_extras", "pytest", "_pytest"})

@@ -21,12 +21,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 import eventstore
 from eventstore import Row, Settings, create_app
 from eventstore_extras import forward, retention, sending
 from eventstore_extras.mock import running_server
+from fake_target import becomes
 from helpers import (
     DAY_US,
     EVER,
@@ -201,6 +203,26 @@ def test_a_server_deletes_old_events_at_its_start_and_every_hour(
         clock.monotonic_us += HOUR_US - 1
         clock.wait_until_read()
         assert sorted(ids(client, "POST", **EVER)) == ["00000", "new"]
+
+
+def test_retention_shows_what_it_deleted_and_does_not_wait_behind_queries(tmp_path: Path, clock: Clock) -> None:
+    stored(tmp_path, [(1, NOW - 40 * DAY_US), (2, NOW - 31 * DAY_US), (1, NOW - 29 * DAY_US)])
+    service = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS, clock=clock.read)).state.service
+    retention.attach(service, Namespace(retain_days=30, delete_unforwarded=False), None)
+    done = service.retention
+    assert (done.deleted, done.swept_us) == (0, 0)
+
+    async def watch() -> None:
+        release = threading.Event()
+        queries = [asyncio.create_task(service.store.read(lambda _: release.wait(30), quick=False))
+                   for _ in range(2 * eventstore.READER_THREADS)]  # fmt: skip
+        async with service.lifespan(Starlette()):
+            await becomes(lambda: (done.deleted, done.swept_us) == (2, NOW))
+            assert not any(query.done() for query in queries)
+            release.set()
+            assert all(await asyncio.gather(*queries))
+
+    asyncio.run(watch())
 
 
 @table("order", ["asc", "desc"])

@@ -1,0 +1,107 @@
+"""The log of `serve`: what each line says about its request, JSON, and a limit on lines that repeat."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from argparse import Namespace
+from datetime import UTC, datetime
+from typing import Any
+
+from eventstore import CALLER
+
+__all__ = ["set_up"]
+
+_PERIOD_S = 60.0
+_MOST_EQUAL, _MOST_SIMILAR = 100, 1000  # lines with the same text, and with the same template, in each period
+
+
+def set_up(arguments: Namespace) -> None:
+    """Let the root logger's handlers write what `--log-format` names."""
+    formatter = _JsonFormatter() if arguments.log_format == "json" else _TextFormatter()
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
+        handler.addFilter(_Repeats(handler).passes)
+
+
+def _request_fields() -> dict[str, Any]:
+    """Return what is known about the request that is being served; nothing outside a request."""
+    scope = CALLER.get().scope
+    if not scope:
+        return {}
+    key = scope.get("api_key")
+    route = getattr(scope.get("endpoint"), "path", None)
+    fields = {
+        "request_id": scope.get("request_id"),
+        "client": (scope.get("client") or [None])[0],
+        "key": key and key.label,
+        "environment": scope.get("environment"),
+        "route": route and f"{scope['method']} {route}",
+        "status": scope.get("status"),
+        "duration_ms": round(1000 * (time.perf_counter() - scope["start_s"]), 1),
+    }
+    return {name: value for name, value in fields.items() if value not in (None, "")}
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{name}={_word(value)}" for name, value in _request_fields().items())
+        record.request = f" [{fields}]" if fields else ""
+        return super().format(record)
+
+
+def _word(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and not set(' "=]') & set(text) else json.dumps(text)
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, in ASCII."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_request_fields(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class _Repeats:
+    """Limits lines that repeat, and logs how many were left out."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self._handler = handler
+        self._since_s = 0.0
+        self._seen: dict[tuple[str, str], int] = {}
+
+    def passes(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "is_summary", False):
+            return True
+        if time.monotonic() > self._since_s + _PERIOD_S:
+            self._summarize()
+        equal, similar = (record.name, record.getMessage()), (record.name, str(record.msg))
+        counts = [self._seen.get(key, 0) + 1 for key in (equal, similar)]
+        if len(self._seen) < 2 * _MOST_SIMILAR:
+            self._seen |= zip((equal, similar), counts, strict=True)
+        elif similar in self._seen:
+            self._seen[similar] = counts[1]
+        return counts[0] <= _MOST_EQUAL and counts[1] <= _MOST_SIMILAR
+
+    def _summarize(self) -> None:
+        seen, self._seen, self._since_s = self._seen, {}, time.monotonic()
+        for (name, text), count in seen.items():
+            most = _MOST_SIMILAR if "%" in text else _MOST_EQUAL
+            if count > most:
+                message = "%d more lines in the last minute were left out: %s"
+                summary = logging.LogRecord(name, logging.WARNING, "", 0, message, (count - most, text), None)
+                summary.is_summary = True
+                self._handler.handle(summary)

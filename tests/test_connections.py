@@ -1,0 +1,302 @@
+"""Connections: the limits on a client's time, the number of connections, inherited sockets, and how the server stops."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from helpers import (
+    BODY,
+    HEAD,
+    KEY,
+    POST,
+    ROOT,
+    SCRIPT,
+    Live,
+    answer_on,
+    event,
+    eventually,
+    ids,
+    posting,
+    refused,
+    store,
+    table,
+)
+
+CONTINUED = POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n"
+
+
+def limited(**limits: float) -> list[str]:
+    """Return the command of a server with other limits in connections.py."""
+    changes = "".join(f"connections.{name} = {value};" for name, value in limits.items())
+    code = f"import sys, eventstore; from eventstore_extras import connections; {changes} sys.exit(eventstore.main())"
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    command = limited(BODY_TIMEOUT_S=0.2, WRITE_TIMEOUT_S=0.2)
+    folder = tmp_path_factory.mktemp("impatient")
+    with Live(folder, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live:
+        yield live
+
+
+UNFINISHED = {
+    "nothing of it": b"Content-Length: 1000\r\n\r\n",
+    "a part of it": b"Content-Length: 1000\r\n\r\n{",
+    "a part of a chunk": b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    "all chunks but the last": b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+}
+
+
+@table("part", UNFINISHED.values(), ids=UNFINISHED)
+def test_a_body_that_does_not_arrive_in_time_is_refused_and_its_connection_closed(impatient: Live, part: bytes) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(POST + part)
+        response = answer_on(sock)
+        refused(response, 408, "request_timeout")
+        assert "fewer than 10000 bytes of the body arrived within 0.2 s" in response.json()["message"]
+        assert sock.recv(1) == b""
+
+
+def test_a_body_may_take_longer_than_the_limit_while_enough_of_it_arrives(impatient: Live) -> None:
+    body = json.dumps(event("slow", properties={"text": "x" * 100_000})).encode()
+    with impatient.connect() as sock:
+        sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
+        start = time.monotonic()
+        for at in range(0, len(body), 20_000):
+            sock.sendall(body[at : at + 20_000])
+            time.sleep(0.1)
+        assert answer_on(sock).status_code == 202
+        assert time.monotonic() - start > 0.4
+
+
+def test_a_body_that_is_already_refused_must_arrive_in_time_as_well(impatient: Live) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /v1/events HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nx")
+        refused(answer_on(sock), 401, "unauthorized")
+        sock.sendall(b"x")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 408 ") or sock.recv(1) == b""
+        while sock.recv(1000):
+            pass
+
+
+def test_after_a_body_that_was_refused_early_the_connection_serves_the_next_request(impatient: Live) -> None:
+    with impatient.connect() as sock:
+        sock.sendall(b"POST /v1/events HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nx")
+        refused(answer_on(sock), 401, "unauthorized")
+        sock.sendall(b"x" * 9)
+        time.sleep(0.4)  # longer than the body's limit: the timer is the one between requests again
+        sock.sendall(posting(BODY))
+        assert answer_on(sock).status_code == 202
+
+
+def test_a_client_that_does_not_read_its_answer_is_dropped(impatient: Live) -> None:
+    with impatient.client() as client:
+        store(client, *[event(properties={"text": "x" * 200_000}) for _ in range(100)])
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", int(impatient.port)))
+        sock.sendall(b"GET /v1/events HTTP/1.1\r\n" + HEAD + b"\r\n")
+        eventually(lambda: "does not read its answer: " in impatient.log)
+    with impatient.client() as client:
+        assert len(client.get("/v1/events").content) > 10_000_000  # a client that reads gets all of it
+
+
+def test_for_each_connection_above_the_limit_the_one_idle_for_longest_is_closed(tmp_path: Path) -> None:
+    with (
+        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=20), PYTHONPATH=str(ROOT)) as live,
+        ExitStack() as stack,
+    ):
+        idle = [stack.enter_context(live.connect()) for _ in range(30)]
+        with live.client() as client:
+            assert store(client, event("a")).status_code == 202
+        for sock in idle[:10]:
+            assert sock.recv(1) == b""
+        idle[-1].sendall(posting(BODY))
+        assert answer_on(idle[-1]).status_code == 202
+        assert live.log.count("20 connections are open, the limit") == 1
+
+
+def test_a_connection_above_the_limit_is_answered_with_503_if_none_is_idle(tmp_path: Path) -> None:
+    with (
+        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=3), PYTHONPATH=str(ROOT)) as live,
+        ExitStack() as stack,
+    ):
+        busy = [stack.enter_context(live.connect()) for _ in range(3)]
+        for sock in busy:
+            sock.sendall(CONTINUED)
+            assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+        with live.connect() as sock:
+            refused(answer_on(sock), 503, "service_unavailable")
+
+
+# ---------------------------------------------------------------------------------------------- inherited sockets
+
+
+def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[str]:
+    fd = listener.fileno()
+    command = (*SCRIPT, "serve", "--fd", str(fd), "--api-key", KEY)
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(command, cwd=folder, pass_fds=[fd], stdout=log, stderr=log, text=True)
+
+
+@pytest.mark.slow
+@table("keeps_alive", [False, True], ids=["a connection for each request", "one connection"])
+def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_alive: bool) -> None:
+    """Clients that never retry, on a socket that stays open while the process behind it is replaced twenty times."""
+    over = threading.Event()
+    stored: list[str] = []
+    problems: list[object] = []
+
+    def send(name: str) -> None:
+        connection, number = http.client.HTTPConnection("127.0.0.1", port, timeout=30), 0
+        try:
+            while not over.is_set():
+                number += 1
+                body = json.dumps(event(f"{name} {number}"))
+                close = {} if keeps_alive else {"Connection": "close"}
+                connection.request("POST", "/v1/events", body, {"x-api-key": KEY, **close})
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status != 202:
+                    problems.append(answer.status)
+                stored.append(f"{name} {number}")
+        except (OSError, http.client.HTTPException) as error:
+            problems.append(error)
+
+    def served_or_failed(enough: int) -> bool:
+        return len(stored) >= enough or bool(problems)
+
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+        port = listener.getsockname()[1]
+        process = serve_on(listener, tmp_path)
+        clients = [threading.Thread(target=send, args=[f"client {number}"]) for number in range(4)]
+        for client in clients:
+            client.start()
+        for _ in range(20):
+            enough = len(stored) + 20
+            eventually(partial(served_or_failed, enough))
+            process.terminate()
+            assert process.wait(30) == 0
+            process = serve_on(listener, tmp_path)
+        over.set()
+        for client in clients:
+            client.join()
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/v1/events/monitoring", headers={"x-api-key": KEY})
+        counted = json.loads(connection.getresponse().read())["total_count"]
+        process.terminate()
+        process.wait(30)
+    assert (problems, counted) == ([], len(stored))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs LISTEN_FDS")
+def test_a_socket_unit_of_systemd_passes_its_socket(tmp_path: Path) -> None:
+    """systemd sets LISTEN_PID to the process it starts, and passes the socket as file descriptor 3."""
+    code = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        wrapped = f'exec 3<&{listener.fileno()}; exec {sys.executable} -c "{code}" {sys.executable} {SCRIPT[1]}'
+        command = ["bash", "-c", f'{wrapped} "$@"', "bash"]
+        process = subprocess.Popen([*command, "serve", "--api-key", KEY], cwd=tmp_path, text=True,
+                                   pass_fds=[listener.fileno()], stdout=subprocess.PIPE,
+                                   env=os.environ | {"LISTEN_FDS": "1"})  # fmt: skip
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+            sock.sendall(posting(BODY))
+            assert answer_on(sock).status_code == 202
+        process.terminate()
+        shown, _ = process.communicate(timeout=30)
+    assert f"http://127.0.0.1:{port}/v1" in shown
+    assert process.returncode == 0
+
+
+@table(("kind", "message"), [
+    ("closed", "is no socket"),
+    ("file", "is no socket"),
+    ("unix", "is not a listening TCP socket"),
+    ("not listening", "is not a listening TCP socket"),
+    ("two", "LISTEN_FDS must be 1, got '2'"),
+])  # fmt: skip
+def test_a_file_descriptor_that_cannot_be_served_on_is_refused_at_the_start(
+    tmp_path: Path, kind: str, message: str
+) -> None:
+    with ExitStack() as stack:
+        fd, environ = 99, dict(os.environ)
+        if kind == "file":
+            fd = stack.enter_context((tmp_path / "file").open("w")).fileno()
+        elif kind == "unix":
+            unix = stack.enter_context(socket.socket(socket.AF_UNIX))
+            unix.bind(str(tmp_path / "unix"))
+            unix.listen()
+            fd = unix.fileno()
+        elif kind == "not listening":
+            fd = stack.enter_context(socket.socket()).fileno()
+        if kind == "two":
+            code = "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2');"
+            code += "import eventstore; sys.exit(eventstore.main())"
+            command = [sys.executable, "-c", code, "serve", "--api-key", KEY]
+            environ["PYTHONPATH"] = str(ROOT)
+        else:
+            command = [*map(str, SCRIPT), "serve", "--api-key", KEY, "--fd", str(fd)]
+        passed = [] if kind in ("closed", "two") else [fd]
+        done = subprocess.run(command, cwd=tmp_path, pass_fds=passed, capture_output=True, text=True, env=environ,
+                              timeout=30, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- stopping
+
+
+def test_a_request_that_arrives_while_the_server_stops_is_answered_and_closes_its_connection(tmp_path: Path) -> None:
+    with Live(tmp_path, "--api-key", KEY, command=limited(_STOP_S=20), PYTHONPATH=str(ROOT)) as live:
+        with live.connect() as used, live.connect() as new:
+            used.sendall(posting(BODY))
+            assert "connection" not in answer_on(used).headers
+            live.process.send_signal(signal.SIGTERM)
+            eventually(lambda: not accepts(live))
+            for sock in (used, new):
+                sock.sendall(posting(BODY))
+                response = answer_on(sock)
+                assert (response.status_code, response.headers["connection"]) == (202, "close")
+                assert sock.recv(1) == b""
+        assert live.process.wait(30) == 0
+
+
+def accepts(live: Live) -> bool:
+    try:
+        live.connect().close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
+    code = "import sys, eventstore; eventstore._SHUTDOWN_TIMEOUT_S = 60; sys.exit(eventstore.main())"
+    command = [sys.executable, "-c", code]
+    with Live(tmp_path, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live:
+        with live.client() as client:
+            store(client, event("a"))
+        with live.connect() as sock:
+            sock.sendall(CONTINUED)
+            assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+            live.process.send_signal(signal.SIGINT)
+            eventually(lambda: not accepts(live))
+            live.process.send_signal(signal.SIGINT)
+            assert live.process.wait(30) == 0  # otherwise it would wait for the request, which never ends
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        assert ids(client) == ["a"]
