@@ -6,7 +6,6 @@ of a scan step by step, the answer, the handler.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import operator
 import re
@@ -16,7 +15,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Struct
@@ -48,6 +47,7 @@ from eventstore import (
     View,
     all_of,
     check_property_filters,
+    check_time,
     check_window_size,
     index_of,
     is_in,
@@ -66,7 +66,7 @@ from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
 from eventstore_extras.meters import Aggregation, Meter, filters_in_both
 from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice, enum_schema, ref
 from eventstore_extras.resources import decimal_text, is_any_of, plain_decimal, time_text
-from eventstore_extras.usage import WEIGHT, Windows, number_sql, shares_of, sum_of
+from eventstore_extras.usage import WEIGHT, Windows, add_text_hash, number_sql, shares_of, sum_of, unique_sql
 
 __all__ = ["OPERATIONS", "Analytics", "AnalyticsIn", "AnalyticsItem", "AnalyticsPoint"]
 
@@ -172,6 +172,9 @@ _IMPLIED_DIMENSIONS = ("feature_id", "meter_id")
 _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
 _MAX_ITEMS = 100_000  # an answer has at most this many items, and at most this many points
+_ITEMS_LIMIT = f"{_MAX_ITEMS} items or points"
+_MAX_CELLS = 1_000_000  # results of a meter, a group and a window or a part of the range; they are held in memory
+_MAX_SPANS = 1_000_000  # windows, counted for each scan of the events
 _ANALYTICS = msgspec.json.Decoder(AnalyticsIn)
 
 
@@ -237,7 +240,7 @@ _AGGREGATES = {
     "SUM": _Aggregate(sum_of, "number"),
     "AVG": _Aggregate(sum_of, "number", finish=lambda value, event_count, _: value / event_count),
     "MAX": _Aggregate(lambda number, when: f"max({number}){when}", "number", max),
-    "COUNT_UNIQUE": _Aggregate(lambda text, when: f"count(DISTINCT {text}){when}", "property_text", None),
+    "COUNT_UNIQUE": _Aggregate(lambda text, when: f"count(DISTINCT {text}){when}", "unique", None),
     "LATEST": _Aggregate(lambda _, when: f"max(position){when}", "", lambda _, later: later, event_columns=["position"],
                          is_position=True),
     "SUM_WITH_MULTIPLIER": _Aggregate(sum_of, "number", finish=lambda value, _, aggregation:
@@ -300,14 +303,14 @@ def _divided(windows: list[Span], step_us: int = 1) -> list[Span]:
     return spans
 
 
-def _bucket_spans(query: _Query, bucket_size: str, size: str) -> list[Span]:
+def _bucket_spans(query: _Query, bucket_size: str, size: str, windows: list[Span]) -> list[Span]:
     """Return the spans for a meter with buckets.
 
     If SQL computes the buckets, these are the windows, perhaps divided. Otherwise there is one span for each bucket,
     and its window is the one in which the bucket begins.
     """
     if bucket_size in _BUCKETS_US:
-        return _divided(_windows(query, size), DAY_US)  # at midnight, so that no bucket is cut in two
+        return _divided(windows, DAY_US)  # at midnight, so that no bucket is cut in two
     buckets = _windows(query, bucket_size)
     if not buckets:
         return []
@@ -336,7 +339,7 @@ def _scans_of_size(query: _Query, meters: Sequence[NamedMeter], size: str) -> It
             yield _Scan(some, windows, query.dimensions, finds_totals=False, finds_points=True)
     for named in bucketed:
         if bucket_size := named.aggregation.bucket_size:
-            spans = _bucket_spans(query, bucket_size, size)
+            spans = _bucket_spans(query, bucket_size, size, windows)
             yield _Scan([named], spans, query.dimensions, finds_points=bool(size), is_bucketed=True)
             continue
         yield _Scan([named], _windows(query, ""), query.dimensions, is_bucketed=True)
@@ -359,6 +362,19 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
             yield _Scan(some, spans, dimensions, finds_totals=False, finds_sources=True)
 
 
+def _checked_scans(query: _Query, meters: Sequence[NamedMeter]) -> list[_Scan]:
+    """Return the scans for a request. Raises ApiError if they have too many windows."""
+    scans, spans = list[_Scan](), 0
+    for scan in _scans(query, meters):
+        check_time()
+        scans.append(scan)
+        spans += len(scan.spans)
+        if spans > _MAX_SPANS:
+            problem = f"makes more than {_MAX_SPANS} windows in all: take fewer meters, a larger one or a shorter range"
+            raise_fault("window_size", "out_of_range", problem)
+    return scans
+
+
 # ---------------------------------------------------------------------------------------------- SQL
 
 # The statement of a scan by one dimension, abridged. To see a step's rows, delete the later steps and select from it.
@@ -373,13 +389,12 @@ def _scans(query: _Query, meters: Sequence[NamedMeter]) -> Iterator[_Scan]:
 # 20 meters over a million events would take 1.8 times as long.
 _SEPARATE = "LIMIT -1"
 _Group = tuple[str | None, ...]  # the values of the dimensions
-_Row = tuple[Any, ...]  # of the last step
 
 
 class _Property(NamedTuple):
     """A column: what `function` returns for the property `key`."""
 
-    function: str  # property_json, property_text or number
+    function: str  # property_json, property_text, number or unique
     key: str
 
 
@@ -433,6 +448,8 @@ def _property_column(each: _Property, columns: _Columns) -> Sql:
     if each.function == "number":
         number = number_sql(name, each.key)
         value = sql(f"max({number}, 0.0)", number)  # negative numbers count as 0
+    elif each.function == "unique":
+        value = unique_sql(name, each.key)
     else:
         value = property_sql(each.function, name, each.key)
     if each in columns.event_names:
@@ -570,11 +587,43 @@ def _steps(query: _Query, scan: _Scan) -> dict[str, Sql]:
     return steps | {"by_window": _by_window(scan, columns), "with_latest": _with_latest(scan)}
 
 
-def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan) -> list[_Row]:
-    """Run the steps as one statement; return the rows of the last step."""
+class _Cell(NamedTuple):
+    """What a scan found for one meter, group and window."""
+
+    number: int  # of the meter in the scan
+    group: _Group
+    window_us: int
+    event_count: int
+    value: Any
+    largest_bucket: Any = None  # only in a bucketed scan
+
+
+def _refuse_size(query: _Query, limit: str) -> NoReturn:
+    field = "group_by" if query.dimensions else "window_size" if query.window_size else "feature_ids"
+    raise_fault(field, "out_of_range", f"makes more than {limit}: take less of it, or a shorter range")
+
+
+def _select(conn: sqlite3.Connection, query: _Query, scan: _Scan, counts: list[int]) -> list[_Cell]:
+    """Run the steps as one statement; return the cells that have events, and add their number to the request's counts.
+
+    Raises ApiError if they are too many.
+    """
     steps = _steps(query, scan)
     ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
-    return conn.execute(*sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())).fetchall()
+    statement = sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())
+    width, most, cells = len(scan.dimensions), _MAX_CELLS - sum(counts), list[_Cell]()
+    add_text_hash(conn)
+    for row_number, row in enumerate(conn.execute(*statement)):
+        for number in range(len(scan.meters)):
+            found = row[width + 1 + 2 * number : width + 4 + 2 * number]
+            if found[0]:
+                cells.append(_Cell(number, row[:width], row[width], *found))
+        if row_number >= _MAX_ITEMS:
+            _refuse_size(query, _ITEMS_LIMIT)
+        if len(cells) > most:
+            _refuse_size(query, f"{_MAX_CELLS} results of a meter, a group and a window")
+    counts.append(len(cells))
+    return cells
 
 
 # ---------------------------------------------------------------------------------------------- Answer
@@ -601,33 +650,28 @@ class _Tallies:
         self._points = 0
         self.found: dict[tuple[str, _Group], _Tally] = {}  # by meter id and group
 
-    def add(self, scan: _Scan, rows: Sequence[_Row]) -> None:
-        width = len(scan.dimensions)
-        for row in rows:
-            for number, named in enumerate(scan.meters):
-                cells = row[width + 1 + 2 * number : width + 4 + 2 * number]
-                if cells[0]:
-                    self._add(scan, named, row[:width], row[width], cells)
-            if len(rows) > _MAX_ITEMS or max(len(self.found), self._points) > _MAX_ITEMS:
-                field = "group_by" if self._query.dimensions else "window_size"
-                problem = f"makes more than {_MAX_ITEMS} items or points: take less of it, or a shorter range"
-                raise_fault(field, "out_of_range", problem)
+    def add(self, scan: _Scan, cells: Iterable[_Cell]) -> None:
+        check_time()
+        for cell in cells:
+            self._add(scan, cell)
+            if max(len(self.found), self._points) > _MAX_ITEMS:
+                _refuse_size(self._query, _ITEMS_LIMIT)
 
-    def _add(self, scan: _Scan, named: NamedMeter, dimensions: _Group, window_us: int, cells: _Row) -> None:
-        event_count, value = cells[:2]
-        group = dimensions[:-1] if scan.finds_sources else dimensions
+    def _add(self, scan: _Scan, cell: _Cell) -> None:
+        named, event_count, value = scan.meters[cell.number], cell.event_count, cell.value
+        group = cell.group[:-1] if scan.finds_sources else cell.group
         tally = self.found.setdefault((named.meter.id, group), _Tally())
         merge = scan.aggregate(named).merge
-        if scan.finds_sources and dimensions[-1] is not None:
-            tally.sources.add(dimensions[-1])
+        if scan.finds_sources and cell.group[-1] is not None:
+            tally.sources.add(cell.group[-1])
         if scan.finds_totals:
             tally.event_count += event_count
             tally.value = _merged(operator.add if scan.is_bucketed else merge, tally.value, value)
         if scan.finds_points:
-            earlier_count, earlier = tally.points.get(window_us, (0, None))
+            earlier_count, earlier = tally.points.get(cell.window_us, (0, None))
             self._points += earlier is None
-            point = cells[2] if scan.is_bucketed else value
-            tally.points[window_us] = earlier_count + event_count, _merged(merge, earlier, point)
+            point = cell.largest_bucket if scan.is_bucketed else value
+            tally.points[cell.window_us] = earlier_count + event_count, _merged(merge, earlier, point)
 
 
 def _usage_text(named: NamedMeter, event_count: int, value: float) -> str:
@@ -647,6 +691,7 @@ def _properties(group: Mapping[str, str | None]) -> dict[str, str] | None:
 
 
 def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tally: _Tally) -> AnalyticsItem:
+    check_time()
     meter, feature = named.meter, named.feature
     total = _usage_text(named, tally.event_count, tally.value or 0.0)
     unit = feature.reporting_unit if feature else None
@@ -667,10 +712,10 @@ def _item(query: _Query, named: NamedMeter, group: Mapping[str, str | None], tal
     )  # fmt: skip
 
 
-def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Row]]]) -> bytes:
+def _answer(query: _Query, meters: Sequence[NamedMeter], found: Iterable[tuple[_Scan, Sequence[_Cell]]]) -> bytes:
     tallies = _Tallies(query)
-    for scan, rows in found:
-        tallies.add(scan, rows)
+    for scan, cells in found:
+        tallies.add(scan, cells)
     by_id = {named.meter.id: named for named in meters}
     items = [
         _item(query, by_id[meter_id], dict(zip(query.dimensions, group, strict=True)), tally)
@@ -688,16 +733,12 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     read = partial(service.store.read, quick=False)
     find = partial(named_meters, environment=query.events.view.environment, feature_ids=query.feature_ids)
     meters = await read(find)
-    scans = await read(lambda _: list(_scans(query, meters)))
+    scans = await read(lambda _: _checked_scans(query, meters))
     shares = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
-    some_readers = asyncio.Semaphore(READER_THREADS - 1)  # leave one thread for other requests
-
-    async def select(share: _Scan) -> list[_Row]:
-        async with some_readers:
-            return await read(partial(_select, query=query, scan=share))
-
-    rows = await asyncio.gather(*map(select, shares))
-    return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, rows, strict=True))))
+    counts: list[int] = []
+    selects = [partial(_select, query=query, scan=share, counts=counts) for share in shares]
+    found = await service.store.read_all(selects, READER_THREADS - 1)  # leave one thread for the key's other requests
+    return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, found, strict=True))))
 
 
 _SCHEMAS: dict[str, Any] = {"Dimension": enum_schema([*_IMPLIED_DIMENSIONS, *_DIMENSIONS]), "AnalyticsIn": {

@@ -48,6 +48,7 @@ from eventstore import (
 from eventstore_extras.openapi import (
     FILTERS_SCHEMA,
     NOTHING,
+    NULL,
     TEXT_SCHEMA,
     TIME_SCHEMA,
     any_case,
@@ -498,7 +499,7 @@ METER_EXAMPLE = {
 _TIMES = dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA)
 _DECIMAL_SCHEMA = {
     "anyOf": [{"type": "string", "pattern": f"^{DECIMAL.pattern}$"},
-              {"type": "number", "minimum": -sys.float_info.max, "maximum": sys.float_info.max}, NOTHING]}  # fmt: skip
+              {"type": "number", "minimum": -sys.float_info.max, "maximum": sys.float_info.max}, NULL]}  # fmt: skip
 _RESET_SCHEMA = {"anyOf": [ref("ResetUsage"), any_case(_RESET_ALIASES)]}
 METER_SCHEMAS: dict[str, Any] = AGGREGATION_ENUMS | {
     "ResetUsage": enum_schema(_RESETS),

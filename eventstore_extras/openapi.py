@@ -37,11 +37,27 @@ from eventstore import (
 )
 
 __all__ = [
-    "ANSWERED_TIME", "EMPTY_ARRAY", "FILTERS_SCHEMA", "NOTHING", "OPERATIONS", "PARAMETER_SCHEMAS", "POSITIVE_SCHEMA",
-    "TEXT_SCHEMA", "TIME_SCHEMA", "any_case", "choice", "enum_schema", "openapi_document", "optional", "ref",
+    "ANSWERED_TIME",
+    "EMPTY_ARRAY",
+    "FILTERS_SCHEMA",
+    "NOTHING",
+    "NULL",
+    "OPERATIONS",
+    "ORDER_SCHEMA",
+    "PARAMETER_SCHEMAS",
+    "POSITIVE_SCHEMA",
+    "TEXT_SCHEMA",
+    "TIME_SCHEMA",
+    "any_case",
+    "choice",
+    "enum_schema",
+    "openapi_document",
+    "optional",
+    "ref",
 ]  # fmt: skip
 
-NOTHING = {"type": ["string", "null"], "maxLength": 0}  # the same as an absent field
+NULL = {"type": "null"}  # the same as an absent field
+NOTHING = {"type": ["string", "null"], "maxLength": 0}  # the same, or ""; FlexPrice refuses "" in some fields
 EMPTY_ARRAY = {"type": ["array", "null"], "items": {}, "maxItems": 0}  # generators of clients need `items`
 
 
@@ -51,9 +67,9 @@ def ref(kind: Any) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"} if name else {"type": "object"}
 
 
-def optional(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the schema of a field that may be empty or null."""
-    return {"anyOf": [schema, NOTHING]}
+def optional(schema: Mapping[str, Any], nothing: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
+    """Make the schema of a field that may be null, and perhaps empty."""
+    return {"anyOf": [schema, nothing]}
 
 
 def choice(name: str) -> dict[str, Any]:
@@ -76,7 +92,8 @@ def any_case(words: Iterable[str]) -> dict[str, Any]:
 _TIME = {"type": "string", "format": "date-time", "pattern": f"^{RFC_3339.pattern}$"}
 _CURSOR = {"type": "string", "pattern": r"^-?[0-9]{1,21}::[\s\S]+$"}
 _OFFSET = {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET}
-TIME_SCHEMA = optional(_TIME)
+TIME_SCHEMA = optional(_TIME, NULL)
+ORDER_SCHEMA = optional(ref("Order"), NULL)
 ANSWERED_TIME = {"type": "string", "format": "date-time"}
 _TIME_FIELDS = {"timestamp", "ingested_at", "created_at", "updated_at"}  # in answers
 TEXT_SCHEMA = {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]"}  # not only white space
@@ -86,7 +103,7 @@ POSITIVE_SCHEMA: dict[str, Any] = {
          "pattern": r"^\+?([0-9]*[1-9][0-9]*(\.[0-9]*)?|[0-9]*\.[0-9]*[1-9][0-9]*)([eE][+-]?[0-9]+)?$"},
         {"type": "number", "exclusiveMinimum": 0, "maximum": sys.float_info.max},
     ]}  # fmt: skip
-FILTERS_SCHEMA: dict[str, Any] = {"anyOf": [ref("Filters"), {"type": "null"}]}
+FILTERS_SCHEMA = optional(ref("Filters"), NULL)
 _FILTERS = {
     "type": "object", "maxProperties": MAX_FILTER_KEYS, "propertyNames": {"minLength": 1},
     "additionalProperties": {"type": ["array", "null"], "items": {"type": "string"}, "maxItems": MAX_FILTER_VALUES},
@@ -113,7 +130,7 @@ _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
         "property_filters": FILTERS_SCHEMA,
         "page_size": {"type": ["integer", "null"]},
         "offset": _OFFSET | {"type": ["integer", "null"]},
-        "sort": choice("EventSort"), "order": choice("Order"),
+        "sort": optional(ref("EventSort"), NULL), "order": ORDER_SCHEMA,
         **dict.fromkeys(("iter_first_key", "iter_last_key"), optional(_CURSOR)),
     },
     "EventPage": {"events": {"type": "array", "items": ref("Event")}},

@@ -39,7 +39,7 @@ from eventstore import (
     to_datetime,
     whole_within,
 )
-from eventstore_extras.openapi import PARAMETER_SCHEMAS, TIME_SCHEMA, choice, enum_schema, ref
+from eventstore_extras.openapi import ORDER_SCHEMA, PARAMETER_SCHEMAS, TIME_SCHEMA, choice, enum_schema, ref
 from eventstore_extras.usage import check_positive
 
 __all__ = [
@@ -269,7 +269,7 @@ LIST_SCHEMA: dict[str, Any] = {  # for the fields of a body
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
     "limit": {"type": ["integer", "null"]} | _LIMIT,
     "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-    "status": choice("ListStatus"), "order": choice("Order"),
+    "status": choice("ListStatus"), "order": ORDER_SCHEMA,
 }  # fmt: skip
 LIST_PARAMETERS: dict[str, Any] = {
     **{name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset", "order")},
