@@ -108,9 +108,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_json", "property_number", "property_parameters", "property_sql", "property_text", "sql",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer", "check_time", "connect",
-    "connect_reader", "environment_number", "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file",
-    "real_path",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer",
+    "check_time", "connect", "connect_reader", "environment_number", "execute_writing", "insert_events",
+    "insert_group", "insert_statement", "prepare_file", "real_path",
     # HTTP
     "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox", "Retention",
     "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
@@ -1431,6 +1431,8 @@ class Reader:
             if self._is_over():
                 raise TimeoutError from None
             raise
+        finally:
+            _running.reader = None
 
 
 _running = threading.local()  # `reader` of the operation that this thread runs
@@ -1438,7 +1440,8 @@ _running = threading.local()  # `reader` of the operation that this thread runs
 
 def check_time() -> None:
     """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
-    if _running.reader._is_over():
+    reader: Reader | None = getattr(_running, "reader", None)
+    if reader and reader._is_over():
         raise TimeoutError
 
 
@@ -1620,7 +1623,7 @@ class Store:
     async def read_all(
         self, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
     ) -> list[T]:
-        """Run reading operations at the same time, together for as long as one may take. If one fails, end the others."""
+        """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
         turns = asyncio.Semaphore(at_once)
 
         async def read(operation: Callable[[sqlite3.Connection], T]) -> T:

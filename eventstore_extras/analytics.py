@@ -371,7 +371,7 @@ def _checked_scans(query: _Query, meters: Sequence[NamedMeter]) -> list[_Scan]:
         spans += len(scan.spans)
         if spans > _MAX_SPANS:
             problem = f"makes more than {_MAX_SPANS} windows in all: take fewer meters, a larger one or a shorter range"
-            raise_fault("window_size", "out_of_range", problem)
+            raise_fault("window_size" if query.window_size else "feature_ids", "out_of_range", problem)
     return scans
 
 

@@ -431,7 +431,7 @@ def _meter_query(sent: MeterUsageIn, meter: Meter, view: View) -> UsageQuery:
         query, property_filters=filters_in_both(query.property_filters, meter),
         lifetime=meter.reset_usage == "NEVER" and query.windows is None,
         group_property=meter.aggregation.group_by or "",
-        size_field="meter_id" if query.bucketed else query.size_field,
+        is_of_meter=True,
     )  # fmt: skip
 
 

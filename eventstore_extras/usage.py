@@ -79,8 +79,8 @@ from eventstore_extras.openapi import (
 
 __all__ = [
     "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
-    "UsageQuery", "Windows", "add_text_hash", "aggregate", "check_aggregation", "check_positive", "number_sql", "select_cells",
-    "shares_of", "spans_of_range", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
+    "UsageQuery", "Windows", "add_text_hash", "aggregate", "check_aggregation", "check_positive", "number_sql",
+    "select_cells", "shares_of", "spans_of_range", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
 ]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
@@ -176,7 +176,7 @@ class UsageQuery(Selection, frozen=True, kw_only=True):
     property_name: str = ""
     multiplier: float = 1.0
     windows: Windows | None = None
-    size_field: str = "window_size"  # the request's field that decides the size of the windows
+    is_of_meter: bool = False  # the aggregation is a meter's
     bucketed: bool = False  # add up the values of the windows
     group_property: str = ""  # add up the MAX of each group in a window
     lifetime: bool = False  # without windows: include everything before the range
@@ -244,7 +244,6 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
         filters={column: value for column in columns if (value := getattr(sent, column))},
         property_filters=property_filters, multiplier=1.0 if kind == "COUNT" else multiplier,
         windows=Windows(size, zone, month_day) if size else None, bucketed=bucketed,
-        size_field="bucket_size" if bucketed else "window_size",
         group_property=first_group.removeprefix("properties.") if grouped else "",
     )  # fmt: skip
 
@@ -351,14 +350,14 @@ class Usage(Struct):
     results: list[UsageResult]
 
 
-def _count_unique(spans: Iterable[str]) -> int:
-    """Count the distinct values of all spans; each span is a JSON array of them. Raises ApiError for too many."""
+def _count_unique(spans: Iterable[str], field: str) -> int:
+    """Count the distinct values in JSON arrays. If there are too many, raises ApiError for `field`."""
     values: set[str | None] = set()
     for span in spans:
         values.update(_TEXTS.decode(span))
         if len(values) > _MAX_UNIQUE + 1:  # one may be None
             problem = f"has more than {_MAX_UNIQUE} distinct values in this range: take a shorter one, or a window_size"
-            raise_fault("property_name", "out_of_range", problem)
+            raise_fault(field, "out_of_range", problem)
     return len(values - {None})
 
 
@@ -369,7 +368,7 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
         value = sum(map(float, sums)) / sum(map(int, counts))
     elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
-        value = _count_unique(found)
+        value = _count_unique(found, "meter_id" if query.is_of_meter else "property_name")
     elif query.aggregation == "LATEST":
         value = found[-1] if found else 0.0
     elif query.aggregation == "MAX" and not query.bucketed:
@@ -406,7 +405,8 @@ def _spans(query: UsageQuery) -> list[Span]:
     if query.start_us == query.end_us and not query.lifetime:
         return []
     if query.windows:
-        return query.windows.spans(query.start_us, query.end_us, query.size_field)
+        buckets_field = "meter_id" if query.is_of_meter else "bucket_size"
+        return query.windows.spans(query.start_us, query.end_us, buckets_field if query.bucketed else "window_size")
     if query.group_property:  # undivided, because a group's maximum in the range is that of one part of it
         start_us = MIN_TIME_US if query.lifetime else query.start_us
         return [Span(start_us, query.end_us, start_us)]

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 import eventstore
+from eventstore_extras import analytics as analytics_module
 from eventstore_extras.analytics import OPERATIONS
 from helpers import (
     KEY,
@@ -37,6 +38,7 @@ from helpers import (
     listed,
     make_feature,
     make_meter,
+    meter_of,
     metered_usage,
     metering,
     random_value,
@@ -617,6 +619,39 @@ def test_100000_items_or_points_are_answered_and_more_are_a_400(wide: Any, query
     assert response.content.count(b'"meter_id":' if what == "items" else b'"timestamp":') == 100_000
     refused(wide.post("/v1/events/analytics", json=query), part="100000")
     assert len(analytics(wide)) == 10  # the server still answers
+
+
+LIMITED: dict[str, tuple[str, int, Json, str]] = {  # -> the limit, its value in the test, the request, the faulty field
+    "windows of bucketed meters": ("_MAX_SPANS", 30, {"window_size": "MINUTE"}, "window_size"),
+    "results by group": ("_MAX_CELLS", 5, {"group_by": ["properties.g"]}, "group_by"),
+    "results by window": ("_MAX_CELLS", 5, {"window_size": "15MIN"}, "window_size"),
+    "results by meter": ("_MAX_CELLS", 4, {}, "feature_ids"),
+}  # fmt: skip
+
+
+@table(("limit", "number", "query", "field"), LIMITED.values(), ids=LIMITED)
+def test_windows_and_results_of_all_meters_together_are_limited(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, limit: str, number: int, query: Json, field: str
+) -> None:
+    store(client, *OF_TWO_HOURS)
+    one = make_feature(client, "One", meter=meter_of("MAX", bucket_size="15MIN"))["id"]
+    monkeypatch.setattr(analytics_module, limit, number)
+    assert len(analytics(client, **TWO_HOURS, **query, feature_ids=[one])) > 0
+    for name in ("Two", "Three", "Four", "Five"):
+        make_feature(client, name, meter=meter_of("MAX", bucket_size="15MIN"))
+    response = client.post("/v1/events/analytics", json=TWO_HOURS | query)
+    assert faulty_fields(response) == [field]
+    assert f"makes more than {number} " in response.json()["message"]
+
+
+@table("window", [{}, {"window_size": "DAY"}], ids=["", "with points"])
+def test_analytics_tells_long_texts_apart(client: httpx.Client, window: Json) -> None:
+    """Long texts are compared by their hashes."""
+    texts = ["x" * 32, "x" * 33, "x" * 50_000 + "a", "x" * 50_000 + "b"]
+    store(client, *[sent(number, 10, text) for number, text in enumerate([*texts, *texts])])
+    make_meter(client, "COUNT_UNIQUE")
+    (item,) = analytics(client, **window)
+    assert (item["total_usage"], [point["usage"] for point in item["points"]]) == ("4", ["4"] if window else [])
 
 
 @pytest.mark.slow
