@@ -280,7 +280,7 @@ def test_the_computation_of_windows_ends_when_its_time_is_over(tmp_path: Path) -
     windows = Windows("MINUTE", ZoneInfo("Europe/Berlin"))
     with closing(reader.conn), pytest.raises(TimeoutError):
         reader.run(lambda _: list(windows.bounds(0, 10**15)), limit_s=0)
-    assert len([*windows.bounds(0, 600_000_000)]) == 11  # outside of an operation there is no limit
+    assert len([*windows.bounds(0, 600_000_000)]) == 11  # outside of an operation nothing limits it
 
 
 FOREVER = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers) SELECT max(n) FROM numbers"
