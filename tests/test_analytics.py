@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 import eventstore
-from eventstore_extras import analytics as analytics_module
+from eventstore_extras import analytics_scans
 from eventstore_extras.analytics import OPERATIONS
 from helpers import (
     KEY,
@@ -635,7 +635,7 @@ def test_windows_and_results_of_all_meters_together_are_limited(
 ) -> None:
     store(client, *OF_TWO_HOURS)
     one = make_feature(client, "One", meter=meter_of("MAX", bucket_size="15MIN"))["id"]
-    monkeypatch.setattr(analytics_module, limit, number)
+    monkeypatch.setattr(analytics_scans, limit, number)
     assert len(analytics(client, **TWO_HOURS, **query, feature_ids=[one])) > 0
     for name in ("Two", "Three", "Four", "Five"):
         make_feature(client, name, meter=meter_of("MAX", bucket_size="15MIN"))
