@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ pytest.register_assert_rewrite("browser", "helpers", "oracle")  # before they ar
 
 from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
-from helpers import KEY, Live, at, event, serving, store  # noqa: E402
+from helpers import KEY, Live, at, event, run, serving, store  # noqa: E402
 
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
@@ -127,3 +128,16 @@ def debugger(browser: Debugger) -> Iterator[Debugger]:
         yield browser
         browser.ask("localStorage.clear()")
         assert browser.complaints() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not (shutil.which("mount") and run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder).returncode == 0):
+        pytest.skip("mounting a file system takes root")
+    try:
+        yield folder
+    finally:
+        assert run("umount", "--lazy", folder).returncode == 0

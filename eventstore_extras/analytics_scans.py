@@ -38,9 +38,9 @@ from eventstore import (
     check_property_filters,
     check_time,
     check_window_size,
+    filter_options,
     index_of,
     is_in,
-    json_texts,
     matching,
     property_sql,
     quoted,
@@ -304,7 +304,7 @@ Group = tuple[str | None, ...]  # the values of the dimensions
 class _Property(NamedTuple):
     """A column: what `function` returns for the property `key`."""
 
-    function: str  # property_json, property_text, number or unique
+    function: str  # of property_sql, number or unique
     key: str
 
 
@@ -316,7 +316,8 @@ def _bucket_group(scan: Scan) -> str | None:
 
 def _properties_of(scan: Scan, named: NamedMeter) -> list[_Property]:
     """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
-    properties = [_Property("property_json", key) for key in filters_in_both({}, named.meter)]
+    filters = filters_in_both({}, named.meter)
+    properties = [_Property(filter_options(values)[0][-1], key) for key, values in filters.items()]
     if function := scan.aggregate(named).reads:
         properties.append(_Property(function, named.aggregation.field or ""))
     if scan.is_bucketed and (key := _bucket_group(scan)):
@@ -413,8 +414,9 @@ def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
     if named.archived_at_us is not None:
         clauses.append(sql(f"ingested_at_us < :{flag}_archived_us", **{f"{flag}_archived_us": named.archived_at_us}))
     for number, (key, values) in enumerate(filters_in_both({}, named.meter).items()):
-        column = columns.properties[_Property("property_json", key)]
-        clauses.append(is_any_of(column, json_texts(values), f"{flag}_values{number}"))
+        functions, options = filter_options(values)
+        column = columns.properties[_Property(functions[-1], key)]
+        clauses.append(is_any_of(column, options, f"{flag}_values{number}"))
     return all_of(clauses)
 
 

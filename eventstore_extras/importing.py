@@ -515,7 +515,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
         stack.enter_context(signals.handled())
         with signals.waiting():  # to open a named pipe takes until another process writes to it
             raw = stack.enter_context(_open_input(arguments.file))
-        is_new = _check_database(arguments.db)
+        is_new = _check_database(arguments.db, upgrades=not arguments.dry_run)
         rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
         database = None
         if not arguments.dry_run:
@@ -552,13 +552,13 @@ def _open_input(path: str) -> _Input:
         raise StartError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_database(path: str) -> bool:
+def _check_database(path: str, upgrades: bool) -> bool:
     """Check the database file, and return whether it is still to be created. Raises StartError."""
     if path == ":memory:":
         raise StartError("--db :memory: would be gone after the import: name a file")
     is_new = not os.path.exists(path)
     if not is_new or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        prepare_file(path)
+        prepare_file(path, upgrades)
     return is_new
 
 

@@ -13,7 +13,7 @@ import time
 from argparse import Namespace
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,11 +50,10 @@ class _Histogram:
 
 
 class Metrics:
-    """ASGI middleware that counts requests, and the collector of all metrics of a server."""
+    """Counts the requests and commits of a server, and collects all its metrics."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._app: ASGIApp | None = None
         self._requests: dict[tuple[str, str, str], _Histogram] = defaultdict(lambda: _Histogram(_SECONDS))
         self._events: Counter[tuple[str, str]] = Counter()  # (what became of them, environment) -> number
         self._commit_seconds, self._commit_events = _Histogram(_SECONDS), _Histogram(_EVENTS)
@@ -62,26 +61,26 @@ class Metrics:
         service.store.observe_commits(self._on_commit)
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        self._app = app
-        return self
+        """Wrap an application in middleware that counts its requests."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert self._app is not None
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start_s = time.perf_counter()
-        answer: Message = {}
+        async def count(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            start_s = time.perf_counter()
+            answer: Message = {}
 
-        async def send_and_note(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                answer.update(message)
-            await send(message)
+            async def send_and_note(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    answer.update(message)
+                await send(message)
 
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            self._on_request(scope, answer, time.perf_counter() - start_s)
+            try:
+                await app(scope, receive, send_and_note)
+            finally:
+                self._on_request(scope, answer, time.perf_counter() - start_s)
+
+        return count
 
     def _on_request(self, scope: Scope, answer: Message, seconds: float) -> None:
         status = answer.get("status", 499)  # the client went away before its answer, as nginx calls it
@@ -153,11 +152,7 @@ class Metrics:
         for metric, text, values in (
             ("waiting_events", "Events not yet delivered.", {name: each.waiting for name, each in outboxes.items()}),
             ("oldest_age_seconds", "Age of the oldest event not yet delivered.", ages),
-            (
-                "blocked",
-                "1 if the target refuses everything.",
-                {name: bool(each.blocked) for name, each in outboxes.items()},
-            ),
+            ("blocked", "1 if the target refuses everything.", {name: bool(o.blocked) for name, o in outboxes.items()}),
         ):
             yield _gauge(f"eventstore_forward_{metric}", text, values)
         sent = {(name,): each.sent for name, each in outboxes.items()}
@@ -174,19 +169,18 @@ class Metrics:
                          retention.swept_us / 1e6)  # fmt: skip
 
 
-def _counter(
-    name: str, text: str, values: dict[tuple[str, ...], int], labels: Sequence[str] = ()
-) -> CounterMetricFamily:
+def _counter(name: str, text: str, values: Mapping[Any, int], labels: Sequence[str] = ()) -> CounterMetricFamily:
+    """Make a counter from values by their labels; prometheus_client adds _total to its name."""
     metric = CounterMetricFamily(name, text, labels=labels)
     for label_values, value in values.items():
         metric.add_metric(label_values, value)
     return metric
 
 
-def _gauge(name: str, text: str, value: float | dict[str, Any]) -> GaugeMetricFamily:
+def _gauge(name: str, text: str, value: float | Mapping[str, float]) -> GaugeMetricFamily:
     """Make a gauge from one value, or from one for each environment."""
-    metric = GaugeMetricFamily(name, text, labels=["environment"] if isinstance(value, dict) else [])
-    for environment, each in value.items() if isinstance(value, dict) else [(None, value)]:
+    metric = GaugeMetricFamily(name, text, labels=["environment"] if isinstance(value, Mapping) else [])
+    for environment, each in value.items() if isinstance(value, Mapping) else [(None, value)]:
         metric.add_metric([] if environment is None else [environment], each)
     return metric
 
@@ -203,7 +197,7 @@ def attach(service: Service, arguments: Namespace, address: Any) -> None:
     host, port = _parse_address(arguments.metrics)
     metrics = Metrics(service)
     registry = prometheus_client.CollectorRegistry()
-    registry.register(metrics)  # type: ignore[arg-type]
+    registry.register(metrics)
     prometheus_client.ProcessCollector(registry=registry)
     try:
         server, _ = prometheus_client.start_http_server(port, host, registry)

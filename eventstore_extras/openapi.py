@@ -20,6 +20,7 @@ from eventstore import (
     MAX_FILTER_KEYS,
     MAX_FILTER_VALUES,
     MAX_OFFSET,
+    MAX_PAGE_SIZE,
     ORDERS,
     RFC_3339,
     SORTS,
@@ -128,13 +129,14 @@ _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
     "EventQueryIn": {
         **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
         "property_filters": FILTERS_SCHEMA,
-        "page_size": {"type": ["integer", "null"]},
+        "page_size": {"type": ["integer", "null"], "maximum": MAX_PAGE_SIZE},
         "offset": _OFFSET | {"type": ["integer", "null"]},
         "sort": optional(ref("EventSort"), NULL), "order": ORDER_SCHEMA,
         **dict.fromkeys(("iter_first_key", "iter_last_key"), optional(_CURSOR)),
     },
     "EventPage": {"events": {"type": "array", "items": ref("Event")}},
-    "EventLookup": {"event": ref("Event"), "processed_events": EMPTY_ARRAY},
+    "EventLookup": {"event": ref("Event"), "events": {"type": "array", "items": ref("Event")},
+                    "processed_events": EMPTY_ARRAY},
 }  # fmt: skip
 
 # Every parameter but `id` may be empty: see allowEmptyValue below.

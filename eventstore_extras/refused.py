@@ -37,6 +37,7 @@ _MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits 
 _MAX_NUMBER = 1e23
 _EXPONENT_FROM = 1e21  # FlexPrice writes smaller numbers in full
 _MIN_INTEGER, _MAX_INTEGER = -(2**63) + 512, 2**64 - 1024  # from here on the nearest 64-bit float is beyond 64 bits
+_PROPERTIES = msgspec.json.Decoder()
 _NUMBER_STARTS = frozenset("+-.0123456789")
 
 
@@ -124,7 +125,7 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
     FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
     """
     try:
-        values: list[Any] = [msgspec.json.decode(properties)]
+        values: list[Any] = [_PROPERTIES.decode(properties)]
     except (ValueError, msgspec.MsgspecError):  # an earlier version stored it
         return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
     found = []
@@ -134,12 +135,13 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
             is_number = len(value) > 3 and value[0] in _NUMBER_STARTS and DECIMAL.fullmatch(value)
             if is_number and abs(float(value)) >= _MAX_NUMBER:
                 found.append(_LargeNumber(float(value), quoted(value), is_text=True))
+        elif kind is int or kind is float:
+            if not _MIN_INTEGER < value < _MAX_INTEGER:
+                found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
         elif kind is dict:
             values += value.values()
         elif kind is list:
             values += value
-        elif (kind is int or kind is float) and not _MIN_INTEGER < value < _MAX_INTEGER:
-            found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
     return found
 
 

@@ -29,6 +29,7 @@ from eventstore import (
     all_of,
     check_offset,
     check_order,
+    given_time,
     one_of,
     parse_int,
     parse_parameters,
@@ -208,8 +209,8 @@ def sorts_by(table: str, names: Iterable[Any], faults: Faults) -> list[Sort]:
 
 def _created_within(table: str, sent: _ListIn, faults: Faults) -> list[Sql]:
     """Build the conditions for start_time and end_time, both inclusive."""
-    start_us = faults.check("start_time", parse_time, sent.start_time)
-    end_us = faults.check("end_time", parse_time, sent.end_time)
+    start_us = faults.check("start_time", parse_time, given_time(sent.start_time))
+    end_us = faults.check("end_time", parse_time, given_time(sent.end_time))
     if start_us is not None and end_us is not None and end_us < start_us:
         problem = f"is {quoted(sent.end_time or '')}, before {quoted(sent.start_time or '')}"
         faults.add("end_time", "out_of_range", problem)
@@ -246,7 +247,7 @@ def list_query(table: str, sent: _ListIn, sorts: Sequence[Sort], environment: st
     )
 
 
-def is_any_of(column: str, values: Iterable[str], name: str) -> Sql:
+def is_any_of(column: str, values: Iterable[object], name: str) -> Sql:
     """Build `column IN (...)` with one parameter for all values: SQLite may limit a statement to 32,766 parameters."""
     return sql(f"{column} IN (SELECT value FROM json_each(:{name}))", **{name: ENCODER.encode(list(values)).decode()})
 

@@ -488,7 +488,7 @@ def _prune_events(arguments: argparse.Namespace) -> int:
     db, before_us = arguments.db, _before_us(arguments.before)
     if not os.path.exists(db):
         raise StartError(f"there is no database {db}: name one with --db")
-    prepare_file(db)
+    prepare_file(db, upgrades=not arguments.dry_run)
     forwarded = read_all_forward_progress(db)
     # A time before the earliest plausible one asks for the events that were stored while the clock was wrong.
     expired = Expired(before_us, forwarded, plausible_us=PLAUSIBLE_US if before_us > PLAUSIBLE_US else MIN_TIME_US,

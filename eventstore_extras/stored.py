@@ -34,6 +34,7 @@ from eventstore import (
     all_of,
     connect_reader,
     event_query,
+    given_time,
     index_of,
     matching,
     parse_property_filters,
@@ -123,7 +124,7 @@ def open_stored(path: str) -> sqlite3.Connection:
     """Open a database that exists, for reading. Raises StartError."""
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
-    prepare_file(path)
+    prepare_file(path, upgrades=False)
     return connect_reader(path)
 
 
@@ -155,9 +156,9 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
     flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
     sent = EventQueryIn(**flags, count_total=True, page_size=1)
-    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
+    sent.start_time, sent.end_time = given_time(sent.start_time) or EARLIEST, given_time(sent.end_time) or LATEST
     try:
-        return event_query(sent, View(arguments.environment, 0), _PAGE_EVENTS, faults)
+        return event_query(sent, View(arguments.environment, 0), faults)
     except ApiError as error:
         problems = error.details.errors or []
         messages = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]

@@ -47,6 +47,7 @@ from eventstore import (
     check_property_filters,
     check_time,
     check_window_size,
+    given_time,
     index_of,
     matching,
     one_of,
@@ -226,7 +227,8 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     start_us, end_us = time_range(sent.start_time, sent.end_time, view.now_us, faults)
     window_size = faults.check("window_size", check_window_size, sent.window_size)
     bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
-    faults.check("billing_anchor", parse_time, sent.billing_anchor)
+    anchor = given_time(sent.billing_anchor)
+    faults.check("billing_anchor", parse_time, anchor)
     zone = _parse_zone(sent.timezone or "UTC")
     if zone is UTC and sent.timezone not in (None, "", "UTC"):
         faults.ignore(["timezone"], f"must be like Europe/Berlin, got {quoted(sent.timezone or '')}: UTC is taken")
@@ -237,7 +239,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     first_group = (sent.group_by or [f"properties.{sent.group_by_property or ''}"])[0]
     grouped = bucketed and kind == "MAX" and first_group.startswith("properties.")
     size = bucket_size if bucketed else window_size
-    month_day = int(sent.billing_anchor[8:10]) if sent.billing_anchor else 1  # the day in the anchor's own zone
+    month_day = int(anchor[8:10]) if anchor else 1  # the day in the anchor's own zone
     columns = ("event_name", "external_customer_id", "customer_id")
     return UsageQuery(
         view=view, start_us=start_us, end_us=end_us, aggregation=kind, property_name=sent.property_name or "",

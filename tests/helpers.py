@@ -168,6 +168,14 @@ def rows_to_insert(*event_ids: str) -> list[Row]:
     return [Row(1, event_id, "cust", "", "call", "", NOW, NOW, "{}") for event_id in event_ids]
 
 
+def fill(filler: Path) -> None:
+    """Leave room for a page, but not for a batch."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    os.truncate(filler, filler.stat().st_size - 100_000)
+
+
 # ---------------------------------------------------------------------------------------------- commands
 
 TEXT_FILE = "Dear diary, this is no database. " * 100
@@ -331,7 +339,7 @@ class Live:
         self.process.stdout.close()
 
 
-HEAD = f"Host: test\r\nx-api-key: {KEY}\r\n".encode()
+HEAD = f"Host: localhost\r\nx-api-key: {KEY}\r\n".encode()
 POST = b"POST /v1/events HTTP/1.1\r\n" + HEAD
 BODY = json.dumps(event()).encode()
 

@@ -244,11 +244,12 @@ class Recording:
     def disks(self, cuts: int, choose: random.Random) -> Iterator[Disk]:
         """Yield the disk at the moment of each cut, in the order of time.
 
-        Half of the cuts come right after an answer, when the server has promised most; the others come at any step.
+        Half of the cuts come right after an answer, if there are any: then the server has promised most. The others come
+        at any step.
         """
         answers = [number + 1 for number, step in enumerate(self.steps) if step.answered >= 0]
-        moments = [choose.choice(answers) for _ in range(cuts // 2)]
-        moments += [choose.randrange(len(self.steps) + 1) for _ in range(cuts - cuts // 2)]
+        moments = [choose.choice(answers) for _ in range(cuts // 2)] if answers else []
+        moments += [choose.randrange(len(self.steps) + 1) for _ in range(cuts - len(moments))]
         disk, at = Disk(), 0
         for number, moment in enumerate(sorted(moments)):
             for step in self.steps[at:moment]:

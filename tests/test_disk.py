@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ from helpers import (
     counts,
     event,
     eventually,
+    fill,
     ids,
     refused,
-    run,
     serving,
     store,
     store_of,
@@ -37,26 +37,6 @@ from helpers import (
 )
 
 # ---------------------------------------------------------------------------------------------- a full disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if not (shutil.which("mount") and run("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder).returncode == 0):
-        pytest.skip("mounting a file system takes root")
-    try:
-        yield folder
-    finally:
-        assert run("umount", "--lazy", folder).returncode == 0
-
-
-def fill(filler: Path) -> None:
-    """Leave room for a page, but not for a batch."""
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while file.write(b"x" * 4096):
-            pass
-    os.truncate(filler, filler.stat().st_size - 100_000)
 
 
 def batch_of(size: int) -> list[dict[str, Any]]:

@@ -474,7 +474,7 @@ def test_the_documented_log_lines_are_in_the_source() -> None:
 
 def test_a_file_of_another_format_is_refused_with_the_documented_message(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
-        conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 2;")
+        conn.executescript((ROOT / "schema.sql").read_text("utf-8") + "; PRAGMA user_version = 3;")
     done = run(tmp_path, *EVENTSTORE, "serve", "--port", "0")
     assert done.returncode == 2
     assert done.stdout.removeprefix("eventstore: ").strip() in " ".join(REFERENCE.split())

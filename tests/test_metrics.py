@@ -1,0 +1,129 @@
+"""`serve --metrics`: names, numbers, bounded labels, and the second listener."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refused, run, store, table
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def metered(folder: Path, *flags: str, **environ: str) -> tuple[Live, int]:
+    port = free_port()
+    return Live(folder, "--metrics", f"127.0.0.1:{port}", "--api-key", f"{KEY}=production", *flags, **environ), port
+
+
+def scraped(port: int) -> tuple[str, Samples]:
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = text_string_to_metric_families(answer.text)
+    samples = {
+        (each.name, tuple(sorted(each.labels.items()))): each.value for family in families for each in family.samples
+    }
+    return answer.text, samples
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, tuple(sorted(labels.items()))]
+
+
+def test_requests_and_events_are_counted_by_route_and_environment(tmp_path: Path) -> None:
+    live, port = metered(tmp_path)
+    with live, live.client() as client:
+        store(client, event("a"), event("b"))
+        store(client, event("b"), event("c"))
+        refused(client.post("/v1/events", json={}))
+        client.get("/v1/events/a")
+        client.get("/v1/events/b")
+        httpx.get(f"{live.url}/v1/anything")
+        _, samples = scraped(port)
+    requests = "eventstore_http_request_duration_seconds_count"
+    assert value(samples, requests, route="/v1/events/bulk", method="POST", status="202") == 2
+    assert value(samples, requests, route="/v1/events", method="POST", status="400") == 1
+    assert value(samples, requests, route="/v1/events/{id}", method="GET", status="200") == 2
+    assert value(samples, requests, route="unmatched", method="GET", status="401") == 1
+    for what, number in (("accepted", 3), ("duplicate", 1), ("refused", 1)):
+        assert value(samples, f"eventstore_events_{what}_total", environment="production") == number
+    assert value(samples, "eventstore_commit_events_sum") == 4
+    assert value(samples, "eventstore_commit_failures_total") == 0
+    assert value(samples, "eventstore_database_bytes") > 0
+    assert value(samples, "eventstore_disk_free_bytes") > 0
+
+
+def test_names_follow_the_rules_of_prometheus(tmp_path: Path) -> None:
+    """The rules that `promtool check metrics` applies: help, units, and _total for counters only."""
+    live, port = metered(tmp_path, "--retain-days", "1", "--forward-to", "http://127.0.0.1:1",
+                         EVENTSTORE_FORWARD_API_KEY="k")  # fmt: skip
+    with live, live.client() as client:
+        store(client, event("a"))
+        text, _ = scraped(port)
+        families = list(text_string_to_metric_families(text))
+    assert {"eventstore_forward_waiting_events", "eventstore_retention_deleted_events"} <= {
+        each.name for each in families
+    }
+    for family in families:
+        assert re.fullmatch(r"(eventstore|process)_[a-z_]+[a-z]", family.name)
+        assert family.documentation.endswith(".")
+        assert not re.search(r"_(total|count|sum|bucket|info_total|ms|kb|minutes)$", family.name)
+        for sample in family.samples:
+            assert sample.name.endswith("_total") is (family.type == "counter")
+            if family.type == "histogram":
+                assert re.fullmatch(rf"{family.name}_(bucket|count|sum)", sample.name)
+
+
+def test_what_a_caller_sends_adds_no_label(tmp_path: Path) -> None:
+    live, port = metered(tmp_path)
+    with live, live.client() as client:
+        for number in range(50):
+            store(client, event(f"{number}", event_name=f"name {number}", external_customer_id=f"customer {number}"))
+            client.get(f"/v1/events/{number}")
+            client.get(f"/v1/nowhere/{number}")
+            client.request(f"M{number}", "/v1/events")
+        text, samples = scraped(port)
+    assert "customer" not in text
+    series = {labels for name, labels in samples if name == "eventstore_http_request_duration_seconds_count"}
+    assert len(series) < 12
+
+
+def test_an_outbox_and_retention_have_metrics(tmp_path: Path) -> None:
+    live, port = metered(tmp_path, "--forward-to", "http://127.0.0.1:1", "--forward-interval-ms", "10",
+                         EVENTSTORE_FORWARD_API_KEY="k")  # fmt: skip
+    with live, live.client() as client:
+        store(client, event("a", timestamp=at(-3)), event("b"))
+
+        def waiting() -> Any:
+            _, samples = scraped(port)
+            return value(samples, "eventstore_forward_waiting_events", environment="production") == 2
+
+        eventually(waiting)
+        _, samples = scraped(port)
+        assert value(samples, "eventstore_forward_sent_events_total", environment="production") == 0
+        assert value(samples, "eventstore_forward_oldest_age_seconds", environment="production") > 0
+
+
+@table(("flag", "message"), [
+    ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, got '9100'"),
+    ("127.0.0.1:x", "--metrics must be ADDRESS:PORT"),
+    ("127.0.0.1:99999", "--metrics must be ADDRESS:PORT"),
+    ("192.0.2.1:9100", "cannot listen on --metrics 192.0.2.1:9100"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path, flag: str, message: str) -> None:
+    done = run(*SCRIPT, "serve", "--port", "0", "--metrics", flag, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_without_prometheus_client_the_flag_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "prometheus_client.py").write_text("raise ImportError")
+    done = run(*SCRIPT, "serve", "--port", "0", "--metrics", "127.0.0.1:0", cwd=tmp_path,
+               env={"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install 'flexprice-eventstore[metrics]'" in done.stderr
