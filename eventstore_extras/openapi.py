@@ -83,7 +83,7 @@ def enum_schema(values: Iterable[str]) -> dict[str, Any]:
 
 
 def any_case(words: Iterable[str]) -> dict[str, Any]:
-    """Make a schema for these words in upper or lower case or a mix of both; patterns of JSON Schema have no flags."""
+    """Make a schema for these words in any case; a pattern in JSON Schema cannot ignore case."""
     letters = [
         "".join(f"[{each.upper()}{each.lower()}]" if each.isalpha() else each for each in word) for word in words
     ]

@@ -50,18 +50,6 @@ def operations() -> Any:
     return OPERATIONS
 
 
-@pytest.fixture
-def clock() -> Any:
-    return Mock(return_value=NOW)
-
-
-@pytest.fixture
-def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
-    """Yield a client whose clock can be set."""
-    with metering(tmp_path, clock=clock) as client:
-        yield client
-
-
 def without(body: dict[str, Any], field: str) -> dict[str, Any]:
     """Return the body without a field of it, or of an object in it: aggregation.type."""
     outer, _, inner = field.partition(".")
