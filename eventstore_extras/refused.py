@@ -59,12 +59,12 @@ class Rule(NamedTuple):
     """A kind of event that FlexPrice loses or breaks on, and why."""
 
     reason: str
-    find: Callable[[_Candidate], str]  # describes the fault of an event, "" if it has none
+    find: Callable[[_Candidate], str]  # returns the fault of an event, or ""
     consequence: str
 
 
 class Unfit(NamedTuple):
-    """Why an event is put aside."""
+    """The reason to put an event aside."""
 
     reason: str  # of the rule: events are counted by it
     text: str
@@ -221,6 +221,6 @@ def add_counts(counts: dict[str, int], reasons: Iterable[str]) -> None:
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
-    """Return how many events were put aside and why, like "3 events put aside (2 too long, 1 refused)"."""
+    """Return the numbers of events by reason as text, like "3 events put aside (2 too long, 1 refused)"."""
     reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
     return f"{plural(sum(counts.values()), 'event')} put aside ({reasons})"
