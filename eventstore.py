@@ -112,7 +112,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
     "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer",
-    "add_functions", "check_format", "check_path", "connect", "connect_reader", "environment_number",
+    "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
     "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
     "start_errors",
     # HTTP
@@ -1533,12 +1533,25 @@ class Reader:
         """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
         self._task = task
         self._deadline_s = min(monotonic_s() + limit_s, task.deadline_s if task else math.inf)
+        _running.reader = self
         try:
             return operation(self.conn)
         except sqlite3.OperationalError:
             if self._is_over():
                 raise TimeoutError from None
             raise
+        finally:
+            _running.reader = None
+
+
+_running = threading.local()  # `reader` of the operation that this thread runs
+
+
+def check_time() -> None:
+    """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
+    reader: Reader | None = getattr(_running, "reader", None)
+    if reader and reader._is_over():
+        raise TimeoutError
 
 
 class ReaderPool:
@@ -1572,7 +1585,7 @@ class ReaderPool:
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
-                raise ClientDisconnect if gone.done() else self._too_long()
+                raise ClientDisconnect if gone.done() else self.too_long()
             answer: T = task.answer.result()
             return answer
         finally:
@@ -1626,7 +1639,7 @@ class ReaderPool:
     def waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def _too_long(self) -> ApiError:
+    def too_long(self) -> ApiError:
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
@@ -1637,7 +1650,7 @@ class ReaderPool:
         try:
             return reader.run(task.work, task=task)
         except TimeoutError:
-            return _shutting_down() if reader.is_closing else self._too_long()
+            return _shutting_down() if reader.is_closing else self.too_long()
         except sqlite3.Error:
             log.exception("reading failed")
             return ApiError("database_error", "the events could not be read; the server's log says why")
@@ -1679,6 +1692,7 @@ class Store:
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> id in rows
+        self._query_timeout_s = settings.query_timeout_s
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
@@ -1722,6 +1736,26 @@ class Store:
             with suppress(TimeoutError, sqlite3.Error):
                 return self._quick_reader.run(operation, _QUICK_S)
         return await self._readers.run(operation)
+
+    async def read_all(
+        self, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
+    ) -> list[T]:
+        """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
+        turns = asyncio.Semaphore(at_once)
+
+        async def read(operation: Callable[[sqlite3.Connection], T]) -> T:
+            async with turns:
+                return await self.read(operation, quick=False)
+
+        tasks = [asyncio.ensure_future(read(operation)) for operation in operations]
+        try:
+            async with asyncio.timeout(self._query_timeout_s):
+                return await asyncio.gather(*tasks)
+        except TimeoutError:
+            raise self._readers.too_long() from None
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
@@ -2623,7 +2657,7 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
         faults.add(field, "invalid_format", "has an empty key")
-    check_filter_limits(field, [*filters.values()], faults)
+    check_filter_limits(field, [values or [] for values in (sent or {}).values()], faults)
     return filters
 
 
