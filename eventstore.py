@@ -112,8 +112,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
     "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer",
-    "check_time", "connect", "connect_reader", "environment_number", "execute_writing", "insert_events",
-    "insert_group", "insert_statement", "prepare_file", "real_path",
+    "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
+    "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
+    "start_errors",
     # HTTP
     "CORS_HEADERS", "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox",
     "Retention", "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
@@ -922,9 +923,14 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 def connect_reader(path: str) -> sqlite3.Connection:
     """Open a connection that cannot write, with the SQL functions that queries call."""
     conn = connect(path, READER_PRAGMAS)
+    add_functions(conn)
+    return conn
+
+
+def add_functions(conn: sqlite3.Connection) -> None:
+    """Add the SQL functions that queries call."""
     for function, arguments in _SQL_FUNCTIONS:
         conn.create_function(function.__name__, arguments, function, deterministic=True)
-    return conn
 
 
 def execute_writing(
@@ -970,7 +976,8 @@ def _ends_in_half_a_page(path: str) -> bool:
 
 
 @contextmanager
-def _start_errors(path: str) -> Iterator[None]:
+def start_errors(path: str) -> Iterator[None]:
+    """Turn SQLite's errors into StartError."""
     try:
         yield
     except sqlite3.Error as error:
@@ -978,7 +985,7 @@ def _start_errors(path: str) -> Iterator[None]:
         raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
 
 
-def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
+def check_format(conn: sqlite3.Connection, path: str) -> int | None:
     """Return the file's format; None if it has no tables yet. Raises StartError if this server cannot use it."""
     # Count the tables first: another process may create them, and set both numbers, between two of these statements.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
@@ -994,13 +1001,13 @@ def _check_format(conn: sqlite3.Connection, path: str) -> int | None:
     return version if tables else None
 
 
-def _migrate(conn: sqlite3.Connection, path: str, upgrades: bool) -> None:
-    version = _check_format(conn, path)
+def _migrate(conn: sqlite3.Connection, path: str) -> None:
+    version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
     if version is None:  # a process that starts at the same time waits for the lock, then creates nothing
         conn.executescript(f"BEGIN IMMEDIATE;\n{_data_file('schema.sql')}\nCOMMIT;")
-    elif upgrades and version < _SCHEMA_VERSION:
+    elif version < _SCHEMA_VERSION:
         purpose = f"{path} has format {version}, not this eventstore's {_SCHEMA_VERSION}: upgrading it"
         _extra("upgrades", purpose).upgrade(conn, path, _SCHEMA_VERSION)
     # After a failed sync, a WAL can be readable although it is not on disk. When a client sends its events again, they
@@ -1018,11 +1025,8 @@ def _count_all(conn: sqlite3.Connection) -> int:
     return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
 
 
-def prepare_file(path: str, upgrades: bool = True) -> int:
-    """Create the database, or check that eventstore wrote it. Return its number of events. Raises StartError.
-
-    A file of an older format is upgraded, unless the caller only reads: queries are the same for every format.
-    """
+def check_path(path: str) -> None:
+    """Raises StartError if there cannot be a database of that name, or if its file was cut off."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -1034,8 +1038,19 @@ def prepare_file(path: str, upgrades: bool = True) -> int:
         raise StartError(f"the folder {folder} does not exist: make it, or choose another file with --db")
     if _ends_in_half_a_page(real_path(path)):
         raise StartError(f"{path} was cut off: restore it from a copy, or choose another file with --db")
-    with _start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
-        _migrate(conn, path, upgrades)
+
+
+def prepare_file(path: str) -> int:
+    """Create the database, upgrade one of an older format, or check that eventstore wrote it.
+
+    Return its number of events. Raises StartError.
+    """
+    check_path(path)
+    if path != ":memory:":
+        with suppress(OSError):  # it exists, or SQLite says why it cannot; the -wal and -shm get the same mode
+            os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
+    with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
+        _migrate(conn, path)
         return _count_all(conn)
 
 
@@ -1680,7 +1695,7 @@ class Store:
         self._query_timeout_s = settings.query_timeout_s
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with _start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
+        with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
             self._writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -2270,7 +2285,7 @@ class _App(Starlette):
             await error_response(Request(scope), refusal)(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
-            if scope.get("ignored"):
+            if scope.get("ignored") and not service.settings.strict:
                 service.log_ignored(scope)
 
 
@@ -2705,7 +2720,7 @@ def _count_statement(query: Selection) -> Sql:
 def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     """Build the statement for a page and one more row. If the query reads back, the rows are in reverse order.
 
-    The columns are the event as JSON, timestamp_us, id, and the total count or NULL.
+    The columns are the event as JSON, and the total count or NULL.
     """
     cursor = query.after or query.before
     descending = query.descending and not query.reads_back
@@ -2716,7 +2731,7 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
-    text = f"""SELECT {_EVENT_JSON} AS event, timestamp_us, id, ({total}) AS total FROM events {index}
+    text = f"""SELECT {_EVENT_JSON} AS event, ({total}) AS total FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
@@ -2733,62 +2748,79 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
     return str(row[0])
 
 
-_PageRow = tuple[str, int, str, int | None]  # the columns of _page_statement
-_NUMBERS = msgspec.json.Decoder(list[int])
-_STRINGS = msgspec.json.Decoder(list[str])
+class _Place(Struct):
+    """The fields of an event's JSON that its cursor needs."""
+
+    id: str
+    timestamp: datetime
 
 
-def _fetch_rows(conn: sqlite3.Connection, statement: Sql) -> Iterable[_PageRow]:
-    """Return the rows of _page_statement, fetched as four texts in one step.
+_PLACE = msgspec.json.Decoder(_Place)
+
+
+def _key_of(event: str) -> str:
+    """Return the cursor of an event, given as JSON."""
+    place = _PLACE.decode(event)
+    return Cursor(to_us(place.timestamp), place.id).text
+
+
+class _Page(NamedTuple):
+    events: list[str]  # as JSON
+    has_more: bool
+    total: int | None
+
+
+def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
+    """Return the events of _page_statement, fetched as one text.
 
     Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.15 times as long.
     """
-    columns = "group_concat(event, char(30)), json_group_array(timestamp_us), json_group_array(id), max(total)"
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
     try:
-        found = conn.execute(f"SELECT {columns} FROM ({statement})", statement.values).fetchone()
-    except sqlite3.DataError:  # too large: fetch row by row, and stop when it is enough
+        statement_of_one = f"SELECT group_concat(event, char(30)), max(total) FROM ({statement})"
+        text, total = conn.execute(statement_of_one, statement.values).fetchone()
+        events = text.split("\x1e") if text else []  # JSON never contains this character unescaped
+        return _Page(events[:page_size], len(events) > page_size, total)
+    except sqlite3.DataError:
         if usual_bytes == _QUICK_BYTES:
             raise
-        found = None
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
-    if found is None:
-        return conn.execute(*statement)
-    events, times, ids, total = found
-    texts = events.split("\x1e") if events else []  # JSON never contains this character unescaped
-    return zip(texts, _NUMBERS.decode(times), _STRINGS.decode(ids), itertools.repeat(total))
+    return _fetch_short_page(conn, statement, page_size)
 
 
-def _select_page(conn: sqlite3.Connection, query: EventQuery) -> tuple[list[_PageRow], bool]:
-    """Return the rows of a page, and whether more follow. A page ends early at _MAX_PAGE_BYTES, but has one event."""
+def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
+    """Return a page that ends early at _MAX_PAGE_BYTES, but has one event."""
+    events: list[str] = []
+    size, total = 0, None
+    for event, total in conn.execute(*statement):
+        size += len(event)
+        if events and (len(events) == page_size or size > _MAX_PAGE_BYTES):
+            return _Page(events, True, total)
+        events.append(event)
+    return _Page(events, False, total)
+
+
+def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
     cursor = query.after or query.before
     cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
-    page: list[_PageRow] = []
-    size, has_more = 0, False
-    for row in _fetch_rows(conn, _page_statement(query, cursor_name)):
-        size += len(row[0])
-        has_more = bool(page) and (len(page) == query.page_size or size > _MAX_PAGE_BYTES)
-        if has_more:
-            break
-        page.append(row)
+    page = _fetch_page(conn, _page_statement(query, cursor_name), query.page_size)
     if query.reads_back:
-        page.reverse()
-    return page, has_more
+        page.events.reverse()
+    return page
 
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
-    rows, has_more = _select_page(conn, query)
-    total = rows[0][3] if rows else None
-    if query.count and not rows:
+    events, has_more, total = _select_page(conn, query)
+    if query.count and not events:
         total = conn.execute(*_count_statement(query)).fetchone()[0]
-    first_key, last_key = (Cursor(rows[at][1], rows[at][2]).text if rows else None for at in (0, -1))
-    page_size = len(rows) if has_more else query.page_size  # a page may end early because of its size
+    page_size = len(events) if has_more else query.page_size  # a page may end early because of its size
     return EventPage(
-        events=Raw(f"[{','.join([row[0] for row in rows])}]"), has_more=has_more,
-        iter_first_key=first_key, iter_last_key=last_key, total_count=UNSET if query.count is None else total,
+        events=Raw(f"[{','.join(events)}]"), has_more=has_more,
+        iter_first_key=_key_of(events[0]) if events else None, iter_last_key=_key_of(events[-1]) if events else None,
+        total_count=UNSET if query.count is None else total,
         offset=None if query.after or query.before else query.offset + page_size,
     )  # fmt: skip
 
@@ -2847,10 +2879,10 @@ async def look_up_event(service: Service, request: Request) -> Response:
     hint = f"; if you mean {request['path']}, use POST" if "POST" in others and "GET" not in others else ""
 
     def find(conn: sqlite3.Connection) -> bytes:
-        rows, _ = _select_page(conn, query)
-        if not rows:
+        events = _select_page(conn, query).events
+        if not events:
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
-        event = Raw(rows[0][0])
+        event = Raw(events[0])
         return ENCODER.encode(EventLookup(event, [event]))
 
     return JsonResponse(await service.store.read(find))
@@ -3218,6 +3250,7 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "export": ("exporting", "write events to a file"),
     "replay": ("replay", "send events to FlexPrice, or another eventstore"),
     "prune": ("retention", "delete the events stored before a time"),
+    "backup": ("backup", "copy the database to one file, and check the copy"),
     "keys": ("keys", "make API keys, or list those of a file"),
 }
 _SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
@@ -3385,12 +3418,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def say(message: str) -> None:
-    """Print a command's message to stderr."""
-    print(f"eventstore: {message}", file=sys.stderr, flush=True)
+    """Print a command's message to stderr, unless that is closed or full."""
+    with suppress(OSError):
+        print(f"eventstore: {message}", file=sys.stderr, flush=True)
+
+
+def _replace_closed_files() -> None:
+    """Open /dev/null for each closed standard file: otherwise a file opened later would get its number and messages."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - stays open
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status: 0, 1 if the command stopped half-way, 2 if it cannot start."""
+    _replace_closed_files()
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         return int(arguments.run(arguments))

@@ -49,10 +49,7 @@ class _TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        known = _request_fields()
-        if f"(request {known.get('request_id')})" in record.getMessage():
-            del known["request_id"]
-        fields = " ".join(f"{name}={_word(value)}" for name, value in known.items())
+        fields = " ".join(f"{name}={_word(value)}" for name, value in _request_fields().items())
         record.request = f" [{fields}]" if fields else ""
         return super().format(record)
 

@@ -20,7 +20,7 @@ from msgspec import Raw, structs
 
 from eventstore import DECIMAL, ENCODER, Row, plural, quoted, real_path, to_datetime
 from eventstore_extras.entries import ExportedEvent, exported_event
-from eventstore_extras.files import sync_folder
+from eventstore_extras.files import private_opener, sync_folder
 
 __all__ = [
     "MAX_EVENT_BYTES", "RULES", "Rule", "Unfit", "add_counts", "append_lines", "queued_bytes", "refused_line",
@@ -201,7 +201,7 @@ def refused_line(row: Row, target: str, refusal: str, now_us: int) -> bytes:
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     """Append lines to a file and sync it."""
     is_new = not path.exists()
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=private_opener) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             file.write(b"\n" * (file.read() != b"\n"))  # end a line that a power cut left incomplete
