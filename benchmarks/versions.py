@@ -1,4 +1,4 @@
-"""Two versions of eventstore in one run: each measurement alternates between them, each on a file of its own format."""
+"""Compare two versions of eventstore in one run. Each has a file of its format; the measurements alternate."""
 
 from __future__ import annotations
 
