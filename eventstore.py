@@ -2053,7 +2053,7 @@ class Service:
         """Return the X-Request-ID that was sent, or a ULID whose time is in seconds: several of them cost less."""
         if sent is not None and _REQUEST_ID.fullmatch(sent):
             return sent.decode()
-        now = self.settings.clock()
+        now = now_us()
         return self._make_request_id(now - now % 1_000_000, "")
 
     def view(self, request: Request) -> View:
