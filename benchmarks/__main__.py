@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.bench import FULL, QUICK, Effort
 from benchmarks.compare import compare
 from benchmarks.events import KEY
+from benchmarks.hostile import measure_hostility
 from benchmarks.peers import compare_with_peers
 from benchmarks.soak import soak
 from benchmarks.versions import compare_versions
@@ -31,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     soak_parser = commands.add_parser("soak", help="mixed load: do memory, file, WAL, handles and latencies stay flat?")
     soak_parser.add_argument("--minutes", type=float, default=10, help="default %(default)s")
     peers_parser = commands.add_parser("peers", help="the same events in Datasette and PocketBase")
+    hostile_parser = commands.add_parser(
+        "hostile", help="what an ordinary client sees beside one that tries to stop it"
+    )
+    hostile_parser.add_argument("--seconds", type=float, default=10, help="for each attack; default %(default)s")
+    hostile_parser.add_argument("--events", type=int, default=200_000, help="of the hostile key; default %(default)s")
     peers_parser.add_argument("--events", type=int, default=20_000, help="a multiple of 1000; default %(default)s")
     versions_parser = commands.add_parser("versions", help="another version of eventstore beside this one")
     versions_parser.add_argument("clone", type=Path, help="a clone, or a worktree of git, with the other version")
@@ -45,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="eventstore-benchmark-", dir=arguments.dir) as folder:
         if arguments.command == "soak":
             return soak(arguments.minutes, Path(folder))
+        if arguments.command == "hostile":
+            return measure_hostility(arguments.seconds, arguments.events, Path(folder))
         if arguments.command == "peers":
             return compare_with_peers(arguments.events, Path(folder))
         if arguments.command == "versions":

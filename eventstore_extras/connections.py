@@ -21,7 +21,7 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from eventstore import ENCODER, ApiError, StartError, plural
+from eventstore import CORS_HEADERS, ENCODER, ApiError, IdMaker, StartError, now_us, plural
 
 __all__ = ["BODY_TIMEOUT_S", "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "WRITE_TIMEOUT_S", "Protocol", "Server",
            "inherited_socket", "raise_file_limit"]  # fmt: skip
@@ -39,6 +39,7 @@ _SPARE_FILES = 100  # of the limit on open files: for the database, the forward 
 _LOG_PAUSE_S = 60.0
 
 _log = logging.getLogger("eventstore")
+_make_request_id = IdMaker()
 
 
 class _WholeResponses:
@@ -276,11 +277,14 @@ class Protocol(HttpToolsProtocol):
         self._end_with(error)
 
     def _end_with(self, error: ApiError) -> None:
-        status = HTTPStatus(error.status)
-        _log.warning("a request from %s: %d %s: %s", (self.client or ["?"])[0], status, error.code, error.message)
+        status, request_id = HTTPStatus(error.status), _make_request_id(now_us(), "")
+        answer = f"{status} {error.code}: {error.message}"
+        _log.warning("a request from %s: %s (request %s)", (self.client or ["?"])[0], answer, request_id)
         body = ENCODER.encode(error.body)
-        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        self._end(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *CORS_HEADERS,
+                   (b"x-request-id", request_id.encode()), (b"content-length", b"%d" % len(body))]  # fmt: skip
+        head = [f"HTTP/1.1 {status} {status.phrase}".encode(), *(b"%b: %b" % header for header in headers)]
+        self._end(b"\r\n".join([*head, b"", body]))
 
     def _end(self, answer: bytes) -> None:
         """Read nothing more. Once the requests that arrived in full are answered, send `answer` and close."""

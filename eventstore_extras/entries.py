@@ -125,7 +125,10 @@ def check_columns(columns: list[str], line: int | None = None) -> None:
     twice = [name for name, number in Counter(columns).items() if number > 1]
     if {"id", "event_id"} <= {*columns}:
         twice.append("id and event_id")
-    if line and len(unknown) == len(columns):
+    separated = re.search(rf"(?:^|[;|\t])({'|'.join(_KNOWN_COLUMNS)})[;|\t]", columns[0]) if columns else None
+    if line and separated:
+        problem = f"its columns are separated by {quoted(separated[0][-1])}: write commas"
+    elif line and len(unknown) == len(columns):
         start = quoted(_printable(",".join(columns))[:40])
         problem = f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
     elif unknown:

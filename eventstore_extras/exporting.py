@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def _clickhouse_writer(arguments: argparse.Namespace) -> _Write:
             {
                 "id": row.id,
                 "tenant_id": arguments.tenant_id,
-                "environment_id": arguments.environment,
+                "environment_id": arguments.environment_id,
                 "external_customer_id": row.external_customer_id,
                 "event_name": row.event_name,
                 "customer_id": row.customer_id,
@@ -93,6 +94,11 @@ def _parquet_writer(arguments: argparse.Namespace) -> _Write:
     return parquet.parquet_writer(arguments.environment, arguments.property_columns, arguments.output)
 
 
+_WHERE_IDS_ARE = (
+    "FlexPrice shows the rows of its own environments only; its Postgres has the ids: "
+    "SELECT tenant_id, id AS environment_id, name FROM environments"
+)
+_ENVIRONMENT_ID = re.compile(r"(?i:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})|env_[0-9A-Za-z]{26}")
 _WRITERS: dict[str, Callable[[argparse.Namespace], _Write]] = {
     "ndjson": _ndjson_writer,
     "csv": _csv_writer,
@@ -103,10 +109,14 @@ _WRITERS: dict[str, Callable[[argparse.Namespace], _Write]] = {
 
 def _writer(arguments: argparse.Namespace) -> _Write:
     """Return the function that writes the chosen format. Raises StartError if a flag does not fit the format."""
+    if arguments.output is None and sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
+        raise StartError("standard output is closed: name a file with --output")
     named_parquet = (arguments.output or "").endswith((".parquet", ".parquet.gz"))
     form = arguments.format or ("parquet" if named_parquet else "ndjson")
-    if (form == "clickhouse") is not bool(arguments.tenant_id):
-        raise StartError("--tenant-id goes with --format clickhouse, which needs it: your tenant's id in FlexPrice")
+    if form == "clickhouse" and not (arguments.tenant_id and arguments.environment_id):
+        raise StartError(f"--format clickhouse needs --tenant-id and --environment-id: {_WHERE_IDS_ARE}")
+    if form != "clickhouse" and (arguments.tenant_id or arguments.environment_id):
+        raise StartError("--tenant-id and --environment-id go with --format clickhouse")
     if arguments.property_columns and form != "parquet":
         raise StartError("--properties-column goes with --format parquet: the other formats have no typed columns")
     return _WRITERS[form](arguments)
@@ -144,7 +154,6 @@ def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
         with _standard_output() as output:
             yield output
         return
-    path = os.path.realpath(path)
     _check_output(path, db)
     with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
         if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
@@ -157,8 +166,6 @@ def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
     """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
-    if sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
-        raise StartError("standard output is closed: name a file with --output")
     try:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
@@ -175,9 +182,11 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 def _check_output(path: str, db: str) -> None:
     """Raise StartError if the path is the database, or cannot be written."""
+    if os.path.islink(path):
+        raise StartError(f"--output {path} is a link: name the file itself")
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or not a regular file: name another one")
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise StartError(f"--output {path}: the folder {folder} does not exist: make it, or name another file")
     if not os.access(folder, os.W_OK):
@@ -194,7 +203,9 @@ def add_flags(_: str, add: AddFlag) -> None:
     add_filter_flags(add)
     add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
         "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
-    add("--tenant-id", help="for --format clickhouse")
+    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
+    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
+        "--format clickhouse")  # fmt: skip
     add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
         default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
         f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
@@ -208,6 +219,13 @@ def _property_column(text: str) -> tuple[str, str]:
         types = ", ".join(_COLUMN_TYPES)
         raise argparse.ArgumentTypeError(f"must look like tokens:float64, TYPE one of {types}; got {text!r}")
     return name, kind
+
+
+def _environment_id(text: str) -> str:
+    if _ENVIRONMENT_ID.fullmatch(text):
+        return text
+    shape = "a UUID or env_ and 26 characters, not the environment's name"
+    raise argparse.ArgumentTypeError(f"must be the id that FlexPrice gave the environment, {shape}; got {text!r}")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """The faults of a mock: their fields and effects, their checks, the queue, and the middleware that injects them.
 
-To add a fault, add a field to `InjectedFault` and a row to `FIELDS`.
+To add a fault, add a field to `FaultFields` and `InjectedFault`, and a row to `FIELDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import msgspec
 from msgspec import Struct
@@ -41,9 +41,18 @@ from eventstore import (
 from eventstore_extras import analytics
 from eventstore_extras.rate_limits import DOCUMENTED_RATE_LIMITS
 
-__all__ = ["FIELDS", "FaultInjection", "FaultQueue", "InjectedFault", "check_fault", "decode_fault"]
+__all__ = [
+    "FIELDS",
+    "INGEST_PATHS",
+    "FaultFields",
+    "FaultInjection",
+    "FaultQueue",
+    "InjectedFault",
+    "check_fault",
+    "decode_fault",
+]
 
-_INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
+INGEST_PATHS = frozenset(DOCUMENTED_RATE_LIMITS)
 _API_OPERATIONS = (*eventstore.OPERATIONS, *analytics.OPERATIONS)  # without the mock's own
 _ERROR_CODES = {
     429: "too_many_requests",
@@ -54,6 +63,18 @@ _ERROR_CODES = {
 }
 
 # ---------------------------------------------------------------------------------------------- what a fault does
+
+
+class FaultFields(TypedDict, total=False):
+    """The fields of a fault, for type checkers: the keywords of `MockServer.fail`."""
+
+    method: str | None
+    path: str | None
+    times: int | None
+    status: int | None
+    retry_after_s: int | None
+    delay_ms: int | None
+    stored: bool | None
 
 
 class InjectedFault(Struct):
@@ -72,7 +93,7 @@ class InjectedFault(Struct):
         return self.status == 202 or bool(self.stored)
 
     def matches(self, method: str, path: str) -> bool:
-        is_ingest = method == "POST" and path in _INGEST_PATHS
+        is_ingest = method == "POST" and path in INGEST_PATHS
         return self.method in (None, method) and self.path in (None, path) and (is_ingest or not self.needs_ingest())
 
 
@@ -171,9 +192,9 @@ def _check_that_a_request_can_match(fault: InjectedFault, errors: Faults) -> Non
         allowed = ", ".join(sorted(methods))
         problem = f"must be one that this path takes ({allowed}), got {quoted(fault.method)}"
         errors.add("method", "invalid_format", problem)
-    elif fault.needs_ingest() and not any(fault.matches("POST", path) for path in _INGEST_PATHS):
+    elif fault.needs_ingest() and not any(fault.matches("POST", path) for path in INGEST_PATHS):
         name, value = ("stored", "true") if fault.stored else ("status", "202")
-        ingest = " and ".join(f"POST {path}" for path in sorted(_INGEST_PATHS))
+        ingest = " and ".join(f"POST {path}" for path in sorted(INGEST_PATHS))
         errors.add(name, "invalid_format", f"is {value}, which goes with {ingest} only")
 
 
@@ -266,7 +287,7 @@ def _losing_ingest(service: Service) -> ASGIApp:
     """Return the ingest routes on a store that loses the events. They check events and answer as usual."""
     losing = copy.copy(service)
     losing.store = cast(Store, _LosingStore(service.store.environments))
-    ingest = [each for each in _API_OPERATIONS if each.method == "POST" and each.path in _INGEST_PATHS]
+    ingest = [each for each in _API_OPERATIONS if each.method == "POST" and each.path in INGEST_PATHS]
     return Starlette(routes=[each.route(losing) for each in ingest], exception_handlers=EXCEPTION_HANDLERS)
 
 

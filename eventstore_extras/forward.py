@@ -99,7 +99,7 @@ class ForwardProgress(Progress, kw_only=True):
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many events were put aside, by reason."""
+        """The number of undelivered events for each reason."""
         return {"refused": self.refused, **self.put_aside} if self.refused else self.put_aside
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import codecs
-import csv
 import gzip
 import io
 import os
-import re
 import select
 import signal
 import sqlite3
@@ -18,9 +15,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, BinaryIO, cast
-
-import msgspec
-from msgspec import Raw, Struct
 
 from eventstore import (
     ENCODER,
@@ -35,8 +29,8 @@ from eventstore import (
     Settings,
     StartError,
     add_db_flag,
+    check_path,
     connect,
-    connect_reader,
     environment_number,
     insert_events,
     now_us,
@@ -46,151 +40,17 @@ from eventstore import (
     quoted,
     say,
 )
-from eventstore_extras.entries import (
-    CheckedRow,
-    Entry,
-    InputError,
-    check_columns,
-    checked_row,
-    csv_values,
-    shown_content,
-)
-from eventstore_extras.files import Stream, explain_missing_parquet, numbered_lines, progress_bar, unpacked
+from eventstore_extras.entries import CheckedRow, Entry, InputError, checked_row, shown_content
+from eventstore_extras.files import Stream, as_utf8, explain_missing_parquet, private_opener, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
+from eventstore_extras.stored import open_stored
+from eventstore_extras.text_formats import check_known, detect_format, read_csv, read_json, read_ndjson
 
 __all__ = ["add_flags", "run"]
 
 _BUFFER_BYTES = 1024 * 1024
 
-# ---------------------------------------------------------------------------------------------- NDJSON
-
-_LINE_OVERHEAD_BYTES = 1024  # an exported line names every field, which makes it longer than the event was when sent
-
-
-def _read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    for number, line, is_whole in numbered_lines(stream, limit_bytes + _LINE_OVERHEAD_BYTES):
-        if not is_whole:
-            yield Entry(number, line[:1000], f"is longer than {limit_bytes} bytes")
-        elif content := line.strip():
-            problem = "is a lone {: put each event on one line" if content == b"{" else ""
-            yield Entry(number, content, problem)
-
-
-# ---------------------------------------------------------------------------------------------- JSON
-
-# An array is decoded as a whole, because a streaming parser such as ijson does not keep numbers as they were sent. An
-# array of 256 MB takes 370 MB of memory.
-_MAX_ARRAY_BYTES = 256 * 1024 * 1024
-
-
-class _Document(Struct):
-    """The body of POST /v1/events/bulk, a page of a query, or the answer to a lookup. Other members are ignored."""
-
-    events: list[Raw] | None = None
-    event: Raw = Raw()
-
-
-_ARRAY = msgspec.json.Decoder(list[Raw])
-_DOCUMENT = msgspec.json.Decoder(_Document)
-
-
-def _read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
-
-    Raises InputError if the file is not JSON.
-    """
-    text = bytearray()
-    while chunk := stream.read(_BUFFER_BYTES):
-        text += chunk
-        if len(text) > _MAX_ARRAY_BYTES:
-            advice = "convert it to NDJSON, for example with jq -c '.[]'"
-            raise InputError(None, f"is a JSON array of more than {_MAX_ARRAY_BYTES >> 20} MB: {advice}")
-    line, end = 1, 0
-    for index, element in enumerate(_decode_events(text)):
-        content = bytes(element)
-        start = text.index(
-            content, end
-        )  # the element itself, or an equal value before it, on which only `line` depends
-        line += text.count(b"\n", end, start)
-        is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
-        yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
-        end = start + len(content)
-        line += content.count(b"\n")
-
-
-def _decode_events(text: bytearray) -> Iterator[Raw]:
-    """Yield the events of an array, or of one object after another."""
-    rest = memoryview(text)
-    try:
-        if re.match(rb"\s*\[", text):
-            yield from _ARRAY.decode(text)
-            return
-        while rest:
-            document, rest = _first_document(rest)
-            if document.events is None and not document.event:
-                raise InputError(None, 'must be an array of events, or {"events": [...]}')
-            yield from [document.event] if document.events is None else document.events
-    except msgspec.ValidationError:
-        raise InputError(None, 'must be an array of events, or {"events": [...]}') from None
-    except RecursionError:
-        raise InputError(None, "is nested too deep") from None
-    except msgspec.DecodeError as error:
-        before = len(text) - len(rest)
-        reason = str(error)
-        if "truncated" in reason:
-            raise InputError(text.count(b"\n") + 1, "the file ends inside the array: it is not whole") from None
-        at = re.search(r"\(byte (\d+)\)", reason)
-        line = text.count(b"\n", 0, before + int(at[1])) + 1 if at else None
-        raise InputError(line, f"is not valid JSON: {reason}") from None
-
-
-def _first_document(text: memoryview) -> tuple[_Document, memoryview]:
-    """Decode the first of the objects in a text; return it and the text after it. Raises msgspec.DecodeError."""
-    try:
-        return _DOCUMENT.decode(text), text[:0]
-    except msgspec.DecodeError as error:
-        trailing = re.fullmatch(r"JSON is malformed: trailing characters \(byte (\d+)\)", str(error))
-        end = int(trailing[1]) - 1 if trailing else 0  # msgspec counts bytes from 1
-        if not end or bytes(text[end : end + 1]) != b"{":
-            raise
-    return _DOCUMENT.decode(text[:end]), text[end:]
-
-
-# ---------------------------------------------------------------------------------------------- CSV
-
-
-def _read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the rows of a CSV file without the cells that are empty or NULL."""
-    csv.field_size_limit(limit_bytes)
-    reader = csv.reader(_csv_lines(stream, 2 * limit_bytes), strict=True)  # a cell's quotes are doubled
-    columns: list[str] = []
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # an open quote takes in the lines that follow, so none of them can be read
-            reason = "a quote opens here and is never closed" if "end of data" in str(error) else error
-            raise InputError(line, f"cannot be read as CSV: {reason}") from error
-        if cells is None:
-            return
-        if not columns:
-            check_columns(cells, line)
-            columns = cells
-        elif len(cells) not in (len(columns), 0):
-            problem = f"has {plural(len(cells), 'cell')}, the header has {len(columns)}"
-            yield Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
-        elif cells:
-            yield Entry(line, csv_values(columns, cells))
-
-
-def _csv_lines(stream: Stream, limit_bytes: int) -> Iterator[str]:
-    for number, line, is_whole in numbered_lines(stream, limit_bytes):
-        if not is_whole:
-            raise InputError(number, f"is longer than {limit_bytes} bytes")
-        yield line.decode(errors="surrogateescape")
-
-
-# ---------------------------------------------------------------------------------------------- all formats
+# ---------------------------------------------------------------------------------------------- formats
 
 
 def _read_parquet(file: Stream, arguments: argparse.Namespace) -> Iterator[Entry]:
@@ -200,39 +60,36 @@ def _read_parquet(file: Stream, arguments: argparse.Namespace) -> Iterator[Entry
 
 
 _READERS: dict[str, Callable[[Stream, argparse.Namespace], Iterator[Entry]]] = {
-    "ndjson": lambda stream, arguments: _read_ndjson(stream, arguments.max_body_bytes),
-    "json": lambda stream, arguments: _read_json(stream, arguments.max_body_bytes),
-    "csv": lambda stream, arguments: _read_csv(stream, arguments.max_body_bytes),
+    "ndjson": lambda stream, arguments: read_ndjson(stream, arguments.max_body_bytes),
+    "json": lambda stream, arguments: read_json(stream, arguments.max_body_bytes),
+    "csv": lambda stream, arguments: read_csv(stream, arguments.max_body_bytes),
     "parquet": _read_parquet,
 }
 
 
-def _detect_format(head: bytes) -> str:
-    """Name the format of a file by its first bytes."""
-    if head.startswith((b"PAR1", b"PARE")):  # PARE marks an encrypted file
-        return "parquet"
-    if re.match(rb'\s*(\[|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))', head):
-        return "json"
-    return "ndjson" if head.lstrip()[:1] in (b"{", b"") else "csv"
-
-
-def _read_entries(file: io.BufferedReader, arguments: argparse.Namespace) -> Iterator[Entry]:
-    """Yield the events of a file of any format, gzipped or not.
+def _read_entries(
+    file: io.BufferedReader, arguments: argparse.Namespace, before_read: Callable[[], object]
+) -> Iterator[Entry]:
+    """Yield the events of a file of any format, gzipped or not; call before_read() between pieces of a gzipped file.
 
     Raises InputError when the rest of the file cannot be read, after the entries before it.
     """
     try:
-        stream = unpacked(file)
-        if stream.peek(3).startswith(codecs.BOM_UTF8):
-            stream.read(3)
-        form = _detect_format(stream.peek(1)) if arguments.format == "auto" else arguments.format
-        if form == "parquet" and (stream is not file or not file.seekable()):
+        packed = unpacked(file, before_read)
+        head = packed.peek(1)
+        check_known(head)
+        is_parquet = arguments.format == "parquet" or (arguments.format == "auto" and detect_format(head) == "parquet")
+        if is_parquet and (packed is not file or not file.seekable()):
             raise InputError(None, "Parquet is read from its end: name a file that is not gzipped, not a pipe")
+        stream = packed if is_parquet else as_utf8(packed)
+        form = detect_format(stream.peek(1)) if arguments.format == "auto" else arguments.format
         if arguments.assume_utc and form != "parquet":
             raise InputError(None, f"--assume-utc is for Parquet, this is {form}: write its times with a zone")
         yield from _READERS[form](stream, arguments)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(None, f"the gzip data is damaged or cut off: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(None, f"is not valid {error.encoding.upper()}: {error.reason}") from error
     except OSError as error:
         raise InputError(None, f"cannot be read further: {error.strerror or error}") from error
 
@@ -515,7 +372,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
         stack.enter_context(signals.handled())
         with signals.waiting():  # to open a named pipe takes until another process writes to it
             raw = stack.enter_context(_open_input(arguments.file))
-        is_new = _check_database(arguments.db, upgrades=not arguments.dry_run)
+        is_new = _check_database(arguments.db, arguments.dry_run)
         rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
         database = None
         if not arguments.dry_run:
@@ -552,13 +409,16 @@ def _open_input(path: str) -> _Input:
         raise StartError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _check_database(path: str, upgrades: bool) -> bool:
+def _check_database(path: str, reads_only: bool) -> bool:
     """Check the database file, and return whether it is still to be created. Raises StartError."""
     if path == ":memory:":
         raise StartError("--db :memory: would be gone after the import: name a file")
+    check_path(path)
     is_new = not os.path.exists(path)
-    if not is_new or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        prepare_file(path, upgrades)
+    if not is_new and reads_only:
+        open_stored(path).close()
+    elif not is_new:
+        prepare_file(path)
     return is_new
 
 
@@ -569,7 +429,7 @@ def _open_rejects(arguments: argparse.Namespace, stack: ExitStack) -> _Rejects:
             if os.path.samefile(path, name):
                 raise StartError(f"--skip-invalid {path} would overwrite {name}: name another file")
     try:
-        return _Rejects(path, stack.enter_context(io.FileIO(path, "wb")))
+        return _Rejects(path, stack.enter_context(io.FileIO(path, "wb", opener=private_opener)))
     except OSError as error:
         raise StartError(f"cannot write --skip-invalid {path}: {error.strerror}") from error
 
@@ -588,10 +448,15 @@ def _import_file(
                 advance(position - done)
                 done = position
 
-        for entry in _read_entries(file, arguments):
+        def before_read() -> None:
+            if size is not None:  # the lines that a pipe has delivered cannot be read again: store them first
+                signals.check()
+                advance_to(file.tell())
+
+        for entry in _read_entries(file, arguments, before_read):
             if importer.add(entry):
                 advance_to(importer.stored if size is None else file.tell())
-            if size is not None:  # the lines that a pipe has delivered cannot be read again: store them first
+            if size is not None:
                 signals.check()
         importer.commit()
         advance_to(importer.stored if size is None else size)
@@ -626,7 +491,7 @@ def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
     if is_new:
         names = [_DEFAULT_ENVIRONMENT]
     else:
-        with closing(connect_reader(arguments.db)) as conn:
+        with closing(open_stored(arguments.db)) as conn:
             names = _environments(conn)
     return _environment_note(names, arguments.environment, "would be created")
 

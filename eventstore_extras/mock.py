@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import _thread
+import argparse
 import asyncio
 import atexit
+import difflib
+import inspect
 import json
 import math
+import os
 import socket
 import sys
 import threading
 import time
+import urllib.parse
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from contextvars import ContextVar
+from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 import msgspec
+import uvicorn
 from msgspec import Struct
 from msgspec.structs import replace
 from starlette.middleware import Middleware
@@ -40,6 +49,7 @@ from eventstore import (
     Reader,
     Service,
     Settings,
+    StartError,
     Store,
     T,
     View,
@@ -49,14 +59,24 @@ from eventstore import (
     event_query,
     execute_writing,
     list_events,
-    listen,
     parse_cursor,
     plural,
+    quoted,
     read_body,
     uvicorn_server,
 )
 from eventstore_extras import analytics
-from eventstore_extras.faults import FIELDS, FaultInjection, FaultQueue, InjectedFault, check_fault, decode_fault
+from eventstore_extras.faults import (
+    FIELDS,
+    INGEST_PATHS,
+    FaultFields,
+    FaultInjection,
+    FaultQueue,
+    InjectedFault,
+    check_fault,
+    decode_fault,
+)
+from eventstore_extras.hosts import AllowedHosts, check_hosts
 from eventstore_extras.meters import all_meters
 
 if TYPE_CHECKING:
@@ -64,16 +84,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Deleted",
+    "EventFilters",
     "HasAddress",
     "InjectedFaults",
     "MockServer",
     "ReceivedRequest",
+    "SettingsFields",
     "additions",
     "attach",
     "running_server",
 ]
 
 _MAX_RECEIVED, _MAX_RECEIVED_BYTES = 10_000, 64 * 1024 * 1024
+_MAX_IGNORED = 100  # different lines about ignored names, between two calls of `take_ignored`
 _DEFAULT_API_KEY = "eventstore-test-key"
 _SHUTDOWN_TIMEOUT_S = 1
 _FORWARD_INTERVAL_S = 0.01
@@ -146,21 +169,40 @@ class _Routes:
         )  # fmt: skip
 
 
-def _additions(fault_queue: FaultQueue) -> dict[str, Any]:
+def _additions(fault_queue: FaultQueue, allowed_hosts: Sequence[str]) -> dict[str, Any]:
     return {
         "operations": [*analytics.OPERATIONS, *_Routes(fault_queue).operations()],
-        "middleware": [Middleware(FaultInjection, queue=fault_queue)],
+        "middleware": [Middleware(AllowedHosts, allowed=allowed_hosts), Middleware(FaultInjection, queue=fault_queue)],
     }
 
 
-def additions() -> dict[str, Any]:
-    """Return the arguments of `create_app` that make the server of `serve --mock` a mock."""
-    return _additions(FaultQueue())
+def additions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `create_app` that make the server of `serve --mock` a mock. Raises StartError."""
+    allowed = (*check_hosts([arguments.host], "--host"), *check_hosts(arguments.allow_host, "--allow-host"))
+    return _additions(FaultQueue(), allowed)
 
 
 def attach(service: Service, _arguments: object, _address: object) -> None:
     """Add the line about the mock to the banner of `serve --mock`."""
     service.notices.append("mock         /_mock/events, /_mock/meters and /_mock/faults are open")
+
+
+# ---------------------------------------------------------------------------------------------- the clock
+
+_reads_events: ContextVar[bool] = ContextVar("reads_events", default=False)  # whether this task's request does
+
+
+def _wall_clock_us() -> int:
+    """Return the wall clock. Under freezegun time_ns() is off by up to 128 ns, so that cutting would lose 1 us."""
+    return (time.time_ns() + 500) // 1000
+
+
+def _later_for_readers(clock: Callable[[], int]) -> Callable[[], int]:
+    """Return a clock that is a microsecond ahead for requests that read events.
+
+    By default aggregations end before now. If a test's clock stands still, they would miss the event just sent.
+    """
+    return lambda: clock() + _reads_events.get()
 
 
 # ---------------------------------------------------------------------------------------------- recording requests
@@ -176,11 +218,17 @@ class ReceivedRequest(Struct, frozen=True):
     body: bytes  # as far as the server has read it
     status: int | None  # None: not answered, or not yet
     fault: dict[str, Any] | None  # the one that the request met
+    ignored: list[str] = []  # names in the request that the server ignored; "..." if there are more
 
     @property
     def json(self) -> Any:
         """Return the body, decoded from JSON. Raises ValueError if it is not JSON."""
         return json.loads(self.body)
+
+
+def _names_in(values: Iterable[bytes]) -> list[str]:
+    """Return the names in an `X-Ignored` header, which are percent-encoded and separated by commas."""
+    return [urllib.parse.unquote(name.strip().decode("latin-1")) for value in values for name in value.split(b",")]
 
 
 class _Recorder:
@@ -190,12 +238,15 @@ class _Recorder:
         self._app = app
         self._received: deque[ReceivedRequest] = deque()
         self._bytes = 0
+        self._ignored: dict[str, None] = {}  # lines, in their order
         self._lock = threading.Lock()  # tests read from another thread than the server's
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_ingest = scope["method"] == "POST" and scope["path"].rstrip("/") in INGEST_PATHS
+        _reads_events.set(scope["path"].startswith("/v1/events") and not is_ingest)
         body = bytearray()
         status: int | None = None
 
@@ -208,7 +259,9 @@ class _Recorder:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._record(scope, bytes(body), status)  # first: a client with an answer must find its request
+                ignored = [value for name, value in message["headers"] if name.lower() == b"x-ignored"]
+                # First: a client with an answer must find its request.
+                self._record(scope, bytes(body), status, _names_in(ignored))
             await send(message)
 
         try:
@@ -217,13 +270,17 @@ class _Recorder:
             if status is None:
                 self._record(scope, bytes(body), None)
 
-    def _record(self, scope: Scope, body: bytes, status: int | None) -> None:
+    def _record(self, scope: Scope, body: bytes, status: int | None, ignored: Sequence[str] = ()) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         headers.pop("x-api-key", None)
         fault = msgspec.structs.asdict(scope["fault"]) if "fault" in scope else None
         query = scope["query_string"].decode("latin-1")
+        request = ReceivedRequest(scope["method"], scope["path"], query, headers, body, status, fault, [*ignored])
         with self._lock:
-            self._received.append(ReceivedRequest(scope["method"], scope["path"], query, headers, body, status, fault))
+            if ignored and len(self._ignored) < _MAX_IGNORED:
+                names = ", ".join(map(quoted, ignored))
+                self._ignored[f"{request.method} {quoted(request.path)[1:-1]} ignored {names}"] = None
+            self._received.append(request)
             self._bytes += len(body)
             while len(self._received) > _MAX_RECEIVED or self._bytes > _MAX_RECEIVED_BYTES:
                 self._bytes -= len(self._received.popleft().body)
@@ -237,22 +294,183 @@ class _Recorder:
             self._received.clear()
             self._bytes = 0
 
+    def take_ignored(self) -> list[str]:
+        with self._lock:
+            taken, self._ignored = [*self._ignored], {}
+        return taken
+
 
 # ---------------------------------------------------------------------------------------------- running_server
 
 
-def _check_names(function: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises TypeError, listing the known names, if one of the given names is unknown."""
-    if unknown := {*given} - {*known}:
-        raise TypeError(f"{function}() does not take {', '.join(sorted(unknown))}; it takes {', '.join(known)}")
+class SettingsFields(TypedDict, total=False):
+    """The fields of `Settings` that `running_server` takes as keywords, for type checkers."""
+
+    db: str
+    max_body_bytes: int
+    query_timeout_s: float
+    queue_events: int
+    queue_bytes: int
+    wal_bytes: int
+    warn_free_bytes: int | None
+    rate_limits: Mapping[str, int]
+    visibility_lag_ms: int
+    strict: bool
+    clock: Callable[[], int]
+
+
+class EventFilters(TypedDict, total=False):
+    """The filters that `MockServer.events` takes as keywords, for type checkers."""
+
+    external_customer_id: str | None
+    event_name: str | None
+    event_id: str | None
+    source: str | None
+    start_time: str | datetime | None
+    end_time: str | datetime | None
+    property_filters: Mapping[str, Sequence[str]] | None
+
+
+def _check_names(problem: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises TypeError, listing the known names, if one of the given names is unknown.
+
+    Type checkers find such a name as well. Without this check Python would ignore it, as it ignores annotations.
+    """
+    unknown = sorted({*given} - {*known})
+    if unknown:
+        similar = [name for each in unknown for name in difflib.get_close_matches(each.lower(), known, 1)]
+        hint = f": did you mean {' and '.join(similar)}?" if similar else ""
+        raise TypeError(f"{problem.format(', '.join(unknown))} {', '.join(known)}{hint}")
+
+
+def _as_text(value: object) -> str:
+    """Convert a time of a library that replaces datetime, such as freezegun. Raises NotImplementedError."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise NotImplementedError
 
 
 def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
     """Convert Python values to a wire type, as if they came as JSON. Raises ApiError if a value has the wrong type."""
     try:
-        return msgspec.convert(msgspec.to_builtins(arguments), kind)
+        return msgspec.convert(msgspec.to_builtins(arguments, enc_hook=_as_text), kind)
     except msgspec.ValidationError as error:
         raise ApiError("validation_error", str(error)) from None
+
+
+def _has_threads() -> bool:
+    """Return False if gevent or eventlet has replaced threads: a server would block the code that it serves."""
+    return inspect.isbuiltin(_thread.start_new_thread)
+
+
+def _require_threads() -> None:
+    """Raises StartError if threads are replaced."""
+    if not _has_threads():
+        problem = "running_server() needs threads, which gevent or eventlet has replaced in this process"
+        raise StartError(
+            f"{problem}: patch with thread=False, or run `eventstore serve --mock` as a process of its own"
+        )
+
+
+def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
+    """Return a socket with this address, which may be that of a socket that does not listen."""
+    sock = socket.socket()
+    _share_address(sock)
+    sock.bind(address)
+    return sock
+
+
+def _share_address(sock: socket.socket) -> None:
+    """Let another socket have the same address, as long as only one of them listens."""
+    option = socket.SO_REUSEPORT if sys.platform == "darwin" else socket.SO_REUSEADDR
+    sock.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
+class _Port:
+    """A server in a thread, and its port, which can be closed for a while. A forked child leaves both alone.
+
+    A socket cannot stop listening, so each opening makes a new one. `reserved`, a socket that does not listen, keeps
+    other programs from taking the port meanwhile. If it does listen, the port cannot be opened again.
+    """
+
+    def __init__(self, server: uvicorn.Server, reserved: socket.socket) -> None:
+        self._server = server
+        self._process = os.getpid()
+        self._reserved = reserved
+        self._listener = self._new_listener()
+        self._runner = asyncio.Runner(loop_factory=server.config.get_loop_factory())
+        self._thread = threading.Thread(target=self._serve, name="eventstore-server", daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._reserved.getsockname()[1]}/v1"
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this process made the server."""
+        return os.getpid() == self._process
+
+    def _new_listener(self) -> socket.socket:
+        if self._reserved.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return self._reserved
+        _share_address(self._reserved)
+        listener = _bound(self._reserved.getsockname())
+        listener.listen(2048)
+        return listener
+
+    def _serve(self) -> None:
+        with self._runner:
+            self._runner.run(self._server.serve([self._listener]))
+
+    def start(self) -> None:
+        """Start the server. A request that comes before it is ready waits in the listening socket."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        if sys.is_finalizing() or not _has_threads():  # join() would never return: the thread has ended, or cannot end
+            return
+        self._server.should_exit = True
+        self._thread.join()
+
+    def open(self) -> None:
+        """Accept connections again."""
+        self._run_in_thread(self._open)
+
+    def close(self) -> None:
+        """Refuse connections, close those that are open, and finish the requests in progress."""
+        self._run_in_thread(self._close)
+
+    def _run_in_thread(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if not self.is_mine:
+            return
+        _require_threads()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.001)
+        asyncio.run_coroutine_threadsafe(function(), self._runner.get_loop()).result()
+
+    async def _open(self) -> None:
+        server = self._server
+        if not server.servers:
+            protocol: Any = server.config.http_protocol_class
+            factory = partial(protocol, server.config, server.server_state, server.lifespan.state)
+            self._listener = self._new_listener()
+            server.servers.append(await asyncio.get_running_loop().create_server(factory, sock=self._listener))
+
+    async def _close(self) -> None:
+        with suppress(OSError):  # on macOS; on Linux a forked child's copy of the socket would go on listening
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for listening in self._server.servers:
+            listening.close()
+        self._server.servers.clear()
+        state = self._server.server_state
+        for connection in [*state.connections]:
+            transport = connection.transport
+            number = transport.get_extra_info("socket").fileno()
+            with suppress(OSError), socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as copy:
+                copy.shutdown(socket.SHUT_RDWR)  # to close it alone would not, if a forked child has it as well
+            transport.abort()
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=_SHUTDOWN_TIMEOUT_S)
 
 
 class MockServer:
@@ -260,7 +478,7 @@ class MockServer:
 
     def __init__(
         self,
-        url: str,
+        port: _Port,
         api_keys: Mapping[str, str],
         *,
         store: Store,
@@ -268,15 +486,16 @@ class MockServer:
         recorder: _Recorder,
         forwarder: Forwarder | None = None,
     ) -> None:
-        self.url = url  # ends in /v1
+        self.url = port.url  # ends in /v1
         self.api_keys = dict(api_keys)  # key -> environment
         self.api_key = next(iter(api_keys))
+        self._port = port
         self._store = store
         self._fault_queue = fault_queue
         self._recorder = recorder
         self._forwarder = forwarder
 
-    def events(self, environment: str | None = None, **filters: Any) -> list[dict[str, Any]]:
+    def events(self, environment: str | None = None, **filters: Unpack[EventFilters]) -> list[dict[str, Any]]:
         """Return all stored events, oldest first, as dicts in the form of GET /v1/events.
 
         Includes events that a visibility lag still hides from queries. `filters` are those of POST /v1/events/query:
@@ -284,11 +503,11 @@ class MockServer:
         Without a time range it returns events of all times. `environment` defaults to that of `api_key`.
         Raises TypeError if a filter is unknown, ApiError if a value is bad.
         """
-        if unknown := filters.keys() - EVENT_FILTERS:
-            raise TypeError(f"events() has no filter {', '.join(sorted(unknown))}: it takes {', '.join(EVENT_FILTERS)}")
-        sent = _convert({"start_time": EARLIEST, "end_time": LATEST, "order": "asc"} | filters, EventQueryIn)
+        _check_names("events() has no filter {}: it takes", filters, EVENT_FILTERS)
+        everything = {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000}
+        sent = _convert({**everything, **filters}, EventQueryIn)
         view = View(environment or self.api_keys[self.api_key], 0)
-        query = event_query(sent, view, 1000, Faults())
+        query = event_query(sent, view, Faults())
         reader = Reader(self._store.path)
         found: list[dict[str, Any]] = []
         with closing(reader.conn):
@@ -311,12 +530,12 @@ class MockServer:
         self._recorder.clear()
         _delete_rows(self._store, ["events", "features", "meters"])
 
-    def fail(self, **fault: Any) -> None:
+    def fail(self, **fault: Unpack[FaultFields]) -> None:
         """Add a fault for the next requests that match, of any key. Takes the fields of POST /_mock/faults.
 
         Raises TypeError if a field is unknown, ApiError if a value is bad.
         """
-        _check_names("fail", fault, [*FIELDS])
+        _check_names("fail() does not take {}; it takes", fault, [*FIELDS])
         self._fault_queue.add(check_fault(_convert(fault, InjectedFault), Faults()))
 
     def faults(self, unused: bool = False) -> list[dict[str, Any]]:
@@ -329,6 +548,26 @@ class MockServer:
         Keeps the latest 10,000 requests, or fewer if their bodies exceed 64 MB.
         """
         return self._recorder.received()
+
+    def ignored_names(self) -> list[str]:
+        """Return a line for each request with names that the server ignored, and forget them.
+
+        At most 100 different lines. The fixture `flexprice` shows them as warnings at the end of a test.
+        """
+        return self._recorder.take_ignored()
+
+    def refuse_connections(self) -> None:
+        """Be unreachable: refuse connections and close open ones, until `accept_connections`. Events stay."""
+        self._port.close()
+
+    def accept_connections(self) -> None:
+        """Be reachable again, at the same URL."""
+        self._port.open()
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a forked child of the process that started the server."""
+        return self._port.is_mine
 
     def wait_until_forwarded(self, timeout_s: float = 30.0) -> None:
         """Wait until the server of `forward_to` has accepted or refused all events. Raises TimeoutError."""
@@ -343,8 +582,11 @@ class MockServer:
 class HasAddress(Protocol):
     """An API that events can be sent to: its base URL, and a key for it."""
 
-    url: str
-    api_key: str
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str: ...
 
 
 def _forward_to(target: HasAddress, service: Service, environment: str) -> Forwarder:
@@ -372,19 +614,17 @@ def _closed_at_exit(store: Store) -> Iterator[None]:
 
 
 @contextmanager
-def _serving_in_thread(app: ASGIApp, listener: socket.socket, service: Service) -> Iterator[None]:
-    """Serve until the block ends. A request that comes before the thread is ready waits in the listening socket."""
-    listener.listen(2048)
+def _serving_in_thread(app: ASGIApp, reserved: socket.socket, service: Service) -> Iterator[_Port]:
+    """Serve until the block ends."""
     server = uvicorn_server(app, shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
     service.is_stopping = lambda: server.should_exit
-    thread = threading.Thread(target=server.run, args=[[listener]], name="eventstore-server", daemon=True)
-    thread.start()
+    port = _Port(server, reserved)
+    port.start()
     try:
-        yield
+        yield port
     finally:
-        server.should_exit = True
-        if not sys.is_finalizing():  # Python has ended the thread by then, and from 3.13 on join() would never return
-            thread.join()
+        if port.is_mine:
+            port.stop()
 
 
 @contextmanager
@@ -393,28 +633,37 @@ def running_server(
     api_keys: Mapping[str, str] | None = None,
     listener: socket.socket | None = None,
     forward_to: HasAddress | None = None,
-    **settings: Any,
+    allowed_hosts: Sequence[str] = (),
+    **settings: Unpack[SettingsFields],
 ) -> Iterator[MockServer]:
     """Run a real server in a thread until the block ends, by default with a temporary database.
 
     `api_keys` maps keys to environments. `settings` are fields of `Settings`, such as `clock` or `visibility_lag_ms`.
-    The server listens on a free port of this machine, or on `listener`, a bound socket, which it closes at the end.
-    With `forward_to`, another MockServer or any object with a `url` and an `api_key`, it forwards the events of its
-    first key's environment at once. Raises TypeError for an unknown field, and StartError where `serve` does.
+    The server listens on a free port of this machine, or on that of `listener`, a bound socket, which it closes at the
+    end. It answers requests to `localhost` and loopback addresses, and to the names in `allowed_hosts`. With
+    `forward_to`, another MockServer or any object with a `url` and an `api_key`, it forwards the events of its first
+    key's environment at once.
+
+    Only the process that started the server stops it. Raises TypeError for an unknown field, StartError where `serve`
+    does, or if gevent has replaced threads.
     """
-    _check_names("running_server", settings, ("listener", "forward_to", *Settings.__struct_fields__))
+    known = ("listener", "forward_to", *Settings.__struct_fields__, "allowed_hosts")
+    _check_names("running_server() does not take {}; it takes", settings, known)
     if forward_to and not (hasattr(forward_to, "url") and hasattr(forward_to, "api_key")):
         raise TypeError(f"forward_to must be another server, or have a url and an api_key, got {forward_to!r}")
+    _require_threads()
     api_keys = api_keys or {_DEFAULT_API_KEY: "development"}
     hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
+    chosen: dict[str, Any] = {"api_keys": hashed, "db": ":memory:", **settings}
+    chosen["clock"] = _later_for_readers(chosen.get("clock", _wall_clock_us))
     fault_queue = FaultQueue()
-    with listener or listen("127.0.0.1", 0) as listening:
-        app = create_app(Settings(**{"api_keys": hashed, "db": ":memory:"} | settings), **_additions(fault_queue))
+    additions = _additions(fault_queue, check_hosts(allowed_hosts, "allowed_hosts"))
+    with listener or _bound() as reserved:
+        app = create_app(Settings(**chosen), **additions)
         service: Service = app.state.service
         with _closed_at_exit(service.store):
             forwarder = _forward_to(forward_to, service, next(iter(api_keys.values()))) if forward_to else None
             recorder = _Recorder(app)
-            with _serving_in_thread(recorder, listening, service):
-                url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-                yield MockServer(url, api_keys, store=service.store, fault_queue=fault_queue, recorder=recorder,
+            with _serving_in_thread(recorder, reserved, service) as port:
+                yield MockServer(port, api_keys, store=service.store, fault_queue=fault_queue, recorder=recorder,
                                  forwarder=forwarder)  # fmt: skip

@@ -25,6 +25,7 @@ from arro3.io import read_parquet, write_ndjson, write_parquet
 
 from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, quoted
 from eventstore_extras.entries import EXPORTED_COLUMNS, PROPERTY_PREFIX, Entry, InputError, TableRow, check_columns
+from eventstore_extras.parquet_pages import PagesError, largest_page
 
 __all__ = ["parquet_writer", "read_rows"]
 
@@ -35,6 +36,8 @@ _TIMES = ("timestamp", "ingested_at")
 # ---------------------------------------------------------------------------------------------- reading: the file
 
 _BATCH_ROWS = 256  # held in memory at once, together with their JSON
+_BATCH_BYTES = 64 * 1024 * 1024  # a batch has fewer rows if they may take more: each may hold the largest page's value
+_MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
 _MAX_COLUMNS = 1000  # each column of an open file takes memory
 _MAX_REASON_CHARS = 200
 _STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
@@ -42,8 +45,7 @@ _STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels over
 
 def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
     """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
-    _check_ends(file)
-    reader = _open_reader(file)
+    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
     _check_schema(reader.schema, assume_utc)
     number = 0
     while True:
@@ -57,26 +59,50 @@ def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[En
             yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
 
 
-def _check_ends(file: BinaryIO) -> None:
-    """Check the marks at both ends of a file; the library panics without them. Raises InputError."""
+def _largest_page(file: BinaryIO) -> int:
+    footer = _footer(file)
+    try:
+        return largest_page(file, footer)
+    except PagesError:  # the library says what is wrong
+        return 0
+    finally:
+        file.seek(0)
+
+
+def _batch_rows_for(page_bytes: int) -> int:
+    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
+    if page_bytes > _MAX_PAGE_BYTES:
+        most = f"at most {_MAX_PAGE_BYTES >> 20} MB are read"
+        raise InputError(
+            None, f"has a page of {page_bytes >> 20} MB, {most}: write smaller pages, or fewer rows in each"
+        )
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """Check the marks at both ends of a file, and return its table of contents. The library panics without the marks.
+
+    Raises InputError.
+    """
     file.seek(0)
     start, size = file.read(4), file.seek(0, io.SEEK_END)
     file.seek(max(size - 8, 0))
     footer_bytes, end = file.read(4), file.read(4)
-    file.seek(0)
     if b"PARE" in (start, end):
         raise InputError(None, "is encrypted: decrypt it first, and import the result")
     if start != b"PAR1":
         raise InputError(None, "is not Parquet: it does not start with PAR1")
     if end != b"PAR1" or int.from_bytes(footer_bytes, "little") > size - 12:
         raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
+    file.seek(size - 8 - int.from_bytes(footer_bytes, "little"))
+    return file.read(int.from_bytes(footer_bytes, "little"))
 
 
-def _open_reader(file: BinaryIO) -> RecordBatchReader:
+def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
     """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
 
     def open_unless_too_large() -> RecordBatchReader | str:
-        reader = read_parquet(file, batch_size=_BATCH_ROWS)
+        reader = read_parquet(file, batch_size=batch_rows)
         return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
 
     threading.stack_size(_STACK_BYTES)

@@ -1,15 +1,19 @@
 """The pytest fixture `flexprice`; pytest finds this plugin by its entry point.
 
 From before the first conftest.py to the end of the run, FLEXPRICE_API_HOST and FLEXPRICE_API_KEY name the fixture's
-server. A client that an application creates at import therefore cannot send test events to production.
+server, and no_proxy keeps requests to it away from proxies. A client that an application creates at import therefore
+cannot send test events to production. Outside tests that use the fixture, the server's port refuses connections.
 """
 
 from __future__ import annotations
 
+import datetime
+import importlib
 import os
 import socket
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,14 +21,28 @@ import pytest
 if TYPE_CHECKING:
     from eventstore_extras.mock import MockServer
 
-__all__ = ["UnusedFaultWarning", "flexprice"]
+__all__ = ["IgnoredNameWarning", "UnusedFaultWarning", "flexprice"]
 
 _API_KEY = "eventstore-test-key"
-_VARIABLES = ("FLEXPRICE_API_HOST", "FLEXPRICE_API_KEY")
+_LOOPBACK = ("127.0.0.1", "localhost")
+_REAL_TYPES = {"datetime": datetime.datetime, "date": datetime.date}  # freezegun replaces names of modules only
+
+
+class IgnoredNameWarning(UserWarning):
+    """A request of a test had a field or a parameter that the server does not know, and ignored."""
 
 
 class UnusedFaultWarning(UserWarning):
     """A test added a fault, but no request met it."""
+
+
+def _no_proxy(name: str) -> str:
+    """Return the value of the variable with this machine added. Clients differ in which case they read."""
+    present = os.environ.get(name) or os.environ.get(name.swapcase()) or ""
+    if present.strip() == "*":  # clients recognize it only alone
+        return present
+    hosts = [host.strip() for host in present.split(",") if host.strip()]
+    return ",".join([*hosts, *(host for host in _LOOPBACK if host not in hosts)])
 
 
 class _ReservedPort:
@@ -34,10 +52,15 @@ class _ReservedPort:
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
-        self._variables_before = {name: os.environ.get(name) for name in _VARIABLES}
+        self._variables_before: dict[str, str | None] = {}
+
+    def variables(self) -> dict[str, str]:
+        proxies = {name: _no_proxy(name) for name in ("no_proxy", "NO_PROXY")}
+        return {"FLEXPRICE_API_HOST": self.url, "FLEXPRICE_API_KEY": _API_KEY, **proxies}
 
     def set_variables(self) -> None:
-        os.environ.update(zip(_VARIABLES, (self.url, _API_KEY), strict=True))
+        self._variables_before = {name: os.environ.get(name) for name in self.variables()}
+        os.environ.update(self.variables())
 
     def close(self) -> None:
         """Free the port and restore the variables."""
@@ -80,22 +103,68 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reserved.close()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import the server before any test runs, if a test needs it: the test may freeze or replace the time."""
+    if any("flexprice" in getattr(item, "fixturenames", ()) for item in session.items):
+        _import_server()
+
+
+def _import_server() -> None:
+    """Import the server with the real datetime. With freezegun's, its types would refuse every time later on."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kind in _REAL_TYPES.items():
+            patch.setattr(datetime, name, kind)
+        importlib.import_module("eventstore_extras.mock")
+
+
+@contextmanager
+def _running_server(config: pytest.Config) -> Iterator[MockServer]:
+    """Run a server that refuses connections at first."""
+    _import_server()
+    from eventstore import StartError  # noqa: PLC0415 - slow to import for a run without the fixture
+    from eventstore_extras.mock import running_server  # noqa: PLC0415
+
+    listener = config.stash[_RESERVED_PORT].listener.dup()
+    with ExitStack() as stack:
+        problem = ""
+        try:
+            server = stack.enter_context(running_server(api_keys={_API_KEY: "development"}, listener=listener))
+        except StartError as error:
+            problem = str(error)
+        if problem:  # outside of the except block, where pytest would show the message twice
+            pytest.fail(problem, pytrace=False)
+        server.refuse_connections()
+        yield server
+
+
 @pytest.fixture(scope="session")
 def _flexprice_server(pytestconfig: pytest.Config) -> Iterator[MockServer]:
-    from eventstore_extras.mock import running_server  # noqa: PLC0415 - slow to import for a run without the fixture
-
-    listener = pytestconfig.stash[_RESERVED_PORT].listener
-    with running_server(api_keys={_API_KEY: "development"}, listener=listener) as server:
+    with _running_server(pytestconfig) as server:
         yield server
 
 
 @pytest.fixture
-def flexprice(_flexprice_server: MockServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[MockServer]:
+def flexprice(
+    _flexprice_server: MockServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MockServer]:
     """An empty FlexPrice, which the test's code finds by FLEXPRICE_API_HOST and FLEXPRICE_API_KEY."""
-    _flexprice_server.reset()
-    for name, value in zip(_VARIABLES, (_flexprice_server.url, _API_KEY), strict=True):
-        monkeypatch.setenv(name, value)
-    yield _flexprice_server
-    for fault in _flexprice_server.faults(unused=True):
+    with ExitStack() as stack:
+        server = _flexprice_server
+        if not server.is_of_this_process:  # pytest-forked runs this test in a child; the server's thread stayed behind
+            server = stack.enter_context(_running_server(request.config))
+        server.reset()
+        server.ignored_names()
+        for name, value in request.config.stash[_RESERVED_PORT].variables().items():
+            monkeypatch.setenv(name, value)
+        server.accept_connections()
+        yield server
+        server.refuse_connections()
+        _warn_of_mistakes(server, request.node.nodeid)
+
+
+def _warn_of_mistakes(server: MockServer, test: str) -> None:
+    for line in server.ignored_names():
+        warnings.warn(IgnoredNameWarning(f"{test}: {line}"), stacklevel=2)
+    for fault in server.faults(unused=True):
         fields = ", ".join(f"{name}={value!r}" for name, value in fault.items() if value is not None)
-        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({fields})"), stacklevel=1)
+        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({fields})"), stacklevel=2)

@@ -20,7 +20,7 @@ from msgspec import Raw, structs
 
 from eventstore import DECIMAL, ENCODER, Row, plural, quoted, real_path, to_datetime
 from eventstore_extras.entries import ExportedEvent, exported_event
-from eventstore_extras.files import sync_folder
+from eventstore_extras.files import private_opener, sync_folder
 
 __all__ = [
     "MAX_EVENT_BYTES", "RULES", "Rule", "Unfit", "add_counts", "append_lines", "queued_bytes", "refused_line",
@@ -37,6 +37,7 @@ _MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits 
 _MAX_NUMBER = 1e23
 _EXPONENT_FROM = 1e21  # FlexPrice writes smaller numbers in full
 _MIN_INTEGER, _MAX_INTEGER = -(2**63) + 512, 2**64 - 1024  # from here on the nearest 64-bit float is beyond 64 bits
+_PROPERTIES = msgspec.json.Decoder()
 _NUMBER_STARTS = frozenset("+-.0123456789")
 
 
@@ -58,12 +59,12 @@ class Rule(NamedTuple):
     """A kind of event that FlexPrice loses or breaks on, and why."""
 
     reason: str
-    find: Callable[[_Candidate], str]  # describes the fault of an event, "" if it has none
+    find: Callable[[_Candidate], str]  # returns the fault of an event, or ""
     consequence: str
 
 
 class Unfit(NamedTuple):
-    """Why an event is put aside."""
+    """The reason to put an event aside."""
 
     reason: str  # of the rule: events are counted by it
     text: str
@@ -124,7 +125,7 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
     FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
     """
     try:
-        values: list[Any] = [msgspec.json.decode(properties)]
+        values: list[Any] = [_PROPERTIES.decode(properties)]
     except (ValueError, msgspec.MsgspecError):  # an earlier version stored it
         return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
     found = []
@@ -134,12 +135,13 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
             is_number = len(value) > 3 and value[0] in _NUMBER_STARTS and DECIMAL.fullmatch(value)
             if is_number and abs(float(value)) >= _MAX_NUMBER:
                 found.append(_LargeNumber(float(value), quoted(value), is_text=True))
+        elif kind is int or kind is float:
+            if not _MIN_INTEGER < value < _MAX_INTEGER:
+                found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
         elif kind is dict:
             values += value.values()
         elif kind is list:
             values += value
-        elif (kind is int or kind is float) and not _MIN_INTEGER < value < _MAX_INTEGER:
-            found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
     return found
 
 
@@ -199,7 +201,7 @@ def refused_line(row: Row, target: str, refusal: str, now_us: int) -> bytes:
 def append_lines(path: Path, lines: Iterable[bytes]) -> None:
     """Append lines to a file and sync it."""
     is_new = not path.exists()
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=private_opener) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             file.write(b"\n" * (file.read() != b"\n"))  # end a line that a power cut left incomplete
@@ -219,6 +221,6 @@ def add_counts(counts: dict[str, int], reasons: Iterable[str]) -> None:
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
-    """Return how many events were put aside and why, like "3 events put aside (2 too long, 1 refused)"."""
+    """Return the numbers of events by reason as text, like "3 events put aside (2 too long, 1 refused)"."""
     reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
     return f"{plural(sum(counts.values()), 'event')} put aside ({reasons})"

@@ -204,7 +204,7 @@ class _Replay:
 
     @property
     def aside_note(self) -> str:
-        """The part of a summary that says how many events were put aside and why; "" for none."""
+        """The end of a summary: how many events this run has put aside, and why; "" for none."""
         if not self._put_aside:
             return ""
         return f"; {shown_counts(self._put_aside)} in {refused_path(self._arguments.db)}"

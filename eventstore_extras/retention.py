@@ -50,7 +50,7 @@ from eventstore import (
 from eventstore_extras.forward import ForwardProgress, forward_progress_path, read_all_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
 from eventstore_extras.sending import lasted
-from eventstore_extras.stored import OwnReader
+from eventstore_extras.stored import OwnReader, open_stored
 
 __all__ = [
     "CLOCK_INTERVAL_S",
@@ -488,12 +488,13 @@ def _prune_events(arguments: argparse.Namespace) -> int:
     db, before_us = arguments.db, _before_us(arguments.before)
     if not os.path.exists(db):
         raise StartError(f"there is no database {db}: name one with --db")
-    prepare_file(db, upgrades=not arguments.dry_run)
+    if not arguments.dry_run:
+        prepare_file(db)
     forwarded = read_all_forward_progress(db)
     # A time before the earliest plausible one asks for the events that were stored while the clock was wrong.
     expired = Expired(before_us, forwarded, plausible_us=PLAUSIBLE_US if before_us > PLAUSIBLE_US else MIN_TIME_US,
                       keeps_unforwarded=bool(forwarded) and not arguments.delete_unforwarded)  # fmt: skip
-    with closing(connect(db, WRITER_PRAGMAS)) as conn:
+    with closing(open_stored(db) if arguments.dry_run else connect(db, WRITER_PRAGMAS)) as conn:
         sweep = Sweep(db, DatabaseFile(conn), expired)
         if arguments.dry_run:
             number, kept = expired.count(conn), expired.kept(conn)

@@ -87,7 +87,7 @@ class PutAside(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Events to send in one request, and those between them that are put aside."""
+    """Events to send in one request, and between them events that FlexPrice would lose."""
 
     rows: list[StoredRow]
     events: list[bytes]  # the same events as JSON
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
 
     @property
     def last(self) -> StoredRow:
-        """The last event, sent or put aside."""
+        """The last event, whether it is sent or not."""
         if self.put_aside and self.put_aside[-1].before == len(self.rows):
             return self.put_aside[-1].row
         return self.rows[-1]
@@ -120,7 +120,7 @@ class Batch(NamedTuple):
 def batches(pages: Iterable[list[StoredRow]], batch_size: int, max_event_bytes: int | None) -> Iterator[Batch]:
     """Yield the rows in batches of at most `batch_size` events and 10 MB. A larger event is a batch by itself.
 
-    Events that FlexPrice would lose are put aside; if `max_event_bytes` is None, none are.
+    Events that FlexPrice would lose are in `put_aside`. If `max_event_bytes` is None, all events are sent.
     """
     rows, events, put_aside, size = list[StoredRow](), list[bytes](), list[PutAside](), 0
     for row in itertools.chain.from_iterable(pages):
@@ -494,7 +494,7 @@ class Target:
         # Ask for no compression: an answer of a few bytes could unpack to gigabytes.
         headers = {"x-api-key": key.value, "content-type": "application/json", "accept-encoding": "identity",
                    "user-agent": f"eventstore/{__version__}"}  # fmt: skip
-        # With a transport of its own, httpx does not look for proxies.
+        # If it gets a transport, httpx does not look for proxies.
         transport = transport_of(self.proxy, httpx.Limits(max_connections=connections))
         self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, transport=transport)
 
@@ -569,7 +569,7 @@ class Target:
                     if len(start) > _ANSWER_BYTES:
                         break
         except Exception as error:
-            is_socks = self.proxy and self.proxy.url.startswith("socks")  # that library has exceptions of its own
+            is_socks = self.proxy and self.proxy.url.startswith("socks")  # that library raises others
             if not isinstance(error, httpx.RequestError | TimeoutError) and not is_socks:
                 raise
             is_unclear = _outcome_of(status) is Outcome.REFUSED and not _is_api_error(start)

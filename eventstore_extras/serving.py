@@ -36,6 +36,8 @@ def add_flags(add: AddFlag) -> None:
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
+    add("--allow-host", metavar="NAME", action="append", default=[], help="with --mock, also answer requests to this "
+        "host name, besides loopback and --host; may be given several times, and * is any name")  # fmt: skip
     add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
         "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
     add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
@@ -63,7 +65,7 @@ def prepare(arguments: Namespace) -> socket.socket | None:
 def additions(arguments: Namespace) -> dict[str, Any]:
     """Return the keyword arguments of create_app that add the operations of eventstore_extras."""
     if arguments.mock:
-        found: dict[str, Any] = _module("mock").additions()
+        found: dict[str, Any] = _module("mock").additions(arguments)
         return found
     return {"operations": _module("analytics").OPERATIONS}
 

@@ -9,7 +9,8 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -17,6 +18,7 @@ from eventstore import (
     EARLIEST,
     EVENT_FILTERS,
     LATEST,
+    READER_PRAGMAS,
     AddFlag,
     ApiError,
     Cursor,
@@ -30,15 +32,19 @@ from eventstore import (
     T,
     View,
     add_db_flag,
+    add_functions,
     after_cursor,
     all_of,
-    connect_reader,
+    check_format,
+    check_path,
     event_query,
+    given_time,
     index_of,
     matching,
     parse_property_filters,
-    prepare_file,
+    real_path,
     sql,
+    start_errors,
 )
 
 __all__ = [
@@ -120,11 +126,50 @@ class OwnReader:
 
 
 def open_stored(path: str) -> sqlite3.Connection:
-    """Open a database that exists, for reading. Raises StartError."""
+    """Open a database that exists, for reading. Neither a writer's lock nor a read-only disk is in the way.
+
+    Raises StartError.
+    """
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
-    prepare_file(path, upgrades=False)
-    return connect_reader(path)
+    if not os.access(path, os.R_OK):
+        raise StartError(f"cannot read the database {path}: allow it, or name another file with --db")
+    check_path(path)
+    with start_errors(path), ExitStack() as stack:
+        conn = stack.enter_context(closing(_connect_for_reading(real_path(path))))
+        if check_format(conn, path) is None:
+            raise StartError(f"the database {path} is empty: name another one with --db")
+        for pragma in READER_PRAGMAS:
+            conn.execute(pragma)
+        add_functions(conn)
+        stack.pop_all()
+        return conn
+
+
+def _connect_for_reading(path: str) -> sqlite3.Connection:
+    """Connect to a database. Raises StartError if its log is needed and cannot be read."""
+    logs = [name for name in (f"{path}-wal", f"{path}-journal") if os.path.exists(name)]
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
+        return _connect_uri(path, "rw")
+    if logs:
+        with suppress(sqlite3.OperationalError):  # SQLite can read a log beside which it cannot write, if it has a -shm
+            return _connect_uri(path, "ro")
+        if os.path.exists(f"{path}-shm") or any(map(os.path.getsize, logs)):
+            problem = f"{logs[0]} belongs to it, and cannot be read where nothing can be written"
+            raise StartError(f"cannot read {path}: {problem}; copy both to a folder that you can write to")
+    return _connect_uri(path, "ro&immutable=1")  # otherwise SQLite would create a -shm
+
+
+def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
+    conn = sqlite3.connect(
+        f"{Path(path).as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
+    )
+    try:
+        conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
+    except sqlite3.Error:
+        conn.close()
+        raise
+    return conn
 
 
 def no_events_hint(conn: sqlite3.Connection, environment: str) -> str:
@@ -155,9 +200,9 @@ def flag_query(arguments: argparse.Namespace) -> EventQuery:
     flags = {name: getattr(arguments, name) for name in EVENT_FILTERS}
     flags["property_filters"] = faults.check("property_filters", parse_property_filters, flags["property_filters"])
     sent = EventQueryIn(**flags, count_total=True, page_size=1)
-    sent.start_time, sent.end_time = sent.start_time or EARLIEST, sent.end_time or LATEST
+    sent.start_time, sent.end_time = given_time(sent.start_time) or EARLIEST, given_time(sent.end_time) or LATEST
     try:
-        return event_query(sent, View(arguments.environment, 0), _PAGE_EVENTS, faults)
+        return event_query(sent, View(arguments.environment, 0), faults)
     except ApiError as error:
         problems = error.details.errors or []
         messages = [f"--{fault.field.replace('_', '-')}{fault.message.removeprefix(fault.field)}" for fault in problems]

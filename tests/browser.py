@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
+import threading
 import urllib.parse
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
@@ -126,6 +129,61 @@ class Debugger:
         """Return and clear the messages of the browser's console, except those of refusals that tests provoke."""
         lines: list[dict[str, str]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [line["message"] for line in lines if but not in line["message"]]
+
+
+class Proxy:
+    """A context manager for a reverse proxy that serves a server below a path, and nothing else.
+
+    `answer` may return a status and a body for a path; then the proxy does not pass the request on. `headers` are
+    added to what the server answers.
+    """
+
+    def __init__(self, port: str, prefix: str = "") -> None:
+        self.answer: Callable[[str], tuple[int, str] | None] = lambda path: None
+        self.headers: dict[str, str] = {}
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                path = "/" + self.path[len(prefix) :].removeprefix("/")
+                if self.path.partition("?")[0] != prefix and not self.path.startswith(prefix + "/"):
+                    self.send_error(404)
+                elif given := proxy.answer(path):
+                    self.reply(given[0], given[1].encode(), {})
+                else:
+                    upstream = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
+                    upstream.request(self.command, path, body, dict(self.headers))
+                    answer = upstream.getresponse()
+                    dropped = ("content-length", "connection", "date", "server")
+                    headers = {name: value for name, value in answer.getheaders() if name.lower() not in dropped}
+                    self.reply(answer.status, answer.read(), headers | proxy.headers)
+                    upstream.close()
+
+            do_POST = do_GET  # noqa: N815
+
+            def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}{prefix}"
+
+    def __enter__(self) -> Proxy:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def environment_of(key: str) -> str:

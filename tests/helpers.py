@@ -339,7 +339,7 @@ class Live:
         self.process.stdout.close()
 
 
-HEAD = f"Host: test\r\nx-api-key: {KEY}\r\n".encode()
+HEAD = f"Host: localhost\r\nx-api-key: {KEY}\r\n".encode()
 POST = b"POST /v1/events HTTP/1.1\r\n" + HEAD
 BODY = json.dumps(event()).encode()
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -29,15 +30,35 @@ def number_of(value: object) -> float:
     return float(value) if math.isfinite(float(value)) else 0.0
 
 
+def number_text(number: float) -> str:
+    """Return the shortest text of a 64-bit float: in full from 1e-6 to 1e21, otherwise like 1e21 and 1.5e-7."""
+    if number == 0:
+        return "0"
+    digits, _, exponent = repr(number).removesuffix(".0").partition("e")
+    return (
+        f"{Decimal(repr(number)):f}".removesuffix(".0") if 1e-6 <= abs(number) < 1e21 else f"{digits}e{int(exponent)}"
+    )
+
+
+def _json_of(value: object) -> str:
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_json_of(key)}:{_json_of(value[key])}' for key in sorted(value))}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_json_of, value))}]"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return number_text(float(value))
+    return json.dumps(value, ensure_ascii=False)
+
+
 def text_of(value: object) -> str | None:
-    return value if isinstance(value, str) or value is None else json.dumps(value, separators=(",", ":"))
+    """Return the text by which filters, groups and COUNT_UNIQUE compare a property (SPEC 4)."""
+    return value if isinstance(value, str) or value is None else _json_of(value)
 
 
 def has_properties(event: Json, conditions: Iterable[tuple[str, Sequence[str]]]) -> bool:
-    """Return whether each key has one of its values; objects and arrays equal no value."""
+    """Return whether each key has one of its values; null and a missing property equal no value."""
     properties = event.get("properties") or {}
-    scalars = {key: text_of(value) for key, value in properties.items() if not isinstance(value, (dict, list))}
-    return all(scalars.get(key) in values for key, values in conditions)
+    return all(text_of(properties.get(key)) in values for key, values in conditions)
 
 
 # ---------------------------------------------------------------------------------------------- listing
@@ -78,14 +99,15 @@ def expected_page(
     does not count.
     """
     key, descending, size = sort_key(query["sort"]), query["order"] == "desc", query["page_size"]
+    reads_back = descending and side == "iter_first_key"  # in ascending order both keys lead forward
     rows = sorted((event for event in events if matches(event, query)), key=key, reverse=descending)
     if mark is None:
         candidates = rows[offset:]
-    elif descending is (side == "iter_first_key"):
+    elif reads_back or not descending:
         candidates = [row for row in rows if key(row) > key(mark)]
     else:
         candidates = [row for row in rows if key(row) < key(mark)]
-    found = candidates[-size:] if side == "iter_first_key" else candidates[:size]
+    found = candidates[-size:] if reads_back else candidates[:size]
     return {
         "events": found,
         "has_more": len(candidates) > size,

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
-from browser import Debugger, ago, bars_of, environment_of, needs_browser, places, some
+from browser import Debugger, Proxy, ago, bars_of, environment_of, needs_browser, places, some
 from eventstore import ApiKey
 from helpers import DEBUGGER, Live, event, eventually, run, serving, store, table
 
 
 def test_the_page_is_small_and_self_contained_and_never_sets_markup() -> None:
-    assert len(DEBUGGER.encode()) <= 60_000
+    assert len(DEBUGGER.encode()) <= 76_000
     foreign = r"(?i)(?:src|href)=\"(?!data:)[^\"]*|\burl\([^)]*|@import|https?://(?!www\.w3\.org)\S*"
     assert re.findall(foreign, DEBUGGER) == []
     markup = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser"
@@ -771,50 +767,11 @@ def test_an_error_names_its_field_once(debugger: Debugger) -> None:
 # ---------------------------------------------------------------------------------------------- below a path
 
 
-@contextmanager
-def proxy(port: str, prefix: str) -> Iterator[str]:
-    """Run a reverse proxy that serves the server below a path, and nothing else."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if self.path.partition("?")[0] != prefix and not self.path.startswith(prefix + "/"):
-                self.send_error(404)
-                return
-            upstream = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
-            path = "/" + self.path[len(prefix) :].removeprefix("/")
-            upstream.request(self.command, path, body, dict(self.headers))
-            answer = upstream.getresponse()
-            content = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("content-length", "connection", "date", "server"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-            upstream.close()
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}{prefix}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @needs_browser
 @table("slash", ["/", ""])
 def test_the_page_works_below_a_path_behind_a_proxy(debugger: Debugger, slash: str) -> None:
-    with proxy(debugger.live.port, "/flexprice") as url:
+    with Proxy(debugger.live.port, "/flexprice") as proxy:
+        url = proxy.url
         debugger.open(f"{url}{slash}#key={debugger.key}")
         debugger.opens("#first pre", f"{url}/v1")
         store(debugger.client, event("a", source="app", timestamp=ago(5)), event("b", timestamp=ago(4)))

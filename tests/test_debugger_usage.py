@@ -335,6 +335,91 @@ def test_the_line_below_a_query_creates_a_meter_that_appears_at_once(debugger: D
 
 
 @needs_browser
+def test_a_button_makes_the_question_a_meter_and_shows_it(debugger: Debugger) -> None:
+    usage_of_models(
+        debugger, event_name="call", aggregation_type="SUM", property_name="tokens", property_filters="model:large"
+    )
+    debugger.opens("#sum", "3")
+    debugger.click("#next > .actions:last-child button")
+    eventually(lambda: "meter_id" in debugger.address())
+    debugger.opens("#usage-says", "SUM of tokens in call, model large.")
+    (meter,) = debugger.client.get("/v1/meters").json()["items"]
+    assert meter["filters"] == [{"key": "model", "values": ["large"]}]
+    assert debugger.address()["meter_id"] == [meter["id"]]
+    assert "property_filters" not in debugger.address()
+    assert (debugger.text("#sum"), debugger.find("#next").is_displayed()) == ("3", False)
+
+
+@needs_browser
+def test_a_meter_that_cannot_be_made_says_why_and_the_button_can_be_used_again(debugger: Debugger) -> None:
+    name = "n" * 300  # longer than an event name of a meter may be
+    store(debugger.client, event(timestamp=ago(9), event_name=name))
+    debugger.visit(view="usage", event_name=name)
+    debugger.opens("#sum", "1")
+    debugger.click("#next > .actions:last-child button")
+    debugger.opens("#event_name-fault", "255")
+    assert debugger.find("#next > .actions:last-child button").is_enabled()
+
+
+@needs_browser
+def test_the_unit_of_a_feature_stands_beside_its_usage(debugger: Debugger) -> None:
+    store_tokens(debugger, 1)
+    meter_id = make_meter(debugger)
+    feature = {"name": "Tokens", "type": "metered", "meter_id": meter_id}
+    units = {"unit_singular": "token", "unit_plural": "tokens"}
+    assert debugger.client.post("/v1/features", json=feature | units).status_code == 201
+    debugger.visit(view="usage", meter_id=meter_id)
+    debugger.opens("#sum", "1 token")
+    store_tokens(debugger, 2)
+    debugger.opens("#sum", "3 tokens")
+    other = {"lookup_key": "other", "unit_singular": "word", "unit_plural": "words"}
+    assert debugger.client.post("/v1/features", json=feature | other).status_code == 201
+    debugger.open(debugger.driver.current_url)
+    eventually(lambda: debugger.text("#sum") == "3")  # two units: neither is the meter's
+
+
+@needs_browser
+def test_a_bucketed_maximum_says_that_it_is_a_sum(debugger: Debugger) -> None:
+    store_tokens(debugger, 3, 5)
+    store_tokens(debugger, 4, hours=5)
+    aggregation = {"type": "MAX", "field": "tokens", "bucket_size": "HOUR"}
+    meter_id = make_meter(debugger, aggregation=aggregation)
+    debugger.visit(view="usage", meter_id=meter_id, window_size="")
+    debugger.opens("#usage-says", "MAX of tokens in each hour, added up, in call.")
+    assert debugger.text("#sum") == "9"
+
+
+@needs_browser
+@table(("values", "note"), [
+    ([1, "2"], None),
+    ([1, "12 apples"], 'Not a number: "12 apples".'),
+    ([1, True], "Not a number: true."),
+    ([1, {"a": 1}], 'Not a number: {"a":1}.'),
+    ([1, None], None),
+], ids=str)  # fmt: skip
+def test_values_that_are_not_numbers_are_named_in_amber(
+    debugger: Debugger, values: list[Any], note: str | None
+) -> None:
+    store_tokens(debugger, *values)
+    debugger.visit(view="usage", event_name="call", aggregation_type="SUM", property_name="tokens")
+    debugger.opens("#usage-says", "A number in tokens: ")
+    assert (debugger.text("#usage-says .warn") != "") is (note is not None)
+    assert note is None or note in debugger.text("#usage-says .warn")
+
+
+@needs_browser
+def test_the_chart_has_axes(debugger: Debugger) -> None:
+    store_tokens(debugger, 1000, 250)
+    debugger.visit(view="usage", event_name="call", aggregation_type="SUM", property_name="tokens", window_size="DAY")
+    debugger.opens("#chart-top", "1,250")
+    for name in ("#chart-top", "#chart-bottom", "#chart-from", "#chart-to"):
+        assert debugger.find(name).is_displayed()
+    debugger.visit(view="usage", event_name="nobody")
+    debugger.opens("#usage-says", "COUNT of events")
+    assert debugger.text("#chart-top") == debugger.text("#chart-from") == ""
+
+
+@needs_browser
 def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     usage_of_models(debugger, event_name="call", aggregation_type="SUM", property_name="tokens")
     debugger.opens("#sum", "3")
@@ -343,7 +428,7 @@ def test_opening_usage_requests_it_once(debugger: Debugger) -> None:
     assert asked(debugger, "/v1/events/usage") == 2  # in all, and by window
 
 
-WITHOUT_METERS = "import sys, eventstore; eventstore._more_operations = lambda: (); sys.exit(eventstore.main())"
+WITHOUT_METERS = "import sys, eventstore; from eventstore_extras import analytics; analytics.OPERATIONS = (); sys.exit(eventstore.main())"
 
 
 @needs_browser

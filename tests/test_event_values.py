@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import random
+import struct
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,23 @@ import pytest
 
 import eventstore
 from helpers import (
+    DAY_US,
     EVER,
     Json,
+    analytics,
+    at,
     counts,
     event,
     exported,
+    feature_of,
     imported,
+    listed,
+    make,
     make_meter,
+    meter_of,
     metered_usage,
     metering,
+    monitored,
     page,
     refused,
     store,
@@ -32,6 +44,7 @@ from helpers import (
     total,
     usage,
 )
+from oracle import number_text
 
 # ---------------------------------------------------------------------------------------------- repeated keys
 
@@ -143,6 +156,144 @@ def test_a_number_of_many_digits_that_a_double_can_hold_comes_back_as_sent(
 ) -> None:
     send_properties(client, properties)
     assert properties in client.get("/v1/events").text
+
+
+SAME_NUMBERS = {  # text -> spellings of the number
+    "200": ["200", "200.0", "2e2", "20.0E+1", '"200"'],
+    "1": ["1", "1.0", "1e0", "10e-1", '"1"'],
+    "0": ["0", "-0", "-0.0", "0.00", '"0"'],
+    "0.1": ["0.1", "0.10", "1e-1"],
+    "-1000000": ["-1000000", "-1e6", "-1000000.0"],
+    "1e21": ["1e21", "1E+21", "1000000000000000000000.0"],
+    "1e-7": ["1e-7", "0.0000001"],
+    "9007199254740992": ["9007199254740992", "9007199254740993", "9.007199254740993e15"],
+    "[1,0.1]": ["[1,0.1]", "[ 1.0, 0.10 ]", '"[1,0.1]"'],
+    "true": ["true", '"true"'],
+}
+OTHER_NUMBERS = ["true", "0.2", "7", '"other"', "null", "[]", "1e22"]
+NOTES = {"plain": "", "with a backslash": r', "note": "\t"'}
+
+
+@table("note", NOTES.values(), ids=NOTES)
+@table(("text", "raws"), SAME_NUMBERS.items(), ids=SAME_NUMBERS)
+def test_spellings_of_a_number_are_one_value_everywhere(tmp_path: Path, text: str, raws: list[str], note: str) -> None:
+    others, now = [raw for raw in OTHER_NUMBERS if raw not in raws], {"start_time": at(-1), "end_time": at(1)}
+    with metering(tmp_path) as client:
+        for number, raw in enumerate([*raws, *others]):
+            send_properties(client, f'{{"n": {raw}{note}}}', f"evt_{number}")
+        found = page(client, "POST", property_filters={"n": [text]}, order="asc")["events"]
+        assert [stored["id"] for stored in found] == [f"evt_{number}" for number in range(len(raws))]
+        assert all(f'"n": {raw}' in client.get("/v1/events").text for raw in raws)
+        assert monitored(client, **now, property_filters=f"n:{text}")[0] == len(raws) or "," in text
+        of_text: Json = {"filters": {"n": [text, "x"]}, **now}
+        assert usage(client, **of_text)["value"] == len(raws)
+        assert usage(client, "COUNT_UNIQUE", property_name="n", **of_text)["value"] == 1
+        distinct = len({text, *others} - {"null"})
+        assert usage(client, "COUNT_UNIQUE", property_name="n", **now)["value"] == distinct
+        by_day = usage(client, "COUNT_UNIQUE", property_name="n", window_size="DAY", **now)
+        assert [window["value"] for window in by_day["results"]] == [distinct]
+        plain, filtered = make_meter(client), make_meter(client, filters={"n": [text, "x"]})
+        unique = make_meter(client, "COUNT_UNIQUE")
+        assert metered_usage(client, filtered["id"], **now)["value"] == len(raws)
+        assert metered_usage(client, plain["id"], **of_text)["value"] == len(raws)
+        items = analytics(client, group_by=["properties.n"], **now)
+        counted = {item["meter_id"]: item for item in items if item["properties"] == {"n": text}}
+        assert {meter: item["total_usage"] for meter, item in counted.items()} == {
+            plain["id"]: f"{len(raws)}", filtered["id"]: f"{len(raws)}", unique["id"]: "1"}  # fmt: skip
+        only = analytics(client, property_filters={"n": [text]}, **now)
+        assert [item["event_count"] for item in only] == [len(raws)] * 3
+
+
+def test_a_bucketed_maximum_groups_spellings_of_a_number_together(client: httpx.Client) -> None:
+    for number, region in enumerate(["1", "1.0", "1e0", "true", '"true"', '{"a": 1, "b": 2}', '{"b":2.0,"a":1}']):
+        send_properties(client, f'{{"n": {number + 1}, "region": {region}}}', f"evt_{number}")
+    answer = usage(client, "MAX", property_name="n", bucket_size="DAY", group_by=["properties.region"], end_time=at(1))
+    assert answer["value"] == 3 + 5 + 7
+
+
+def test_the_text_of_a_number_is_the_shortest_one_of_its_float(choose: random.Random) -> None:
+    floats = [struct.unpack("d", choose.randbytes(8))[0] for _ in range(2000)]
+    floats += [choose.random() * 10 ** choose.randint(-9, 24) for _ in range(2000)]
+    floats += [float(choose.getrandbits(choose.randint(1, 70))) for _ in range(2000)]
+    for number in filter(math.isfinite, floats):
+        text = eventstore.value_text(json.dumps(number))
+        assert text == number_text(number)
+        assert float(text) == number
+
+
+# ---------------------------------------------------------------------------------------------- the zero time
+
+ZERO_TIMES = [
+    "0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z", "0001-01-01t00:00:00.000000000z", "0001-01-01T00:00:00+00:00",
+    "0001-01-01T05:30:00+05:30", "0000-12-31T19:00:00-05:00",
+]  # fmt: skip
+SUM = {"event_name": "call", "aggregation_type": "SUM", "property_name": "n"}
+TAKING_TIMES: dict[str, tuple[str, str, Json]] = {
+    "GET list": ("GET", "/v1/events", {"count_total": "true"}),
+    "POST query": ("POST", "/v1/events/query", {}),
+    "lookup": ("GET", "/v1/events/lookup", {"id": "old"}),
+    "lookup by path": ("GET", "/v1/events/old", {}),
+    "monitoring": ("GET", "/v1/events/monitoring", {}),
+    "monitoring by hour": ("GET", "/v1/events/monitoring", {"window_size": "HOUR"}),
+    "usage": ("POST", "/v1/events/usage", SUM),
+    "usage by day": ("POST", "/v1/events/usage", SUM | {"window_size": "DAY", "timezone": "Europe/Berlin"}),
+    "usage by bucket": ("POST", "/v1/events/usage", SUM | {"bucket_size": "MINUTE"}),
+    "usage of a meter": ("POST", "/v1/events/usage/meter", {"window_size": "WEEK"}),
+    "analytics": ("POST", "/v1/events/analytics", {}),
+    "analytics by week": ("POST", "/v1/events/analytics", {"window_size": "WEEK", "group_by": ["properties.n"]}),
+    "GET meters": ("GET", "/v1/meters", {}),
+    "GET features": ("GET", "/v1/features", {}),
+    "POST features": ("POST", "/v1/features/search", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def with_meters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client of an application with two meters, one of them in weekly buckets, a feature and three events."""
+    with metering(tmp_path_factory.mktemp("meters")) as client:
+        make_meter(client, "SUM", field="n")
+        make_meter(client, "MAX", field="n", bucket_size="WEEK")
+        make(client, "features", feature_of("Calls", meter=meter_of("COUNT")))
+        old = event("old", timestamp="2001-01-01T00:00:00Z", properties={"n": 100})
+        store(
+            client, old, event("week", timestamp=at(-5 * DAY_US), properties={"n": 2}), event("now", timestamp=at(-1))
+        )
+        yield client
+
+
+@table(("method", "path", "query"), TAKING_TIMES.values(), ids=TAKING_TIMES)
+def test_the_zero_time_counts_as_absent(with_meters: httpx.Client, method: str, path: str, query: Json) -> None:
+    if path.endswith("/usage/meter"):
+        query = query | {"meter_id": listed(with_meters)[-1]["id"]}
+
+    def answer(more: Json) -> Json:
+        sent: Any = {"params": query | more} if method == "GET" else {"json": query | more}
+        response = with_meters.request(method, path, **sent)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    without_times = answer({})
+    for fields, zero in itertools.product((["start_time"], ["end_time"], ["start_time", "end_time"]), ZERO_TIMES):
+        assert answer(dict.fromkeys(fields, zero)) == without_times, (fields, zero)
+
+
+def test_a_zero_billing_anchor_counts_as_absent(with_meters: httpx.Client) -> None:
+    for zero in ZERO_TIMES:
+        query = {"window_size": "MONTH", "start_time": "2000-12-01T00:00:00Z", "billing_anchor": zero}
+        answer = with_meters.post("/v1/events/usage", json=SUM | query).json()
+        assert answer["results"][0]["window_size"] == "2001-01-01T00:00:00Z"
+
+
+def test_a_zero_time_in_a_flag_counts_as_absent(tmp_path: Path) -> None:
+    with metering(tmp_path) as client:
+        store(client, event("old", timestamp="0001-01-01T00:00:00.000001Z"), event("now"))
+    for flags in ([], ["--start-time", ZERO_TIMES[0]], ["--start-time", ZERO_TIMES[-1], "--end-time", ZERO_TIMES[1]]):
+        assert len(exported(tmp_path, *flags).splitlines()) == 2
+
+
+@table("size", [None, "MINUTE", "DAY", "WEEK", "MONTH"])
+def test_analytics_over_the_first_microsecond_is_empty(with_meters: httpx.Client, size: str | None) -> None:
+    assert analytics(with_meters, start_time=eventstore.EARLIEST, end_time=eventstore.EARLIEST, window_size=size) == []
 
 
 # ---------------------------------------------------------------------------------------------- lengths

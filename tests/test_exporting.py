@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from helpers import (
     EVER,
     NASTY_PROPERTIES,
     NASTY_TEXTS,
+    ROOT,
     SCRIPT,
     at,
     command_line,
@@ -28,14 +30,17 @@ from helpers import (
     exported,
     ids,
     imported,
+    is_root,
     lines_of,
     nasty_folder,
+    python,
     run,
     serving,
     sizes_in,
     store,
     stored_ids,
     table,
+    write_lock,
 )
 
 # ---------------------------------------------------------------------------------------------- formats
@@ -68,11 +73,16 @@ def test_ndjson_loses_nothing_through_csv_or_the_bulk_endpoint(tmp_path: Path) -
     assert exported(tmp_path / "bulk") == lines
 
 
-def test_export_writes_rows_for_flexprices_own_table(tmp_path: Path) -> None:
+ENVIRONMENT_ID = "6f1c2a90-5a58-4a50-9d5e-2f4be0a0f5a1"
+
+
+@table("environment_id", [ENVIRONMENT_ID, "env_01K8ZC3V9GQ4R5S6T7V8W9X0Y1"])
+def test_export_writes_rows_for_flexprices_own_table(tmp_path: Path, environment_id: str) -> None:
     with serving(tmp_path) as client:
         store(client, event("a", source="s", timestamp="2026-08-06T12:23:31.987654+05:30", properties={"n": "\u00e9"}))
-    assert json.loads(exported(tmp_path, "--tenant-id", "tenant_1", form="clickhouse")) == {
-        "id": "a", "tenant_id": "tenant_1", "environment_id": "development", "external_customer_id": "cust",
+    flags = ("--tenant-id", "tenant_1", "--environment-id", environment_id)
+    assert json.loads(exported(tmp_path, *flags, form="clickhouse")) == {
+        "id": "a", "tenant_id": "tenant_1", "environment_id": environment_id, "external_customer_id": "cust",
         "event_name": "call", "customer_id": "", "source": "s", "timestamp": "2026-08-06 06:53:31.987",
         "ingested_at": "2025-10-15 11:38:47.962", "properties": '{"n":"\u00e9"}'}  # fmt: skip
 
@@ -169,6 +179,15 @@ def test_a_closed_standard_output_is_named(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "eventstore: standard output is closed: name a file with --output\n")
 
 
+@table("name", ["production", "6f1c2a90", "env_production", ""])
+def test_an_environment_name_is_refused_as_its_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line("export", "--format", "clickhouse", "--tenant-id", "t", "--environment-id", name)
+    assert f"not the environment's name; got {name!r}" in capsys.readouterr().err
+
+
 CANNOT_START = [  # arguments, what the message names
     ("export --db missing.db", "missing.db"),
     ("export --start-time yesterday", "--start-time must be RFC 3339"),
@@ -177,8 +196,12 @@ CANNOT_START = [  # arguments, what the message names
         '--end-time is "2026-01-01T00:00:00Z", before --start-time "2026-01-02T00:00:00Z"',
     ),
     ("export --property-filters x", "--property-filters must look like"),
-    ("export --format clickhouse", "--tenant-id"),
-    ("export --tenant-id t", "--tenant-id goes with --format clickhouse"),
+    ("export --format clickhouse", "--format clickhouse needs --tenant-id and --environment-id"),
+    ("export --format clickhouse --tenant-id t", "SELECT tenant_id, id AS environment_id, name FROM environments"),
+    (f"export --format clickhouse --environment-id {ENVIRONMENT_ID}", "needs --tenant-id"),
+    ("export --tenant-id t", "go with --format clickhouse"),
+    (f"export --environment-id {ENVIRONMENT_ID}", "go with --format clickhouse"),
+    ("export -o link", "--output link is a link: name the file itself"),
     ("export -o events.db", "events.db is the database"),
     ("export -o folder", "folder"),
     ("export -o missing/out", "missing does not exist"),
@@ -191,6 +214,7 @@ def test_an_export_that_cannot_start_says_why_in_one_line_and_changes_nothing(
 ) -> None:
     imported(tmp_path, lines_of(event("a")))
     (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("in")
     before = sizes_in(tmp_path)
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -199,3 +223,114 @@ def test_an_export_that_cannot_start_says_why_in_one_line_and_changes_nothing(
     assert (output, re.fullmatch(r"eventstore: .+\n", message) is not None) == ("", True), message
     assert part in message
     assert sizes_in(tmp_path) == before
+
+
+# ---------------------------------------------------------------------------------------------- a database that only is read
+
+READING = ("export", "prune --before 2026-01-01T00:00:00Z --dry-run", "replay --to http://127.0.0.1:9 --dry-run",
+           "import in --dry-run")  # fmt: skip
+has_unshare = shutil.which("unshare") is not None and run("unshare", "-rm", "true").returncode == 0
+read_only_mount = pytest.mark.skipif(not has_unshare, reason="needs a mount namespace (unshare -rm)")
+
+
+def on_a_read_only_disk(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder which it sees as a read-only file system."""
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
+    return run("unshare", "-rm", "sh", "-c", mount, folder, *command, stdin=subprocess.DEVNULL)
+
+
+def killed(folder: Path, *events: Any) -> Path:
+    """Leave a database as a killed server does: some events are only in the -wal."""
+    code = """if True:
+        import os, sys, eventstore
+        from helpers import serving, store
+        from pathlib import Path
+        with serving(Path(sys.argv[1])) as client:
+            store(client, *eventstore.json.loads(sys.argv[2]))
+            os._exit(0)
+    """
+    done = python(f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n{code}", folder, json.dumps(events))
+    assert done.returncode == 0, done.stderr
+    assert sizes_in(folder)["events.db-wal"] > 0
+    return folder
+
+
+@pytest.mark.slow
+@read_only_mount
+@table("command", READING)
+def test_reading_commands_work_on_a_read_only_disk(tmp_path: Path, command: str) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    before = sizes_in(tmp_path)
+    done = on_a_read_only_disk(tmp_path, *SCRIPT, *command.split())
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert ('"event_id":"a"' in done.stdout) is (command == "export")
+    assert sizes_in(tmp_path) == before
+
+
+@pytest.mark.slow
+@read_only_mount
+def test_a_log_on_a_read_only_disk_is_read_or_the_command_refuses(tmp_path: Path) -> None:
+    killed(tmp_path, event("a"))
+    done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+    assert (done.returncode, '"event_id":"a"' in done.stdout) == (0, True), done.stderr
+    (tmp_path / "events.db-shm").unlink()
+    for log in ("events.db-wal", "events.db-journal"):
+        (tmp_path / "events.db-wal").rename(tmp_path / log)
+        done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(rf"eventstore: cannot read \S+/events\.db: \S+/{log} belongs to it, and cannot be read where "
+                            r"nothing can be written; copy both to a folder that you can write to\n", done.stderr)  # fmt: skip
+        (tmp_path / log).rename(tmp_path / "events.db-wal")
+    (tmp_path / "events.db-wal").write_bytes(b"")  # holds nothing
+    done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+    assert (done.returncode, "events" in done.stderr) == (0, True), done.stderr
+
+
+@pytest.mark.slow
+@read_only_mount
+def test_the_newest_events_are_read_through_a_read_only_mount(tmp_path: Path) -> None:
+    with serving(tmp_path) as client:
+        for name in ("a", "b"):
+            store(client, event(name))
+            assert f'"event_id":"{name}"' in on_a_read_only_disk(tmp_path, *SCRIPT, "export").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_root or not shutil.which("setpriv"), reason="needs root, and setpriv to become another user")
+def test_a_read_only_copy_is_exported_and_gets_no_neighbours(tmp_path: Path) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    (tmp_path / "events.db").chmod(0o444)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eventstore; sys.exit(eventstore.main(sys.argv[1:]))"
+    ids = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
+    done = run(*ids, sys.executable, "-c", code, "export", "--db", tmp_path / "events.db")
+    assert (done.returncode, '"event_id":"a"' in done.stdout) == (0, True), done.stderr
+    (tmp_path / "events.db").chmod(0o600)
+    done = run(*ids, sys.executable, "-c", code, "export", "--db", tmp_path / "events.db")
+    assert (done.returncode, "cannot read the database" in done.stderr) == (2, True), done.stderr
+    assert sorted(sizes_in(tmp_path)) == ["events.db", "in"]
+
+
+@table("command", READING)
+def test_reading_commands_do_not_wait_for_the_write_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    with database(tmp_path, isolation_level=None) as conn:  # no -wal and -shm yet
+        conn.execute("PRAGMA journal_mode = DELETE")
+    with write_lock(tmp_path):
+        assert command_line(*command.split()) == 0
+    with serving(tmp_path), write_lock(tmp_path):
+        assert command_line(*command.split()) == 0
+    assert "cannot" not in capsys.readouterr().err
+
+
+def test_an_empty_database_is_refused_and_stays_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "events.db").touch()
+    assert command_line("export", "--db", tmp_path / "events.db") == 2
+    assert f"eventstore: the database {tmp_path}/events.db is empty: " in capsys.readouterr().err
+    assert sizes_in(tmp_path) == {"events.db": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import gzip
 import itertools
 import json
 import re
@@ -12,7 +13,9 @@ import socket
 import struct
 import sys
 import time
+import urllib.parse
 import weakref
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,9 +39,11 @@ from helpers import (
     counts,
     event,
     eventually,
+    metering,
     posting,
     refused,
     run,
+    serving,
     store,
     stores_nothing,
     table,
@@ -561,3 +566,226 @@ def test_a_lost_connection_leaves_no_timer_behind() -> None:
         return len(made)
 
     assert asyncio.run(probe()) == 0
+
+
+# ---------------------------------------------------------------------------------------------- headers of every answer
+
+CORS = {
+    "access-control-allow-origin": "*", "access-control-allow-headers": "*", "access-control-max-age": "86400",
+    "access-control-allow-methods": "GET, POST, PUT, DELETE, OPTIONS",
+}  # fmt: skip
+ULID = "[0-7][0-9A-HJKMNP-TV-Z]{25}"
+
+
+def has_common_headers(answer: httpx.Response) -> bool:
+    names = [name for name, _ in answer.headers.multi_items()]
+    assert len(names) == len({*names}), "a header is sent twice"
+    assert {name: answer.headers.get(name) for name in CORS} == CORS
+    return bool(re.fullmatch(ULID, answer.headers["x-request-id"]))
+
+
+def test_every_answer_has_the_headers_for_cors_and_a_request_id(live: Live) -> None:
+    for request, status in [*on_each_route(), *on_each_route(chunked=True)]:
+        (answer,) = answers_to(live, request, shut_down=True)
+        assert answer.status_code == status
+        assert has_common_headers(answer)
+    for sent, status in (
+        (b"garbage\r\n\r\n", 400), (request_bytes("PUT", "/v1/events"), 405), (request_bytes("HEAD", "/v1/events"), 200),
+        (request_bytes("GET", "/"), 200), (request_bytes("GET", "/openapi.json"), 200),
+        (request_bytes("POST", "/v1/events", b"{"), 400), (request_bytes("GET", "/v1/events/none"), 404),
+        (LONG_HEADS["URL"][0].encode(), 414), (LONG_HEADS["one header"][0].encode(), 431),
+    ):  # fmt: skip
+        with live.connect() as sock:
+            sock.sendall(sent)
+            head = sock.recv(65_536).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+        status_line, *lines = head.decode().split("\r\n")
+        pairs = [line.partition(": ") for line in lines if line]
+        answer = httpx.Response(int(status_line.split()[1]), headers=[(name, value) for name, _, value in pairs])
+        assert answer.status_code == status
+        assert has_common_headers(answer)
+
+
+def test_a_refusal_by_a_rate_limit_and_an_internal_error_have_the_common_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, rate_limits={"/v1/events": 1}) as client:
+        answers = [client.post("/v1/events", json=event()) for _ in range(2)]
+        monkeypatch.setattr(client.app.state.service, "view", None)  # type: ignore[attr-defined]
+        answers.append(client.get("/v1/events"))
+    assert statuses(answers) == [202, 429, 500]
+    assert all(map(has_common_headers, answers))
+    assert len({answer.headers["x-request-id"] for answer in answers}) == 3
+
+
+@table(
+    "path", ["/v1/events", "/v1/events/bulk", "/", "/health", "/nowhere", "/v1/events/a%0Ab", "*", "//", "/v1/events/"]
+)
+@table("key", ["", "wrong", KEY])
+def test_a_preflight_is_answered_on_any_path_without_a_key(live: Live, path: str, key: str) -> None:
+    headers = "Origin: http://localhost:3000\r\nAccess-Control-Request-Method: POST\r\n" \
+              "Access-Control-Request-Headers: x-api-key,content-type\r\n"  # fmt: skip
+    (answer,) = answers_to(live, request_bytes("OPTIONS", path, headers=headers, key=key), shut_down=True)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert has_common_headers(answer)
+
+
+def test_the_page_keeps_its_own_protections(live: Live) -> None:
+    with live.client() as client:
+        headers = client.get("/").headers
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert (headers["x-frame-options"], headers["x-content-type-options"]) == ("DENY", "nosniff")
+
+
+SENT_IDS = ["a", "x" * 128, "7f9c 2b1e", "!~", 'say "hi"', "01K7KTMS8T63FH1CFJ2NHKT6X7"]
+OTHER_IDS = ["", "x" * 129, "é", "a\tb", "\x7f", "\u202e"]
+
+
+@table("sent", SENT_IDS + OTHER_IDS)
+def test_a_request_id_is_echoed_if_it_is_short_printable_ascii_and_made_otherwise(live: Live, sent: str) -> None:
+    request = request_bytes("GET", "/nowhere").replace(
+        b"Host", b"X-Request-ID: %b\r\nHost" % sent.encode("latin-1", "ignore")
+    )
+    if sent == "\u202e":
+        request = request_bytes("GET", "/nowhere").replace(b"Host", b"X-Request-ID: \xe2\x80\xae\r\nHost")
+    (answer,) = answers_to(live, request, shut_down=True)
+    answered = answer.headers["x-request-id"]
+    assert answered == sent if sent in SENT_IDS else re.fullmatch(ULID, answered)
+    eventually(lambda: json.dumps(answered)[1:-1] in live.log)
+
+
+def test_each_log_line_about_a_request_has_its_id(live: Live) -> None:
+    sent = {f"id-{number}": request for number, request in enumerate([
+        request_bytes("POST", "/v1/events", b"{"), request_bytes("GET", "/v1/events", key="wrong"),
+        request_bytes("GET", "/nowhere"), request_bytes("GET", "/v1/events?event_nam=1"),
+        request_bytes("POST", "/v1/events", b"{}" * 10)[:-5],
+    ])}  # fmt: skip
+    before = len(live.log)
+    for request_id, request in sent.items():
+        answers_to(live, request.replace(b"Host", b"X-Request-ID: %b\r\nHost" % request_id.encode()), shut_down=True)
+    eventually(lambda: all(request_id in live.log for request_id in sent))
+    lines = [line for line in live.log[before:].splitlines() if "WARNING" in line]
+    assert len(lines) >= len(sent)
+    assert all(sum(line.count(request_id) for request_id in sent) == 1 for line in lines), lines
+
+
+# ---------------------------------------------------------------------------------------------- paths
+
+
+@table("slash", ["/", "%2F"])
+def test_a_slash_at_the_end_of_a_fixed_path_is_accepted_without_a_redirect(tmp_path: Path, slash: str) -> None:
+    with metering(tmp_path, rate_limits={"/v1/events": 2}) as client:
+        for answer in (
+            client.post(f"/v1/events{slash}", json=event("a")), client.post(f"/v1/events/bulk{slash}", json={"events": [event("b")]}),
+            client.get(f"/v1/events{slash}?page_size=1"), client.post(f"/v1/events/query{slash}", json={}),
+            client.get(f"/v1/events/monitoring{slash}"), client.get(f"/v1/events/lookup{slash}?id=a"),
+            client.get(f"/health{slash}"), client.get(f"/v1/meters{slash}"), client.head(f"/v1/events{slash}"),
+        ):  # fmt: skip
+            assert answer.status_code in (200, 202), (answer.url, answer.text)
+        limits = client.post(f"/v1/events{slash}", json=event("c")).headers
+        assert limits["x-ratelimit-remaining"] == "0"
+        refused(client.post(f"/v1/events{slash}", json=event("d")), 429, "too_many_requests")
+
+
+def test_a_slash_at_the_end_of_an_id_belongs_to_the_id(client: httpx.Client) -> None:
+    store(client, event("a/"), event("bulk/"), event("a"))
+    for event_id in ("a/", "bulk/", "a"):
+        assert client.get(f"/v1/events/{event_id}").json()["event"]["id"] == event_id
+    refused(client.post("/v1/events//"), 404, "not_found")
+    refused(client.put("/v1/events/"), 405, "method_not_allowed")
+
+
+@table("path", ["/v1/events%0A", "/v1/events/bulk%0A", "/v1/events%0D", "/v1/events/query%0A", "/v1/meters%0A", "/health%0A",
+                "/v1/meters/a/disable%0A", "/%0A", "/v1/events%0A/", "/v1//events", "/V1/events", "/v1/events;a"])  # fmt: skip
+def test_a_path_matches_as_a_whole(tmp_path: Path, path: str) -> None:
+    with (
+        metering(tmp_path, rate_limits={"/v1/events": 1000, "/v1/events/bulk": 1000}) as client,
+        stores_nothing(client),
+    ):
+        for body in (event(), {"events": [event()]}):
+            answer = client.post(path, json=body)
+            refused(answer, 404, "not_found")
+            assert "x-ratelimit-limit" not in answer.headers
+
+
+# ---------------------------------------------------------------------------------------------- what a caller sent, escaped
+
+NASTY = {
+    "line break": "a\nFORGED LINE", "carriage return": "a\rb", "escape": "\x1b[2J", "C1": "\x9b31m\x85", "delete": "\x7f",
+    "override": "\u202egnp.exe\u202c", "isolates": "\u2066\u2067\u2068\u2069", "marks": "\u200e\u200f\u061c", "NUL": "\x00",
+    "separators": "\u2028\u2029", "zero width": "\u200b\u200c\u200d\u2060", "BOM": "\ufeff", "tags": "\U000e0041", "soft hyphen": "\xad",
+}  # fmt: skip
+
+
+@table("text", NASTY.values(), ids=NASTY)
+def test_what_a_caller_sent_is_escaped_in_messages_and_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    escaped = urllib.parse.quote(text, safe="")
+    with metering(tmp_path) as client:
+        for answer in (
+            client.get(f"/v1/events?{escaped}=1&{escaped}=2"), client.get(f"/v1/events?order={escaped}"),
+            client.get(f"/v1/{escaped}"), client.get(f"/v1/events/{escaped}"), client.get(f"/v1/events?property_filters={escaped}"),
+            client.post("/v1/events", json={text: 1}), client.post("/v1/events", json=event(timestamp=text)),
+            client.post("/v1/events", json=event(source={text: text})), client.post("/v1/events", json=text),
+            client.post("/v1/events", json=event(properties=text)), client.post(f"/v1/events/{escaped}", json={}),
+            client.post("/v1/events/bulk", json={"events": [event(text, timestamp=text) | {text: 1}]}),
+            client.post("/v1/events/bulk", json={"events": text}), client.post("/v1/events/query", json={"order": text, text: 1}),
+            client.post("/v1/events/usage", json={"event_name": "e", "aggregation_type": text, "timezone": text}),
+            client.post("/v1/events/analytics", json={"group_by": [text]}), client.get(f"/v1/meters?sort={escaped}"),
+            client.post("/v1/meters", json={"name": text, "aggregation": {"type": text, text: 1, "multiplier": text}}),
+            client.post("/v1/features", json={"name": "n", "type": text, "meter_id": text, "meter": {text: text}}),
+            client.post("/v1/features/search", json={"sort": [{"field": text}], "status": text}), client.get(f"/v1/meters/{escaped}"),
+            client.get("/v1/events", headers={"x-request-id": text.encode(), "x-api-key": text.encode()}),
+            client.post("/v1/events", content=b"x", headers={"content-encoding": text.encode()}),
+        ):  # fmt: skip
+            assert answer.status_code >= 400
+            body = answer.json()
+            assert body["message"].isprintable(), body["message"]
+            assert all(
+                fault["message"].isprintable() and fault["field"].isprintable()
+                for fault in body["details"].get("errors", [])
+            )
+            assert all(value.isprintable() for value in answer.headers.values())
+    assert len(caplog.records) > 20
+    assert [record.getMessage() for record in caplog.records if not record.getMessage().isprintable()] == []
+
+
+def test_printable_text_is_echoed_as_it_is(client: httpx.Client) -> None:
+    refused(client.get("/v1/events?order=größer 世 😀"), part='got "größer 世 😀"')
+    refused(client.post("/v1/events", json=event(timestamp='a "b" \\')), part=r'got "a \"b\" \\"')
+
+
+# ---------------------------------------------------------------------------------------------- encodings of a body
+
+JSON_BODY = json.dumps(event(source="größe" * 20)).encode()
+ENCODED: dict[str, tuple[bytes, str, str]] = {
+    "gzip": (gzip.compress(JSON_BODY), "gzip", "Content-Encoding: gzip"),
+    "gzip without the header": (gzip.compress(JSON_BODY), "", "Content-Encoding: gzip"),
+    "deflate": (zlib.compress(JSON_BODY), "deflate", "Content-Encoding: deflate"),
+    "deflate without the header": (zlib.compress(JSON_BODY), "", "Content-Encoding: deflate"),
+    "raw deflate": (zlib.compress(JSON_BODY)[2:-4], "deflate", "Content-Encoding: deflate"),
+    "br": (b"\x1b\x1a\x00\xf8\x8d", "br", "Content-Encoding: br"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x04\x58", "zstd", "Content-Encoding: zstd"),
+    "zstd without the header": (b"\x28\xb5\x2f\xfd\x04\x58", "", "Content-Encoding: zstd"),
+    "two encodings": (gzip.compress(gzip.compress(JSON_BODY)), "gzip, gzip", "Content-Encoding: gzip, gzip"),
+    "BOM": (b"\xef\xbb\xbf" + JSON_BODY, "", "byte order mark"),
+    "UTF-16": (JSON_BODY.decode().encode("utf-16"), "", "UTF-16"),
+    "UTF-16 big-endian": (JSON_BODY.decode().encode("utf-16-be"), "", "UTF-16"),
+    "UTF-16 little-endian": (JSON_BODY.decode().encode("utf-16-le"), "", "UTF-16"),
+    "UTF-32": (JSON_BODY.decode().encode("utf-32"), "", "UTF-32"),
+    "percent-encoded": (urllib.parse.quote(JSON_BODY).encode(), "", "percent-encoded"),
+}  # fmt: skip
+
+
+@table("name", ENCODED)
+@table("path", ["/v1/events", "/v1/events/bulk", "/v1/events/query", "/v1/events/usage"])
+def test_a_body_in_another_encoding_is_named_for_what_it_is(shared: httpx.Client, path: str, name: str) -> None:
+    body, encoding, part = ENCODED[name]
+    with stores_nothing(shared):
+        refused(shared.post(path, content=body, headers={"content-encoding": encoding} if encoding else {}), part=part)
+
+
+@table("encoding", ["gzip", "identity", "", "br"])
+def test_a_plain_body_is_accepted_whatever_its_content_encoding_says(client: httpx.Client, encoding: str) -> None:
+    for body in (JSON_BODY, b" \n" + JSON_BODY):
+        assert client.post("/v1/events", content=body, headers={"content-encoding": encoding}).status_code == 202

@@ -1,4 +1,4 @@
-"""What a request says in vain: X-Ignored names it, `--strict` refuses it. Names of fields in another case count."""
+"""Ignored fields and parameters: X-Ignored lists them, `--strict` refuses them. Field names may be in any case."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_strict_server_refuses_what_another_one_ignores(
     strict: httpx.Client, method: str, path: str, body: Json, names: list[str]
 ) -> None:
     response = strict.request(method, path, json=body or None)
-    if path.startswith("/health"):  # a load balancer may add a parameter of its own
+    if path.startswith("/health"):  # a load balancer may add parameters
         assert response.status_code == 200
         return
     found = {fault["field"]: fault["message"] for fault in refused(response)["errors"]}

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from eventstore import ApiError
-from eventstore_extras.mock import MockServer, running_server
+from eventstore import EVENT_FILTERS, ApiError, Settings
+from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
+from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
     BODY,
     DAY_US,
@@ -30,6 +31,7 @@ from helpers import (
     counts,
     event,
     eventually,
+    feature_of,
     posting,
     python,
     refused,
@@ -41,8 +43,6 @@ from helpers import (
 
 if TYPE_CHECKING:
     from flexprice.utils import RetryConfig
-
-pytest_plugins = "pytester"
 
 # ---------------------------------------------------------------------------------------------- running_server
 
@@ -164,10 +164,46 @@ def test_events_rejects_bad_filters(
         mock.events(**filters)
 
 
-def test_fail_rejects_an_unknown_field(mock: MockServer) -> None:
-    with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, path, times, "):
-        mock.fail(status=500, tmies=3)
+def test_a_misspelt_keyword_is_an_error_at_run_time_and_for_mypy(mock: MockServer) -> None:
+    """mypy checks this file: it reports an unused `type: ignore`, so each of these lines is an error for it."""
+    with pytest.raises(TypeError, match=r"fail\(\) does not take tmies; it takes method, .* did you mean times\?"):
+        mock.fail(status=500, tmies=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"fail\(\) does not take statsu; .* did you mean status\?"):
+        mock.fail(statsu=500)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"events\(\) has no filter page_sise: it takes external_customer_id, "):
+        mock.events(page_sise=1)  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"externalCustomerId, sorce: it takes .* did you mean external_customer_id and s"
+    ):
+        mock.events(externalCustomerId="c", sorce="s")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="does not take nope; it takes"), running_server(nope=4):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(TypeError, match="mean allowed_hosts"), running_server(allow_hosts=["x"]):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(TypeError, match="mean visibility_lag_ms"), running_server(visibilityLagMs=1):  # type: ignore[call-arg]
+        pass
+    with pytest.raises(ApiError):
+        mock.fail(status="500")  # type: ignore[arg-type]
+    with pytest.raises(ApiError):
+        mock.events(source=5)  # type: ignore[arg-type]
     assert mock.faults() == []
+
+
+def test_the_keywords_for_type_checkers_are_the_fields_that_exist() -> None:
+    assert set(FaultFields.__annotations__) == set(InjectedFault.__struct_fields__) == set(FIELDS)
+    assert set(EventFilters.__annotations__) == set(EVENT_FILTERS)
+    assert set(SettingsFields.__annotations__) == set(Settings.__struct_fields__) - {"api_keys"}
+
+
+def test_a_strict_server_refuses_what_others_ignore(mock: MockServer, caller: httpx.Client) -> None:
+    assert send(caller, sorce="web").status_code == 202
+    assert [request.ignored for request in mock.requests()] == [["sorce"]]
+    assert mock.ignored_names() == ['POST /v1/events ignored "sorce"']
+    assert mock.ignored_names() == []
+    with running_server(strict=True) as strict, calling(strict) as client:
+        refused(send(client, sorce="web"), part="sorce")
+        refused(client.get("/events", params={"sorce": "web"}), part="sorce")
+        assert strict.events() == []
 
 
 def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client) -> None:
@@ -176,6 +212,48 @@ def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client)
     mock.reset()
     assert (mock.events(), mock.faults()) == ([], [])
     assert counts(send(caller)) == (1, 0)
+
+
+def test_with_a_clock_that_stands_still_the_event_just_sent_counts_everywhere() -> None:
+    with running_server(clock=lambda: NOW) as server, calling(server) as client:
+        feature = client.post("/features", json=feature_of()).json()
+        assert send(client).status_code == 202
+        assert client.post("/events/", json=event("evt_2")).status_code == 202
+        assert {stored["timestamp"] for stored in server.events()} == {"2025-10-15T11:38:47.962Z"}
+        count = {"event_name": "call", "aggregation_type": "COUNT"}
+        assert client.post("/events/usage", json=count).json()["value"] == 2
+        (window,) = client.post("/events/usage", json=count | {"window_size": "HOUR"}).json()["results"]
+        assert window["value"] == 2
+        for size in ({}, {"window_size": "HOUR"}):
+            assert client.get("/events/monitoring", params=size).json()["total_count"] == 2
+            (item,) = client.post("/events/analytics", json={"external_customer_id": "cust", **size}).json()["items"]
+            assert (item["total_usage"], item["event_count"]) == ("2", 2)
+        usage = client.post("/events/usage/meter", json={"meter_id": feature["meter_id"]}).json()
+        assert usage["value"] == 2
+        assert len(client.get("/events").json()["events"]) == 2
+        assert client.get(f"/meters/{feature['meter_id']}").json()["created_at"] == "2025-10-15T11:38:47.962Z"
+
+
+def test_a_server_can_be_unreachable_for_a_while_and_keeps_its_events() -> None:
+    with running_server() as server, calling(server) as client:
+        assert send(client).status_code == 202
+        for _ in range(3):
+            server.refuse_connections()
+            server.refuse_connections()
+            for _ in range(2):
+                with pytest.raises(httpx.ConnectError, match="refused"):
+                    send(client)
+            server.accept_connections()
+            server.accept_connections()
+            assert counts(send(client)) == (0, 1)
+        assert ids_in(server) == ["evt_1"]
+
+
+def test_while_a_server_is_unreachable_no_other_program_gets_its_port() -> None:
+    with running_server() as server:
+        server.refuse_connections()
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", httpx.URL(server.url).port))
 
 
 # ---------------------------------------------------------------------------------------------- faults
@@ -387,7 +465,7 @@ def test_serve_mock_opens_the_routes_and_keeps_the_event_count_right(tmp_path: P
         assert "events.db (1 event)" in live.banner
 
 
-# ---------------------------------------------------------------------------------------------- the fixture, the SDK
+# ---------------------------------------------------------------------------------------------- its process
 
 
 def test_the_server_does_not_import_pytest() -> None:
@@ -405,201 +483,48 @@ def test_a_server_whose_block_never_ends_stops_with_the_process_and_leaves_no_fi
     assert list(tmp_path.iterdir()) == []
 
 
-def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
-    return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
+FORKS = {  # what the child does
+    "sys.exit": "sys.exit(0)",
+    "os._exit": "os._exit(0)",
+    "raises": "1 / 0",
+    "leaves the block": "return",
+    "collects garbage": "del server; gc.collect(); os._exit(0)",
+    "stops it": "server.refuse_connections(); server.accept_connections(); running.close(); sys.exit(0)",
+}
 
 
-@pytest.mark.slow
-def test_the_fixture_is_an_empty_server_that_the_application_finds(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import os, urllib.request
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@table("child", FORKS.values(), ids=FORKS)
+def test_a_forked_child_neither_stops_the_server_nor_removes_its_database(tmp_path: Path, child: str) -> None:
+    code = f"""if True:
+        import contextlib, gc, os, sys, tempfile, urllib.request
+        from eventstore_extras.mock import running_server
 
-        import pytest
+        def send(server):
+            body = b'{{"event_name": "call", "external_customer_id": "cust"}}'
+            headers = {{"x-api-key": server.api_key}}
+            urllib.request.urlopen(urllib.request.Request(server.url + "/events", body, headers))
 
-        def application_code(event_id):
-            body = ('{"event_name": "call", "external_customer_id": "cust", "event_id": "%s"}' % event_id).encode()
-            headers = {"x-api-key": os.environ["FLEXPRICE_API_KEY"]}
-            urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
+        def run():
+            with contextlib.ExitStack() as running:
+                server = running.enter_context(running_server())
+                send(server)
+                child = os.fork()
+                if child == 0:
+                    {child}
+                os.waitpid(child, 0)
+                send(server)
+                print(len(server.events()), len(server.requests()))
 
-        servers = []
-
-        @pytest.mark.parametrize("event_id", ["one", "two"])
-        def test_each_starts_empty(flexprice, event_id):
-            assert flexprice.events() == flexprice.faults() == []
-            application_code(event_id)
-            assert [event["id"] for event in flexprice.events()] == [event_id]
-            flexprice.fail(status=500)
-            assert len(flexprice.faults()) == 1
-            flexprice.reset()
-            flexprice.fail(delay_ms=1, times=2)
-            application_code(event_id)
-            servers.append(flexprice.url)
-
-        def test_there_is_one_server_for_the_run(flexprice):
-            assert set(servers) == {flexprice.url}
-        """
-    )
-    run_tests(pytester, "-W", "error").assert_outcomes(passed=3)
+        tempfile.tempdir = sys.argv[1]
+        run()
+    """
+    done = python(code, tmp_path)
+    assert (done.returncode, done.stdout) == (0, "2 2\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
-MODULE_LEVEL_CLIENT = """
-import os, urllib.request
-
-HOST = os.environ.get("FLEXPRICE_API_HOST", "https://us.api.flexprice.io/v1")  # as an application reads it at import
-KEY = os.environ.get("FLEXPRICE_API_KEY", "a real key")
-
-def send():
-    body = b'{"event_name": "call", "external_customer_id": "cust"}'
-    return urllib.request.urlopen(urllib.request.Request(HOST + "/events", body, {"x-api-key": KEY}), timeout=5)
-"""
-
-
-@pytest.mark.slow
-def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makeconftest("import application")
-    pytester.makepyfile(
-        """
-        import time, urllib.error
-
-        import pytest
-        import application
-
-        def test_without_the_fixture_is_refused_at_once():
-            start = time.monotonic()
-            with pytest.raises(urllib.error.URLError, match="refused"):
-                application.send()
-            assert time.monotonic() - start < 2
-
-        def test_with_the_fixture_finds_its_event(flexprice):
-            application.send()
-            assert len(flexprice.events()) == 1 and application.HOST == flexprice.url
-        """
-    )
-    run_tests(pytester, "-p", "no:randomly").assert_outcomes(passed=2)
-
-
-@pytest.mark.slow
-@table(("flags", "ini"), [(["--flexprice-real"], ""), ([], "[pytest]\nflexprice_real = true")])
-def test_flexprice_real_keeps_the_variables(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, flags: list[str], ini: str
-) -> None:
-    monkeypatch.setenv("FLEXPRICE_API_HOST", "http://real.example/v1")
-    monkeypatch.setenv("FLEXPRICE_API_KEY", "real")
-    pytester.makefile(".ini", pytest=ini)
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import os
-        import application
-
-        def test_real():
-            assert (application.HOST, application.KEY) == ("http://real.example/v1", "real")
-
-        def test_with_the_fixture(flexprice):
-            assert os.environ["FLEXPRICE_API_HOST"] == flexprice.url
-
-        def test_real_again():
-            assert os.environ["FLEXPRICE_API_HOST"] == "http://real.example/v1"
-        """
-    )
-    run_tests(pytester, *flags).assert_outcomes(passed=3)
-
-
-@pytest.mark.slow
-def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
-    (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
-    code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
-            "status = pytest.main(['-q', '-p', 'no:schemathesis', 'test_nothing.py']); "
-            "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
-    assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
-
-
-@pytest.mark.slow
-def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import pathlib
-        import application
-        import pytest
-
-        @pytest.mark.parametrize("number", range(8))
-        def test_it(flexprice, number, worker_id):
-            application.send()
-            assert len(flexprice.events()) == 1
-            pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
-        """
-    )
-    run_tests(pytester, "-n", "2").assert_outcomes(passed=8)
-    urls = [path.read_text() for path in pytester.path.glob("*.url")]
-    assert len(urls) == len(set(urls)) == 2
-
-
-@pytest.mark.slow
-def test_requests_shows_each_request_and_its_fault(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import urllib.error, urllib.request
-
-        import application
-        import pytest
-
-        def test_retries_are_counted(flexprice):
-            flexprice.fail(path="/v1/events", status=503, retry_after_s=1)
-            for expected in (503, 202):
-                try:
-                    application.send()
-                except urllib.error.HTTPError as error:
-                    assert error.code == expected
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(flexprice.url + "/events?page_size=1")
-            first, second, third = flexprice.requests()
-            assert (first.method, first.path, first.status, first.json["event_name"]) == ("POST", "/v1/events", 503, "call")
-            assert first.fault["retry_after_s"] == 1 and second.fault is third.fault is None
-            assert "x-api-key" not in first.headers and first.headers["content-length"] == str(len(first.body))
-            assert [request.status for request in (second, third)] == [202, 401]
-            assert (third.query, third.body) == ("page_size=1", b"")
-            flexprice.reset()
-            assert flexprice.requests() == []
-        """
-    )
-    run_tests(pytester).assert_outcomes(passed=1)
-
-
-@pytest.mark.slow
-def test_an_unused_fault_is_a_warning(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
-    pytester.makepyfile(
-        """
-        import application
-
-        def test_adds_faults_that_it_does_not_use(flexprice):
-            flexprice.fail(path="/v1/events/bulk", status=429)
-            flexprice.fail(delay_ms=1, times=5)
-            application.send()
-        """
-    )
-    result = run_tests(pytester)
-    result.assert_outcomes(passed=1, warnings=1)
-    result.stdout.fnmatch_lines(["*UnusedFaultWarning*flexprice.fail(path='/v1/events/bulk', times=1, status=429)*"])
-
-
-@pytest.mark.slow
-def test_a_run_without_the_fixture_does_not_import_the_server(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import sys
-
-        def test_only_the_plugin_is_imported():
-            modules = [name for name in sys.modules if name.startswith("eventstore")]
-            assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
-        """
-    )
-    run_tests(pytester).assert_outcomes(passed=1)
+# ---------------------------------------------------------------------------------------------- the SDK
 
 
 def retrying() -> RetryConfig:

@@ -428,6 +428,53 @@ class _Keys(encryption.KmsClient):  # type: ignore[misc]  # pyarrow has no types
         return base64.b64encode(key_bytes)
 
 
+# ---------------------------------------------------------------------------------------------- files that expand
+
+
+def large_rows(number: int, value_bytes: int, **options: Any) -> bytes:
+    properties = json.dumps({"text": "x" * value_bytes})
+    columns = {"event_name": ["call"], "external_customer_id": ["cust"], "properties": [properties]}
+    limit = {"dictionary_pagesize_limit": 1 << 30}
+    return parquet_of(
+        {name: values * number for name, values in columns.items()}, compression="zstd", **limit, **options
+    )
+
+
+@table("options", [{}, {"use_dictionary": False}, {"version": "1.0"}, {"data_page_version": "2.0"},
+                   {"use_dictionary": False, "column_encoding": {"properties": "DELTA_BYTE_ARRAY"}}], ids=str)  # fmt: skip
+def test_a_batch_of_rows_is_bounded_by_what_the_pages_may_expand_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    content = large_rows(40, 100_000, **options)
+    assert len(content) < 20_000
+    sizes = []
+    decode = parquet._batch_rows
+
+    def decoded(batch: Any) -> Any:
+        sizes.append(batch.num_rows)
+        return decode(batch)
+
+    monkeypatch.setattr(parquet, "_batch_rows", decoded)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 500_000)
+    imported(tmp_path, content)
+    assert (sum(sizes), max(sizes) <= 5) == (40, True)
+    sizes.clear()
+    imported(tmp_path, large_rows(300, 10))
+    assert max(sizes) > 200
+    assert len(stored_ids(tmp_path)) == 300
+
+
+def test_a_page_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_MAX_PAGE_BYTES", 1 << 20)
+    imported(tmp_path, large_rows(3, 3 << 20), status=1)
+    assert f"{tmp_path}/in: has a page of 3 MB, at most 1 MB are read: write smaller pages" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- files that cannot be read
+
+
 def encrypted(**options: bool) -> bytes:
     settings = encryption.EncryptionConfiguration(footer_key="f", column_keys={"k": ["event_id"]}, **options)
     factory = encryption.CryptoFactory(_Keys)
@@ -545,7 +592,7 @@ def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
     ("--format parquet --properties-column a:int64 --properties-column a:bool", "--properties-column a is given twice"),
     ("--format parquet -o out.gz", "--output out.gz: Parquet is compressed already; leave .gz out"),
     ("-o out.parquet.gz", "--output out.parquet.gz: Parquet is compressed already; leave .gz out"),
-    ("--format parquet --tenant-id t", "--tenant-id goes with --format clickhouse"),
+    ("--format parquet --tenant-id t", "go with --format clickhouse"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_the_format_are_refused(tmp_path: Path, arguments: str, part: str) -> None:
     imported(tmp_path, lines_of(event("a")))

@@ -144,6 +144,7 @@ def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_ser
             ".features",
             ".analytics",
             ".faults",
+            ".hosts",
             ".rate_limits",
             ".mock",
         )
@@ -228,7 +229,7 @@ def test_tests_can_send_sigint_in_a_script_that_ignores_it() -> None:
 USES_THE_FIXTURE = """
 import os, urllib.request
 import pytest
-from eventstore_extras.mock import MockServer
+from eventstore_extras.mock import MockServer, running_server
 
 def test_the_fixture(flexprice: MockServer) -> None:
     body = b'{"event_name": "call", "external_customer_id": "cust", "event_id": "a"}'
@@ -237,6 +238,12 @@ def test_the_fixture(flexprice: MockServer) -> None:
     assert [event["id"] for event in flexprice.events()] == ["a"]
     with pytest.raises(TypeError):
         flexprice.fail(500)  # type: ignore[call-arg]  # where MockServer is Any, strict mypy calls this unused
+    with pytest.raises(TypeError, match="did you mean status"):
+        flexprice.fail(statsu=500)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="page_sise"):
+        flexprice.events(page_sise=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="nope"), running_server(nope=4):  # type: ignore[call-arg]
+        pass
 """
 USES_THE_LIBRARY = """
 import eventstore

@@ -71,8 +71,9 @@ NASTY = ["a", "A", "\x1e", '","', "}", "b", "a::b", "::", "1::2", "é", "e\u0301
          "lookup", "200", "true", "null", "x" * 300]  # fmt: skip
 TEXTS = st.sampled_from(NASTY) | st.text(min_size=1, max_size=3)
 PROPERTY_NAMES = st.sampled_from(["n", "a.b", 'quo"te', "back\\slash", "größe", "$"])
-SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
+SCALARS = st.sampled_from([0, 1, -3, 2.5, 0.1, 1e-9, 10**15, 1.0, -0.0, 1e21, 2**53 + 1, 10**20, "", "7", "+7", ".5", "1e3", "007", "0x10", "1_0", "inf", "٣", " 5 ",
                            "true", "null", "a\tb", 'say "5"', "\\", "\0", "😀", True, False, None])  # fmt: skip
+CONTAINERS = st.sampled_from([{}, [], {"a": [1]}, [7], [7.0], {"b": "é\n", "a": 1e3}])
 HOUR_US = 3_600_000_000
 
 # To the microsecond: where listings and windows begin and end, and the nights in which clocks change.
@@ -85,11 +86,11 @@ EVENTS = st.fixed_dictionaries({
     "event_id": TEXTS, "event_name": st.sampled_from(["call", "call", " call\n", "Call", "ca::ll", "\0", "é", "😀"]),
     "external_customer_id": st.sampled_from(["a", "A", "é", "\0"]), "customer_id": st.sampled_from(["", "c1"]),
     "source": st.sampled_from(["", "a", "::"]), "timestamp": ANY_TIMES,
-    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | st.sampled_from([{}, [], {"a": [1]}, [7]]), max_size=3)})  # fmt: skip
+    "properties": st.dictionaries(PROPERTY_NAMES, SCALARS | CONTAINERS, max_size=3)})  # fmt: skip
 BAD_FIELDS = st.sampled_from(
     [{"event_name": " "}, {"timestamp": "0000-01-01T00:00:00Z"}, {"properties": [1]}, {"source": 5}]
 )
-FILTER_VALUES = st.lists(SCALARS.map(text_of).filter(bool), min_size=1, max_size=8)
+FILTER_VALUES = st.lists((SCALARS | CONTAINERS).map(text_of).filter(bool), min_size=1, max_size=8)
 PROPERTY_FILTERS = st.dictionaries(PROPERTY_NAMES, FILTER_VALUES, min_size=1, max_size=2)
 FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events remain; "" does not filter
     "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
@@ -277,10 +278,12 @@ class Model(RuleBasedStateMachine):
         for mark, time_range in itertools.product([*marks, unknown], [{}, EVER]):
             self.check_pages_around(environment, filters | time_range, page_size, offset, mark)
 
-    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS)
-    def begin_walk(self, environment: str, filters: Json, order: Json) -> None:
+    @rule(environment=ENVIRONMENTS, filters=FILTERS, order=ORDERS, is_forward=st.booleans())
+    def begin_walk(self, environment: str, filters: Json, order: Json, is_forward: bool) -> None:
+        side = "iter_first_key" if is_forward and order["order"] == "asc" else "iter_last_key"
         present = {each["event_id"] for each in self.events[environment].values() if matches(each, filters)}
-        self.walks.append({"query": (environment, filters | order), "present": present, "seen": [], "mark": None})
+        query = environment, filters | order
+        self.walks.append({"query": query, "side": side, "present": present, "seen": [], "mark": None})
 
     @rule(method=METHODS, data=st.data(), pages=st.integers(1, 5))
     def continue_walk(self, method: str, data: st.DataObject, pages: int) -> None:
@@ -288,7 +291,7 @@ class Model(RuleBasedStateMachine):
         for _ in range(pages if self.walks else 0):
             walk = self.walks[index := data.draw(st.integers(0, len(self.walks) - 1))]
             environment, query = walk["query"]
-            found = self.check_page(environment, method, query, "iter_last_key" if walk["mark"] else "", walk["mark"])
+            found = self.check_page(environment, method, query, walk["side"] if walk["mark"] else "", walk["mark"])
             walk["seen"] += [each["event_id"] for each in found["events"]] if found else []
             if found and found["has_more"]:
                 walk["mark"] = found["events"][-1]

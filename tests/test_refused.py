@@ -1,4 +1,4 @@
-"""Events that `replay` and forwarding put aside, because FlexPrice would answer 202 and lose them."""
+"""Events that FlexPrice would answer with 202 and lose: `replay` and forwarding do not send them."""
 
 from __future__ import annotations
 

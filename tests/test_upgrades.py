@@ -22,6 +22,7 @@ import pytest
 import eventstore
 from eventstore import StartError, connect, prepare_file
 from eventstore_extras import forward, upgrades
+from eventstore_extras.stored import open_stored
 from helpers import (
     NOW,
     ROOT,
@@ -320,11 +321,11 @@ def test_a_file_of_a_newer_format_is_refused_and_left_as_it_is(version: int, tmp
     with database(tmp_path) as conn:
         conn.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
-    for upgrading in (True, False):
+    for open_file in (prepare_file, open_stored):
         with pytest.raises(
             StartError, match=rf"was written by a newer eventstore \(format {version}, not this one's 2\)"
         ):
-            prepare_file(str(path), upgrading)
+            open_file(str(path))
     assert path.read_bytes() == before
 
 
