@@ -532,7 +532,8 @@ _SEARCH_SCHEMAS = LIST_ENUMS | {
     "SortIn": {"field": ref("FeatureSort"), "direction": ref("Order")},
 }  # fmt: skip
 _TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains")
-_SORT_PARAMETER = f"^({'|'.join(SORTS['features'])}|,)*$"  # several, separated by commas
+_SORT = f"({'|'.join(SORTS['features'])})"
+_SORT_PARAMETER = f"^{_SORT}(,{_SORT})*$"
 _SEARCH_PARAMETERS = LIST_PARAMETERS | {
     **{name: {"type": "string"} for name in _TEXT_PARAMETERS},
     "sort": {"type": "string", "pattern": _SORT_PARAMETER}, "expand": _EXPAND_SCHEMA,

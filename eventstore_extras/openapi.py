@@ -197,6 +197,10 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     answers = [operation.answer for operation in operations if isinstance(operation.answer, type)]
     types = dict.fromkeys([*bodies, ErrorBody, Event, *answers])
     schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")[1]
+    for name, schema in schemas.items():
+        schema.pop("additionalProperties", None)  # unknown fields are ignored
+        for field in () if name.endswith("In") else _TIME_FIELDS & schema.get("properties", {}).keys():
+            schema["properties"][field] = ANSWERED_TIME
     for more in (_FIELD_SCHEMAS, *(operation.schemas for operation in operations)):
         for name in more:
             if isinstance(more[name].get("type"), str):  # a whole schema; in the others, `type` may be a field
@@ -205,10 +209,6 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
             schemas[name]["properties"] |= more[name]
             needed = [field for field, schema in more[name].items() if not _takes_null(schema)]
             schemas[name]["required"] = [*dict.fromkeys([*schemas[name].get("required", ()), *needed])]
-    for name, schema in schemas.items():
-        schema.pop("additionalProperties", None)  # unknown fields are ignored
-        for field in () if name.endswith("In") else _TIME_FIELDS & schema.get("properties", {}).keys():
-            schema["properties"][field] = ANSWERED_TIME
     # Only the decoder sees a batch as a struct of 1000 fields.
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}

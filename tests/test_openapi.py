@@ -316,6 +316,27 @@ def test_the_server_enforces_the_documented_limits(ready: Ready) -> None:
         assert ready.accepts(sent, field, value) is allowed, (sent, field, text)
 
 
+FORBIDDEN: dict[str, list[Any]] = {  # field -> values that neither the document nor the server allows
+    "property_filters": [{"a": "x"}, {"a": {}}, {"a": [5]}, {"a": [None]}, {"": ["x"]}, filters(51), filters(1, 1001), [], "a"],
+    "sort": ["idname", "name,nothing", "name,", ",name", "NAME"], "expand": ["plans", "meters,plans", "meter"], "group_by": [["properties."], ["colour"], [""]],
+    "key": [" ", "", 5], "count_total": ["yes", "2"], "reset_usage": ["DAILY", "never"], "aggregation_type": ["MEDIAN", ""],
+    "iter_last_key": ["1:a", "::a", "x::a"], "start_time": ["2025-10-15", "2025-10-15T24:00:00Z"], "conversion_rate": ["0", "-1", "x", 0],
+}  # fmt: skip
+FORBIDDEN["filters"] = FORBIDDEN["property_filters"]
+WITH_THESE_RULES = {"filters": "usage", "group_by": "analytics"}  # elsewhere these fields have other rules
+
+
+@table("field", FORBIDDEN)
+def test_the_document_forbids_what_the_server_refuses(ready: Ready, field: str) -> None:
+    tried = 0
+    for sent in (sent for sent, name in FIELDS if name == field and WITH_THESE_RULES.get(field, "") in sent.path):
+        for value in (value for value in FORBIDDEN[field] if sent.method != "GET" or isinstance(value, str)):
+            assert not is_described(sent, field, value), (sent, value)
+            assert not ready.accepts(sent, field, value), (sent, value)
+            tried += 1
+    assert tried
+
+
 NEEDED_BY_OTHERS = {"unit_singular", "unit_plural", "field", "meter"}  # required or not, depending on other fields
 
 
