@@ -3411,8 +3411,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        if not similar and not _has_extras():
+            _extra("", unknown[0].partition("=")[0])  # raises StartError: it is probably a flag of the extras
         hint = f"; is {similar[0]} meant?" if similar else ""
-        hint += "" if _has_extras() else f"; most flags need the folder eventstore_extras beside {__file__}"
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
