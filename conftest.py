@@ -9,6 +9,8 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -17,7 +19,7 @@ pytest.register_assert_rewrite("browser", "helpers", "oracle")  # before they ar
 
 from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
-from helpers import KEY, Live, at, event, run, serving, store  # noqa: E402
+from helpers import KEY, NOW, Live, at, event, metering, run, serving, store  # noqa: E402
 
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
@@ -73,6 +75,19 @@ def operations() -> Sequence[Operation]:
 def client(tmp_path: Path, operations: Sequence[Operation]) -> Iterator[httpx.Client]:
     """A client of an empty application, on tmp_path/events.db."""
     with serving(tmp_path, operations) as client:
+        yield client
+
+
+@pytest.fixture
+def clock() -> Any:
+    """The clock of `timed`: set its `return_value`."""
+    return Mock(return_value=NOW)
+
+
+@pytest.fixture
+def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
+    """A client of an application with meters and features, whose clock can be set."""
+    with metering(tmp_path, clock=clock) as client:
         yield client
 
 

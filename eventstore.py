@@ -111,7 +111,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
     "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Turn", "Writer",
-    "add_functions", "check_format", "check_path", "connect", "connect_reader", "environment_number",
+    "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
     "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
     "start_errors",
     # HTTP
@@ -1603,12 +1603,25 @@ class Reader:
         """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
         self._task = task
         self._deadline_s = min(monotonic_s() + limit_s, task.deadline_s if task else math.inf)
+        _running.reader = self
         try:
             return operation(self.conn)
         except sqlite3.OperationalError:
             if self._is_over():
                 raise TimeoutError from None
             raise
+        finally:
+            _running.reader = None
+
+
+_running = threading.local()  # `reader` of the operation that this thread runs
+
+
+def check_time() -> None:
+    """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
+    reader: Reader | None = getattr(_running, "reader", None)
+    if reader and reader._is_over():
+        raise TimeoutError
 
 
 class ReaderPool:
@@ -1646,9 +1659,7 @@ class ReaderPool:
             answer: T = task.answer.result()
             return answer
         except TimeoutError:
-            self.timeouts += 1
-            reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
-            raise ApiError("service_unavailable", reason, retry_after_s=1) from None
+            raise self.too_long() from None
         finally:
             gone.cancel()
             if not task.answer.done():
@@ -1712,6 +1723,11 @@ class ReaderPool:
         with self._lock:
             return len(self._waiting)
 
+    def too_long(self) -> ApiError:
+        self.timeouts += 1
+        reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
+        return ApiError("service_unavailable", reason, retry_after_s=1)
+
     def _outcome(self, task: _Task) -> object:
         try:
             with self._reader() as reader:
@@ -1759,6 +1775,7 @@ class Store:
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> id in rows
+        self._query_timeout_s = settings.query_timeout_s
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
@@ -1802,6 +1819,26 @@ class Store:
             with suppress(TimeoutError, sqlite3.Error):
                 return self._quick_reader.run(operation, _QUICK_S)
         return await self._readers.run(operation)
+
+    async def read_all(
+        self, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
+    ) -> list[T]:
+        """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
+        turns = asyncio.Semaphore(at_once)
+
+        async def read(operation: Callable[[sqlite3.Connection], T]) -> T:
+            async with turns:
+                return await self.read(operation, quick=False)
+
+        tasks = [asyncio.ensure_future(read(operation)) for operation in operations]
+        try:
+            async with asyncio.timeout(self._query_timeout_s):
+                return await asyncio.gather(*tasks)
+        except TimeoutError:
+            raise self._readers.too_long() from None
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
@@ -2099,7 +2136,7 @@ class Service:
         """Return the X-Request-ID that was sent, or a ULID whose time is in seconds: several of them cost less."""
         if sent is not None and _REQUEST_ID.fullmatch(sent):
             return sent.decode()
-        now = self.settings.clock()
+        now = now_us()
         return self._make_request_id(now - now % 1_000_000, "")
 
     def view(self, request: Request) -> View:
@@ -2748,7 +2785,7 @@ def check_property_filters(field: str, sent: PropertyFilters | None, faults: Fau
     filters = {key: values for key, values in (sent or {}).items() if values}
     if sent and "" in sent:
         faults.add(field, "invalid_format", "has an empty key")
-    check_filter_limits(field, [*filters.values()], faults)
+    check_filter_limits(field, [values or [] for values in (sent or {}).values()], faults)
     return filters
 
 
@@ -3502,8 +3539,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        if not similar and not _has_extras():
+            _extra("", unknown[0].partition("=")[0])  # raises StartError: it is probably a flag of the extras
         hint = f"; is {similar[0]} meant?" if similar else ""
-        hint += "" if _has_extras() else f"; most flags need the folder eventstore_extras beside {__file__}"
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 

@@ -16,6 +16,7 @@ from benchmarks.events import KEY
 from benchmarks.hostile import measure_hostility
 from benchmarks.peers import compare_with_peers
 from benchmarks.soak import soak
+from benchmarks.versions import compare_versions
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     hostile_parser.add_argument("--seconds", type=float, default=10, help="for each attack; default %(default)s")
     hostile_parser.add_argument("--events", type=int, default=200_000, help="of the hostile key; default %(default)s")
     peers_parser.add_argument("--events", type=int, default=20_000, help="a multiple of 1000; default %(default)s")
+    versions_parser = commands.add_parser("versions", help="another version of eventstore beside this one")
+    versions_parser.add_argument("clone", type=Path, help="a clone, or a worktree of git, with the other version")
+    versions_parser.add_argument("--events", type=int, default=1_000_000, help="in each file; default %(default)s")
     return parser
 
 
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return measure_hostility(arguments.seconds, arguments.events, Path(folder))
         if arguments.command == "peers":
             return compare_with_peers(arguments.events, Path(folder))
+        if arguments.command == "versions":
+            return compare_versions(arguments.clone, arguments.events, arguments.effort, Path(folder))
         return compare(arguments.effort, Path(folder))
 
 

@@ -10,22 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.events import CUSTOMERS, ENVIRONMENT, KEY, http_request, make_row
+from benchmarks.events import CUSTOMERS, http_request, make_row
 from benchmarks.load import Load, Outcome, run_load
-from benchmarks.servers import Server, floor_server, our_server
-from eventstore import (
-    DAY_US,
-    MAX_BATCH,
-    WRITE_LOCK_TIMEOUT_S,
-    WRITER_PRAGMAS,
-    ApiKey,
-    Row,
-    Settings,
-    Store,
-    connect,
-    insert_events,
-    now_us,
-)
+from benchmarks.servers import CLONE, Server, floor_server, our_server
+from eventstore import DAY_US, MAX_BATCH, WRITE_LOCK_TIMEOUT_S, WRITER_PRAGMAS, Row, connect, insert_events, now_us
 
 __all__ = ["FULL", "QUICK", "Bench", "Effort", "create_tables"]
 
@@ -44,15 +32,20 @@ QUICK = Effort((1_000, 2_000), 1, 0.05, 4, 200)
 FULL = Effort((10_000, 1_000_000, 10_000_000))
 
 
-def create_tables(db: Path) -> None:
-    Store(Settings(db=str(db), api_keys=(ApiKey.hashed(KEY, ENVIRONMENT),))).close()
+def create_tables(db: Path, clone: Path = CLONE) -> None:
+    with our_server(db, clone=clone):
+        pass
 
 
 class Bench:
-    """A context manager for a file of `size` events, and for our server and the floor server on it."""
+    """A context manager for a file of `size` events, and for our server and the floor server on it.
 
-    def __init__(self, folder: Path, size: int, effort: Effort, pool: ProcessPoolExecutor) -> None:
+    With another `clone`, the file and our server are those of the version there.
+    """
+
+    def __init__(self, folder: Path, size: int, effort: Effort, pool: ProcessPoolExecutor, clone: Path = CLONE) -> None:
         self.db, self.size, self.effort, self.pool = folder / f"events-{size}.db", size, effort, pool
+        self.clone = clone
         self.customers = min(CUSTOMERS, size // 100)
         self.start_us = now_us() - 6 * DAY_US  # within the seven days that a page covers by default
         self.end_us = now_us()
@@ -62,7 +55,7 @@ class Bench:
         self.bytes_per_event = self.db.stat().st_size / self.size
         with ExitStack() as stack:  # stops the first server if the second one fails, or on Ctrl-C
             # Usage of 20 meters over 10,000,000 events takes minutes.
-            self.ours = stack.enter_context(our_server(self.db, "--query-timeout-s", 600))
+            self.ours = stack.enter_context(our_server(self.db, "--query-timeout-s", 600, clone=self.clone))
             self.floor = stack.enter_context(floor_server(self.db))
             self._servers = stack.pop_all()
         return self
@@ -74,7 +67,7 @@ class Bench:
 
     def _fill(self) -> None:
         """Store events in the order of their times, with random ids, as the server stores them."""
-        create_tables(self.db)
+        create_tables(self.db, self.clone)
         step_us = (self.end_us - self.start_us) / self.size
         with closing(connect(str(self.db), ("PRAGMA synchronous = OFF", "PRAGMA cache_size = -1048576"))) as conn:
             for first in range(0, self.size, MAX_BATCH * 10):

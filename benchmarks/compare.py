@@ -15,7 +15,7 @@ from benchmarks.load import generators
 from benchmarks.measurements import MEASUREMENTS, Figures, Measurement
 from benchmarks.table import format_number, machine, markdown
 
-__all__ = ["ROWS", "compare"]
+__all__ = ["ROWS", "compare", "cost_ratio"]
 
 _MAX_ROUNDS_S = 120  # after this time no further round: a run that takes minutes does not depend on chance
 
@@ -37,7 +37,8 @@ class _Compared(NamedTuple):
     ratio: float  # our cost divided by the floor's
 
 
-def _cost_ratio(unit: str, value: float, base: float) -> float:
+def cost_ratio(unit: str, value: float, base: float) -> float:
+    """Return the cost of `value` divided by that of `base`; of a unit that ends in /s, more costs less."""
     return base / value if unit.endswith("/s") else value / base
 
 
@@ -50,7 +51,7 @@ def _measure(measurement: Measurement, bench: Bench) -> list[_Compared]:
     compared = []
     for i, unit in enumerate(measurement.units.values()):
         pairs = [(ours[i], floor[i]) for floor, ours in rounds]
-        ratio = statistics.median(_cost_ratio(unit, *pair) for pair in pairs)
+        ratio = statistics.median(cost_ratio(unit, *pair) for pair in pairs)
         ours, floor = map(statistics.median, zip(*pairs, strict=True))
         compared.append(_Compared(ours, floor, ratio))
     return compared
@@ -77,7 +78,7 @@ def _lines(sizes: Sequence[int], results: Sequence[list[_Compared]]) -> list[lis
         line = [f"{row.name}, {row.unit}", row.floor_name]
         for compared in at_sizes:
             line += [format_number(compared.ours), format_number(compared.floor), f"{compared.ratio:.2f}"]
-        growth = _cost_ratio(row.unit, at_sizes[-1].ours, at_sizes[0].ours)
+        growth = cost_ratio(row.unit, at_sizes[-1].ours, at_sizes[0].ours)
         lines.append([*line, f"{growth:.2f}"])
     return lines
 

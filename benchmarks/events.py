@@ -20,6 +20,7 @@ __all__ = [
     "no_id",
     "ordered_id",
     "single_requests",
+    "uuid7",
     "wire_event",
 ]
 
@@ -33,6 +34,11 @@ _make_id = IdMaker()
 def no_id() -> str:
     """Leave it to the server to make an id."""
     return ""
+
+
+def uuid7() -> str:
+    """Make a UUID of version 7: milliseconds, then random bits."""
+    return str(uuid.UUID(int=(now_us() // 1000) << 80 | 0x7 << 76 | 0x2 << 62 | uuid.uuid4().int & (1 << 62) - 1))
 
 
 def ordered_id() -> str:

@@ -10,8 +10,8 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,7 @@ from benchmarks.events import (
     no_id,
     ordered_id,
     single_requests,
+    uuid7,
     wire_event,
 )
 from benchmarks.servers import Server, floor_server, our_server, trusting_server
@@ -50,7 +51,7 @@ from eventstore import (
     to_datetime,
 )
 
-__all__ = ["MEASUREMENTS", "Figures", "Measurement"]
+__all__ = ["MEASUREMENTS", "SERVED", "Figures", "Measurement"]
 
 Figures = tuple[float, ...]
 
@@ -162,7 +163,9 @@ _CHECKS = [
 _INGEST = [
     Measurement({"bulk of 1000, uuid4 ids": "events/s"}, _SQLITE,
                 partial(_send_bulk, uuid.uuid4), partial(_insert_bulk_raw, uuid.uuid4)),
-    Measurement({"bulk of 1000, ids made here": "events/s"}, _SQLITE,
+    Measurement({"bulk of 1000, uuid7 ids": "events/s"}, _SQLITE,
+                partial(_send_bulk, uuid7), partial(_insert_bulk_raw, uuid7)),
+    Measurement({"bulk of 1000, ids made here (ULID)": "events/s"}, _SQLITE,
                 partial(_send_bulk, no_id), partial(_insert_bulk_raw, ordered_id)),
     Measurement({"single events": "events/s", "single events, p99": "ms"}, _ROUTE, _send_singles, _answer_singles),
 ]  # fmt: skip
@@ -233,6 +236,30 @@ _PAGE_KINDS = {
 }
 
 
+_TIES = 5000
+
+
+@contextmanager
+def _ties(bench: Bench) -> Iterator[None]:
+    """Give one customer many events of the same microsecond, which is later than all others."""
+    with bench.temporary_events() as conn:
+        _insert_raw(conn, [make_row(n, f"tie-{n:05}", 1, bench.end_us - 1) for n in range(_TIES)])
+        yield
+
+
+_PAGE_IN_TIES = _Page(
+    "&external_customer_id=cust_0&iter_last_key={cursor}",
+    "external_customer_id = 'cust_0' AND (timestamp_us, id) < (:time_us, :id)",
+    lambda bench, n: {"time_us": bench.end_us - 1, "id": f"tie-{_TIES // 2 + n:05}",
+                      "cursor": f"{(bench.end_us - 1) * 1000}::tie-{_TIES // 2 + n:05}"},
+)  # fmt: skip
+
+
+def _in_ties(measure: Callable[[_Page, Bench], Figures], bench: Bench) -> Figures:
+    with _ties(bench):
+        return measure(_PAGE_IN_TIES, bench)
+
+
 def _send_pages_under_ingest(bench: Bench) -> Figures:
     with bench.temporary_events():
         ingest = bench.send(bench.ours, bulk_requests(8, no_id), 8, seconds=bench.effort.seconds * 1.5)
@@ -260,6 +287,12 @@ _PAGES = [
     *(
         Measurement({name: "pages/s"}, _ROUTE_AND_SQLITE, partial(_send_pages, page), partial(_answer_pages, page))
         for name, page in _PAGE_KINDS.items()
+    ),
+    Measurement(
+        {f"page of 50, one customer, among {_TIES:,} of one microsecond": "pages/s"},
+        _ROUTE_AND_SQLITE,
+        partial(_in_ties, _send_pages),
+        partial(_in_ties, _answer_pages),
     ),
     Measurement(_UNDER_INGEST, _ROUTE_AND_SQLITE, _send_pages_under_ingest, _answer_pages_under_ingest),
 ]
@@ -383,7 +416,8 @@ def _forward_events(bench: Bench) -> Figures:
     """Forward the table to an empty server, measured from the start of the forwarding server."""
     with tempfile.TemporaryDirectory(dir=bench.db.parent) as folder, our_server(Path(folder) / "target.db") as target:
         target_conn = connect(f"{folder}/target.db", READER_PRAGMAS)
-        with closing(target_conn), our_server(bench.db, "--forward-to", f"http://127.0.0.1:{target.port}"):
+        to_target = ("--forward-to", f"http://127.0.0.1:{target.port}")
+        with closing(target_conn), our_server(bench.db, *to_target, clone=bench.clone):
             start, forwarded = time.perf_counter(), 0
             while forwarded < bench.size and (not forwarded or time.perf_counter() < start + bench.effort.seconds):
                 time.sleep(0.001)
@@ -443,7 +477,7 @@ def _retain(bench: Bench) -> Figures:
 
     with bench.temporary_events() as conn:
         old = _store_old(conn, bench)
-        with trusting_server(bench.db, "--retain-days", _RETAIN_DAYS) as server:
+        with trusting_server(bench.db, "--retain-days", _RETAIN_DAYS, clone=bench.clone) as server:
             while _count_within(conn, old) == len(old):  # the server scans the whole table before it deletes
                 wait()
             return _delete_beside_singles(conn, old, bench, server, wait)
@@ -472,9 +506,16 @@ _RETENTION = Measurement(
 # ---------------------------------------------------------------------------------------------- start, memory, file
 
 
-def _start_up(server: Callable[[Path], Server], bench: Bench) -> Figures:
-    with server(bench.db) as started:
+def _start_up(server: Callable[[Bench], Server], bench: Bench) -> Figures:
+    with server(bench) as started:
         return 1000 * started.start_up_s, started.rss_mb
+
+
+def _memory_after_bulk(bench: Bench) -> Figures:
+    """Return the memory of a fresh server once its cache is full; a million events take no more."""
+    with bench.temporary_events(), our_server(bench.db, clone=bench.clone) as server:
+        bench.send(server, bulk_requests(bench.effort.batches, uuid.uuid4), 8, seconds=60, repeat=False).result()
+        return (server.rss_mb,)
 
 
 def _wire_bytes_per_event(_: Bench) -> Figures:
@@ -484,7 +525,9 @@ def _wire_bytes_per_event(_: Bench) -> Figures:
 
 _RESOURCES = [
     Measurement({"start to the first answer": "ms", "memory, idle": "MB"}, _ROUTE,
-                partial(_start_up, our_server), partial(_start_up, floor_server)),
+                partial(_start_up, lambda bench: our_server(bench.db, clone=bench.clone)),
+                partial(_start_up, lambda bench: floor_server(bench.db))),
+    Measurement({"memory after bulk": "MB"}, _ROUTE, _memory_after_bulk, lambda bench: (bench.floor.rss_mb,)),
     Measurement({"memory after all this": "MB"}, _ROUTE,
                 lambda bench: (bench.ours.rss_mb,), lambda bench: (bench.floor.rss_mb,)),
     Measurement({"file, for each event": "bytes"}, "JSON as sent",
@@ -492,3 +535,4 @@ _RESOURCES = [
 ]  # fmt: skip
 
 MEASUREMENTS = (*_INGEST, *_CHECKS, *_PAGES, *_USAGE, _FORWARDING, _ANALYTICS, _RETENTION, *_RESOURCES)
+SERVED = tuple(each for each in MEASUREMENTS if each not in _CHECKS)  # by a server process

@@ -41,8 +41,8 @@ _START_TIMEOUT_S = 30
 _Event = dict[str, Any]
 _INDEXES = {
     "by_time": "timestamp, {id}",
-    "by_customer": "external_customer_id, timestamp, {id}",
-    "by_name": "event_name, timestamp, {id}",
+    "by_customer": "external_customer_id, timestamp",
+    "by_name": "event_name, timestamp",
 }
 
 

@@ -14,15 +14,18 @@ from pathlib import Path
 import eventstore
 from benchmarks.events import ENVIRONMENT, KEY, http_request
 
-__all__ = ["Server", "aging_server", "floor_server", "our_server", "serve_flags", "trusting_server"]
+__all__ = ["CLONE", "Server", "aging_server", "floor_server", "our_server", "serve_flags", "trusting_server"]
+
+CLONE = Path(eventstore.__file__).resolve().parent  # the code to measure, unless another clone is named
 
 
 class Server:
     """A context manager for a server process. The constructor returns once the server answers GET /health."""
 
-    def __init__(self, *command: object) -> None:
+    def __init__(self, *command: object, clone: Path = CLONE) -> None:
         start = time.perf_counter()
-        self.process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+        words = [sys.executable, *map(str, command)]
+        self.process = subprocess.Popen(words, cwd=clone, stdout=subprocess.PIPE, text=True)  # Python looks there first
         try:
             banner = iter(self.process.stdout or ())
             found = next(filter(None, (re.search(r"http://127.0.0.1:(\d+)", line) for line in banner)), None)
@@ -77,8 +80,8 @@ def serve_flags(db: Path, *flags: object) -> list[str]:
     return list(map(str, ("serve", "--port", 0, "--db", db, "--api-key", f"{KEY}={ENVIRONMENT}", *flags)))
 
 
-def our_server(db: Path, *flags: object) -> Server:
-    return Server(eventstore.__file__, *serve_flags(db, *flags))
+def our_server(db: Path, *flags: object, clone: Path = CLONE) -> Server:
+    return Server(clone / "eventstore.py", *serve_flags(db, *flags), clone=clone)
 
 
 def aging_server(db: Path, *flags: object) -> Server:
@@ -86,10 +89,15 @@ def aging_server(db: Path, *flags: object) -> Server:
     return Server("-m", "benchmarks.aging", *serve_flags(db, "--log-level", "error", *flags))
 
 
-def trusting_server(db: Path, *flags: object) -> Server:
+def trusting_server(db: Path, *flags: object, clone: Path = CLONE) -> Server:
     """Start our server, whose retention may delete most of the file at the start."""
     code = "import sys, eventstore; from eventstore_extras import retention; "
-    return Server("-c", code + "retention.MOST_AT_ONCE = 10**9; sys.exit(eventstore.main())", *serve_flags(db, *flags))
+    return Server(
+        "-c",
+        code + "retention.MOST_AT_ONCE = 10**9; sys.exit(eventstore.main())",
+        *serve_flags(db, *flags),
+        clone=clone,
+    )
 
 
 def floor_server(db: Path) -> Server:

@@ -21,14 +21,15 @@ from starlette.responses import Response
 from eventstore import (
     ENCODER,
     IN_ENVIRONMENT,
-    ORDERS,
     ApiError,
     Faults,
+    FieldError,
     JsonResponse,
     Operation,
     Service,
     Sql,
     View,
+    check_order,
     one_of,
     quoted,
     read_fields,
@@ -38,7 +39,6 @@ from eventstore_extras.meters import (
     METER_COLUMNS,
     METER_EXAMPLE,
     METER_SCHEMAS,
-    POSITIVE_SCHEMA,
     Aggregation,
     Meter,
     MeterIn,
@@ -48,22 +48,24 @@ from eventstore_extras.meters import (
     require_meter,
     stored_meter,
 )
-from eventstore_extras.openapi import choice
+from eventstore_extras.openapi import EMPTY_ARRAY, POSITIVE_SCHEMA, enum_schema, optional, ref
 from eventstore_extras.resources import (
+    LIST_ENUMS,
     LIST_PARAMETERS,
     LIST_SCHEMA,
     MAX_NAME_CHARS,
     NAME_SCHEMA,
-    SORT_COLUMNS,
+    SORTS,
     Columns,
     Done,
     ListQuery,
     Pagination,
-    SortIn,
+    Sort,
     archive_row,
     check_length,
     check_name,
     check_positive_decimal,
+    check_sort,
     fetch_page,
     insert_row,
     is_any_of,
@@ -72,11 +74,12 @@ from eventstore_extras.resources import (
     plain_decimal,
     sorts_by,
     time_text,
+    update_row,
 )
 
 __all__ = [
-    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "NamedMeter", "ReportingUnit",
-    "named_meters", "require_feature",
+    "OPERATIONS", "Feature", "FeatureIn", "FeaturePage", "FeatureSearchIn", "FeatureUpdateIn", "NamedMeter",
+    "ReportingUnit", "SortIn", "named_meters", "require_feature",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- A feature
@@ -102,6 +105,23 @@ class FeatureIn(Struct, forbid_unknown_fields=True):
     reporting_unit: ReportingUnitIn | None = None
     metadata: dict[str, str] | None = None
     alert_settings: Any = None  # accepted without effect, like the next two
+    group_id: Any = None
+    group: Any = None
+
+
+class FeatureUpdateIn(Struct, forbid_unknown_fields=True):
+    """The body of PUT /v1/features/{id}: the fields to change (API: Features)."""
+
+    name: str | None = None
+    description: str | None = None
+    unit_singular: str | None = None
+    unit_plural: str | None = None
+    reporting_unit: ReportingUnitIn | None = None
+    metadata: dict[str, str] | None = None
+    filters: list[Any] | None = None
+    lookup_key: Any = None  # accepted without effect, like the next four
+    type: Any = None
+    alert_settings: Any = None
     group_id: Any = None
     group: Any = None
 
@@ -145,17 +165,24 @@ class Feature(Struct, kw_only=True):
 
 
 _FEATURE = msgspec.json.Decoder(FeatureIn)
+_FEATURE_UPDATE = msgspec.json.Decoder(FeatureUpdateIn)
 _TYPES = ("metered", "boolean", "static", "config")
+_UNITS = ("unit_singular", "unit_plural")
+_MAX_UNIT_CHARS = 50
+_NOTHING_SET = {"description": "", "unit_singular": "", "unit_plural": "", "metadata": "{}", "reporting_unit": "null"}
 _check_type = one_of(*_TYPES)
 
 
-def _new_meter(sent: FeatureIn, faults: Faults) -> Columns | None:
-    """Check the meter inside a feature's body and return its columns."""
+def _new_meter(sent: FeatureIn, is_metered: bool, faults: Faults) -> Columns | None:
+    """Check the meter inside a feature's body; return its columns if the feature gets this meter."""
+    is_new = is_metered and not sent.meter_id
     if sent.meter is None:
-        faults.add("meter", "required", "or meter_id is required for a metered feature")
+        if is_new:
+            faults.add("meter", "required", "or meter_id is required for a metered feature")
         return None
     with faults.within("meter"):
-        return meter_columns(sent.meter, faults)
+        columns = meter_columns(sent.meter, faults)
+    return columns if is_new else None
 
 
 def _lookup_key(name: str) -> str:
@@ -163,15 +190,36 @@ def _lookup_key(name: str) -> str:
     return re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _checked_reporting_unit(sent: ReportingUnitIn | None, faults: Faults) -> ReportingUnit | None:
-    if sent is None:
-        return None
+def _checked_reporting_unit(sent: ReportingUnitIn, faults: Faults) -> ReportingUnit:
     with faults.within("reporting_unit"):
         for field in ReportingUnitIn.__struct_fields__:
             if getattr(sent, field) in (None, ""):
                 faults.add(field, "required", "is required in a reporting unit")
         rate = faults.check("conversion_rate", check_positive_decimal, sent.conversion_rate) or 1
-    return ReportingUnit(sent.unit_singular or "", sent.unit_plural or "", rate)
+        singular, plural = (check_length(field, getattr(sent, field), faults) for field in _UNITS)
+    return ReportingUnit(singular, plural, rate)
+
+
+def _check_units(columns: Columns, faults: Faults) -> None:
+    """Check that a feature has both units or neither."""
+    for missing, given in (_UNITS, _UNITS[::-1]):
+        if columns[given] and not columns[missing]:
+            faults.add(missing, "required", f"is required with {given}")
+
+
+def _sent_columns(sent: FeatureIn | FeatureUpdateIn, faults: Faults) -> Columns:
+    """Check the optional fields of a new or a changed feature; return the columns of those that are set."""
+    columns = {
+        "description": sent.description,
+        **{
+            field: getattr(sent, field) and check_length(field, getattr(sent, field), faults, _MAX_UNIT_CHARS)
+            for field in _UNITS
+        },
+        "metadata": None if sent.metadata is None else ENCODER.encode(sent.metadata).decode(),
+        "reporting_unit": sent.reporting_unit
+        and ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
+    }
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
@@ -180,21 +228,26 @@ def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns 
     if not sent.type:
         faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
     is_metered = faults.check("type", _check_type, sent.type) == "metered"
-    meter = _new_meter(sent, faults) if is_metered and not sent.meter_id else None
-    if bool(sent.unit_singular) is not bool(sent.unit_plural):
-        missing, given = ("unit_plural", "unit_singular") if sent.unit_singular else ("unit_singular", "unit_plural")
-        faults.add(missing, "required", f"is required with {given}")
-    return {
+    meter = _new_meter(sent, is_metered, faults)
+    columns = {
         "name": name,
         "lookup_key": check_length("lookup_key", sent.lookup_key or _lookup_key(name), faults),
-        "description": sent.description or "",
         "meter_id": sent.meter_id or "" if is_metered else "",
-        "metadata": ENCODER.encode(sent.metadata or {}).decode(),
         "type": sent.type,
-        "unit_singular": sent.unit_singular or "",
-        "unit_plural": sent.unit_plural or "",
-        "reporting_unit": ENCODER.encode(_checked_reporting_unit(sent.reporting_unit, faults)).decode(),
-    }, meter
+        **_NOTHING_SET,
+        **_sent_columns(sent, faults),
+    }
+    _check_units(columns, faults)
+    return columns, meter
+
+
+def _changed_columns(sent: FeatureUpdateIn, faults: Faults) -> Columns:
+    """Check the changes of a feature and return their columns (API: Features)."""
+    if sent.filters:
+        problem = "must be empty: a meter cannot be changed, make a new meter and a feature for it"
+        faults.add("filters", "invalid_format", problem)
+    name = {} if sent.name is None else {"name": check_name("name", sent.name, faults)}
+    return name | _sent_columns(sent, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Rows
@@ -268,6 +321,16 @@ def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: 
     return require_feature(conn, view.environment, columns["id"])
 
 
+def _change_feature(conn: sqlite3.Connection, view: View, feature_id: str, columns: Columns) -> Feature:
+    """Store the changes of a feature. Raises ApiError: not_found, or validation_error if one unit would be missing."""
+    before = require_feature(conn, view.environment, feature_id)
+    faults = Faults(index=0)
+    _check_units({name: getattr(before, name) for name in _UNITS} | columns, faults)
+    faults.raise_any()
+    update_row(conn, "features", view, feature_id, columns)
+    return require_feature(conn, view.environment, feature_id)
+
+
 # ---------------------------------------------------------------------------------------------- Meters by name
 
 
@@ -304,6 +367,11 @@ def named_meters(conn: sqlite3.Connection, environment: str, feature_ids: Collec
 # ---------------------------------------------------------------------------------------------- Routes
 
 
+class SortIn(Struct, forbid_unknown_fields=True):
+    field: str | None = None
+    direction: str | None = None
+
+
 class FeatureSearchIn(Struct, forbid_unknown_fields=True):
     """The body of POST /v1/features/search; GET /v1/features has the same parameters (API: Search)."""
 
@@ -319,7 +387,7 @@ class FeatureSearchIn(Struct, forbid_unknown_fields=True):
     lookup_key: str | None = None
     lookup_keys: list[str] | None = None
     name_contains: str | None = None
-    expand: Any = None  # without effect: the answer always has the meter
+    expand: str | None = None  # without effect: the answer always has the meter
     filters: list[Any] | None = None
 
 
@@ -352,6 +420,16 @@ async def show_feature(service: Service, request: Request) -> Response:
     return JsonResponse(await service.store.read(require))
 
 
+async def update_feature(service: Service, request: Request) -> Response:
+    """PUT /v1/features/{id}: change a feature's name, description, units or metadata (API: Features)."""
+    faults = service.faults(request, index=0)
+    columns = _changed_columns(await read_fields(service, request, _FEATURE_UPDATE, faults), faults)
+    faults.raise_any()
+    view = service.view(request)
+    change = partial(_change_feature, view=view, feature_id=request.path_params["id"], columns=columns)
+    return JsonResponse(await service.store.write(change))
+
+
 async def delete_feature(service: Service, request: Request) -> Response:
     """DELETE /v1/features/{id}: archive a feature, and its meter unless another feature has it (API: Features)."""
     view, feature_id = service.view(request), request.path_params["id"]
@@ -365,9 +443,29 @@ async def delete_feature(service: Service, request: Request) -> Response:
     return JsonResponse(Done("feature deleted successfully"))
 
 
-def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> ListQuery:
+def _check_expand(text: str) -> str:
+    """Check that nothing but the meter is to be expanded; `meters` may be repeated, as in FlexPrice."""
+    if {name.strip() for name in text.split(",")} != {"meters"}:
+        raise FieldError("invalid_format", f"must be meters, got {quoted(text)}")
+    return text
+
+
+def _checked_sorts(sent: Sequence[SortIn], faults: Faults) -> list[Sort]:
+    sorts = []
+    for number, sort in enumerate(sent):
+        with faults.within(f"sort[{number}]"):
+            for name in SortIn.__struct_fields__:
+                if not getattr(sort, name):
+                    faults.add(name, "required", "is required: a sort has a field and a direction")
+            field = faults.check("field", check_sort("features"), sort.field)
+            sorts.append((field, faults.check("direction", check_order, sort.direction)))
+    return sorts
+
+
+def _search_query(sent: FeatureSearchIn, sorts: Sequence[Sort], environment: str, faults: Faults) -> ListQuery:
     """Check a search. Raises ApiError with every fault (API: Search)."""
-    query = list_query("features", sent, sent.sort or [], environment, faults)
+    query = list_query("features", sent, sorts, environment, faults)
+    faults.check("expand", _check_expand, sent.expand)
     if sent.filters:
         fields = "lookup_keys, name_contains and the other fields"
         faults.add("filters", "invalid_format", f"must be empty: this server has no conditions; it takes {fields}")
@@ -385,9 +483,11 @@ def _search_query(sent: FeatureSearchIn, environment: str, faults: Faults) -> Li
     return query.narrowed(*clauses)
 
 
-async def _search(service: Service, request: Request, sent: FeatureSearchIn, faults: Faults) -> Response:
+async def _search(
+    service: Service, request: Request, sent: FeatureSearchIn, sorts: Sequence[Sort], faults: Faults
+) -> Response:
     environment = request["environment"]
-    query = _search_query(sent, environment, faults)
+    query = _search_query(sent, sorts, environment, faults)
 
     def select(conn: sqlite3.Connection) -> FeaturePage:
         conn.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite's lower() knows only ASCII
@@ -401,37 +501,53 @@ async def find_features(service: Service, request: Request) -> Response:
     """GET /v1/features (API: Search)."""
     faults = service.faults(request)
     sent = parse_list(FeatureSearchIn, request, ["feature_ids", "meter_ids", "lookup_keys", "sort"], faults)
-    sent.sort = sorts_by(sent.sort or [], faults)
-    return await _search(service, request, sent, faults)
+    return await _search(service, request, sent, sorts_by("features", sent.sort or [], faults), faults)
 
 
 async def search_features(service: Service, request: Request) -> Response:
     """POST /v1/features/search (API: Search)."""
     faults = service.faults(request)
-    return await _search(service, request, await read_fields(service, request, _SEARCH, faults), faults)
+    sent = await read_fields(service, request, _SEARCH, faults)
+    return await _search(service, request, sent, _checked_sorts(sent.sort or [], faults), faults)
 
 
 # ---------------------------------------------------------------------------------------------- OpenAPI
 
-_FEATURE_SCHEMAS = METER_SCHEMAS | {
-    "FeatureIn": {"name": NAME_SCHEMA, "type": {"enum": _TYPES},
+_UNIT_SCHEMAS = {name: {"type": ["string", "null"], "maxLength": _MAX_UNIT_CHARS} for name in _UNITS}
+_REPORTING_SCHEMAS = {"ReportingUnitIn": {**dict.fromkeys(_UNITS, NAME_SCHEMA), "conversion_rate": POSITIVE_SCHEMA}}
+_FEATURE_SCHEMAS = METER_SCHEMAS | _REPORTING_SCHEMAS | {
+    "FeatureType": enum_schema(_TYPES),
+    "FeatureIn": {"name": NAME_SCHEMA, "type": ref("FeatureType"), **_UNIT_SCHEMAS,
                   "lookup_key": {"type": ["string", "null"], "maxLength": MAX_NAME_CHARS}},
-    "ReportingUnitIn": {"unit_singular": NAME_SCHEMA, "unit_plural": NAME_SCHEMA, "conversion_rate": POSITIVE_SCHEMA},
 }  # fmt: skip
-_SEARCH_SCHEMAS = {
-    "FeatureSearchIn": LIST_SCHEMA | {"filters": {"type": ["array", "null"], "maxItems": 0}},
-    "SortIn": {"field": choice(*SORT_COLUMNS), "direction": choice(*ORDERS)},
-}
-_TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains", "expand")
-_SEARCH_PARAMETERS = LIST_PARAMETERS | {name: {"type": "string"} for name in _TEXT_PARAMETERS}
+_UPDATE_SCHEMAS = _REPORTING_SCHEMAS | {
+    "FeatureUpdateIn": {"name": NAME_SCHEMA | {"type": ["string", "null"]}, **_UNIT_SCHEMAS,
+                        "filters": EMPTY_ARRAY},
+}  # fmt: skip
+_EXPAND_SCHEMA = {"type": "string", "pattern": r"^\s*meters\s*(,\s*meters\s*)*$"}
+_SEARCH_SCHEMAS = LIST_ENUMS | {
+    "FeatureSort": enum_schema(SORTS["features"]),
+    "FeatureSearchIn": LIST_SCHEMA | {"filters": EMPTY_ARRAY,
+                                      "expand": optional(_EXPAND_SCHEMA)},
+    "SortIn": {"field": ref("FeatureSort"), "direction": ref("Order")},
+}  # fmt: skip
+_TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains")
+_SORT = f"({'|'.join(SORTS['features'])})"
+_SORT_PARAMETER = f"^{_SORT}(,{_SORT})*$"
+_SEARCH_PARAMETERS = LIST_PARAMETERS | {
+    **{name: {"type": "string"} for name in _TEXT_PARAMETERS},
+    "sort": {"type": "string", "pattern": _SORT_PARAMETER}, "expand": _EXPAND_SCHEMA,
+}  # fmt: skip
 
 OPERATIONS = (
     Operation("POST", "/v1/features", create_feature, Feature, FeatureIn, status=201, refusals=[404, 409],
               example={"name": "Tokens", "type": "metered", "meter": METER_EXAMPLE}, schemas=_FEATURE_SCHEMAS),
-    Operation("GET", "/v1/features", find_features, FeaturePage, None, _SEARCH_PARAMETERS),
+    Operation("GET", "/v1/features", find_features, FeaturePage, None, _SEARCH_PARAMETERS, schemas=LIST_ENUMS),
     Operation("POST", "/v1/features/search", search_features, FeaturePage, FeatureSearchIn, role="event_reader",
               schemas=_SEARCH_SCHEMAS,
               example={"lookup_keys": ["tokens"]}),
     Operation("GET", "/v1/features/{id}", show_feature, Feature, refusals=[404]),
+    Operation("PUT", "/v1/features/{id}", update_feature, Feature, FeatureUpdateIn, refusals=[404],
+              example={"description": "Tokens of all models"}, schemas=_UPDATE_SCHEMAS),
     Operation("DELETE", "/v1/features/{id}", delete_feature, Done, refusals=[404]),
 )  # fmt: skip

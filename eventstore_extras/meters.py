@@ -7,6 +7,7 @@ Features and analytics build on it.
 from __future__ import annotations
 
 import sqlite3
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from eventstore import (
+    DECIMAL,
     ENCODER,
     IN_ENVIRONMENT,
     MAX_FILTER_KEYS,
+    MAX_FILTER_VALUES,
     MIN_TIME_US,
     MINUTE_US,
     WINDOW_MINUTES,
-    WINDOW_SIZES,
     ApiError,
     Faults,
     JsonResponse,
@@ -43,11 +45,23 @@ from eventstore import (
     read_fields,
     sql,
 )
-from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice, ref
+from eventstore_extras.openapi import (
+    FILTERS_SCHEMA,
+    NOTHING,
+    NULL,
+    TEXT_SCHEMA,
+    TIME_SCHEMA,
+    any_case,
+    choice,
+    enum_schema,
+    ref,
+)
 from eventstore_extras.resources import (
+    LIST_ENUMS,
     LIST_PARAMETERS,
     MAX_NAME_CHARS,
     NAME_SCHEMA,
+    SORTS,
     Columns,
     Done,
     Pagination,
@@ -65,6 +79,8 @@ from eventstore_extras.resources import (
     time_text,
 )
 from eventstore_extras.usage import (
+    AGGREGATION_ENUMS,
+    AGGREGATION_SCHEMA,
     AGGREGATIONS,
     Usage,
     UsageIn,
@@ -79,7 +95,7 @@ from eventstore_extras.usage import (
 )
 
 __all__ = [
-    "METER_COLUMNS", "METER_EXAMPLE", "METER_SCHEMAS", "OPERATIONS", "POSITIVE_SCHEMA", "Aggregation", "Meter",
+    "METER_COLUMNS", "METER_EXAMPLE", "METER_SCHEMAS", "OPERATIONS", "Aggregation", "Meter",
     "MeterIn", "MeterListIn", "MeterPage", "MeterUsageIn", "StoredMeter", "add_meter", "all_meters", "filters_in_both",
     "meter_columns", "require_meter", "stored_meter",
 ]  # fmt: skip
@@ -161,8 +177,8 @@ def _checked_buckets(sent: AggregationIn, kind: str, faults: Faults) -> str | No
     bucket_size = faults.check("bucket_size", check_window_size, sent.bucket_size)
     if bucket_size and kind not in _BUCKETED:
         faults.add("bucket_size", "invalid_format", f"goes with {' and '.join(_BUCKETED)} only, not with {kind}")
-    if sent.group_by and (kind != "MAX" or not sent.bucket_size):
-        faults.add("group_by", "invalid_format", "goes with MAX and a bucket_size only")
+    if sent.group_by and kind != "MAX":
+        faults.add("group_by", "invalid_format", f"goes with MAX only, not with {kind}")
     if sent.group_by and sent.group_by.startswith("properties."):  # usage and analytics write it that way
         problem = f"must be the property alone, without properties. before it, got {quoted(sent.group_by)}"
         faults.add("group_by", "invalid_format", problem)
@@ -193,11 +209,12 @@ def _checked_filters(sent: list[MeterFilterIn], faults: Faults) -> list[MeterFil
         return []
     for number, condition in enumerate(sent):
         with faults.within(f"filters[{number}]"):
-            if not condition.key:
+            key, values = (condition.key or "").strip(), [value.strip() for value in condition.values or []]
+            if not key:
                 faults.add("key", "required", "is required: the property to look at")
-            if not condition.values:
+            if not values:
                 faults.add("values", "required", "is required: an array of at least one string")
-        checked.append(MeterFilter(condition.key or "", condition.values or []))
+        checked.append(MeterFilter(key, values))
     check_filter_limits("filters", [condition.values for condition in checked], faults)
     return checked
 
@@ -329,7 +346,7 @@ async def find_meters(service: Service, request: Request) -> Response:
     """GET /v1/meters (API: Lists)."""
     faults = service.faults(request)
     sent = parse_list(MeterListIn, request, ["meter_ids"], faults)
-    sorts = sorts_by([sent.sort] if sent.sort else [], faults)
+    sorts = sorts_by("meters", [sent.sort] if sent.sort else [], faults)
     query = list_query("meters", sent, sorts, request["environment"], faults)
     faults.raise_any()
     event_name = (sent.event_name or "").strip()
@@ -378,7 +395,7 @@ class MeterUsageIn(Struct, forbid_unknown_fields=True):
     start_time: str | None = None
     end_time: str | None = None
     window_size: str | None = None
-    bucket_size: str | None = None
+    bucket_size: str | None = None  # without effect: the meter has its own
     filters: PropertyFilters | None = None
     billing_anchor: str | None = None
     timezone: str | None = None
@@ -403,15 +420,19 @@ def _check_meter_usage(sent: MeterUsageIn, view: View, faults: Faults) -> None:
     """Check the caller's fields before the meter is looked up. Raises ApiError with every fault."""
     if not sent.meter_id:
         faults.add("meter_id", "required", "is required")
-    if faults.check("bucket_size", check_window_size, sent.bucket_size):
+    if sent.bucket_size:
         faults.ignore(["bucket_size"])
     usage_query(_usage_in(sent, "any", Aggregation("COUNT")), view, faults)
 
 
 def _meter_query(sent: MeterUsageIn, meter: Meter, view: View) -> UsageQuery:
     query = usage_query(_usage_in(sent, meter.event_name, meter.aggregation), view, Faults())
-    is_lifetime = meter.reset_usage == "NEVER" and query.windows is None
-    return replace(query, property_filters=filters_in_both(query.property_filters, meter), lifetime=is_lifetime)
+    return replace(
+        query, property_filters=filters_in_both(query.property_filters, meter),
+        lifetime=meter.reset_usage == "NEVER" and query.windows is None,
+        group_property=meter.aggregation.group_by or "",
+        is_of_meter=True,
+    )  # fmt: skip
 
 
 def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
@@ -475,31 +496,35 @@ METER_EXAMPLE = {
     "filters": [{"key": "model", "values": ["gpt-4o"]}],
     "reset_usage": "BILLING_PERIOD",
 }
-POSITIVE_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
-              {"type": "number", "exclusiveMinimum": 0}]}  # fmt: skip
-_NOTHING = {"enum": ["", None]}
 _TIMES = dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA)
-METER_SCHEMAS: dict[str, Any] = {
-    "MeterIn": {"name": NAME_SCHEMA,
-                "event_name": {"type": "string", "pattern": r"[^\s\x1c-\x1f\x85]", "maxLength": MAX_NAME_CHARS},
-                "aggregation": ref(AggregationIn),
-                "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS},
-                "reset_usage": {"enum": [*_RESETS, "Periodic", "Cumulative"]}},
-    "AggregationIn": {"type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]}, "expression": _NOTHING,
-                      "multiplier": {"anyOf": [*POSITIVE_SCHEMA["anyOf"], {"type": "null"}]},
-                      "bucket_size": choice(*WINDOW_SIZES)},
-    "MeterFilterIn": {"key": {"type": "string", "minLength": 1},
-                      "values": {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 20}},
+_DECIMAL_SCHEMA = {
+    "anyOf": [{"type": "string", "pattern": f"^{DECIMAL.pattern}$"},
+              {"type": "number", "minimum": -sys.float_info.max, "maximum": sys.float_info.max}, NULL]}  # fmt: skip
+_RESET_SCHEMA = {"anyOf": [ref("ResetUsage"), any_case(_RESET_ALIASES)]}
+METER_SCHEMAS: dict[str, Any] = AGGREGATION_ENUMS | {
+    "ResetUsage": enum_schema(_RESETS),
+    "MeterIn": {"name": NAME_SCHEMA,  # white space around the event name does not count
+                "event_name": {"type": "string", "pattern": rf"^\s*\S([\s\S]{{0,{MAX_NAME_CHARS - 2}}}\S)?\s*$"},
+                "aggregation": ref(AggregationIn), "reset_usage": _RESET_SCHEMA,
+                "filters": {"type": ["array", "null"], "items": ref(MeterFilterIn), "maxItems": MAX_FILTER_KEYS,
+                            "description": f"At most {MAX_FILTER_VALUES} values under all keys together."}},
+    "AggregationIn": {"type": AGGREGATION_SCHEMA, "expression": NOTHING, "multiplier": _DECIMAL_SCHEMA,
+                      "bucket_size": choice("WindowSize"),
+                      "field": {"type": ["string", "null"], "description": "Required for all types but COUNT."},
+                      "group_by": {"type": ["string", "null"], "pattern": r"^(?!properties\.)"}},
+    "MeterFilterIn": {"key": TEXT_SCHEMA, "values": {"type": "array", "items": {"type": "string"}, "minItems": 1,
+                                                     "maxItems": MAX_FILTER_VALUES}},
 }  # fmt: skip
+_LIST_PARAMETERS = LIST_PARAMETERS | {"event_name": {"type": "string"}, "sort": ref("MeterSort")}
+_LIST_ENUMS = LIST_ENUMS | {"MeterSort": enum_schema(SORTS["meters"])}
 _USAGE_SCHEMAS = {"MeterUsageIn": _TIMES | {
-    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice(*WINDOW_SIZES),
-    "bucket_size": choice(*WINDOW_SIZES), "filters": FILTERS_SCHEMA, "billing_anchor": TIME_SCHEMA}}  # fmt: skip
+    "meter_id": {"type": "string", "minLength": 1}, "window_size": choice("WindowSize"), "filters": FILTERS_SCHEMA,
+    "billing_anchor": TIME_SCHEMA}}  # fmt: skip
 
 OPERATIONS = (
     Operation("POST", "/v1/meters", create_meter, Meter, MeterIn, status=201, example=METER_EXAMPLE,
               schemas=METER_SCHEMAS),
-    Operation("GET", "/v1/meters", find_meters, MeterPage, None, LIST_PARAMETERS | {"event_name": {"type": "string"}}),
+    Operation("GET", "/v1/meters", find_meters, MeterPage, None, _LIST_PARAMETERS, schemas=_LIST_ENUMS),
     Operation("GET", "/v1/meters/{id}", show_meter, Meter, refusals=[404]),
     Operation("POST", "/v1/meters/{id}/disable", disable_meter, Done, refusals=[404]),
     Operation("DELETE", "/v1/meters/{id}", delete_meter, Done, refusals=[404]),

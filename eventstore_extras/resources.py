@@ -20,7 +20,6 @@ from eventstore import (
     ENCODER,
     IN_ENVIRONMENT,
     MAX_OFFSET,
-    ORDERS,
     PARAMETER_PARSERS,
     Faults,
     FieldError,
@@ -41,14 +40,14 @@ from eventstore import (
     to_datetime,
     whole_within,
 )
-from eventstore_extras.openapi import PARAMETER_SCHEMAS, TIME_SCHEMA, choice
+from eventstore_extras.openapi import ORDER_SCHEMA, PARAMETER_SCHEMAS, TIME_SCHEMA, choice, enum_schema, ref
 from eventstore_extras.usage import check_positive
 
 __all__ = [
-    "LIST_PARAMETERS", "LIST_SCHEMA", "MAX_NAME_CHARS", "NAME_SCHEMA", "SORT_COLUMNS", "Columns", "Done", "ListQuery",
-    "Pagination", "SortIn", "archive_row", "check_decimal", "check_length", "check_name", "check_positive_decimal",
-    "decimal_text", "fetch_page", "insert_row", "is_any_of", "list_query", "parse_list", "plain_decimal", "sorts_by",
-    "time_text",
+    "LIST_ENUMS", "LIST_PARAMETERS", "LIST_SCHEMA", "MAX_NAME_CHARS", "NAME_SCHEMA", "SORTS", "Columns", "Done",
+    "ListQuery", "Pagination", "Sort", "archive_row", "check_decimal", "check_length", "check_name",
+    "check_positive_decimal", "check_sort", "decimal_text", "fetch_page", "insert_row", "is_any_of", "list_query",
+    "parse_list", "plain_decimal", "sorts_by", "time_text", "update_row",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- Texts and names
@@ -82,10 +81,10 @@ def check_name(field: str, value: str | None, faults: Faults) -> str:
     return check_length(field, value, faults)
 
 
-def check_length(field: str, value: str | None, faults: Faults) -> str:
-    """Check an optional text of up to 255 characters; return "" if it is absent."""
-    if value and len(value) > MAX_NAME_CHARS:
-        faults.add(field, "out_of_range", f"may have {MAX_NAME_CHARS} characters, got {len(value)}")
+def check_length(field: str, value: str | None, faults: Faults, max_chars: int = MAX_NAME_CHARS) -> str:
+    """Check the length of an optional text; return "" if it is absent."""
+    if value and len(value) > max_chars:
+        faults.add(field, "out_of_range", f"may have {max_chars} characters, got {len(value)}")
     return value or ""
 
 
@@ -123,6 +122,14 @@ def insert_row(conn: sqlite3.Connection, table: str, view: View, columns: Column
     conn.execute(statement, values | {"environment": view.environment})
 
 
+def update_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, columns: Columns) -> None:
+    """Change columns of a meter or a feature."""
+    changed = columns | {"updated_at_us": view.now_us}
+    assignments = ", ".join(f"{name} = :{name}" for name in changed)
+    statement = f"UPDATE {table} SET {assignments} WHERE {IN_ENVIRONMENT} AND id = :id"
+    conn.execute(statement, {**changed, "environment": view.environment, "id": row_id})
+
+
 def archive_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, unless: str = "FALSE") -> None:
     """Archive a meter or a feature unless a condition on its row holds. If it is archived already, keep its times."""
     statement = f"""UPDATE {table}
@@ -135,13 +142,16 @@ def archive_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, u
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 50, 1000
 _STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four find nothing
-SORT_COLUMNS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name",
-                "event_name": "event_name"}  # fmt: skip
+_SORTS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name", "id": "id",
+          "status": "archived_at_us IS NULL"}  # fmt: skip
+# table -> field -> SQL
+SORTS = {
+    "meters": _SORTS | {"event_name": "event_name", "reset_usage": "reset_usage"},
+    "features": _SORTS | {"lookup_key": "lookup_key", "type": "type"},
+}
 
 
-class SortIn(Struct, forbid_unknown_fields=True):
-    field: str | None = None
-    direction: str | None = None
+Sort = tuple[str | None, str | None]  # field (None: created_at), direction (None: the list's order)
 
 
 class Pagination(Struct):
@@ -174,7 +184,7 @@ class ListQuery(Struct, frozen=True):
         return replace(self, where=all_of([self.where, *clauses]))
 
 
-_check_sort, _check_status = one_of(*SORT_COLUMNS), one_of(*_STATUSES)
+_check_status = one_of(*_STATUSES)
 _check_limit = whole_within(0, _MAX_LIMIT)
 
 
@@ -187,9 +197,14 @@ def parse_list(struct: type[T], request: Request, repeatable: Iterable[str], fau
     return query_of_parameters(struct, parameters, names, faults, parsers)
 
 
-def sorts_by(names: Iterable[Any], faults: Faults) -> list[SortIn]:
-    """Make the sort from the fields that a query string names."""
-    return [SortIn(faults.check("sort", _check_sort, name)) for name in names]
+def check_sort(table: str) -> Callable[[str], str]:
+    """Make a check that a text is a field by which the table can be sorted."""
+    return one_of(*SORTS[table])
+
+
+def sorts_by(table: str, names: Iterable[Any], faults: Faults) -> list[Sort]:
+    """Make the sort from the fields that a query string names; `order` is the direction of all."""
+    return [(faults.check("sort", check_sort(table), name), None) for name in names]
 
 
 def _created_within(table: str, sent: _ListIn, faults: Faults) -> list[Sql]:
@@ -212,29 +227,24 @@ def _has_status(table: str, status: str | None) -> list[Sql]:
     return [sql(conditions.get(status, "FALSE"))]
 
 
-def _order_by(table: str, sorts: Sequence[SortIn], default_direction: str, faults: Faults) -> str:
+def _order_by(table: str, sorts: Sequence[Sort], order: str) -> str:
     """Build the terms of ORDER BY. The last one is the id, in the direction of the term before it."""
-    terms = []
-    direction = default_direction
-    for number, sort in enumerate(sorts or [SortIn("created_at")]):
-        with faults.within(f"sort[{number}]"):
-            field = faults.check("field", _check_sort, sort.field) or "created_at"
-            direction = faults.check("direction", check_order, sort.direction) or default_direction
-        owner = "meters" if field == "event_name" else table  # a feature is sorted by its meter's event name
-        terms.append(f"{owner}.{SORT_COLUMNS[field]} {direction}")
-    return ", ".join([*terms, f"{table}.id {direction}"])
+    checked = [(field or "created_at", direction or order) for field, direction in sorts or [(None, None)]]
+    terms = [f"{table}.{SORTS[table][field]} {direction}" for field, direction in checked]
+    return ", ".join([*terms, f"{table}.id {checked[-1][1]}"])
 
 
-def list_query(table: str, sent: _ListIn, sorts: Sequence[SortIn], environment: str, faults: Faults) -> ListQuery:
+def list_query(table: str, sent: _ListIn, sorts: Sequence[Sort], environment: str, faults: Faults) -> ListQuery:
     """Check the fields that all lists have; record what is wrong with them (API: Lists)."""
     where = sql(f"{table}.{IN_ENVIRONMENT}", environment=environment)
     created = _created_within(table, sent, faults)
     status = faults.check("status", _check_status, sent.status)
-    default_direction = faults.check("order", check_order, sent.order) or "desc"
-    order_by = _order_by(table, sorts, default_direction, faults)
+    order = faults.check("order", check_order, sent.order) or "desc"
     limit = faults.check("limit", _check_limit, sent.limit) or _DEFAULT_LIMIT
     offset = faults.check("offset", check_offset, sent.offset) or 0
-    return ListQuery(all_of([where, *created, *_has_status(table, status)]), order_by, limit, offset)
+    return ListQuery(
+        all_of([where, *created, *_has_status(table, status)]), _order_by(table, sorts, order), limit, offset
+    )
 
 
 def is_any_of(column: str, values: Iterable[object], name: str) -> Sql:
@@ -255,14 +265,15 @@ def fetch_page(
 
 _LIMIT = {"minimum": 0, "maximum": _MAX_LIMIT}
 NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}
+LIST_ENUMS = {"ListStatus": enum_schema(_STATUSES)}
 LIST_SCHEMA: dict[str, Any] = {  # for the fields of a body
     **dict.fromkeys(("start_time", "end_time"), TIME_SCHEMA),
     "limit": {"type": ["integer", "null"]} | _LIMIT,
     "offset": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_OFFSET},
-    "status": choice(*_STATUSES), "order": {"enum": [*ORDERS, None]},
+    "status": choice("ListStatus"), "order": ORDER_SCHEMA,
 }  # fmt: skip
 LIST_PARAMETERS: dict[str, Any] = {
     **{name: PARAMETER_SCHEMAS[name] for name in ("start_time", "end_time", "offset", "order")},
-    "limit": {"type": "integer"} | _LIMIT, "status": {"enum": [*_STATUSES, ""]},
-    "sort": {"enum": [*SORT_COLUMNS, ""]}, "meter_ids": {"type": "string"},
+    "limit": {"type": "integer"} | _LIMIT, "status": ref("ListStatus"),
+    "meter_ids": {"type": "string"},
 }  # fmt: skip

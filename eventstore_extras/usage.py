@@ -6,7 +6,7 @@ the handler. The modules meters and analytics use this one.
 
 from __future__ import annotations
 
-import asyncio
+import hashlib
 import itertools
 import math
 import sqlite3
@@ -33,7 +33,6 @@ from eventstore import (
     MINUTE_US,
     READER_THREADS,
     WINDOW_MINUTES,
-    WINDOW_SIZES,
     Faults,
     FieldError,
     JsonResponse,
@@ -46,6 +45,7 @@ from eventstore import (
     T,
     View,
     check_property_filters,
+    check_time,
     check_window_size,
     given_time,
     index_of,
@@ -55,6 +55,7 @@ from eventstore import (
     property_parameters,
     property_sql,
     quoted,
+    raise_fault,
     read_fields,
     select_per_span,
     spans_of_windows,
@@ -64,12 +65,24 @@ from eventstore import (
     to_us,
     utc_windows,
 )
-from eventstore_extras.openapi import FILTERS_SCHEMA, TIME_SCHEMA, choice
+from eventstore_extras.openapi import (
+    ANSWERED_TIME,
+    FILTERS_SCHEMA,
+    NULL,
+    POSITIVE_SCHEMA,
+    TIME_SCHEMA,
+    any_case,
+    choice,
+    enum_schema,
+    optional,
+    ref,
+)
 
 __all__ = [
-    "AGGREGATIONS", "OPERATIONS", "WEIGHT", "Usage", "UsageIn", "UsageQuery", "Windows", "aggregate",
-    "check_aggregation", "check_positive", "number_sql", "select_cells", "shares_of", "spans_of_range", "sum_of",
-    "usage_answer", "usage_query", "usage_value", ]  # fmt: skip
+    "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
+    "UsageQuery", "Windows", "add_text_hash", "aggregate", "check_aggregation", "check_positive", "number_sql",
+    "select_cells", "shares_of", "spans_of_range", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
+]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
 
@@ -88,8 +101,9 @@ class Windows(Struct, frozen=True):
     month_day: int = 1
 
     def spans(self, start_us: int, end_us: int, field: str = "window_size") -> list[Span]:
-        """Return the part of each window that lies in [start, end). Raises ApiError if there are too many."""
-        return spans_of_windows(self.bounds(start_us, end_us), start_us, end_us, self.size, field)
+        """Return the part of each window in [start, end). Raises ApiError for `field` if there are too many."""
+        size = f"names a meter whose bucket_size {self.size}" if field == "meter_id" else self.size
+        return spans_of_windows(self.bounds(start_us, end_us), start_us, end_us, size, field)
 
     def bounds(self, start_us: int, end_us: int) -> Iterator[int]:
         """Yield the start of each window that overlaps [start, end), and the end of the last one.
@@ -104,6 +118,7 @@ class Windows(Struct, frozen=True):
         wall = self._floor(self._wall(start_us - repeats * 180 * MINUTE_US))  # clocks go back by 3 hours at most
         first, bounds = MIN_TIME_US, set[int]()
         while first < end_us and len(bounds) < MAX_WINDOWS + 360:  # windows before the start do not count
+            check_time()
             first, second = (to_us(wall.replace(tzinfo=self.zone, fold=fold)) for fold in (0, 1))
             if first > second:  # the clocks skip this time: find the moment when they do
                 first = second = second + bisect_left(range(second, first), wall, key=self._wall)
@@ -162,6 +177,7 @@ class UsageQuery(Selection, frozen=True, kw_only=True):
     property_name: str = ""
     multiplier: float = 1.0
     windows: Windows | None = None
+    is_of_meter: bool = False  # the aggregation is a meter's
     bucketed: bool = False  # add up the values of the windows
     group_property: str = ""  # add up the MAX of each group in a window
     lifetime: bool = False  # without windows: include everything before the range
@@ -182,9 +198,7 @@ def check_positive(value: str | float) -> float:
 def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
     """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
     is_given = sent.multiplier not in (None, "")
-    if kind == "SUM_WITH_MULTIPLIER" and not is_given:
-        faults.add("multiplier", "required", f"is required for {kind}")
-    elif kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
+    if kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
         faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
     return faults.check("multiplier", check_positive, sent.multiplier) or 1.0
 
@@ -262,6 +276,28 @@ def number_sql(name: str, key: str) -> Sql:
         ELSE 0.0 END FROM (SELECT properties ->> {path} AS v))""", property_parameters(name, key))  # fmt: skip
 
 
+_MAX_UNIQUE = 1_000_000  # distinct values in a range without windows: they are held in memory
+_MAX_TEXT_CHARS = 32
+
+
+def unique_sql(name: str, key: str) -> Sql:
+    """Build an expression that differs for two events if the property's texts differ. Long texts are hashed.
+
+    This bounds the memory for each value. The function `text_hash` must exist: see `add_text_hash`.
+    """
+    text = property_sql("property_text", name, key)
+    return sql(f"(SELECT iif(length(v) > {_MAX_TEXT_CHARS}, text_hash(v), v) FROM (SELECT {text} AS v))", text)
+
+
+def _text_hash(text: str) -> str:
+    """Return 33 characters, which no text of up to 32 characters can equal."""
+    return "#" + hashlib.blake2b(text.encode(), digest_size=_MAX_TEXT_CHARS // 2).hexdigest()
+
+
+def add_text_hash(conn: sqlite3.Connection) -> None:
+    conn.create_function("text_hash", 1, _text_hash, deterministic=True)
+
+
 def sum_of(value: Sql | str, condition: str = "") -> str:
     """Build the sum of a column. SQLite 3.43 to 3.45 returns NULL if a sum overflows, so scale the values by 2**-60."""
     if (3, 43) <= sqlite3.sqlite_version_info < (3, 46):
@@ -271,7 +307,7 @@ def sum_of(value: Sql | str, condition: str = "") -> str:
 
 def _cell_sql(query: UsageQuery) -> Sql:
     """Build the SELECT of one span's aggregate, which is NULL for a span without events."""
-    text = property_sql("property_text", "property", query.property_name)
+    text = unique_sql("property", query.property_name)
     number = number_sql("number", query.property_name)
     where = matching(query)
     limits = sql("", start_us=query.start_us, end_us=query.end_us)
@@ -281,13 +317,14 @@ def _cell_sql(query: UsageQuery) -> Sql:
     aggregate = {
         "COUNT": "count(*)", "MAX": f"iif(max({number}) IS NULL, NULL, {exact})",
         "AVG": f"printf('%!.17g %d', {sum_of(number)}, count(*))",
-        # Spans of one range may share texts, so return their texts; of a window only the count matters.
-        "COUNT_UNIQUE": f"count(DISTINCT {text})" if query.windows else f"json_group_array(DISTINCT {text})",
+        "COUNT_UNIQUE": f"count(DISTINCT {text})",
         "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
     }.get(query.aggregation, sum_of(number))  # fmt: skip
     group = property_sql("property_text", "group", query.group_property)
     if query.group_property:
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
+    if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
+        aggregate, rows = "json_group_array(v)", f"FROM (SELECT DISTINCT {text} AS v {rows} LIMIT {_MAX_UNIQUE + 1})"
     cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END {rows}"
     if query.aggregation == "LATEST":
         cell = f"SELECT {exact} {rows} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
@@ -315,6 +352,17 @@ class Usage(Struct):
     results: list[UsageResult]
 
 
+def _count_unique(spans: Iterable[str], field: str) -> int:
+    """Count the distinct values in JSON arrays. If there are too many, raises ApiError for `field`."""
+    values: set[str | None] = set()
+    for span in spans:
+        values.update(_TEXTS.decode(span))
+        if len(values) > _MAX_UNIQUE + 1:  # one may be None
+            problem = f"has more than {_MAX_UNIQUE} distinct values in this range: take a shorter one, or a window_size"
+            raise_fault(field, "out_of_range", problem)
+    return len(values - {None})
+
+
 def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
     """Combine the aggregates of consecutive spans. Return 0 if the value is negative (API: Usage)."""
     found = [cell for cell in cells if cell is not None]
@@ -322,7 +370,7 @@ def usage_value(query: UsageQuery, cells: Iterable[Any]) -> float:
         sums, counts = zip(*(cell.split() for cell in found), strict=True) if found else ("0", "1")
         value = sum(map(float, sums)) / sum(map(int, counts))
     elif query.aggregation == "COUNT_UNIQUE" and not query.windows:
-        value = len(set().union(*map(_TEXTS.decode, found)) - {None})
+        value = _count_unique(found, "meter_id" if query.is_of_meter else "property_name")
     elif query.aggregation == "LATEST":
         value = found[-1] if found else 0.0
     elif query.aggregation == "MAX" and not query.bucketed:
@@ -359,13 +407,18 @@ def _spans(query: UsageQuery) -> list[Span]:
     if query.start_us == query.end_us and not query.lifetime:
         return []
     if query.windows:
-        return query.windows.spans(query.start_us, query.end_us)
+        buckets_field = "meter_id" if query.is_of_meter else "bucket_size"
+        return query.windows.spans(query.start_us, query.end_us, buckets_field if query.bucketed else "window_size")
+    if query.group_property:  # undivided, because a group's maximum in the range is that of one part of it
+        start_us = MIN_TIME_US if query.lifetime else query.start_us
+        return [Span(start_us, query.end_us, start_us)]
     earlier = [Span(MIN_TIME_US, query.start_us, MIN_TIME_US)] if query.lifetime else []
     return [*earlier, *spans_of_range(query.start_us, query.end_us)]
 
 
 def select_cells(conn: sqlite3.Connection, query: UsageQuery, spans: Sequence[Span]) -> list[Any]:
     """Return the aggregate of each span, None for a span without events."""
+    add_text_hash(conn)
     return select_per_span(conn, _cell_sql(query), spans)
 
 
@@ -379,7 +432,7 @@ async def aggregate(
     """
     read = partial(service.store.read, quick=False)
     spans = await read(lambda _: _spans(query))
-    shares = await asyncio.gather(*(read(partial(select_cells, query=query, spans=part)) for part in shares_of(spans)))
+    shares = await service.store.read_all(partial(select_cells, query=query, spans=part) for part in shares_of(spans))
     cells = list(itertools.chain.from_iterable(shares))
     return await read(lambda _: ENCODER.encode(answer(query, spans, cells)))
 
@@ -392,14 +445,15 @@ async def compute_usage(service: Service, request: Request) -> Response:
     return JsonResponse(await aggregate(service, usage_query(sent, service.view(request), faults), usage_answer))
 
 
-_SCHEMAS = {"UsageIn": {
+AGGREGATION_ENUMS = {"AggregationType": enum_schema(AGGREGATIONS)}
+AGGREGATION_SCHEMA = {"anyOf": [ref("AggregationType"), any_case(AGGREGATIONS)]}
+_SCHEMAS: dict[str, Any] = {"UsageIn": {
     "event_name": {"type": "string", "minLength": 1},
-    "aggregation_type": {"enum": [*AGGREGATIONS, *map(str.lower, AGGREGATIONS)]},
+    "aggregation_type": AGGREGATION_SCHEMA,
     **dict.fromkeys(("start_time", "end_time", "billing_anchor"), TIME_SCHEMA),
-    **{name: choice(*WINDOW_SIZES) for name in ("window_size", "bucket_size")}, "filters": FILTERS_SCHEMA,
-    "multiplier": {"anyOf": [{"type": "string", "pattern": r"^[0-9]{0,20}[1-9][0-9]{0,20}(\.[0-9]{0,20})?$"},
-                             {"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]},
-}}  # fmt: skip
+    **{name: choice("WindowSize") for name in ("window_size", "bucket_size")}, "filters": FILTERS_SCHEMA,
+    "multiplier": optional(POSITIVE_SCHEMA, NULL),
+}, "UsageResult": {"window_size": ANSWERED_TIME}} | AGGREGATION_ENUMS  # fmt: skip
 OPERATIONS = (
     Operation("POST", "/v1/events/usage", compute_usage, Usage, UsageIn, role="event_reader", schemas=_SCHEMAS,
               example={"event_name": "api_request", "external_customer_id": "cust_42", "aggregation_type": "SUM",

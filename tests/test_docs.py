@@ -31,7 +31,7 @@ import msgspec
 import pytest
 
 import eventstore
-from eventstore_extras import analytics, features, meters, resources, usage
+from eventstore_extras import analytics, features, meters, usage
 from eventstore_extras.mock import MockServer, running_server
 from helpers import free_port
 
@@ -425,7 +425,7 @@ def wire_types(kind: Any) -> Iterator[type[msgspec.Struct]]:
 # For each section, the types whose fields it must document; elsewhere, the same word may appear by chance.
 SECTIONS: dict[str, list[Any]] = {
     "Meters": [meters.MeterIn, meters.MeterListIn, meters.MeterPage],
-    "Features": [features.FeatureIn, features.FeatureSearchIn, features.FeaturePage, resources.SortIn],
+    "Features": [features.FeatureIn, features.FeatureSearchIn, features.FeaturePage, features.SortIn],
     "Usage of a meter": [meters.MeterUsageIn],
     "Analytics": [analytics.AnalyticsIn, analytics.AnalyticsItem, analytics.AnalyticsPoint],
 }

@@ -22,6 +22,7 @@ from helpers import (
     STAGING_KEY,
     Json,
     Live,
+    analytics,
     at,
     counts,
     database,
@@ -45,18 +46,6 @@ from meter_helpers import BAD_RATES, NOW_TEXT, SECOND_US, ULID, found, names
 @pytest.fixture(scope="module")
 def operations() -> Any:
     return OPERATIONS
-
-
-@pytest.fixture
-def clock() -> Any:
-    return Mock(return_value=NOW)
-
-
-@pytest.fixture
-def timed(tmp_path: Path, clock: Any) -> Iterator[httpx.Client]:
-    """Yield a client whose clock can be set."""
-    with metering(tmp_path, clock=clock) as client:
-        yield client
 
 
 # ---------------------------------------------------------------------------------------------- Creating a feature
@@ -100,7 +89,7 @@ def test_a_feature_needs_only_a_name_a_type_and_a_meter(client: httpx.Client, sa
 
 
 @table("kind", ["boolean", "static", "config"])
-@table("meter", [{}, {"meter_id": "meter_unknown"}, {"meter": {"name": ""}}], ids=["", "a meter's id", "a bad meter"])
+@table("meter", [{}, {"meter_id": "meter_unknown"}, {"meter": meter_of()}], ids=["", "a meter's id", "a meter"])
 def test_only_a_metered_feature_has_a_meter(client: httpx.Client, kind: str, meter: dict[str, Any]) -> None:
     feature = make_feature(client, type=kind, **meter)
     assert (feature["type"], feature["meter_id"], feature["meter"]) == (kind, "", None)
@@ -148,6 +137,11 @@ BAD_FEATURES = {  # -> fields of a feature, the faulty ones
     "an unknown type": ({"type": "toggle"}, ["type"]),
     "a type in upper case": ({"type": "METERED"}, ["type"]),
     "no meter": ({"meter": None}, ["meter", "meter_id"]),
+    "a bad meter of a boolean": ({"type": "boolean", "meter": {"name": ""}}, ["meter"]),
+    "a bad meter of a static": ({"type": "static", "meter": meter_of() | {"event_name": " "}}, ["meter.event_name"]),
+    "a bad meter of a config": ({"type": "config", "meter": meter_of() | {"reset_usage": "x"}}, ["meter.reset_usage"]),
+    "a bad meter beside an id": ({"meter_id": "meter_1", "meter": meter_of("SUM", field="")}, ["meter.aggregation.field"]),
+    "an empty meter beside an id": ({"meter_id": "meter_1", "meter": {}}, ["meter."]),
     "an empty meter id": ({"meter": None, "meter_id": ""}, ["meter", "meter_id"]),
     "a meter in a word": ({"meter": "meter_1"}, ["meter"]),
     "a meter id that is a number": ({"meter_id": 5}, ["meter_id"]),
@@ -155,6 +149,10 @@ BAD_FEATURES = {  # -> fields of a feature, the faulty ones
     "a description in a list": ({"description": ["x"]}, ["description"]),
     "one unit": ({"unit_singular": "token"}, ["unit_plural", "unit_singular"]),
     "the other unit": ({"unit_plural": "tokens"}, ["unit_plural", "unit_singular"]),
+    "a long unit": ({"unit_singular": "x" * 51, "unit_plural": "tokens"}, ["unit_singular"]),
+    "a long plural": ({"unit_singular": "token", "unit_plural": "é" * 51}, ["unit_plural"]),
+    "a long reporting unit": (unit(unit_singular="x" * 256), ["reporting_unit.unit_singular"]),
+    "a long plural of a reporting unit": (unit(unit_plural="x" * 256), ["reporting_unit.unit_plural"]),
     "a unit that is a number": ({"unit_singular": 5, "unit_plural": "tokens"}, ["unit_singular"]),
     "an empty reporting unit": ({"reporting_unit": {}}, ["reporting_unit"]),
     "a reporting unit in a word": ({"reporting_unit": "k"}, ["reporting_unit"]),
@@ -336,6 +334,13 @@ SEARCHES = {
     "sorted": ({"sort": [{"field": "name", "direction": "asc"}]}, "ABCDEF"),
     "sorted backwards": ({"sort": [{"field": "name", "direction": "desc"}]}, "FEDCBA"),
     "sorted by change": ({"sort": [{"field": "updated_at", "direction": "desc"}]}, "BFEDCA"),
+    "sorted by key": ({"sort": [{"field": "lookup_key", "direction": "asc"}]}, "DBCEFA"),
+    "sorted by type": ({"sort": [{"field": "type", "direction": "asc"}, {"field": "name", "direction": "asc"}]}, "EABCDF"),
+    "sorted by status": ({"sort": [{"field": "status", "direction": "asc"}, {"field": "name", "direction": "asc"}]}, "BACDEF"),
+    "sorted by status backwards": ({"sort": [{"field": "status", "direction": "desc"}]}, "FEDCAB"),
+    "sorted by id": ({"sort": [{"field": "id", "direction": "asc"}]}, "ABCDEF"),
+    "its sort goes before its order": ({"sort": [{"field": "id", "direction": "asc"}], "order": "desc"}, "ABCDEF"),
+    "expanded twice": ({"expand": " meters,meters"}, "FEDCBA"),
     "sorted by two": ({"sort": [{"field": "updated_at", "direction": "asc"}, {"field": "name", "direction": "asc"}]}, "ACDEFB"),
     "not sorted": ({"sort": []}, "FEDCBA"),
     "no condition": ({"filters": []}, "FEDCBA"),
@@ -373,7 +378,11 @@ def test_name_contains_ignores_case(client: httpx.Client) -> None:
 @table(("bad", "field"), [
     ({"limit": 1001}, "limit"), ({"limit": -1}, "limit"), ({"limit": "x"}, "limit"), ({"offset": -1}, "offset"), ({"status": "x"}, "status"),
     ({"order": "up"}, "order"), ({"feature_ids": "feat_1"}, "feature_ids"), ({"meter_ids": [5]}, "meter_ids"), ({"lookup_keys": {}}, "lookup_keys"),
-    ({"name_contains": 5}, "name_contains"), ({"start_time": "x"}, "start_time"), ({"sort": "name"}, "sort"), ({"sort": [{"field": "id"}]}, "sort"),
+    ({"name_contains": 5}, "name_contains"), ({"start_time": "x"}, "start_time"), ({"sort": "name"}, "sort"), ({"sort": [{"field": "id"}]}, "sort[0].direction"),
+    ({"sort": [{"field": "name", "direction": ""}]}, "sort[0].direction"), ({"sort": [{"direction": "asc"}]}, "sort[0].field"),
+    ({"sort": [{"field": "name", "direction": "asc"}, {"field": "name"}]}, "sort[1].direction"),
+    *[({"sort": [{"field": field, "direction": "asc"}]}, "sort[0].field") for field in ("event_name", "reset_usage", "meter_id", "NAME", "metadata")],
+    *[({"expand": expand}, "expand") for expand in ("prices", "meter", "meters,plans", "Meters", "meters.x", ",", " ", 5, ["meters"])],
     ({"sort": [{"field": "name", "direction": "up"}]}, "sort"), ({"filters": [{"field": "name"}]}, "filters"),
     ({"start_time": at(1), "end_time": at()}, "end_time"),
 ], ids=str)  # fmt: skip
@@ -383,6 +392,124 @@ def test_a_bad_search_is_a_400_that_names_the_field(six: Any, bad: dict[str, Any
     (faulty,) = faulty_fields(response)
     assert faulty.startswith(field)
     assert field in response.json()["message"]
+
+
+@table(("parameters", "expected"), [({"sort": "lookup_key", "order": "asc"}, "DBCEFA"), ({"sort": "type,name"}, "FDCBAE"),
+                                    ({"sort": "status", "order": "asc"}, "BACDEF"), ({"expand": "meters"}, "FEDCBA")])  # fmt: skip
+def test_search_by_parameters_sorts_by_the_columns_of_features(six: Any, parameters: Json, expected: str) -> None:
+    client, _ = six
+    assert names(client.get("/v1/features", params=parameters).json()["items"]) == expected
+
+
+@table(
+    ("parameters", "field"),
+    [({"sort": "event_name"}, "sort"), ({"sort": "name,reset_usage"}, "sort"), ({"expand": "plans"}, "expand")],
+)
+def test_a_bad_parameter_of_a_search_is_a_400_that_names_it(six: Any, parameters: Json, field: str) -> None:
+    client, _ = six
+    assert faulty_fields(client.get("/v1/features", params=parameters)) == [field]
+
+
+# ---------------------------------------------------------------------------------------------- Changing features
+
+
+UPDATES: dict[str, Json] = {
+    "nothing": {},
+    "null": dict.fromkeys(("name", "description", "metadata", "unit_singular", "unit_plural", "reporting_unit", "filters")),
+    "a name": {"name": "N" * 255},
+    "a description": {"description": "new"},
+    "no description": {"description": ""},
+    "metadata": {"metadata": {"b": "2"}},
+    "no metadata": {"metadata": {}},
+    "units": {"unit_singular": "x" * 50, "unit_plural": "é" * 50},
+    "one of the units": {"unit_plural": "TOKENS"},
+    "no units": {"unit_singular": "", "unit_plural": ""},
+    "a reporting unit": {"reporting_unit": {"unit_singular": "m", "unit_plural": "x" * 255, "conversion_rate": 1e6}},
+    "everything": {"name": "All", "description": "d", "metadata": {"b": "2"}, "unit_singular": "a", "unit_plural": "b",
+                   "reporting_unit": {"unit_singular": "m", "unit_plural": "ms", "conversion_rate": 0.5}},
+}  # fmt: skip
+
+
+@table("changes", UPDATES.values(), ids=UPDATES)
+def test_a_feature_is_changed_by_what_is_sent(timed: httpx.Client, clock: Any, changes: Json) -> None:
+    feature = make_feature(
+        timed, "Tokens", description="old", metadata={"a": "1"}, unit_singular="token", unit_plural="tokens", **unit()
+    )
+    others = [make_feature(timed, "Other")]
+    clock.return_value += 1000
+    response = timed.put(f"/v1/features/{feature['id']}", json=changes)
+    assert response.status_code == 200, response.text
+    later = {name: value for name, value in changes.items() if value is not None}
+    assert response.json() == feature | later | {"updated_at": "2025-10-15T11:38:47.963Z"}
+    assert found(timed, f"features/{feature['id']}") == response.json()
+    assert listed(timed, "features") == [*others, response.json()]
+
+
+def test_the_lookup_key_the_type_and_the_meter_of_a_feature_stay(client: httpx.Client) -> None:
+    feature = make_feature(client)
+    ignored = {"lookup_key": "other", "type": "boolean", "meter_id": "meter_1", "meter": {}, "id": "mine", "status": "archived",
+               "alert_settings": {"alert_enabled": True}, "group_id": "g", "filters": []}  # fmt: skip
+    response = client.put(f"/v1/features/{feature['id']}", json=ignored | {"name": "New"})
+    assert (response.status_code, response.json()) == (200, feature | {"name": "New"})
+
+
+BAD_UPDATES: dict[str, tuple[Json, str]] = {
+    "an empty name": ({"name": ""}, "name"),
+    "a long name": ({"name": "x" * 256}, "name"),
+    "a name that is a number": ({"name": 5}, "name"),
+    "a description in a list": ({"description": []}, "description"),
+    "a long unit": ({"unit_singular": "x" * 51}, "unit_singular"),
+    "a long plural": ({"unit_plural": "x" * 51}, "unit_plural"),
+    "only a singular": ({"unit_plural": ""}, "unit_plural"),
+    "only a plural": ({"unit_singular": "", "unit_plural": "x"}, "unit_singular"),
+    "an empty reporting unit": ({"reporting_unit": {}}, "reporting_unit"),
+    "half a reporting unit": ({"reporting_unit": {"conversion_rate": 5}}, "reporting_unit"),
+    "a reporting unit with a bad rate": (unit(conversion_rate=0), "reporting_unit.conversion_rate"),
+    "a long reporting unit": (unit(unit_plural="x" * 256), "reporting_unit.unit_plural"),
+    "metadata with a number": ({"metadata": {"a": 5}}, "metadata"),
+    "filters": ({"filters": [{"key": "a", "values": ["b"]}]}, "filters"),
+}
+
+
+@table(("changes", "field"), BAD_UPDATES.values(), ids=BAD_UPDATES)
+def test_a_bad_change_is_a_400_and_changes_nothing(client: httpx.Client, changes: Json, field: str) -> None:
+    feature = make_feature(client, unit_singular="token", unit_plural="tokens")
+    faulty = faulty_fields(client.put(f"/v1/features/{feature['id']}", json={"description": "new"} | changes))
+    assert faulty
+    assert all(each.startswith(field) for each in faulty)
+    assert found(client, f"features/{feature['id']}") == feature
+
+
+def test_a_first_unit_needs_the_other(client: httpx.Client) -> None:
+    feature = make_feature(client)
+    path = f"/v1/features/{feature['id']}"
+    assert faulty_fields(client.put(path, json={"unit_singular": "token"})) == ["unit_plural"]
+    assert client.put(path, json={"unit_singular": "token", "unit_plural": "tokens"}).json()["unit_plural"] == "tokens"
+
+
+def test_an_archived_feature_can_be_changed_and_stays_archived(client: httpx.Client) -> None:
+    feature = make_feature(client)
+    client.delete(f"/v1/features/{feature['id']}")
+    answer = client.put(f"/v1/features/{feature['id']}", json={"name": "Old"}).json()
+    assert (answer["name"], answer["status"], answer["meter"]["status"]) == ("Old", "archived", "archived")
+
+
+@table("content", ["", "[]", "null", "{"])
+def test_a_change_without_a_json_object_is_a_400(client: httpx.Client, content: str) -> None:
+    feature = make_feature(client)
+    refused(client.put(f"/v1/features/{feature['id']}", content=content))
+    assert found(client, f"features/{feature['id']}") == feature
+
+
+def test_analytics_shows_a_changed_feature(client: httpx.Client) -> None:
+    store(client, event(timestamp=at(-1)))
+    feature = make_feature(client)
+    client.put(
+        f"/v1/features/{feature['id']}",
+        json={"name": "New", "unit_singular": "a", "unit_plural": "b"} | unit(conversion_rate=0.5),
+    )
+    (item,) = analytics(client)
+    assert (item["name"], item["unit"], item["total_usage_display"]) == ("New", "a", "2")
 
 
 # ---------------------------------------------------------------------------------------------- Deleting features
@@ -424,14 +551,14 @@ def test_a_second_deletion_keeps_the_meter_that_another_feature_has(client: http
 
 @table("feature_id", ["feat_unknown", "x" * 300, "' OR 1=1 --"])
 def test_an_unknown_feature_is_a_404(shared: httpx.Client, feature_id: str) -> None:
-    for method in ("GET", "DELETE"):
-        refused(shared.request(method, f"/v1/features/{feature_id}"), 404, "not_found")
+    for method, body in (("GET", None), ("DELETE", None), ("PUT", {}), ("PUT", {"name": "x"})):
+        refused(shared.request(method, f"/v1/features/{feature_id}", json=body), 404, "not_found")
 
 
 # ---------------------------------------------------------------------------------------------- SDK
 
 
-def test_the_official_sdk_creates_finds_and_deletes_a_feature_with_its_meter(live: Live) -> None:
+def test_the_official_sdk_creates_finds_changes_and_deletes_a_feature_with_its_meter(live: Live) -> None:
     from flexprice import Flexprice
 
     meter = {"name": "Tokens", "event_name": "sdk.call", "reset_usage": "BILLING_PERIOD", "filters": [{"key": "model", "values": ["a", "b"]}],
@@ -462,6 +589,12 @@ def test_the_official_sdk_creates_finds_and_deletes_a_feature_with_its_meter(liv
         assert [one.id for one in page.items] == [made.id]
         assert (page.pagination.total, page.pagination.limit, page.pagination.offset) == (1, 10, 10)
         assert page.items[0] == made
+        changed = sdk.features.update_feature(id=made.id, name="Renamed", metadata={"c": "d"}, unit_plural="TOKENS",
+                                              reporting_unit=unit | {"conversion_rate": 10})  # fmt: skip
+        assert (changed.id, changed.name, changed.lookup_key) == (made.id, "Renamed", "sdk_tokens")
+        assert (changed.metadata, changed.unit_singular, changed.unit_plural) == ({"c": "d"}, "token", "TOKENS")
+        assert (changed.reporting_unit.conversion_rate, changed.meter) == (10, made.meter)
+        assert sdk.features.query_feature(feature_ids=[made.id]).items == [changed]
         assert sdk.features.delete_feature(id=made.id).message == "feature deleted successfully"
         assert sdk.features.query_feature(lookup_keys=["sdk_tokens"], status="published").items == []
         again = sdk.features.create_feature(name="SDK tokens", type_="boolean")
@@ -485,6 +618,8 @@ def test_the_official_async_sdk_creates_finds_and_deletes_a_feature(live: Live) 
 SDK_REFUSALS = {
     "a bad meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered", meter=meter_of(event_name=" ")), 400, "meter.event_name"),
     "no meter": (lambda sdk: sdk.features.create_feature(name="a", type_="metered"), 400, "meter"),
+    "a change to no name": (lambda sdk: sdk.features.update_feature(id=sdk.features.create_feature(name="b", type_="boolean").id, name=""), 400, "name"),
+    "a change of an unknown feature": (lambda sdk: sdk.features.update_feature(id="feat_x", name="a"), 404, "feat_x"),
     "an unknown feature": (lambda sdk: sdk.features.delete_feature(id="feat_x"), 404, "feat_x"),
     "an unknown meter's usage": (lambda sdk: sdk.events.get_usage_by_meter(meter_id="meter_x"), 404, "meter_x"),
     "a bad group": (lambda sdk: sdk.events.get_usage_analytics(group_by=["colour"]), 400, "group_by"),

@@ -62,7 +62,13 @@ def test_with_windows_the_value_is_null(few: httpx.Client, reset: str) -> None:
 @table(("how", "buckets", "value", "lifetime"), BUCKETED.values(), ids=BUCKETED)
 @table(
     "asked",
-    [{}, {"window_size": "DAY"}, {"bucket_size": "DAY"}, {"window_size": "MONTH", "bucket_size": "HOUR"}],
+    [
+        {},
+        {"window_size": "DAY"},
+        {"bucket_size": "DAY"},
+        {"bucket_size": "YEAR"},
+        {"window_size": "MONTH", "bucket_size": "HOUR"},
+    ],
     ids=str,
 )
 def test_a_bucketed_meter_ignores_the_requested_windows_and_buckets(
@@ -102,9 +108,38 @@ def test_an_event_on_the_first_day_of_year_1_counts(client: httpx.Client) -> Non
     refused(client.post("/v1/events/usage/meter", json={"meter_id": meter_id, "timezone": "America/New_York"}))
 
 
-def test_the_bucket_size_of_a_request_has_no_effect(few: httpx.Client) -> None:
-    meter = make_meter(few, "SUM")
-    assert metered_usage(few, meter["id"], **RANGE, bucket_size="MINUTE") == metered_usage(few, meter["id"], **RANGE)
+@table("bucket_size", ["MINUTE", "YEAR", "day", "", " ", "x" * 1000])
+@table("kind", ["SUM", "COUNT"])
+def test_the_bucket_size_of_a_request_is_not_read(few: httpx.Client, kind: str, bucket_size: str) -> None:
+    meter = make_meter(few, kind)
+    for more in ({}, {"window_size": "MINUTE"}):
+        answer = metered_usage(few, meter["id"], **RANGE, **more, bucket_size=bucket_size)
+        assert answer == metered_usage(few, meter["id"], **RANGE, **more)
+
+
+def test_a_maximum_with_groups_and_without_buckets_adds_the_groups(few: httpx.Client) -> None:
+    """In the range: a has 4 and -2, b has 6.5, and one event has neither; c has 10 before it."""
+    for reset, value in (("BILLING_PERIOD", 10.5), ("NEVER", 20.5)):
+        meter_id = make_meter(few, "MAX", group_by="g", reset_usage=reset)["id"]
+        assert metered_usage(few, meter_id, **RANGE) == {
+            "event_name": "call",
+            "type": "MAX",
+            "value": value,
+            "results": [],
+        }
+        windows = metered_usage(few, meter_id, **RANGE, window_size="MINUTE", bucket_size="DAY")
+        assert (windows["value"], [each["value"] for each in windows["results"]]) == (None, [10.5, 0])
+        assert metered_usage(few, meter_id, **RANGE, filters={"g": ["a"]})["value"] == 4
+        empty = metered_usage(few, meter_id, start_time=at(-45 * SECOND_US), end_time=at(-45 * SECOND_US))
+        assert empty["value"] == (0 if reset == "BILLING_PERIOD" else 20.5)
+
+
+@table("value", [7, "7", 7.0, "7.0"])
+def test_groups_of_a_maximum_are_kept_apart_over_a_long_range(client: httpx.Client, value: object) -> None:
+    """A group's events lie in all parts of the range; its maximum counts once."""
+    store(client, *[sent(f"{day} {g}", day * 86_400, value, g=g) for day in (1, 2, 3, 5, 6) for g in "ab"])
+    assert metered_usage(client, make_meter(client, "MAX", group_by="g")["id"])["value"] == 14
+    assert [item["total_usage"] for item in analytics(client, window_size="DAY")] == ["14"]
 
 
 MATCHED = {  # -> filters of the meter, of the request, number of matching events
@@ -226,7 +261,7 @@ def test_the_usage_of_an_unknown_meter_is_a_404(shared: httpx.Client) -> None:
 
 BAD_USAGES = [
     ({"meter_id": None}, "meter_id"), ({"meter_id": ""}, "meter_id"), ({"meter_id": 5}, "meter_id"), ({"window_size": "2HOUR"}, "window_size"),
-    ({"window_size": "day"}, "window_size"), ({"bucket_size": "YEAR"}, "bucket_size"), ({"start_time": "yesterday"}, "start_time"),
+    ({"window_size": "day"}, "window_size"), ({"start_time": "yesterday"}, "start_time"),
     ({"end_time": "2025-01-01"}, "end_time"), ({"start_time": at(1), "end_time": at()}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
     ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"), ({"timezone": 5}, "timezone"),
     ({"external_customer_id": 5}, "external_customer_id"), ({"window_size": "MINUTE", "start_time": at(-100_000 * 60 * SECOND_US)}, "window_size"),
@@ -244,5 +279,14 @@ def test_a_bad_request_for_usage_is_a_400_that_names_the_field(
 
 def test_too_many_buckets_are_a_400(shared: httpx.Client) -> None:
     meter = make_meter(shared, "MAX", bucket_size="MINUTE")
-    body = {"meter_id": meter["id"], "start_time": at(-100_001 * 60 * SECOND_US)}
-    refused(shared.post("/v1/events/usage/meter", json=body), part="100000")
+    body = {
+        "meter_id": meter["id"],
+        "start_time": at(-100_001 * 60 * SECOND_US),
+        "window_size": "DAY",
+        "bucket_size": "DAY",
+    }
+    response = shared.post("/v1/events/usage/meter", json=body)
+    assert faulty_fields(response) == ["meter_id"]
+    assert (
+        "meter_id names a meter whose bucket_size MINUTE makes more than 100000 windows" in response.json()["message"]
+    )

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import eventstore
-from benchmarks import compare, soak
+from benchmarks import compare, measurements, soak
 from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
 
 # ---------------------------------------------------------------------------------------------- benchmarks
@@ -34,6 +34,19 @@ def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path: Path) -> None:
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
     assert head == ["", "floor", "1,000 events", "its floor", "ratio", "2,000 events", "its floor", "ratio", "growth"]
     assert [name for name, *_ in rows] == [f"{name}, {unit}" for name, unit, _ in compare.ROWS]
+    assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_another_version_beside_this_one(tmp_path: Path) -> None:
+    done = run(*QUICK_BENCHMARK, tmp_path, "versions", ROOT, "--events", 1000, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    assert head == ["", "unit", "before", "after", "cost after / before"]
+    measured = [(name, unit) for each in measurements.SERVED for name, unit in each.units.items()]
+    assert [(name, unit) for name, unit, *_ in rows] == measured
     assert [cell for _, _, *cells in rows for cell in cells if not re.fullmatch(r"[0-9,]+(\.[0-9]+)?", cell)] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -130,15 +143,20 @@ def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_ser
             ".meters",
             ".features",
             ".analytics",
+            ".analytics_scans",
+            ".connections",
+            ".logs",
+            ".serving",
             ".faults",
             ".hosts",
             ".rate_limits",
             ".mock",
         )
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
-    for command, needed in (("import -", {"job", "entries", "files", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
-                            ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "forward", "retention"}),
-                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "entries", "files", "stored", "sending", "replay"})):  # fmt: skip
+    for command, needed in (("import -", {"job", "entries", "files", "stored", "text_formats", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
+                            ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "hiding", "proxies", "refused", "forward", "retention"}),
+                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "entries", "files", "stored", "sending", "hiding", "proxies", "refused", "replay"}),
+                            ("backup copy.db", {"job", "files", "stored", "backup"})):  # fmt: skip
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}

@@ -1135,12 +1135,22 @@ def sendable(path, sent):
     if len(cursors) > 1 or (cursors and sent.get("sort") == "event_name"):
         return False
     is_multiplied = str(sent.get("aggregation_type")).upper() == "SUM_WITH_MULTIPLIER"
-    if path.endswith("/usage") and is_multiplied is (sent.get("multiplier") in (None, "")):
+    if path.endswith("/usage") and sent.get("multiplier") and not (is_multiplied and is_positive(sent["multiplier"])):
         return False
     too_long = start and (end or datetime.now(UTC)) - start > timedelta(minutes=99_000)
     if too_long and (sent.get("window_size") or sent.get("bucket_size")):
         return False
-    return is_meter(sent) if path.endswith("/meters") else is_feature(sent) if path.endswith("/features") else True
+    if path.endswith("/meters"):
+        return is_meter(sent)
+    return is_feature(sent) if path.startswith("/v1/features") and not path.endswith("/search") else True
+
+
+def is_positive(decimal):
+    """Whether a 64-bit float can hold the number, and it is above 0."""
+    try:
+        return 0 < float(decimal) < float("inf")
+    except (TypeError, ValueError):
+        return False
 
 
 def is_meter(sent):
@@ -1148,15 +1158,20 @@ def is_meter(sent):
     if not isinstance(how, dict):
         return True
     kind, bucketed, grouped = str(how.get("type")).upper(), how.get("bucket_size"), how.get("group_by")
-    return ((kind == "COUNT" or how.get("field")) and (kind != "SUM_WITH_MULTIPLIER" or how.get("multiplier"))
-            and (not bucketed or kind in ("SUM", "MAX")) and (not grouped or (kind == "MAX" and bucketed)))
+    multiplier = how.get("multiplier")
+    is_multiplied = kind == "SUM_WITH_MULTIPLIER" or bool(multiplier)
+    return ((kind == "COUNT" or how.get("field")) and (not is_multiplied or is_positive(multiplier))
+            and (not bucketed or kind in ("SUM", "MAX")) and (not grouped or kind == "MAX"))
 
 
 def is_feature(sent):
     meter, is_metered = sent.get("meter"), sent.get("type") == "metered"
     if str(sent.get("meter_id")).startswith("meter_"):
         return False  # one that an earlier call made, and a later one may have archived
-    has_meter = bool(sent.get("meter_id")) or (isinstance(meter, dict) and is_meter(meter))
+    unit = sent.get("reporting_unit")
+    if isinstance(meter, dict) and not is_meter(meter) or isinstance(unit, dict) and not is_positive(unit.get("conversion_rate")):
+        return False
+    has_meter = bool(sent.get("meter_id") or meter)
     return (has_meter or not is_metered) and bool(sent.get("unit_singular")) == bool(sent.get("unit_plural"))
 '''
 

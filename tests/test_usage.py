@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import io
 import itertools
 import json
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.resources import files
@@ -20,8 +23,9 @@ from zoneinfo import ZoneInfo
 import httpx
 import pytest
 
-from eventstore import to_us
-from eventstore_extras.usage import Windows
+from eventstore import EARLIEST, LATEST, ApiError, Reader, Span, View, prepare_file, to_us
+from eventstore_extras import usage as usage_module
+from eventstore_extras.usage import UsageQuery, Windows, select_cells
 from helpers import (
     DAY_US,
     LEDGER_START,
@@ -33,6 +37,7 @@ from helpers import (
     at,
     counts,
     event,
+    eventually,
     ids,
     monitored,
     page,
@@ -40,6 +45,7 @@ from helpers import (
     refused,
     serving,
     store,
+    store_of,
     table,
     total,
     usage,
@@ -212,6 +218,99 @@ def test_usage_of_a_few_events_matches_results_worked_out_by_hand(client: httpx.
         assert [each for _, each in windows_of(usage(client, kind, **negative, window_size="HOUR"))] == [0]
 
 
+def test_unique_texts_of_any_length_are_told_apart(client: httpx.Client) -> None:
+    """Long texts are compared by their hashes."""
+    texts = [
+        "x" * 31,
+        "x" * 32,
+        "x" * 33,
+        "x" * 34,
+        "x" * 100_000 + "a",
+        "x" * 100_000 + "b",
+        "é" * 32,
+        "é" * 33,
+        "",
+        "5",
+    ]
+    texts.append("#" + hashlib.blake2b(texts[2].encode(), digest_size=16).hexdigest())  # looks like the hash of another
+    values: list[object] = [*texts, *texts, 5, None, {"a": "x" * 40}, {"a": "x" * 41}, {"a": "x" * 40}]
+    store(client, *[event(timestamp=at(-1 - number), properties={"n": value}) for number, value in enumerate(values)])
+    expected = len(texts) + 2
+    assert usage(client, "COUNT_UNIQUE", property_name="n")["value"] == expected
+    for size in ("MINUTE", "MONTH"):
+        assert [
+            value for _, value in windows_of(usage(client, "COUNT_UNIQUE", property_name="n", window_size=size))
+        ] == [expected]
+
+
+def test_long_unique_texts_are_not_held_in_memory(client: httpx.Client) -> None:
+    long = [event(timestamp=at(-1), properties={"n": f"{number}" + "x" * 100_000}) for number in range(50)]
+    store(client, *long)
+    view = View("development", NOW)
+    query = UsageQuery(
+        view=view, start_us=0, end_us=NOW, filters={"event_name": "call"}, aggregation="COUNT_UNIQUE", property_name="n"
+    )
+    (cell,) = asyncio.run(store_of(client).read(lambda conn: select_cells(conn, query, [Span(0, NOW, 0)]), quick=False))
+    assert len(cell) < 50 * 40
+
+
+def test_the_number_of_unique_values_in_a_range_is_limited(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage_module, "_MAX_UNIQUE", 4)
+    store(client, *[event(timestamp=at(-1 - number * DAY_US), properties={"n": value} if value else {}) for number, value in
+                    enumerate(["a", "b", "", "c", "d", "a"])])  # fmt: skip
+    query = {"event_name": "call", "aggregation_type": "COUNT_UNIQUE", "property_name": "n"}
+    assert client.post("/v1/events/usage", json=query).json()["value"] == 4
+    store(client, event(timestamp=at(-1), properties={"n": "e"}))
+    response = client.post("/v1/events/usage", json=query)
+    assert refused(response)["errors"][0]["field"] == "property_name"
+    assert "more than 4 distinct values" in response.json()["message"]
+    days = client.post("/v1/events/usage", json=query | {"window_size": "DAY"}).json()["results"]
+    assert [day["value"] for day in days] == [1, 1, 1, 0, 1, 2]
+    assert client.post("/v1/events/usage", json=query | {"start_time": at(-4 * DAY_US)}).json()["value"] == 4
+
+
+# ---------------------------------------------------------------------------------------------- 7: time limits
+
+
+def test_the_computation_of_windows_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    prepare_file(str(tmp_path / "events.db"))
+    reader = Reader(str(tmp_path / "events.db"))
+    windows = Windows("MINUTE", ZoneInfo("Europe/Berlin"))
+    with closing(reader.conn), pytest.raises(TimeoutError):
+        reader.run(lambda _: list(windows.bounds(0, 10**15)), limit_s=0)
+    assert len([*windows.bounds(0, 600_000_000)]) == 11  # outside of an operation nothing limits it
+
+
+FOREVER = "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers) SELECT max(n) FROM numbers"
+SHORT = FOREVER.replace("FROM numbers)", "FROM numbers WHERE n < 100000)")
+
+
+def test_operations_of_one_request_share_its_time_limit(tmp_path: Path) -> None:
+    ran = []
+
+    def read(conn: Any) -> None:
+        conn.execute(SHORT).fetchall()
+        ran.append(conn)
+
+    with serving(tmp_path, query_timeout_s=0.3) as client:
+        with pytest.raises(ApiError, match="took longer"):
+            asyncio.run(store_of(client).read_all([read] * 10_000))
+        assert len(ran) < 10_000
+
+
+def test_if_one_operation_of_a_request_fails_the_others_end(tmp_path: Path) -> None:
+    def fail(_: Any) -> None:
+        raise ZeroDivisionError
+
+    with serving(tmp_path, query_timeout_s=3600) as client:
+        store_ = store_of(client)
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(store_.read_all([lambda conn: conn.execute(FOREVER).fetchall(), fail]))
+        eventually(lambda: store_._readers.running == 0)
+
+
 @table("kind", AGGREGATIONS)
 def test_without_a_property_all_events_are_counted_and_the_type_is_count(client: httpx.Client, kind: str) -> None:
     store(client, event(timestamp=at(-1), properties={"n": 5}), event(timestamp=at(-2)))
@@ -231,7 +330,6 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
     ({"window_size": "2HOUR"}, "15MIN"), ({"window_size": "day"}, "DAY"), ({"bucket_size": "YEAR"}, "MONTH"),
     ({"multiplier": "2"}, "multiplier goes with SUM_WITH_MULTIPLIER only, not with COUNT"),
     ({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": -1}, "multiplier must be a decimal number greater than 0, got -1"),
-    ({"aggregation_type": "SUM_WITH_MULTIPLIER"}, "multiplier"),
     *[({"aggregation_type": "SUM_WITH_MULTIPLIER", "multiplier": multiplier}, "multiplier")
     for multiplier in BAD_MULTIPLIERS],
     ({"start_time": "yesterday"}, "start_time"), ({"end_time": "2025-01-01"}, "end_time"), ({"billing_anchor": "5"}, "billing_anchor"),
@@ -239,7 +337,10 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
     ({"filters": {"": ["x"]}}, "filters"), ({"filters": {"a": "x"}}, "filters"), ({"filters": []}, "filters"),
     ({"group_by": "properties.a"}, "group_by"), ({"group_by": [5]}, "group_by"), ({"property_name": ["n"]}, "property_name"),
     ({"window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "MINUTE makes more than 100000"),
-    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "100000"),
+    ({"bucket_size": "MINUTE", "start_time": at(-100_000 * 60_000_000), "aggregation_type": "SUM", "property_name": "n"}, "bucket_size MINUTE makes more than 100000"),
+    ({"bucket_size": "DAY", "window_size": "HOUR", "start_time": EARLIEST, "end_time": LATEST, "aggregation_type": "MAX", "property_name": "n"}, "bucket_size DAY"),
+    ({"bucket_size": "DAY", "end_time": "0001-01-02T00:00:00Z", "aggregation_type": "MAX", "property_name": "n"}, "bucket_size makes a window outside"),
+    ({"bucket_size": "DAY", "window_size": "MINUTE", "start_time": at(-100_000 * 60_000_000)}, "window_size MINUTE makes more than 100000"),
     *[({"window_size": size, "timezone": zone, "start_time": start, "end_time": end}, "window_size") for size, zone, start, end in (
     ("DAY", "UTC", None, "0001-01-02T00:00:00Z"),
     ("HOUR", "America/New_York", "0001-01-01T00:00:00Z", "0001-01-02T00:00:00Z"), ("DAY", "UTC", "9999-12-31T00:00:00Z", "9999-12-31T12:00:00Z"),
@@ -247,6 +348,18 @@ BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2
 ])  # fmt: skip
 def test_an_invalid_usage_query_is_refused(shared: httpx.Client, bad: dict[str, Any], part: str) -> None:
     refused(shared.post("/v1/events/usage", json={"event_name": "call", "aggregation_type": "COUNT"} | bad), part=part)
+
+
+@table("kind", ["SUM_WITH_MULTIPLIER", "sum_with_multiplier", "Sum_With_Multiplier"])
+@table("absent", [{}, {"multiplier": None}], ids=["absent", "null"])
+def test_the_multiplier_is_1_unless_it_is_sent(client: httpx.Client, kind: str, absent: Json) -> None:
+    store(client, *[event(timestamp=at(-1), properties={"n": n}) for n in (2, 0.5)])
+    query = {"event_name": "call", "aggregation_type": kind} | absent
+    for more, expected in (({"property_name": "n"}, ("SUM_WITH_MULTIPLIER", 2.5)), ({}, ("COUNT", 2))):
+        answer = client.post("/v1/events/usage", json=query | more).json()
+        assert (answer["type"], answer["value"]) == expected
+    windows = client.post("/v1/events/usage", json=query | {"property_name": "n", "window_size": "DAY"}).json()
+    assert [each["value"] for each in windows["results"]] == [2.5]
 
 
 @table("content", ["", "[]", "null", "5", "{", '{"event_name": "\\ud83d"}', "[" * 5000])
