@@ -13,6 +13,7 @@ import heapq
 import logging
 import os
 import socket
+import time
 from contextlib import suppress
 from http import HTTPStatus
 from operator import itemgetter
@@ -94,7 +95,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._responses = _WholeResponses(transport)
-        self._idle_since_s = self.loop.time()
+        self._idle_since_s = time.monotonic()
         self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
         room: _Room | None = getattr(self.server_state, "room", None)
         if room is not None and len(self.connections) > room.limit and not room.close_idle(self):
@@ -243,7 +244,7 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def idle_since_s(self) -> float | None:
-        """The time of the event loop since which the connection waits for a request, or None while it has one."""
+        """The monotonic time since which the connection waits for a request, or None while it has one."""
         waits = (self.cycle is None or self.cycle.response_complete) and not (self._framing_bytes or self._in_body)
         return self._idle_since_s if waits and self._last_answer is None else None
 
@@ -251,7 +252,7 @@ class Protocol(HttpToolsProtocol):
         was_last = self._last_answer is not None and not self.pipeline
         self._responses.flush()
         HttpToolsProtocol.on_response_complete(self)
-        self._idle_since_s = self.loop.time()
+        self._idle_since_s = time.monotonic()
         if was_last:
             self._close()
         elif self._in_body and not self.pipeline and not self.transport.is_closing():
@@ -339,7 +340,11 @@ class _Room:
         if now_s >= self._logged_s + _LOG_PAUSE_S:
             self._logged_s = now_s
             _log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
-        others = (each for each in self._connections if each is not newest and isinstance(each, Protocol))
+        others = (
+            each
+            for each in self._connections
+            if each is not newest and isinstance(each, Protocol) and not each.transport.is_closing()
+        )
         idle = [(each.cycle is not None, each.idle_since_s, each) for each in others if each.idle_since_s is not None]
         # To look at 10,000 connections for each new one would occupy the event loop.
         for _, _, each in heapq.nsmallest(max(1, self.limit // 100), idle, key=itemgetter(0, 1)):
