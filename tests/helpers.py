@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -225,6 +226,21 @@ def command_line(*arguments: object) -> int:
         signal.signal(signal.SIGTERM, handler)
 
 
+def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.chdir(folder)
+        patch.setattr("eventstore.uvicorn_server", lambda *_: pytest.fail("it started"))
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        try:
+            status: Any = command_line(*arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    return subprocess.CompletedProcess([*arguments], status, output.getvalue(), errors.getvalue())
+
+
 def exported(folder: Path, *flags: object, form: str = "ndjson") -> bytes:
     """Return what `eventstore export` writes from folder/events.db."""
     output = folder / f"exported.{form}"
@@ -318,6 +334,9 @@ class Live:
     @property
     def log(self) -> str:
         return self.log_file.read_text()
+
+    def log_has(self, text: str, times: int = 1) -> bool:
+        return self.log.count(text) >= times
 
     def client(self, key: str = KEY) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"x-api-key": key}, timeout=60)

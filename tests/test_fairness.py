@@ -365,8 +365,8 @@ def test_only_short_pages_are_read_on_the_event_loop(tmp_path: Path, size: int) 
 
 
 @table("path", ["meters", "features", "events/usage", "events/analytics", "events/query", "features/search"])
-def test_a_body_without_events_may_have_one_megabyte(tmp_path: Path, path: str) -> None:
-    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+def test_a_body_without_events_may_have_one_megabyte(live: Live, path: str) -> None:
+    with live.client() as client:
         response = client.post(f"/v1/{path}", json={"filters": [{}] * 600_000})
         refused(response)
         assert "the body may be 1048576 bytes long" in response.json()["message"]
