@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import io
 import json
@@ -13,6 +14,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,9 +45,21 @@ is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
 # ---------------------------------------------------------------------------------------------- the application in this process
 
 
+@functools.cache
+def _new_file() -> bytes:
+    """Return an empty database file with the environments of KEYS. Copying it is faster than creating one for each test."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "events.db"
+        Store(Settings(db=str(path), api_keys=KEYS)).close()
+        return path.read_bytes()
+
+
 def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any) -> TestClient:
     """Return a client of the application in this process, on folder/events.db; use it as a context manager."""
-    chosen: dict[str, Any] = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
+    path = folder / "events.db"
+    if not settings.keys() & {"db", "api_keys"} and not path.exists():
+        path.write_bytes(_new_file())
+    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW} | settings
     app = create_app(Settings(**chosen), operations=operations)
     return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
 
