@@ -159,7 +159,7 @@ def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @table("keeps_alive", [False, True], ids=["a connection for each request", "one connection"])
 def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_alive: bool) -> None:
-    """Clients that never retry, on a socket that stays open while the process behind it is replaced twenty times."""
+    """Clients that never retry, on a socket that stays open while the process behind it is replaced eight times."""
     over = threading.Event()
     stored: list[str] = []
     problems: list[object] = []
@@ -189,7 +189,7 @@ def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_
         clients = [threading.Thread(target=send, args=[f"client {number}"]) for number in range(4)]
         for client in clients:
             client.start()
-        for _ in range(20):
+        for _ in range(8):
             enough = len(stored) + 20
             eventually(partial(served_or_failed, enough))
             process.terminate()
