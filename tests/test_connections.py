@@ -189,7 +189,7 @@ def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_
         clients = [threading.Thread(target=send, args=[f"client {number}"]) for number in range(4)]
         for client in clients:
             client.start()
-        for _ in range(8):
+        for _ in range(20):
             enough = len(stored) + 20
             eventually(partial(served_or_failed, enough))
             process.terminate()
