@@ -44,7 +44,6 @@ import asyncio
 import base64
 import ctypes
 import difflib
-import enum
 import errno
 import gc
 import hashlib
@@ -464,26 +463,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-_MAX_UNKNOWN = 1000  # unknown members of an object among which names in another case are found
-_OTHER = "\x7f"
-_unknown = threading.local()  # `names` of the object that msgspec decodes: it calls _missing_ without any context
-
-
-class _FieldName(enum.Enum):
-    """Keys of a dict that msgspec decodes: the fields of a struct, in any case, and _OTHER for all unknown names."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> enum.Enum:
-        name = str(value)
-        folded = name.casefold()
-        if len(folded) == len(name) and folded in cls._value2member_map_:  # Go does not fold one letter into two
-            return cls._value2member_map_[folded]
-        if len(_unknown.names) == _MAX_UNKNOWN:
-            raise ValueError
-        _unknown.names.append(name[:MAX_ECHO_CHARS])
-        return cls._value2member_map_[_OTHER]
-
-
+_MAX_UNKNOWN = 1000  # unknown members of an object; if it has more, only exact field names are found
 _MAX_ITEMS = 1000  # of an array of objects
 
 
@@ -505,14 +485,17 @@ def _items_of(batch: Any) -> list[Any]:
 _RAW_ITEMS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_batch_of(Raw))
 
 
+class _Name(str):
+    """A member's name as msgspec decodes it: the field that it means, or "" for an unknown one."""
+
+    __slots__ = ()
+
+
 @lru_cache
-def _decoders_of_members(struct: type) -> tuple[Any, Any]:
-    """Make a decoder of an object's members by field, and one that finds only exact names, but takes any number."""
+def _exact_decoder(struct: type) -> Any:
+    """Make a decoder that reads each field as undecoded JSON and skips any number of other members."""
     fields: tuple[str, ...] = struct.__struct_fields__  # type: ignore[attr-defined]
-    make_enum: Any = _FieldName
-    keys = make_enum("keys", {f"key_{number}": name for number, name in enumerate([*fields, _OTHER])})
-    exact = msgspec.defstruct("Members", [(name, Raw, Raw()) for name in fields])
-    return msgspec.json.Decoder(dict[keys, Raw]), msgspec.json.Decoder(exact)  # type: ignore[valid-type]
+    return msgspec.json.Decoder(msgspec.defstruct("Members", [(name, Raw, Raw()) for name in fields]))
 
 
 def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | None:
@@ -520,14 +503,23 @@ def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | 
 
     A field's name may be in any case; of a repeated one the last counts, as in Go (API: JSON).
     """
-    by_name, exact = _decoders_of_members(struct)
-    names: list[str] = []
-    _unknown.names = names
-    members = decode(by_name, bytes(raw))
-    faults.ignore(names, struct.__struct_fields__)  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = struct.__struct_fields__  # type: ignore[attr-defined]
+    unknown: list[str] = []
+
+    def field_of(_: type, name: str) -> _Name:
+        folded = name.casefold()
+        if folded in fields and len(folded) == len(name):  # Go does not fold one letter into two
+            return _Name(folded)
+        if len(unknown) == _MAX_UNKNOWN:
+            raise ValueError
+        unknown.append(name[:MAX_ECHO_CHARS])
+        return _Name()
+
+    members = decode(msgspec.json.Decoder(dict[_Name, Raw], dec_hook=field_of), bytes(raw))
+    faults.ignore(unknown, fields)
     if members is not None:
-        return {key.value: value for key, value in members.items() if key.value != _OTHER}
-    found = decode(exact, bytes(raw))
+        return {str(name): value for name, value in members.items() if name}
+    found = decode(_exact_decoder(struct), bytes(raw))
     if found is not None:
         return {name: value for name, value in msgspec.structs.asdict(found).items() if value}
     faults.add(faults.whole, "invalid_type", f"must be an object, got {excerpt(raw)}")
@@ -2976,13 +2968,13 @@ def _monitor(conn: sqlite3.Connection, selection: Selection, size: str | None, b
     index = index_of(selection.filters)
     counted = sql(f"SELECT count(*) FROM events {index} WHERE {matched} AND {IN_SPAN}", matched)
     counts = select_per_span(conn, counted, spans)
-    points = [(span.window_us, count) for span, count in zip(spans, counts, strict=True) if size and count]
+    points = [MonitoringPoint(to_datetime(span.window_us), count)
+              for span, count in zip(spans, counts, strict=True) if size and count]  # fmt: skip
     hidden = 0
     if view.visible_us is not None:
         statement = f"SELECT count(*) FROM events WHERE {IN_ENVIRONMENT} AND ingested_at_us > :visible_us"
         hidden = conn.execute(statement, {"environment": view.environment, "visible_us": view.visible_us}).fetchone()[0]
-    points_out = [MonitoringPoint(to_datetime(window_us), count) for window_us, count in points]
-    return ENCODER.encode(Monitoring(sum(counts), hidden, behind, points_out))
+    return ENCODER.encode(Monitoring(sum(counts), hidden, behind, points))
 
 
 async def monitor_events(service: Service, request: Request) -> Response:
