@@ -90,7 +90,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# What others may use, section by section; all other names begin with an underscore.
+# The names that other modules may use, by section; all other names begin with an underscore.
 __all__ = [  # noqa: RUF022 - in the order of the file
     # General
     "T", "__version__", "log",
@@ -201,6 +201,46 @@ _MAX_IGNORED = 20  # ignored names that an answer lists
 _MAX_FAULTS = 100
 # Fields in which FlexPrice refuses ""; in all others it means the same as an absent field.
 _NEVER_EMPTY = {"timestamp", "start_time", "end_time", "sort", "order", "billing_anchor", "multiplier"}
+
+
+def printable(text: str) -> str:
+    """Return a caller's text for a message or the log, with every character that does not print as a JSON escape.
+
+    Otherwise it could forge log lines, reorder what a terminal shows, or hide in it: control characters, marks of
+    direction, separators, zero-width characters.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
+def quoted(value: str) -> str:
+    """Return a caller's value for a message: quoted, escaped, and cut to 100 characters."""
+    return printable(json.dumps(value[:MAX_ECHO_CHARS], ensure_ascii=False))
+
+
+def excerpt(raw: bytes) -> str:
+    """Return the start of a JSON text for a message."""
+    return printable(" ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS])
+
+
+def plural(number: int, noun: str) -> str:
+    """Return "1 event" or "2,000 events"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _similar(name: str, known: Iterable[str]) -> str:
+    """Return the known name that an unknown one resembles, or ""; externalCustomerId resembles external_customer_id."""
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[- ]", "_", name.rpartition(".")[2]).lower()
+    return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
+
+
+def _problem_of(name: str, why: Iterable[str] | str) -> str:
+    """Say why a name is ignored, and what was probably meant."""
+    if isinstance(why, str):
+        return why
+    similar = _similar(name, why)
+    return "is unknown: " + (f"did you mean {similar}?" if similar else f"there are {', '.join(why) or 'none here'}")
 
 
 class Fault(Struct, frozen=True):
@@ -365,52 +405,12 @@ class Faults:
         return hints
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
-    """Return the known name that an unknown one resembles, or ""; externalCustomerId resembles external_customer_id."""
-    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[- ]", "_", name.rpartition(".")[2]).lower()
-    return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
-
-
-def _problem_of(name: str, why: Iterable[str] | str) -> str:
-    """Say why a name is ignored, and what was probably meant."""
-    if isinstance(why, str):
-        return why
-    similar = _similar(name, why)
-    return "is unknown: " + (f"did you mean {similar}?" if similar else f"there are {', '.join(why) or 'none here'}")
-
-
 def raise_fault(field: str, code: str, problem: str) -> NoReturn:
     """Reject the request immediately because of one field."""
     faults = Faults()
     faults.add(field, code, problem)
     faults.raise_any()
     raise AssertionError("unreachable")
-
-
-def printable(text: str) -> str:
-    """Return a caller's text for a message or the log, with every character that does not print as a JSON escape.
-
-    Otherwise it could forge log lines, reorder what a terminal shows, or hide in it: control characters, marks of
-    direction, separators, zero-width characters.
-    """
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
-
-
-def quoted(value: str) -> str:
-    """Return a caller's value for a message: quoted, escaped, and cut to 100 characters."""
-    return printable(json.dumps(value[:MAX_ECHO_CHARS], ensure_ascii=False))
-
-
-def excerpt(raw: bytes) -> str:
-    """Return the start of a JSON text for a message."""
-    return printable(" ".join(bytes(raw)[:1000].decode(errors="ignore").split())[:MAX_ECHO_CHARS])
-
-
-def plural(number: int, noun: str) -> str:
-    """Return "1 event" or "2,000 events"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _has_extras() -> bool:
@@ -742,46 +742,6 @@ def index_of(columns: Iterable[str]) -> str:
     return f"INDEXED BY events_by_{next((index for column, index in indexes.items() if column in given), 'time')}"
 
 
-def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return the parameters for a key and its path. A key that needs escapes has no path; "$" is the whole object."""
-    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
-
-
-def property_sql(function: str, name: str, key: str) -> Sql:
-    """Build the expression for a top-level property; `name` is a unique prefix for the parameters' names.
-
-    With the function "property_text" its value is the text that `property_text` returns. With "property_value" it is
-    what `->>` returns, in 0.7 times the time: numbers stay numbers, true is 1 and false is 0.
-
-    Both avoid calling into Python unless the properties contain a backslash: a key in them may then be escaped, and
-    before 3.45 SQLite compares the path with the escaped form. A path cannot contain a quote at all.
-    """
-    plain = f"properties ->> :{name}_path"
-    if _ESCAPED_IN_JSON.search(key):
-        plain = "NULL"
-    elif function == "property_text":  # v is JSON; only a string, which begins with '"', sorts before '#'
-        is_shortest = "length(v) < 16 AND v NOT GLOB '*[^0-9.]*' AND v NOT GLOB '*.*0' AND v NOT GLOB '0.00000*'"
-        plain = f"""(SELECT CASE WHEN v < '#' THEN trim(v, '"')
-            WHEN v IN ('true', 'false') OR {is_shortest} THEN v
-            WHEN v >= '#' THEN value_text(v) END FROM (SELECT properties -> :{name}_path AS v))"""
-    text = f"CASE WHEN properties LIKE '%\\%' THEN property_text(properties, :{name}_key) ELSE {plain} END"
-    return Sql(text, property_parameters(name, key))
-
-
-def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return the functions of `property_sql` that a filter calls, and the options: each must return one of them.
-
-    The last function decides. If "property_value" comes before it, it excludes most events in less time.
-    """
-    numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
-    is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
-    if is_long or any(text.startswith(("{", "[")) for text in values):
-        return ["property_text"], [*values]
-    bits = [float(text == "true") for text in values if text in ("true", "false")]
-    exact = ["property_text"] if bits or {0.0, 1.0} & {*numbers.values()} else []
-    return ["property_value", *exact], [*values, *numbers.values(), *bits]
-
-
 def _number_text(json_number: str) -> str:
     """Return the shortest text of a number's 64-bit float, as ClickHouse writes it: 200, 0.1, 1e21, 1e-7."""
     text = repr(float(json_number) or 0.0).removesuffix(".0")  # -0.0 is 0
@@ -825,6 +785,46 @@ def property_number(properties: str, key: str) -> float:
 _SQL_FUNCTIONS: tuple[tuple[Callable[..., Any], int], ...] = (
     (value_text, 1), (property_text, 2), (property_number, 2),
 )  # fmt: skip
+
+
+def property_parameters(name: str, key: str) -> dict[str, object]:
+    """Return the parameters for a key and its path. A key that needs escapes has no path; "$" is the whole object."""
+    return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
+
+
+def property_sql(function: str, name: str, key: str) -> Sql:
+    """Build the expression for a top-level property; `name` is a unique prefix for the parameters' names.
+
+    With the function "property_text" its value is the text that `property_text` returns. With "property_value" it is
+    what `->>` returns, in 0.7 times the time: numbers stay numbers, true is 1 and false is 0.
+
+    Both avoid calling into Python unless the properties contain a backslash: a key in them may then be escaped, and
+    before 3.45 SQLite compares the path with the escaped form. A path cannot contain a quote at all.
+    """
+    plain = f"properties ->> :{name}_path"
+    if _ESCAPED_IN_JSON.search(key):
+        plain = "NULL"
+    elif function == "property_text":  # v is JSON; only a string, which begins with '"', sorts before '#'
+        is_shortest = "length(v) < 16 AND v NOT GLOB '*[^0-9.]*' AND v NOT GLOB '*.*0' AND v NOT GLOB '0.00000*'"
+        plain = f"""(SELECT CASE WHEN v < '#' THEN trim(v, '"')
+            WHEN v IN ('true', 'false') OR {is_shortest} THEN v
+            WHEN v >= '#' THEN value_text(v) END FROM (SELECT properties -> :{name}_path AS v))"""
+    text = f"CASE WHEN properties LIKE '%\\%' THEN property_text(properties, :{name}_key) ELSE {plain} END"
+    return Sql(text, property_parameters(name, key))
+
+
+def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
+    """Return the functions of `property_sql` that a filter calls, and the options: each must return one of them.
+
+    The last function decides. If "property_value" comes before it, it excludes most events in less time.
+    """
+    numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
+    is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
+    if is_long or any(text.startswith(("{", "[")) for text in values):
+        return ["property_text"], [*values]
+    bits = [float(text == "true") for text in values if text in ("true", "false")]
+    exact = ["property_text"] if bits or {0.0, 1.0} & {*numbers.values()} else []
+    return ["property_value", *exact], [*values, *numbers.values(), *bits]
 
 
 class View(NamedTuple):
@@ -910,17 +910,17 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     return conn
 
 
+def add_functions(conn: sqlite3.Connection) -> None:
+    """Add the SQL functions that queries call."""
+    for function, arguments in _SQL_FUNCTIONS:
+        conn.create_function(function.__name__, arguments, function, deterministic=True)
+
+
 def connect_reader(path: str) -> sqlite3.Connection:
     """Open a connection that cannot write, with the SQL functions that queries call."""
     conn = connect(path, READER_PRAGMAS)
     add_functions(conn)
     return conn
-
-
-def add_functions(conn: sqlite3.Connection) -> None:
-    """Add the SQL functions that queries call."""
-    for function, arguments in _SQL_FUNCTIONS:
-        conn.create_function(function.__name__, arguments, function, deterministic=True)
 
 
 def execute_writing(
@@ -2614,10 +2614,6 @@ check_order = one_of(*ORDERS)
 check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, MAX_PAGE_SIZE)
 
 
-def _column_filters(sent: EventQueryIn) -> dict[str, str]:
-    return {column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))}
-
-
 def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
     """Limit the keys and values of a query, because each value becomes one SQL parameter."""
     number = sum(map(len, filters))
@@ -2651,7 +2647,8 @@ def event_query(sent: EventQueryIn, view: View, faults: Faults) -> EventQuery:
     property_filters = check_property_filters("property_filters", sent.property_filters, faults)
     faults.raise_any()
     return EventQuery(
-        view=view, start_us=start_us, end_us=end_us, filters=_column_filters(sent), property_filters=property_filters,
+        view=view, start_us=start_us, end_us=end_us, property_filters=property_filters,
+        filters={column: value for name, column in _FILTER_COLUMNS.items() if (value := getattr(sent, name))},
         page_size=page_size if page_size > 0 else 50, offset=offset,
         by_name=sort == "event_name", descending=order == "desc", after=after, before=before, count=sent.count_total,
     )  # fmt: skip
@@ -2729,19 +2726,31 @@ class _Position(Struct):
     timestamp: datetime
 
 
+_POSITION = msgspec.json.Decoder(_Position)
+
+
 def _cursor_of(event: str) -> str:
     """Return the text of the cursor of an event, given as JSON."""
     position = _POSITION.decode(event)
     return Cursor(to_us(position.timestamp), position.id).text
 
 
-_POSITION = msgspec.json.Decoder(_Position)
-
-
 class _Page(NamedTuple):
     events: list[str]  # as JSON
     has_more: bool
     total: int | None
+
+
+def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
+    """Return a page that ends early at _MAX_PAGE_BYTES. It has one event even if that is longer."""
+    events: list[str] = []
+    size, total = 0, None
+    for event, total in conn.execute(*statement):
+        size += len(event)
+        if events and (len(events) == page_size or size > _MAX_PAGE_BYTES):
+            return _Page(events, True, total)
+        events.append(event)
+    return _Page(events, False, total)
 
 
 def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
@@ -2762,18 +2771,6 @@ def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Pa
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
     return _fetch_short_page(conn, statement, page_size)
-
-
-def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
-    """Return a page that ends early at _MAX_PAGE_BYTES. It has one event even if that is longer."""
-    events: list[str] = []
-    size, total = 0, None
-    for event, total in conn.execute(*statement):
-        size += len(event)
-        if events and (len(events) == page_size or size > _MAX_PAGE_BYTES):
-            return _Page(events, True, total)
-        events.append(event)
-    return _Page(events, False, total)
 
 
 def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
