@@ -1,7 +1,7 @@
 """eventstore: FlexPrice's usage-events API in one Python file on SQLite.
 
 It accepts usage events through FlexPrice's HTTP API, singly or in batches of up to 1000, stores them in one SQLite file
-and returns them with filters and cursors. It is not a billing system: it has no customers, prices, plans or invoices.
+and returns them with filters and cursors. Billing is left to FlexPrice: there are no customers, prices or invoices.
 It runs as one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
@@ -196,18 +196,18 @@ STATUS_OF_CODE = {
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
-MAX_ECHO_CHARS = 100
+MAX_ECHO_CHARS = 100  # of a caller's value in a message
 _MAX_IGNORED = 20  # ignored names that an answer lists
-_MAX_FAULTS = 100
+_MAX_FAULTS = 100  # that an answer lists
 # Fields in which FlexPrice refuses ""; in all others it means the same as an absent field.
 _NEVER_EMPTY = {"timestamp", "start_time", "end_time", "sort", "order", "billing_anchor", "multiplier"}
 
 
 def printable(text: str) -> str:
-    """Return a caller's text for a message or the log, with every character that does not print as a JSON escape.
+    """Return a caller's text for a message or the log; characters that do not print become JSON escapes.
 
-    Otherwise it could forge log lines, reorder what a terminal shows, or hide in it: control characters, marks of
-    direction, separators, zero-width characters.
+    Otherwise line breaks could forge log lines, and marks of direction or zero-width characters could make a terminal
+    show another text.
     """
     if text.isprintable():
         return text
@@ -325,7 +325,7 @@ class Faults:
         strict: bool = False,
     ) -> None:
         self.index = index  # position in the batch of the event being checked
-        self.whole = whole  # name of the object whose fields are being checked: "body", "event", or a path
+        self.whole = whole  # what faults call the object whose fields are being checked: "body", "event", or a path
         # Unknown name -> the names that are known there. Known name without effect -> why it is ignored.
         self.ignored = {} if ignored is None else ignored
         self._strict = strict  # whether ignored names are faults
@@ -547,7 +547,7 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
 
 
 def _decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
-    """Decode an object field by field: record each field of the wrong type and leave it out; note unknown fields."""
+    """Decode an object field by field. Record and leave out each field of the wrong type; note unknown fields."""
     members = _read_members(struct, raw, faults) or {}
     decoder: Any = decoder_of(struct)  # type: ignore[arg-type]
     if decoded := decode(decoder, ENCODER.encode(members)):
@@ -580,9 +580,9 @@ MAX_TIME_US = to_us(datetime.max.replace(tzinfo=UTC))
 EARLIEST, LATEST = "0001-01-01T00:00:00.000001Z", "9999-12-31T23:59:59.999999Z"
 MINUTE_US = 60 * 1_000_000
 DAY_US = 1440 * MINUTE_US
-_400_YEARS_US = 146_097 * DAY_US  # after them, the calendar repeats
+_400_YEARS_US = 146_097 * DAY_US  # the period after which the calendar repeats
 
-# datetime.fromisoformat also accepts week dates, a bare date, no zone and (Python 3.13) hour 24.
+# Needed because datetime.fromisoformat also accepts week dates, a bare date, no zone and (Python 3.13) hour 24.
 RFC_3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,9})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
@@ -632,7 +632,7 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 class IdMaker:
-    """Makes ids from a prefix and a ULID: 48 bits of milliseconds and 80 random bits. Each is greater than the last."""
+    """Makes ids of a prefix and a ULID: 48 bits of milliseconds and 80 random bits. Each is greater than the last."""
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's base 32
 
@@ -647,7 +647,7 @@ class IdMaker:
         else:
             self._last += 1
         high, low = self._last >> 20, self._last & 0xFFFFF
-        if high != self._high:  # encode all but four digits once for many ids
+        if high != self._high:  # ids made soon after each other differ only in the last four digits
             self._high = high
             self._start = "".join([self._pairs[high >> shift & 1023] for shift in range(100, -1, -10)])
         return prefix + self._start + self._pairs[low >> 10] + self._pairs[low & 1023]
@@ -788,7 +788,7 @@ _SQL_FUNCTIONS: tuple[tuple[Callable[..., Any], int], ...] = (
 
 
 def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return the parameters for a key and its path. A key that needs escapes has no path; "$" is the whole object."""
+    """Return the parameters for a key and its path; if the key needs escapes, the path is "$", the whole object."""
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
@@ -862,8 +862,8 @@ def matching(selection: Selection) -> Sql:
 def _time_sql(column: str) -> str:
     """Build the expression that formats a time as Go does: 2026-01-01T00:00:00.25Z.
 
-    Offset to year 1: integer division truncates toward zero and would round times before 1970 up. datetime() and
-    replace() take half as long as strftime(); formatting times is half the cost of a page.
+    Offset to year 1: integer division truncates toward zero and would round times before 1970 up. Formatting times is
+    half the cost of a page, and datetime() with replace() takes half as long as strftime().
     """
     since_year_1 = f"({column} - {MIN_TIME_US})"
     seconds = f"{since_year_1} / 1000000 + {MIN_TIME_US // 1000000}"
@@ -888,8 +888,8 @@ WRITER_PRAGMAS = (
 )
 READER_PRAGMAS = ("PRAGMA query_only = ON",)
 WRITE_LOCK_TIMEOUT_S = 5.0
-_QUICK_S = 0.001  # limit for a read on the event loop, about the time that parsing a batch takes
-_QUICK_BYTES = 1_000_000  # longest row and answer of such a read
+_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
+_QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
 _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wrong, and what to do about it
     sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
@@ -1019,7 +1019,7 @@ def _count_all(conn: sqlite3.Connection) -> int:
 
 
 def check_path(path: str) -> None:
-    """Raises StartError if there cannot be a database of that name, or if its file was cut off."""
+    """Raises StartError if no database can have this path, if its file was cut off, or if SQLite is too old."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -1040,7 +1040,9 @@ def prepare_file(path: str) -> int:
     """
     check_path(path)
     if path != ":memory:":
-        with suppress(OSError):  # it exists, or SQLite says why it cannot; the -wal and -shm get the same mode
+        # Create it readable for its owner only; SQLite gives the -wal and -shm the same mode. An error means that the
+        # file exists, or SQLite reports the reason below.
+        with suppress(OSError):
             os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
     with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
         _migrate(conn, path)
@@ -1658,7 +1660,7 @@ def _remove_folder(folder: str | None, process: int) -> None:
 
 
 class StoreState(NamedTuple):
-    """What the store is doing, and how large its files are."""
+    """The store's load, and the sizes of its files."""
 
     waiting_events: int = 0
     running_queries: int = 0
@@ -1794,9 +1796,9 @@ class Store:
 # ---------------------------------------------------------------------------------------------- HTTP
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # that a caller may choose
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
 _LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
-_MAX_FIELDS_BYTES = 1024 * 1024  # of a body without events
+_MAX_FIELDS_BYTES = 1024 * 1024  # longest body of a request that sends no events
 # Starlette's `path` convertor stops at a line break; ids may contain one.
 register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
 _Handler = Callable[["Service", Request], Awaitable[Response]]
@@ -1825,16 +1827,10 @@ _MAX_IGNORED_CHARS = 1000  # of the header X-Ignored
 
 def _ignored_header(names: Iterable[str]) -> bytes:
     """List names for a header, percent-encoded; "..." stands for more names than fit."""
-    listed: list[str] = []
-    size = 0
-    for name in names:
-        encoded = urllib.parse.quote(name, safe="[]", errors="replace")
-        size += len(encoded) + 2
-        if len(listed) == _MAX_IGNORED or size > _MAX_IGNORED_CHARS:
-            listed.append("...")
-            break
-        listed.append(encoded)
-    return ", ".join(listed).encode()
+    encoded = [urllib.parse.quote(name, safe="[]", errors="replace") for name in names]
+    sizes = itertools.accumulate(len(each) + 2 for each in encoded)
+    fitting = [each for each, size in zip(encoded, sizes, strict=True) if size <= _MAX_IGNORED_CHARS][:_MAX_IGNORED]
+    return ", ".join(fitting if len(fitting) == len(encoded) else [*fitting, "..."]).encode()
 
 
 def _with_headers(scope: Scope, response: Response) -> Response:
@@ -1858,28 +1854,6 @@ def error_response(request: Request, error: ApiError, headers: Mapping[str, str]
     log.warning("%s: %s", _name_of(request.scope), answer)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     return _with_headers(request.scope, JsonResponse(error.body, error.status, {**(headers or {}), **retry_after}))
-
-
-class Outbox(Struct):
-    """The target to which an environment's events are forwarded, and what became of them.
-
-    `behind()` counts the waiting events in the database; the other fields are already up to date.
-    """
-
-    host: str
-    behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
-    waiting: int = 0  # events, some seconds ago
-    oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
-    sent: int = 0  # events that the host has accepted, also from earlier runs
-    put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
-    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
-
-
-class Retention(Struct):
-    """Work of retention since the server started."""
-
-    deleted: int = 0  # events
-    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
 
 
 class _Endpoint:
@@ -1978,19 +1952,26 @@ class Operation(NamedTuple):
         return _Route(self.path, self.method, _Endpoint(service, self.handler, self))
 
 
-class _FixedRoutes(BaseRoute):
-    """The routes without parameters. Trying one pattern after another takes 5 % of the time of a single event."""
+class Outbox(Struct):
+    """The target to which an environment's events are forwarded, and what became of them.
 
-    def __init__(self, routes: Iterable[BaseRoute]) -> None:
-        fixed = [route for route in routes if isinstance(route, Route) and not route.param_convertors]
-        self._apps = {(method, route.path): route.app for route in fixed for method in route.methods or ()}
+    `behind()` counts the waiting events in the database; the other fields are already up to date.
+    """
 
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        app = self._apps.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        return (Match.NONE, {}) if app is None else (Match.FULL, {"endpoint": app, "path_params": {}})
+    host: str
+    behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
+    waiting: int = 0  # events, some seconds ago
+    oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
+    sent: int = 0  # events that the host has accepted, also from earlier runs
+    put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
+    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await scope["endpoint"](scope, receive, send)
+
+class Retention(Struct):
+    """Work of retention since the server started."""
+
+    deleted: int = 0  # events
+    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
 
 
 class Service:
@@ -2105,7 +2086,7 @@ async def read_body(service: Service, request: Request, limit: float = math.inf)
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
-    """Decode a body of at most 1 MiB; record the fields that have the wrong type, and note the unknown ones."""
+    """Decode a body of at most 1 MiB. Record fields of the wrong type as faults, and note unknown ones as ignored."""
     return decode_fields(decoder, await read_body(service, request, _MAX_FIELDS_BYTES), faults)
 
 
@@ -3065,6 +3046,21 @@ OPERATIONS = (
     Operation("POST", "/health", health, Health),
     _operation_of_extra("GET", "/openapi.json", "openapi"),
 )  # fmt: skip
+
+
+class _FixedRoutes(BaseRoute):
+    """The routes without parameters. Trying one pattern after another takes 5 % of the time of a single event."""
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        fixed = [route for route in routes if isinstance(route, Route) and not route.param_convertors]
+        self._apps = {(method, route.path): route.app for route in fixed for method in route.methods or ()}
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        app = self._apps.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        return (Match.NONE, {}) if app is None else (Match.FULL, {"endpoint": app, "path_params": {}})
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await scope["endpoint"](scope, receive, send)
 
 
 def create_app(
