@@ -1,7 +1,7 @@
 """eventstore: FlexPrice's usage-events API in one Python file on SQLite.
 
 It accepts usage events through FlexPrice's HTTP API, singly or in batches of up to 1000, stores them in one SQLite file
-and returns them with filters and cursors. Billing is left to FlexPrice: there are no customers, prices or invoices.
+and returns them with filters and cursors. It does not bill: customers, prices, plans and invoices stay with FlexPrice.
 It runs as one process on one machine.
 
     python eventstore.py serve               # http://127.0.0.1:8080/v1
