@@ -2,8 +2,7 @@
 -- 1970, UTC. The server runs this file in one transaction: after a crash half-way the database file is still empty.
 -- Every statement can be repeated without harm, because two processes may open a new file at the same moment.
 
--- The environments' names. Events and their index entries hold the small integer instead; the name would make each of
--- them longer.
+-- Names of environments. Events and index entries hold the short id instead of the name.
 CREATE TABLE IF NOT EXISTS environments (
     id   INTEGER PRIMARY KEY,
     name TEXT    NOT NULL UNIQUE
@@ -26,7 +25,7 @@ CREATE TABLE IF NOT EXISTS events (
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_id ON events (environment, id);
 
 -- Holds an environment's events in the order of pages and cursors: (timestamp, id). Without it each page would sort all
--- events of the range. With its id, pages stay fast if a backfill gives a day's events the same time.
+-- events of the range. The id keeps pages fast if a backfill gives all events of a day the same time.
 CREATE INDEX IF NOT EXISTS events_by_time ON events (environment, timestamp_us, id);
 
 -- Holds each customer's events by time. Without it a customer's page would scan the events of all customers. The id is
@@ -83,7 +82,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS features_by_lookup_key ON features (environmen
 -- Finds the features of a meter. Without it the query would scan all features of the environment.
 CREATE INDEX IF NOT EXISTS features_by_meter ON features (environment, meter_id);
 
--- Events with the environment's name and readable times, for the sqlite3 command line:
+-- Shows events with the environment's name and readable times, for the sqlite3 command line:
 --     sqlite3 events.db "SELECT * FROM readable_events ORDER BY seq DESC LIMIT 10"
 -- Offset to year 1: integer division truncates toward zero and would round times before 1970 up.
 CREATE VIEW IF NOT EXISTS readable_events AS

@@ -3,8 +3,8 @@
 Most tests talk to the application in this process. Where the wire matters, they start `eventstore.py serve` as a user
 would. The database is always a real file, and the clock stands still, so no test waits or measures time.
 
-Usage, monitoring and the visibility lag are in tests/test_usage.py, flags, keys and the banner in
-tests/test_command_line.py, what grew around the service in the other files of tests/.
+tests/test_usage.py tests usage, monitoring and the visibility lag; tests/test_command_line.py tests flags, keys and the
+banner. The other files of tests/ cover everything around the service.
 """
 
 from __future__ import annotations
@@ -467,22 +467,19 @@ def test_health_needs_no_key(shared: httpx.Client, method: str, key: str) -> Non
     assert response.json()["status"] == "ok"
 
 
-@table("path", ["/v1/customers", "/v1/meters/1", "/v1/invoices", "/v1", "/v2/events", "/index.html", "/v1/a%0Ab"])
+@table("path", ["/v1/customers", "/v1/meters/1", "/v1/meters/search", "/v1/invoices", "/v1", "/v2/events",
+                "/index.html", "/v1/a%0Ab"])  # fmt: skip
 def test_an_unknown_route_gets_404_and_a_list_of_the_routes(shared: httpx.Client, path: str) -> None:
     for method in ("GET", "POST", "DELETE"):
-        refused(shared.request(method, path), 404, "not_found", "this server has POST /v1/events,")
+        response = shared.request(method, path)
+        refused(response, 404, "not_found", "this server has POST /v1/events,")
+        message = response.json()["message"]
+        assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
 
 
 @table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
 def test_a_route_without_v1_gets_404_and_a_hint_about_the_base_url(shared: httpx.Client, path: str) -> None:
     refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1, so "/v1{path}"?')
-
-
-@table("path", ["/v1/customers", "/v1", "/v1/meters/search", "/v2/events"])
-def test_a_flexprice_route_that_is_left_out_gets_404_and_a_list_of_the_routes(client: httpx.Client, path: str) -> None:
-    refused(client.post(path, json={}), 404, "not_found", "this server has POST /v1/events,")
-    message = client.post(path, json={}).json()["message"]
-    assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
 
 
 WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/bulk", {"POST"}),
@@ -552,11 +549,8 @@ def test_an_application_cannot_be_created_without_a_key(tmp_path: Path) -> None:
     ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),
     ("GET", "/v1/events/usage", "use POST"),
 ])  # fmt: skip
-def test_a_misspelled_route_gets_404_and_a_hint(tmp_path: Path, method: str, path: str, part: str) -> None:
-    with serving(tmp_path) as client:
-        response = client.request(method, path)
-        refused(response, 404, "not_found")
-        assert part in response.json()["message"]
+def test_a_misspelled_route_gets_404_and_a_hint(shared: httpx.Client, method: str, path: str, part: str) -> None:
+    refused(shared.request(method, path), 404, "not_found", part)
 
 
 def test_each_unknown_name_that_is_ignored_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -566,10 +560,8 @@ def test_each_unknown_name_that_is_ignored_is_logged_once(tmp_path: Path, caplog
             assert client.post("/v1/events", json=event("c") | {"propertes": 1}).status_code == 202
             client.get("/v1/events?page_sise=3")
             client.post("/v1/events/query", json={"page_sise": 3})
-            client.post(
-                "/v1/events/usage",
-                json={"event_name": "call", "aggregation_type": "COUNT", "timezone": "Mars/X", "window_size": "DAY"},
-            )
+            usage = {"event_name": "call", "aggregation_type": "COUNT", "timezone": "Mars/X", "window_size": "DAY"}
+            client.post("/v1/events/usage", json=usage)
     said = [record.message for record in caplog.records if " is ignored, " in record.message]
     assert [message.partition(" is ignored")[0] for message in said] == [
         'POST /v1/events/bulk: "propertes"', 'POST /v1/events: "propertes"', 'GET /v1/events: "page_sise"',
@@ -778,7 +770,7 @@ MATCHES = [  # the filter's value, the property's JSON
     *[('{"b":1}', raw) for raw in ('{"b":1}', '{ "b" : 1.0 }')], ('{"a":0.1,"b":[{}]}', '{"b": [{}], "a": 0.10}'),
     ('["\u00e9/"]', r'["\u00e9\/"]'), (r'["\n"]', r'["\n"]'),
 ]  # fmt: skip
-DIFFERS = [
+DIFFERS = [  # the same, but the filter must not match
     ("200", "2000"), ("20", "200"), ("200", '"200 "'), ("200.0", "200"), ("200.0", "200.0"), ("0.1", '"0.10"'),
     ("0.10", "0.1"), ("0.10", "0.10"), ("1e3", "1e3"), ("1e6", "1000000"), ("1e+21", "1e21"), ("-0", "-0"), ("+1", "1"),
     ("9007199254740993", "9007199254740993"), ("0.1", "0.10000000000000002"), ("01", "1"), (" 1", "1"),
@@ -864,7 +856,7 @@ def crowd(randomness: random.Random, size: int, prefix: str = "") -> list[dict[s
     ]  # fmt: skip
 
 
-WALKS = {  # direction and parameter for the last key of a page
+WALKS = {  # the order, and the parameter in which a client sends a page's iter_last_key
     "desc": ("desc", "iter_last_key"),
     "asc": ("asc", "iter_last_key"),
     "asc, as FlexPrice's clients do": ("asc", "iter_first_key"),

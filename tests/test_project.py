@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import gzip
 import importlib
 import os
 import re
@@ -19,7 +20,7 @@ import pytest
 
 import eventstore
 from benchmarks import compare, measurements, soak
-from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, run, store, table
+from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, refused, run, store, table
 
 # ---------------------------------------------------------------------------------------------- benchmarks
 
@@ -107,6 +108,7 @@ def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: P
     with Live(tmp_path, "--api-key", KEY, command=alone, **libraries) as live, live.client() as client:
         store(client, event("alone"))
         assert ids(client) == ["alone"]
+        refused(client.post("/v1/events", content=gzip.compress(b"{}")), part="the body is not valid JSON")
         assert client.get("/").text == DEBUGGER
         assert live.stop() == 0
     for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "prune --before now",
