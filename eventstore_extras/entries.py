@@ -117,6 +117,15 @@ EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id", "environ
 _KNOWN_COLUMNS = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
 
 
+def _is_property(column: str) -> bool:
+    return column.startswith(PROPERTY_PREFIX) and column != PROPERTY_PREFIX
+
+
+def _printable(text: str) -> str:
+    """Replace the bytes that are not UTF-8, which reading a CSV file escaped."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def check_columns(columns: list[str], line: int | None = None) -> None:
     """Check the column names in a CSV file's header, or in a Parquet schema if line is None. Raises InputError."""
     table = "the header" if line else "the schema"
@@ -143,15 +152,6 @@ def check_columns(columns: list[str], line: int | None = None) -> None:
     raise InputError(line, problem)
 
 
-def _is_property(column: str) -> bool:
-    return column.startswith(PROPERTY_PREFIX) and column != PROPERTY_PREFIX
-
-
-def _printable(text: str) -> str:
-    """Replace the bytes that are not UTF-8, which reading a CSV file escaped."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
 # ---------------------------------------------------------------------------------------------- an entry's event
 
 
@@ -173,25 +173,6 @@ class CheckedRow(NamedTuple):
             properties[0] == properties[1]
             or bool(msgspec.json.decode(properties[0]) == msgspec.json.decode(properties[1]))
         )
-
-
-def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> CheckedRow:
-    """Check an entry like an event that came over HTTP. Raises ApiError listing all its faults."""
-    if entry.problem:
-        raise_fault(entry.unit, "invalid_format", entry.problem)
-    columns = None
-    if isinstance(entry.content, bytes):
-        event = _json_event(entry.content, faults)
-    else:
-        columns = _csv_row(entry.content, faults) if isinstance(entry.content, dict) else entry.content
-        event = _table_event(columns)
-    has_id = bool(event.event_id)
-    event.event_id = event.event_id or _content_id(entry)
-    row = event_row(event, 0, now, make_id, faults)
-    if columns:
-        row = _with_times(row, columns, faults)
-    faults.raise_any()
-    return CheckedRow(row, has_id, row.timestamp_us != now)
 
 
 def _content_id(entry: Entry) -> str:
@@ -234,14 +215,9 @@ def _json_event(content: bytes, faults: Faults) -> EventIn:
 
 
 _TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
-_SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
-
-
-_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
+_RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
 _NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"  # instead of a missing id
 _ROUNDED_ID = r"[+-]?\d+(?:[.,]\d*)?[eE]\+\d+|[+-]?\d[.,]\d+[eE]\d\d+"  # such as 1.23457E+17
-_ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
-_RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
 _RESERVED_ID_CELL = re.compile(rf"\\+N|\\*(?:{_NO_ID}|{_ROUNDED_ID})", re.ASCII)
 
 
@@ -253,6 +229,9 @@ def csv_cell(text: str, is_id: bool = False) -> str:
 def _cell_text(cell: str, is_id: bool = False) -> str:
     """Return the text of a cell that csv_cell() made."""
     return cell[1:] if cell.startswith("\\") and csv_cell(cell[1:], is_id) == cell else cell
+
+
+_ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
 
 
 def _id_text(cell: str) -> str:
@@ -268,10 +247,12 @@ def _id_text(cell: str) -> str:
     raise FieldError("invalid_format", problem)
 
 
-def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
-    """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
-    return {name: cell for name, cell in zip(columns, cells, strict=True)
-            if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
+_SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
+
+
+def _with_zone(text: Any) -> Any:
+    match = _SPACED_TIME.fullmatch(text or "")
+    return f"{match[1]}T{match[2]}Z" if match else text
 
 
 def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
@@ -291,22 +272,15 @@ def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
     return row
 
 
-def _with_zone(text: Any) -> Any:
-    match = _SPACED_TIME.fullmatch(text or "")
-    return f"{match[1]}T{match[2]}Z" if match else text
-
-
 _NULL = Raw(b"null")
 
 
-def _table_event(row: TableRow) -> EventIn:
-    """Return the event of a table's row, without its times. Raises ApiError if a property has two values."""
-    properties = row.properties.encode() if row.properties else bytes(row.members)
-    named: dict[str, Raw] = MEMBERS.decode(row.named) if row.named else {}
-    if named := {name: value for name, value in named.items() if value != _NULL}:
-        properties = _merged_properties(properties, named)
-    return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
-                   Raw(properties))  # fmt: skip
+def _is_same_value(left: Raw, right: Raw) -> bool:
+    """Compare two JSON values; an integer and a float are equal if they are the same double."""
+    values = msgspec.json.decode(left), msgspec.json.decode(right)
+    if {*map(type, values)} == {int, float}:
+        return float(values[0]) == float(values[1])
+    return bool(values[0] == values[1])
 
 
 def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
@@ -323,12 +297,23 @@ def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
     return ENCODER.encode(members | named | members)
 
 
-def _is_same_value(left: Raw, right: Raw) -> bool:
-    """Compare two JSON values; an integer and a float are equal if they are the same double."""
-    values = msgspec.json.decode(left), msgspec.json.decode(right)
-    if {*map(type, values)} == {int, float}:
-        return float(values[0]) == float(values[1])
-    return bool(values[0] == values[1])
+def _table_event(row: TableRow) -> EventIn:
+    """Return the event of a table's row, without its times. Raises ApiError if a property has two values."""
+    properties = row.properties.encode() if row.properties else bytes(row.members)
+    named: dict[str, Raw] = MEMBERS.decode(row.named) if row.named else {}
+    if named := {name: value for name, value in named.items() if value != _NULL}:
+        properties = _merged_properties(properties, named)
+    return EventIn(row.event_name, row.external_customer_id, row.event_id, row.customer_id, row.source, None,
+                   Raw(properties))  # fmt: skip
+
+
+def _time_us(value: int | str) -> int:
+    """Return a table's time in microseconds since 1970. Raises FieldError."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if not MIN_TIME_US <= value <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
+    return value
 
 
 def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
@@ -342,13 +327,32 @@ def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
     return Row(*row[:-3], timestamp_us, ingested_at_us, row.properties)  # takes half the time of _replace()
 
 
-def _time_us(value: int | str) -> int:
-    """Return a table's time in microseconds since 1970. Raises FieldError."""
-    if isinstance(value, str):
-        return parse_time(value)
-    if not MIN_TIME_US <= value <= MAX_TIME_US:
-        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
-    return value
+def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> CheckedRow:
+    """Check an entry like an event that came over HTTP. Raises ApiError listing all its faults."""
+    if entry.problem:
+        raise_fault(entry.unit, "invalid_format", entry.problem)
+    columns = None
+    if isinstance(entry.content, bytes):
+        event = _json_event(entry.content, faults)
+    else:
+        columns = _csv_row(entry.content, faults) if isinstance(entry.content, dict) else entry.content
+        event = _table_event(columns)
+    has_id = bool(event.event_id)
+    event.event_id = event.event_id or _content_id(entry)
+    row = event_row(event, 0, now, make_id, faults)
+    if columns:
+        row = _with_times(row, columns, faults)
+    faults.raise_any()
+    return CheckedRow(row, has_id, row.timestamp_us != now)
+
+
+_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
+
+
+def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
+    """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
+    return {name: cell for name, cell in zip(columns, cells, strict=True)
+            if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- rejected entries

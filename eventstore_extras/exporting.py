@@ -30,10 +30,6 @@ _Pages = Iterator[list[Row]]
 _Write = Callable[[_Pages, BinaryIO], None]
 
 
-def _ndjson_writer(_: argparse.Namespace) -> _Write:
-    return _page_writer(_ndjson_lines)
-
-
 def _page_writer(encode: Callable[[list[Row]], bytes], header: bytes = b"") -> _Write:
     """Return a function that writes a header, then each page as encode() encodes it."""
 
@@ -48,8 +44,8 @@ def _ndjson_lines(rows: list[Row]) -> bytes:
     return ENCODER.encode_lines(map(exported_event, rows))
 
 
-def _csv_writer(_: argparse.Namespace) -> _Write:
-    return _page_writer(_csv_lines, header=",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
+def _ndjson_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_ndjson_lines)
 
 
 def _csv_lines(rows: list[Row]) -> bytes:
@@ -60,6 +56,10 @@ def _csv_lines(rows: list[Row]) -> bytes:
         writer.writerow([csv_cell(row.event_name), csv_cell(row.id, is_id=True), csv_cell(row.external_customer_id),
                          csv_cell(row.customer_id), csv_cell(row.source), time_text, row.properties])  # fmt: skip
     return text.getvalue().encode()
+
+
+def _csv_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_csv_lines, header=",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
 
 
 def _clickhouse_writer(arguments: argparse.Namespace) -> _Write:
@@ -125,44 +125,6 @@ def _writer(arguments: argparse.Namespace) -> _Write:
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def _export_events(arguments: argparse.Namespace) -> int:
-    """Write the events that the flags choose. Raises StartError, StopError."""
-    started_s = time.monotonic()
-    query, write = flag_query(arguments), _writer(arguments)
-    done = 0
-
-    def pages() -> _Pages:
-        nonlocal done
-        for page in stored_events(conn, query):
-            yield [row for _, row in page]
-            done += len(page)
-            advance(len(page))
-
-    with closing(open_stored(arguments.db)) as conn, _open_output(arguments.output, arguments.db) as output:
-        among_data = arguments.output is None
-        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
-            write(pages(), output)
-        hint = "" if done else no_events_hint(conn, arguments.environment)
-    say(f"exported {plural(done, 'event')}; {time.monotonic() - started_s:.1f} s{hint}")
-    return 0
-
-
-@contextmanager
-def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
-    """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
-    if path is None:
-        with _standard_output() as output:
-            yield output
-        return
-    _check_output(path, db)
-    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
-        if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                yield cast(BinaryIO, packed)
-        else:
-            yield file
-
-
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
     """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
@@ -193,24 +155,47 @@ def _check_output(path: str, db: str) -> None:
         raise StartError(f"--output {path}: the folder {folder} cannot be written: allow it, or name another file")
 
 
+@contextmanager
+def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
+    """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
+    if path is None:
+        with _standard_output() as output:
+            yield output
+        return
+    _check_output(path, db)
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
+def _export_events(arguments: argparse.Namespace) -> int:
+    """Write the events that the flags choose. Raises StartError, StopError."""
+    started_s = time.monotonic()
+    query, write = flag_query(arguments), _writer(arguments)
+    done = 0
+
+    def pages() -> _Pages:
+        nonlocal done
+        for page in stored_events(conn, query):
+            yield [row for _, row in page]
+            done += len(page)
+            advance(len(page))
+
+    with closing(open_stored(arguments.db)) as conn, _open_output(arguments.output, arguments.db) as output:
+        among_data = arguments.output is None
+        with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
+            write(pages(), output)
+        hint = "" if done else no_events_hint(conn, arguments.environment)
+    say(f"exported {plural(done, 'event')}; {time.monotonic() - started_s:.1f} s{hint}")
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------- flags
 
 _COLUMN_TYPES = ("string", "float64", "int64", "bool")
-
-
-def add_flags(_: str, add: AddFlag) -> None:
-    """Add the flags of `export`."""
-    add_filter_flags(add)
-    add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
-        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
-    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
-    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
-        "--format clickhouse")  # fmt: skip
-    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
-        default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
-        f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
-    add("-o", "--output", metavar="FILE", help="file to write, instead of standard output; a name that ends in .gz "
-        "compresses")  # fmt: skip
 
 
 def _property_column(text: str) -> tuple[str, str]:
@@ -226,6 +211,21 @@ def _environment_id(text: str) -> str:
         return text
     shape = "a UUID or env_ and 26 characters, not the environment's name"
     raise argparse.ArgumentTypeError(f"must be the id that FlexPrice gave the environment, {shape}; got {text!r}")
+
+
+def add_flags(_: str, add: AddFlag) -> None:
+    """Add the flags of `export`."""
+    add_filter_flags(add)
+    add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
+        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
+    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
+    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
+        "--format clickhouse")  # fmt: skip
+    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
+        default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
+        f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
+    add("-o", "--output", metavar="FILE", help="file to write, instead of standard output; a name that ends in .gz "
+        "compresses")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -38,14 +38,6 @@ _SPLIT_BYTES = 16 * 1024  # what remains of them is copied for each line
 _MIN_GZIP_READ_BYTES = 4096  # the gzip module reads heads in smaller pieces, data in larger ones
 
 
-def unpacked(file: io.BufferedReader, before_read: Callable[[], object] = lambda: None) -> Stream:
-    """Return the stream that decompresses a gzipped file, or the file itself if it is not gzipped.
-
-    The stream calls before_read() before it reads each piece of the gzipped file.
-    """
-    return gzip.GzipFile(fileobj=_Arriving(file, before_read)) if file.peek(2).startswith(b"\x1f\x8b") else file
-
-
 class _Arriving:
     """A file for GzipFile that returns what a pipe holds, instead of waiting until a whole buffer is full."""
 
@@ -58,6 +50,32 @@ class _Arriving:
         self._before_read()
         is_head = size < _MIN_GZIP_READ_BYTES  # the gzip module needs all the bytes of a head that it asks for
         return self._file.read(size) if is_head else self._file.read1(size)
+
+
+def unpacked(file: io.BufferedReader, before_read: Callable[[], object] = lambda: None) -> Stream:
+    """Return the stream that decompresses a gzipped file, or the file itself if it is not gzipped.
+
+    The stream calls before_read() before it reads each piece of the gzipped file.
+    """
+    return gzip.GzipFile(fileobj=_Arriving(file, before_read)) if file.peek(2).startswith(b"\x1f\x8b") else file
+
+
+class _Joined(io.RawIOBase):
+    """The bytes of several pieces."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = next(filter(None, self._pieces), b"")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 def as_utf8(stream: Stream) -> io.BufferedReader:
@@ -77,24 +95,6 @@ def as_utf8(stream: Stream) -> io.BufferedReader:
     if not encoding.startswith("utf-8"):
         pieces = map(str.encode, codecs.iterdecode(pieces, encoding))
     return io.BufferedReader(_Joined(pieces), _PIECE_BYTES)
-
-
-class _Joined(io.RawIOBase):
-    """The bytes of several pieces."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            self._rest = next(filter(None, self._pieces), b"")
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
 
 
 class _Split:
@@ -164,43 +164,6 @@ def private_opener(path: str, flags: int) -> int:
         raise
 
 
-@contextmanager
-def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
-    """Open a file for writing; it takes its name, replacing another file, once it is complete and on the disk.
-
-    It keeps the mode of the file that it replaces. Files that killed processes left under temporary names are removed.
-    Raises StopError with problem, reason and note if it cannot be written; a file of that name then stays as it was.
-    """
-    try:
-        _remove_leftovers(Path(path))
-        with _temporary_file(path) as file:
-            try:
-                _keep_rights(path, file.fileno())
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                if os.name == "nt":  # there an open file cannot be renamed
-                    file.close()
-                os.replace(file.name, path)
-            finally:
-                with suppress(OSError):
-                    os.unlink(file.name)
-        sync_folder(path)
-    except OSError as error:
-        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
-
-
-def _temporary_file(path: str | Path) -> BinaryIO:
-    """Create a file beside another one, and lock it, so that no other process takes it for a leftover."""
-    while True:
-        file = open(f"{path}.{secrets.token_hex(8)}.tmp", "xb", opener=private_opener)  # noqa: SIM115 - returned
-        with suppress(OSError):  # some file systems cannot lock
-            if not _try_lock(file) or not os.fstat(file.fileno()).st_nlink:  # it was just taken for a leftover
-                file.close()
-                continue
-        return cast(BinaryIO, file)
-
-
 def _try_lock(file: IO[bytes]) -> bool:
     """Lock a file until it is closed; return False if another process has locked it. Raises OSError."""
     if os.name == "nt":  # there a file that is open cannot be removed
@@ -212,6 +175,17 @@ def _try_lock(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _temporary_file(path: str | Path) -> BinaryIO:
+    """Create a file beside another one, and lock it, so that no other process takes it for a leftover."""
+    while True:
+        file = open(f"{path}.{secrets.token_hex(8)}.tmp", "xb", opener=private_opener)  # noqa: SIM115 - returned
+        with suppress(OSError):  # some file systems cannot lock
+            if not _try_lock(file) or not os.fstat(file.fileno()).st_nlink:  # it was just taken for a leftover
+                file.close()
+                continue
+        return cast(BinaryIO, file)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -246,6 +220,32 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
+    """Open a file for writing; it takes its name, replacing another file, once it is complete and on the disk.
+
+    It keeps the mode of the file that it replaces. Files that killed processes left under temporary names are removed.
+    Raises StopError with problem, reason and note if it cannot be written; a file of that name then stays as it was.
+    """
+    try:
+        _remove_leftovers(Path(path))
+        with _temporary_file(path) as file:
+            try:
+                _keep_rights(path, file.fileno())
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if os.name == "nt":  # there an open file cannot be renamed
+                    file.close()
+                os.replace(file.name, path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(file.name)
+        sync_folder(path)
+    except OSError as error:
+        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
 
 
 # ---------------------------------------------------------------------------------------------- optional libraries

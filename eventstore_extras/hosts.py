@@ -23,6 +23,16 @@ _AUTHORITY = re.compile(rf"(?:https?://)?({_NAME})(?::[0-9]*)?", re.IGNORECASE) 
 _WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - a server that listens there has every address of this machine
 
 
+def _normalized(name: str) -> str:
+    return name.lower().strip("[]").removesuffix(".")
+
+
+def _address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(_normalized(name))
+    return None
+
+
 def check_hosts(hosts: Iterable[str], where: str) -> tuple[str, ...]:
     """Return names or addresses as `is_allowed` takes them. Raises StartError, which names the flag or argument."""
     found = []
@@ -32,16 +42,6 @@ def check_hosts(hosts: Iterable[str], where: str) -> tuple[str, ...]:
             raise StartError(f"{where} must be a name or an address without scheme and port, got {quoted(host)}")
         found.append(_normalized(name))
     return tuple(found)
-
-
-def _normalized(name: str) -> str:
-    return name.lower().strip("[]").removesuffix(".")
-
-
-def _address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    with suppress(ValueError):
-        return ipaddress.ip_address(_normalized(name))
-    return None
 
 
 def is_allowed(header: str, allowed: Collection[str] = ()) -> bool:

@@ -105,6 +105,19 @@ _MAX_NAMED = 5  # events or environments that the summary names
 _DEFAULT_ENVIRONMENT = "development"
 
 
+def _environments(conn: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
+
+
+def _environment_note(names: list[str], environment: str, created: str) -> str:
+    """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
+    if environment in names:
+        return ""
+    others = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
+    note = f"; the environment {quoted(environment)} is new and {created}"
+    return f"{note}, the database also has {others}" if names else note
+
+
 class _Database:
     """The database to import into. It is opened, and created if absent, when there are events to store, so that a file
     without a good event does not leave an empty database."""
@@ -150,19 +163,6 @@ class _Database:
     def close(self) -> None:
         if self._conn:
             self._conn.close()
-
-
-def _environments(conn: sqlite3.Connection) -> list[str]:
-    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
-
-
-def _environment_note(names: list[str], environment: str, created: str) -> str:
-    """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
-    if environment in names:
-        return ""
-    others = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
-    note = f"; the environment {quoted(environment)} is new and {created}"
-    return f"{note}, the database also has {others}" if names else note
 
 
 def _faults(error: ApiError) -> list[Fault]:
@@ -364,40 +364,6 @@ class _Input(io.FileIO):
         return super().readinto(buffer)
 
 
-def _import_events(arguments: argparse.Namespace) -> int:
-    """Store the events of a file. Raises StartError, StopError."""
-    started_s = time.monotonic()
-    with ExitStack() as stack:
-        signals = _Signals()
-        stack.enter_context(signals.handled())
-        with signals.waiting():  # to open a named pipe takes until another process writes to it
-            raw = stack.enter_context(_open_input(arguments.file))
-        is_new = _check_database(arguments.db, arguments.dry_run)
-        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
-        database = None
-        if not arguments.dry_run:
-            database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
-        importer = _Importer(database, rejects)
-        if raw.seekable() or os.name == "nt":  # Windows cannot wait for pipes
-            raw.before_read = signals.check
-        else:
-            raw.before_read = lambda: importer.wait(lambda timeout_s: signals.wait(raw, timeout_s))
-        name = "standard input" if arguments.file == "-" else arguments.file
-        try:
-            _import_file(io.BufferedReader(raw, _BUFFER_BYTES), arguments, importer, signals)
-            if database:
-                database.open()  # creates the database even for a file without events
-        except (InputError, KeyboardInterrupt) as error:  # Parquet's library turns an interrupted read into InputError
-            importer.commit()
-            if signals.is_stopping or not isinstance(error, InputError):
-                again = f"to continue, import {name} again from its start: nothing is stored twice"
-                raise StopError(f"interrupted; {importer.so_far}; {again}") from None
-            problem = f"{name}{error.location}: {error}; {importer.so_far}"
-            raise StopError(f"{problem}; correct it and import the file again") from error
-    _say_imported(arguments, importer, rejects, is_new, started_s)
-    return 0
-
-
 def _open_input(path: str) -> _Input:
     try:
         if path != "-":
@@ -462,6 +428,23 @@ def _import_file(
         advance_to(importer.stored if size is None else size)
 
 
+def _without_id_note(number: int) -> str:
+    if not number:
+        return ""
+    its = "its" if number == 1 else "their"
+    consequence = "an equal event at the same place of another file would count as already stored"
+    return f"; {plural(number, 'event')} had no event_id and got one made from {its} content and line: {consequence}"
+
+
+def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
+    if is_new:
+        names = [_DEFAULT_ENVIRONMENT]
+    else:
+        with closing(open_stored(arguments.db)) as conn:
+            names = _environments(conn)
+    return _environment_note(names, arguments.environment, "would be created")
+
+
 def _say_imported(
     arguments: argparse.Namespace, importer: _Importer, rejects: _Rejects | None, is_new: bool, started_s: float
 ) -> None:
@@ -479,21 +462,38 @@ def _say_imported(
         say(f"imported {events} into {arguments.db}{made}: {known}{importer.notes}{without_id}; {taken_s}")
 
 
-def _without_id_note(number: int) -> str:
-    if not number:
-        return ""
-    its = "its" if number == 1 else "their"
-    consequence = "an equal event at the same place of another file would count as already stored"
-    return f"; {plural(number, 'event')} had no event_id and got one made from {its} content and line: {consequence}"
-
-
-def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
-    if is_new:
-        names = [_DEFAULT_ENVIRONMENT]
-    else:
-        with closing(open_stored(arguments.db)) as conn:
-            names = _environments(conn)
-    return _environment_note(names, arguments.environment, "would be created")
+def _import_events(arguments: argparse.Namespace) -> int:
+    """Store the events of a file. Raises StartError, StopError."""
+    started_s = time.monotonic()
+    with ExitStack() as stack:
+        signals = _Signals()
+        stack.enter_context(signals.handled())
+        with signals.waiting():  # to open a named pipe takes until another process writes to it
+            raw = stack.enter_context(_open_input(arguments.file))
+        is_new = _check_database(arguments.db, arguments.dry_run)
+        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
+        database = None
+        if not arguments.dry_run:
+            database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
+        importer = _Importer(database, rejects)
+        if raw.seekable() or os.name == "nt":  # Windows cannot wait for pipes
+            raw.before_read = signals.check
+        else:
+            raw.before_read = lambda: importer.wait(lambda timeout_s: signals.wait(raw, timeout_s))
+        name = "standard input" if arguments.file == "-" else arguments.file
+        try:
+            _import_file(io.BufferedReader(raw, _BUFFER_BYTES), arguments, importer, signals)
+            if database:
+                database.open()  # creates the database even for a file without events
+        except (InputError, KeyboardInterrupt) as error:  # Parquet's library turns an interrupted read into InputError
+            importer.commit()
+            if signals.is_stopping or not isinstance(error, InputError):
+                again = f"to continue, import {name} again from its start: nothing is stored twice"
+                raise StopError(f"interrupted; {importer.so_far}; {again}") from None
+            problem = f"{name}{error.location}: {error}; {importer.so_far}"
+            raise StopError(f"{problem}; correct it and import the file again") from error
+    _say_imported(arguments, importer, rejects, is_new, started_s)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------- flags

@@ -52,11 +52,6 @@ def add_flags(name: str, add: AddFlag) -> None:
     add("--api-key-file", metavar="FILE", help="file whose keys are listed")
 
 
-def run(arguments: Namespace) -> int:
-    """Run `keys`. Raises StartError if a value cannot be written into the file, or if the file cannot be used."""
-    return _list(arguments.api_key_file) if arguments.action == "list" else _make(arguments)
-
-
 def _make(arguments: Namespace) -> int:
     key = f"evs_{secrets.token_urlsafe(24)}"
     shown = key if arguments.clear else f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
@@ -87,3 +82,8 @@ def _list(path: str | None) -> int:
     if clear:
         say(f"{plural(clear, 'key')} in clear text; `eventstore keys new` prints lines with hashes instead")
     return 0
+
+
+def run(arguments: Namespace) -> int:
+    """Run `keys`. Raises StartError if a value cannot be written into the file, or if the file cannot be used."""
+    return _list(arguments.api_key_file) if arguments.action == "list" else _make(arguments)

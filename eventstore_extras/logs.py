@@ -17,14 +17,6 @@ _PERIOD_S = 60.0
 _MOST_EQUAL, _MOST_SIMILAR = 100, 1000  # lines with the same text, and with the same template, in each period
 
 
-def set_up(arguments: Namespace) -> None:
-    """Let the root logger's handlers write what `--log-format` names."""
-    formatter = _JsonFormatter() if arguments.log_format == "json" else _TextFormatter()
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(formatter)
-        handler.addFilter(_Repeats(handler).passes)
-
-
 def _request_fields() -> dict[str, Any]:
     """Return what is known about the request that is being served; nothing outside a request."""
     scope = CALLER.get().scope
@@ -44,6 +36,11 @@ def _request_fields() -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
+def _word(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and not set(' "=]') & set(text) else json.dumps(text)
+
+
 class _TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
@@ -52,11 +49,6 @@ class _TextFormatter(logging.Formatter):
         fields = " ".join(f"{name}={_word(value)}" for name, value in _request_fields().items())
         record.request = f" [{fields}]" if fields else ""
         return super().format(record)
-
-
-def _word(value: object) -> str:
-    text = str(value)
-    return text if text.isprintable() and not set(' "=]') & set(text) else json.dumps(text)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -105,3 +97,11 @@ class _Repeats:
                 summary = logging.LogRecord(name, logging.WARNING, "", 0, message, (count - most, text), None)
                 summary.is_summary = True
                 self._handler.handle(summary)
+
+
+def set_up(arguments: Namespace) -> None:
+    """Let the root logger's handlers write what `--log-format` names."""
+    formatter = _JsonFormatter() if arguments.log_format == "json" else _TextFormatter()
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
+        handler.addFilter(_Repeats(handler).passes)

@@ -101,7 +101,6 @@ _DEFAULT_API_KEY = "eventstore-test-key"
 _SHUTDOWN_TIMEOUT_S = 1
 _FORWARD_INTERVAL_S = 0.01
 
-
 # ---------------------------------------------------------------------------------------------- the routes under /_mock
 
 
@@ -372,18 +371,18 @@ def _require_threads() -> None:
         )
 
 
+def _share_address(sock: socket.socket) -> None:
+    """Let another socket have the same address, as long as only one of them listens."""
+    option = socket.SO_REUSEPORT if sys.platform == "darwin" else socket.SO_REUSEADDR
+    sock.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
 def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
     """Return a socket with this address, which may be that of a socket that does not listen."""
     sock = socket.socket()
     _share_address(sock)
     sock.bind(address)
     return sock
-
-
-def _share_address(sock: socket.socket) -> None:
-    """Let another socket have the same address, as long as only one of them listens."""
-    option = socket.SO_REUSEPORT if sys.platform == "darwin" else socket.SO_REUSEADDR
-    sock.setsockopt(socket.SOL_SOCKET, option, 1)
 
 
 class _Port:

@@ -15,42 +15,6 @@ class PagesError(Exception):
     """The sizes cannot be read: the file is damaged, or parts of it are encrypted."""
 
 
-def largest_page(file: BinaryIO, footer: bytes) -> int:
-    """Return the largest size of a page, uncompressed, in bytes. Raises PagesError."""
-    try:
-        groups = _Compact(footer).struct().get(4, [])
-        return max(
-            (size for group in groups for column in group.get(1, []) for size in _page_sizes(file, column)), default=0
-        )
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise PagesError from error
-
-
-def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
-    """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
-    meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
-    at = min(start for start in (meta[9], meta.get(11) or meta[9]))
-    end = at + meta[7]
-    while at < end:
-        header, header_bytes = _page_header(file, at)
-        yield header[2]
-        at += header_bytes + header[3]
-
-
-def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
-    for size in (_HEADER_BYTES, _MAX_HEADER_BYTES):
-        file.seek(at)
-        reader = _Compact(file.read(size))
-        try:
-            header = reader.struct()
-        except IndexError:  # it is longer
-            continue
-        if header[3] < 0:
-            break
-        return header, reader.at
-    raise ValueError("no page header")
-
-
 class _Compact:
     """Reads Thrift's compact protocol: structs become dicts by field number. Raises IndexError at the end."""
 
@@ -101,3 +65,39 @@ class _Compact:
     def _zigzag(self) -> int:
         value = self._varint()
         return value >> 1 if value % 2 == 0 else ~(value >> 1)
+
+
+def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
+    for size in (_HEADER_BYTES, _MAX_HEADER_BYTES):
+        file.seek(at)
+        reader = _Compact(file.read(size))
+        try:
+            header = reader.struct()
+        except IndexError:  # it is longer
+            continue
+        if header[3] < 0:
+            break
+        return header, reader.at
+    raise ValueError("no page header")
+
+
+def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
+    """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
+    meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
+    at = min(start for start in (meta[9], meta.get(11) or meta[9]))
+    end = at + meta[7]
+    while at < end:
+        header, header_bytes = _page_header(file, at)
+        yield header[2]
+        at += header_bytes + header[3]
+
+
+def largest_page(file: BinaryIO, footer: bytes) -> int:
+    """Return the largest size of a page, uncompressed, in bytes. Raises PagesError."""
+    try:
+        groups = _Compact(footer).struct().get(4, [])
+        return max(
+            (size for group in groups for column in group.get(1, []) for size in _page_sizes(file, column)), default=0
+        )
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise PagesError from error

@@ -41,18 +41,18 @@ _PROPERTIES = msgspec.json.Decoder()
 _NUMBER_STARTS = frozenset("+-.0123456789")
 
 
+class _LargeNumber(NamedTuple):
+    value: float
+    shown: str
+    is_text: bool  # a string that spells a number
+
+
 class _Candidate(NamedTuple):
     """An event that is to be sent."""
 
     row: Row
     max_bytes: int
     numbers: list[_LargeNumber]
-
-
-class _LargeNumber(NamedTuple):
-    value: float
-    shown: str
-    is_text: bool  # a string that spells a number
 
 
 class Rule(NamedTuple):
@@ -119,6 +119,13 @@ def unfit_for_flexprice(row: Row, sent: bytes, max_bytes: int) -> Unfit | None:
 # ---------------------------------------------------------------------------------------------- what FlexPrice writes
 
 
+def _float_of(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _large_numbers(properties: str) -> list[_LargeNumber]:
     """Return the numbers, and the strings that spell one, that no 64-bit integer holds.
 
@@ -143,13 +150,6 @@ def _large_numbers(properties: str) -> list[_LargeNumber]:
         elif kind is list:
             values += value
     return found
-
-
-def _float_of(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 def _as_written(value: Any) -> Any:

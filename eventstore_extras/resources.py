@@ -74,18 +74,18 @@ def time_text(time_us: int) -> str:
     return f"{seconds}{dot}{digits.rstrip('0')}Z"
 
 
-def check_name(field: str, value: str | None, faults: Faults) -> str:
-    """Check a required text of up to 255 characters."""
-    if not value:
-        faults.add(field, "required", "is required")
-    return check_length(field, value, faults)
-
-
 def check_length(field: str, value: str | None, faults: Faults, max_chars: int = MAX_NAME_CHARS) -> str:
     """Check the length of an optional text; return "" if it is absent."""
     if value and len(value) > max_chars:
         faults.add(field, "out_of_range", f"may have {max_chars} characters, got {len(value)}")
     return value or ""
+
+
+def check_name(field: str, value: str | None, faults: Faults) -> str:
+    """Check a required text of up to 255 characters."""
+    if not value:
+        faults.add(field, "required", "is required")
+    return check_length(field, value, faults)
 
 
 def check_decimal(value: str | float) -> float:

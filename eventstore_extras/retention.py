@@ -174,6 +174,18 @@ def checkpoint(path: str) -> None:
         conn.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
+def _look(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
+    """Find the first rows to delete in a span, and count the events up to the last of them that must stay."""
+    count, last = span.find(conn, rows)
+    return (count, last), span._replace(through=last if count else span.through).kept(conn)
+
+
+def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
+    """Return the seq before the first event, and that of the last one; (0, 0) for an empty table."""
+    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
+    return (first - 1, last) if last else (0, 0)
+
+
 class Sweep:
     """Deletes expired events in order of arrival, in transactions so short that ingest requests are not delayed."""
 
@@ -222,18 +234,6 @@ class Sweep:
                 after = span.through
             else:
                 return
-
-
-def _look(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
-    """Find the first rows to delete in a span, and count the events up to the last of them that must stay."""
-    count, last = span.find(conn, rows)
-    return (count, last), span._replace(through=last if count else span.through).kept(conn)
-
-
-def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
-    """Return the seq before the first event, and that of the last one; (0, 0) for an empty table."""
-    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
-    return (first - 1, last) if last else (0, 0)
 
 
 def _removal_advice(db: str, progress: ForwardProgress) -> str:
@@ -335,6 +335,10 @@ class _ServedDatabase:
         self.read, self.write, self.close = self._reader.read, store.write, self._reader.close
 
 
+def _newest_stored_us(conn: sqlite3.Connection) -> int:
+    return conn.execute(_NEWEST_STORED).fetchone()[0] or 0
+
+
 class _Retention:
     """Deletes events that were stored more than this many days ago, at the start and every hour."""
 
@@ -415,10 +419,6 @@ class _Retention:
                 await self._sweep(now, thorough=swept_us is None)
                 swept_us = monotonic_us()
             await asyncio.sleep(CLOCK_INTERVAL_S)
-
-
-def _newest_stored_us(conn: sqlite3.Connection) -> int:
-    return conn.execute(_NEWEST_STORED).fetchone()[0] or 0
 
 
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:

@@ -25,6 +25,10 @@ _MODULES = {  # flag -> the module that it starts
 _log = logging.getLogger("eventstore")
 
 
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"eventstore_extras.{name}")
+
+
 def add_flags(add: AddFlag) -> None:
     """Add the flags of `serve` that need eventstore_extras."""
     add("--api-key-file", metavar="FILE", help="a key a line, as for --api-key; comments behind a #; read again on "
@@ -70,15 +74,6 @@ def additions(arguments: Namespace) -> dict[str, Any]:
     return {"operations": _module("analytics").OPERATIONS}
 
 
-def attach(service: Service, arguments: Namespace, address: Any) -> None:
-    """Start what the flags ask for. `address` is the one that the server listens on. Raises StartError."""
-    for flag, module in _MODULES.items():
-        if getattr(arguments, flag):
-            _module(module).attach(service, arguments, address)
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, partial(_on_hangup, service, arguments))
-
-
 def _on_hangup(service: Service, arguments: Namespace, *_: object) -> None:
     if not arguments.api_key_file:
         _log.info("SIGHUP is ignored: there is no --api-key-file to read again")
@@ -88,5 +83,10 @@ def _on_hangup(service: Service, arguments: Namespace, *_: object) -> None:
     threading.Thread(target=again, daemon=True).start()
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"eventstore_extras.{name}")
+def attach(service: Service, arguments: Namespace, address: Any) -> None:
+    """Start what the flags ask for. `address` is the one that the server listens on. Raises StartError."""
+    for flag, module in _MODULES.items():
+        if getattr(arguments, flag):
+            _module(module).attach(service, arguments, address)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, partial(_on_hangup, service, arguments))

@@ -60,20 +60,6 @@ _SELECT = f"SELECT {', '.join(Row._fields)}, seq FROM events"
 StoredRow = tuple[int, Row]  # with its seq, the order of arrival
 
 
-def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
-    """Yield the events that match, oldest first, in pages.
-
-    No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
-    """
-    while True:
-        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
-        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
-        if not page:
-            return
-        yield page
-        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
-
-
 def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
     """Return the first thousand rows, or fewer if they are large."""
     page: list[StoredRow] = []
@@ -86,6 +72,20 @@ def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
             if size_bytes >= _PAGE_BYTES:
                 break
     return page
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
+    """Yield the events that match, oldest first, in pages.
+
+    No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
+    """
+    while True:
+        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
+        if not page:
+            return
+        yield page
+        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
 def _shutting_down() -> ApiError:
@@ -125,6 +125,32 @@ class OwnReader:
             self._reader.conn.close()
 
 
+def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
+    conn = sqlite3.connect(
+        f"{Path(path).as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
+    )
+    try:
+        conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
+    except sqlite3.Error:
+        conn.close()
+        raise
+    return conn
+
+
+def _connect_for_reading(path: str) -> sqlite3.Connection:
+    """Connect to a database. Raises StartError if its log is needed and cannot be read."""
+    logs = [name for name in (f"{path}-wal", f"{path}-journal") if os.path.exists(name)]
+    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
+        return _connect_uri(path, "rw")
+    if logs:
+        with suppress(sqlite3.OperationalError):  # SQLite can read a log beside which it cannot write, if it has a -shm
+            return _connect_uri(path, "ro")
+        if os.path.exists(f"{path}-shm") or any(map(os.path.getsize, logs)):
+            problem = f"{logs[0]} belongs to it, and cannot be read where nothing can be written"
+            raise StartError(f"cannot read {path}: {problem}; copy both to a folder that you can write to")
+    return _connect_uri(path, "ro&immutable=1")  # otherwise SQLite would create a -shm
+
+
 def open_stored(path: str) -> sqlite3.Connection:
     """Open a database that exists, for reading. Neither a writer's lock nor a read-only disk is in the way.
 
@@ -144,32 +170,6 @@ def open_stored(path: str) -> sqlite3.Connection:
         add_functions(conn)
         stack.pop_all()
         return conn
-
-
-def _connect_for_reading(path: str) -> sqlite3.Connection:
-    """Connect to a database. Raises StartError if its log is needed and cannot be read."""
-    logs = [name for name in (f"{path}-wal", f"{path}-journal") if os.path.exists(name)]
-    if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
-        return _connect_uri(path, "rw")
-    if logs:
-        with suppress(sqlite3.OperationalError):  # SQLite can read a log beside which it cannot write, if it has a -shm
-            return _connect_uri(path, "ro")
-        if os.path.exists(f"{path}-shm") or any(map(os.path.getsize, logs)):
-            problem = f"{logs[0]} belongs to it, and cannot be read where nothing can be written"
-            raise StartError(f"cannot read {path}: {problem}; copy both to a folder that you can write to")
-    return _connect_uri(path, "ro&immutable=1")  # otherwise SQLite would create a -shm
-
-
-def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
-    conn = sqlite3.connect(
-        f"{Path(path).as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
-    )
-    try:
-        conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
-    except sqlite3.Error:
-        conn.close()
-        raise
-    return conn
 
 
 def no_events_hint(conn: sqlite3.Connection, environment: str) -> str:

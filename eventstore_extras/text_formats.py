@@ -94,16 +94,6 @@ _ANY = msgspec.json.Decoder(Raw)
 _KEY = msgspec.json.Decoder(str)
 
 
-def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
-
-    Raises InputError if the file is not JSON, after the events before that.
-    """
-    for index, (line, content) in enumerate(_JsonText(stream).events()):
-        is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
-        yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
-
-
 class _JsonText:
     """JSON that is read as it arrives: each method takes something from its start."""
 
@@ -236,34 +226,21 @@ class _JsonText:
         return InputError(line, f"is not valid JSON: JSON is malformed: {reason}")
 
 
+def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
+    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
+
+    Raises InputError if the file is not JSON, after the events before that.
+    """
+    for index, (line, content) in enumerate(_JsonText(stream).events()):
+        is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
+        yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
+
+
 # ---------------------------------------------------------------------------------------------- CSV
 
 _MAX_CELLS = 10_000
 _CELL = re.compile(rb',("(?:[^"]++|"")*+"?)?')  # the comma before a cell, and its text if it is in quotes
 _REST_OF_CELL = re.compile(rb'(?:[^"]++|"")*+"?')  # in quotes that were opened in a line before
-
-
-def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the rows of a CSV file without the cells that are empty or NULL. Blank rows are skipped."""
-    csv.field_size_limit(limit_bytes)
-    lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
-    reader = csv.reader(lines, strict=True)
-    columns: list[str] = []
-    while True:
-        lines.begin_row()
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # an open quote takes in the lines that follow, so none of them can be read
-            raise InputError(lines.row_line, f"cannot be read as CSV: {_csv_problem(str(error))}") from error
-        if cells is None:
-            return
-        if not any(map(str.strip, cells)):
-            continue
-        if columns:
-            yield _csv_entry(lines.row_line, columns, cells)
-        else:
-            columns = _without_blank_end(cells, 0)
-            check_columns([name for name in columns if name.strip()], lines.row_line)
 
 
 def _csv_problem(reason: str) -> str:
@@ -293,6 +270,16 @@ def _csv_entry(line: int, columns: list[str], cells: list[str]) -> Entry:
         return Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
     values = csv_values(columns, cells)
     return Entry(line, {name: cell for name, cell in values.items() if name.strip()} if unnamed else values)
+
+
+def _cells_in(line: bytes, is_first: bool) -> int:
+    """Count the cells that begin in a line, up to a few too many."""
+    if is_first:
+        found = _CELL.finditer(b"," + line)
+    else:
+        rest = _REST_OF_CELL.match(line)
+        found = _CELL.finditer(line, rest.end() if rest else 0)
+    return sum(1 for _ in islice(found, _MAX_CELLS + 1))
 
 
 class _CsvLines:
@@ -339,11 +326,24 @@ class _CsvLines:
                 self._lines.skip_blank()
 
 
-def _cells_in(line: bytes, is_first: bool) -> int:
-    """Count the cells that begin in a line, up to a few too many."""
-    if is_first:
-        found = _CELL.finditer(b"," + line)
-    else:
-        rest = _REST_OF_CELL.match(line)
-        found = _CELL.finditer(line, rest.end() if rest else 0)
-    return sum(1 for _ in islice(found, _MAX_CELLS + 1))
+def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
+    """Yield the rows of a CSV file without the cells that are empty or NULL. Blank rows are skipped."""
+    csv.field_size_limit(limit_bytes)
+    lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
+    reader = csv.reader(lines, strict=True)
+    columns: list[str] = []
+    while True:
+        lines.begin_row()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # an open quote takes in the lines that follow, so none of them can be read
+            raise InputError(lines.row_line, f"cannot be read as CSV: {_csv_problem(str(error))}") from error
+        if cells is None:
+            return
+        if not any(map(str.strip, cells)):
+            continue
+        if columns:
+            yield _csv_entry(lines.row_line, columns, cells)
+        else:
+            columns = _without_blank_end(cells, 0)
+            check_columns([name for name in columns if name.strip()], lines.row_line)
