@@ -1,4 +1,4 @@
-"""One event as files hold it: a JSON object, or a row of CSV or Parquet. Its columns, its checks, its errors."""
+"""One event as files hold it, as a JSON object or as a row of CSV or Parquet: its columns, its checks, its errors."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _is_property(column: str) -> bool:
 
 
 def _printable(text: str) -> str:
-    """Replace the bytes that are not UTF-8, which reading a CSV file escaped."""
+    """Replace bytes that are not UTF-8. They were escaped when the CSV file was read."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -183,7 +183,7 @@ def _content_id(entry: Entry) -> str:
 
 
 class _JsonEvent(Struct, forbid_unknown_fields=True):
-    """An event as a client sends it, or as a server answers it: with `id`, and with fields that only answers have."""
+    """An event as a client sends it, or as a server answers it, with `id` and the fields that only answers have."""
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -203,7 +203,7 @@ _ANSWERED_ONLY = ("ingested_at", "tenant_id", "environment_id")
 
 
 def _json_event(content: bytes, faults: Faults) -> EventIn:
-    """Decode an event. The `id` of an event without an event_id is its event_id, as in a server's answers."""
+    """Decode an event. In an event without an event_id, as a server answers it, the event_id is the `id`."""
     event = decode_fields(_JSON_EVENT, content, faults)
     if not content.startswith(b"{"):
         faults.raise_any()
@@ -216,22 +216,21 @@ def _json_event(content: bytes, faults: Faults) -> EventIn:
 
 _TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
 _RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
-_NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"  # instead of a missing id
+# What tools write for a missing id.
+_NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"
 _ROUNDED_ID = r"[+-]?\d+(?:[.,]\d*)?[eE]\+\d+|[+-]?\d[.,]\d+[eE]\d\d+"  # such as 1.23457E+17
+_ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
 _RESERVED_ID_CELL = re.compile(rf"\\+N|\\*(?:{_NO_ID}|{_ROUNDED_ID})", re.ASCII)
 
 
 def csv_cell(text: str, is_id: bool = False) -> str:
-    """Return the CSV cell for a text. A text that an import would not take as it is, such as NULL, gets a backslash."""
+    """Return the CSV cell for a text. A text that an import would misread, such as NULL, gets a backslash."""
     return "\\" + text if (_RESERVED_ID_CELL if is_id else _RESERVED_CELL).fullmatch(text) else text
 
 
 def _cell_text(cell: str, is_id: bool = False) -> str:
     """Return the text of a cell that csv_cell() made."""
     return cell[1:] if cell.startswith("\\") and csv_cell(cell[1:], is_id) == cell else cell
-
-
-_ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
 
 
 def _id_text(cell: str) -> str:
@@ -247,6 +246,15 @@ def _id_text(cell: str) -> str:
     raise FieldError("invalid_format", problem)
 
 
+_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
+
+
+def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
+    """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
+    return {name: cell for name, cell in zip(columns, cells, strict=True)
+            if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
+
+
 _SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
 
 
@@ -256,7 +264,7 @@ def _with_zone(text: Any) -> Any:
 
 
 def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
-    """Sort the cells of a CSV row into the fields of TableRow. Raises ApiError if a cell is not UTF-8."""
+    """Make a TableRow from the cells of a CSV row. Raises ApiError if a cell is not UTF-8."""
     try:
         "".join(cells.values()).encode()
     except UnicodeEncodeError:
@@ -284,11 +292,11 @@ def _is_same_value(left: Raw, right: Raw) -> bool:
 
 
 def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
-    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value for one."""
+    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value of one."""
     try:
         members = MEMBERS.decode(check_properties(properties))
     except FieldError:
-        return properties  # event_row() finds the same fault and reports it
+        return properties  # event_row() reports this fault
     for name in sorted(named.keys() & members.keys()):
         if not _is_same_value(named[name], members[name]):
             raise_fault(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
@@ -317,7 +325,7 @@ def _time_us(value: int | str) -> int:
 
 
 def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
-    """Put the times of a table's row into the row to store, which has the time of the import in both places."""
+    """Return the row to store with the times of a table's row, where the table has them."""
     timestamp_us = faults.check("timestamp", _time_us, None if columns.timestamp == "" else columns.timestamp)
     ingested_at_us = faults.check("ingested_at", _time_us, columns.ingested_at)
     if timestamp_us is None or timestamp_us == MIN_TIME_US:  # Go's zero time counts as absent
@@ -344,15 +352,6 @@ def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> Che
         row = _with_times(row, columns, faults)
     faults.raise_any()
     return CheckedRow(row, has_id, row.timestamp_us != now)
-
-
-_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
-
-
-def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
-    """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
-    return {name: cell for name, cell in zip(columns, cells, strict=True)
-            if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- rejected entries

@@ -18,7 +18,7 @@ import msgspec
 
 from eventstore import ENCODER, AddFlag, Row, StartError, list_events, plural, say, to_datetime
 from eventstore_extras.entries import ExportedEvent, csv_cell, exported_event
-from eventstore_extras.files import explain_missing_parquet, progress_bar, whole_file
+from eventstore_extras.files import check_folder, explain_missing_parquet, progress_bar, whole_file
 from eventstore_extras.job import StopError, run_job
 from eventstore_extras.stored import add_filter_flags, flag_query, no_events_hint, open_stored, stored_events
 
@@ -143,16 +143,12 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 
 def _check_output(path: str, db: str) -> None:
-    """Raise StartError if the path is the database, or cannot be written."""
+    """Raise StartError if the path is the database, or if nothing can be written there."""
     if os.path.islink(path):
         raise StartError(f"--output {path} is a link: name the file itself")
     if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
         raise StartError(f"--output {path} is the database, or not a regular file: name another one")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise StartError(f"--output {path}: the folder {folder} does not exist: make it, or name another file")
-    if not os.access(folder, os.W_OK):
-        raise StartError(f"--output {path}: the folder {folder} cannot be written: allow it, or name another file")
+    check_folder(path, f"--output {path}: ")
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from eventstore import (
 from eventstore_extras.entries import CheckedRow, Entry, InputError, checked_row, shown_content
 from eventstore_extras.files import Stream, as_utf8, explain_missing_parquet, private_opener, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
-from eventstore_extras.stored import open_stored
+from eventstore_extras.stored import environment_names, open_stored
 from eventstore_extras.text_formats import check_known, detect_format, read_csv, read_json, read_ndjson
 
 __all__ = ["add_flags", "run"]
@@ -105,10 +105,6 @@ _MAX_NAMED = 5  # events or environments that the summary names
 _DEFAULT_ENVIRONMENT = "development"
 
 
-def _environments(conn: sqlite3.Connection) -> list[str]:
-    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
-
-
 def _environment_note(names: list[str], environment: str, created: str) -> str:
     """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
     if environment in names:
@@ -119,8 +115,10 @@ def _environment_note(names: list[str], environment: str, created: str) -> str:
 
 
 class _Database:
-    """The database to import into. It is opened, and created if absent, when there are events to store, so that a file
-    without a good event does not leave an empty database."""
+    """The database to import into.
+
+    It is opened, and created if absent, when there are events to store: a file of bad events then leaves no database.
+    """
 
     def __init__(self, path: str, environment: str) -> None:
         self.path = path
@@ -136,7 +134,7 @@ class _Database:
             prepare_file(self.path)
             self._conn = connect(self.path, WRITER_PRAGMAS)
             if not (is_new and self._environment == _DEFAULT_ENVIRONMENT):
-                self.note = _environment_note(_environments(self._conn), self._environment, "was created")
+                self.note = _environment_note(environment_names(self._conn), self._environment, "was created")
             self._number = environment_number(self._conn, self._environment)
         return self._conn
 
@@ -154,10 +152,11 @@ class _Database:
         ids, found = list(positions), set()
         for start in range(0, len(ids), INSERT_ROWS):
             chunk = ids[start : start + INSERT_ROWS]
-            places = ", ".join("?" * len(chunk))
-            select = f"SELECT {', '.join(Row._fields)} FROM events WHERE environment = ? AND id IN ({places})"
+            marks = ", ".join("?" * len(chunk))
+            select = f"SELECT {', '.join(Row._fields)} FROM events WHERE environment = ? AND id IN ({marks})"
             for stored in map(Row._make, self.open().execute(select, (self._number, *chunk))):
-                found |= {at for at in positions[stored.id] if not events[at].is_stored_as(stored)}
+                same_id = positions[stored.id]
+                found |= {position for position in same_id if not events[position].is_stored_as(stored)}
         return found
 
     def close(self) -> None:
@@ -198,7 +197,7 @@ class _Rejects:
         return len(line)
 
     def flush(self) -> None:
-        """Raises OSError, for example if the disk is full."""
+        """Write the lines added since the last call. Raises OSError."""
         while self._pending:
             del self._pending[: self._file.write(self._pending)]
 
@@ -281,8 +280,8 @@ class _Importer:
             reason = f"the database {database.path} refused the write: {error}; {self.so_far}"
             raise StopError(f"{reason}; when it can be written again, import the file again") from error
         self._differing += len(differing)
-        for at in differing[: _MAX_NAMED - len(self._named)]:
-            self._named.append(f"{self._locations[at]} ({quoted(self._events[at].row.id)})")
+        for position in differing[: _MAX_NAMED - len(self._named)]:
+            self._named.append(f"{self._locations[position]} ({quoted(self._events[position].row.id)})")
         return new
 
     @property
@@ -308,8 +307,10 @@ class _Importer:
 
 
 class _Signals:
-    """Turns the signals that ask to stop into KeyboardInterrupt, but only before more is read, or between events: those
-    that were read are stored first."""
+    """Turns the signals that end a process into KeyboardInterrupt.
+
+    It is raised only before more is read, or between events, so that the events read before are stored first.
+    """
 
     def __init__(self) -> None:
         self._is_waiting = False
@@ -334,7 +335,7 @@ class _Signals:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if there was a signal."""
+        """Raise KeyboardInterrupt if there was a signal."""
         if self.is_stopping:
             raise KeyboardInterrupt
 
@@ -349,7 +350,7 @@ class _Signals:
             self._is_waiting = False
 
     def wait(self, pipe: io.FileIO, timeout_s: float | None) -> bool:
-        """Wait until there is something to read, or the pipe has ended; return False if the time is over before."""
+        """Wait until the pipe has more to read, or has ended; return False if the time ends first."""
         with self.waiting():
             return bool(select.select([pipe], [], [], timeout_s)[0])
 
@@ -415,7 +416,7 @@ def _import_file(
                 done = position
 
         def before_read() -> None:
-            if size is not None:  # the lines that a pipe has delivered cannot be read again: store them first
+            if size is not None:  # in a pipe, lines are not read again: store them before a signal ends the import
                 signals.check()
                 advance_to(file.tell())
 
@@ -441,7 +442,7 @@ def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
         names = [_DEFAULT_ENVIRONMENT]
     else:
         with closing(open_stored(arguments.db)) as conn:
-            names = _environments(conn)
+            names = environment_names(conn)
     return _environment_note(names, arguments.environment, "would be created")
 
 

@@ -50,7 +50,7 @@ class _Histogram:
 
 
 def _counter(name: str, text: str, values: Mapping[Any, int], labels: Sequence[str] = ()) -> CounterMetricFamily:
-    """Make a counter from values by their labels; prometheus_client adds _total to its name."""
+    """Make a counter from its values by label values; prometheus_client adds _total to its name."""
     metric = CounterMetricFamily(name, text, labels=labels)
     for label_values, value in values.items():
         metric.add_metric(label_values, value)
@@ -71,7 +71,7 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._requests: dict[tuple[str, str, str], _Histogram] = defaultdict(lambda: _Histogram(_SECONDS))
-        self._events: Counter[tuple[str, str]] = Counter()  # (what became of them, environment) -> number
+        self._events: Counter[tuple[str, str]] = Counter()  # (accepted, duplicate or refused; environment) -> number
         self._commit_seconds, self._commit_events = _Histogram(_SECONDS), _Histogram(_EVENTS)
         self._failed_commits = 0
         service.store.observe_commits(self._on_commit)

@@ -55,10 +55,10 @@ __all__ = [
     "openapi_document",
     "optional",
     "ref",
-]  # fmt: skip
+]
 
 NULL = {"type": "null"}  # the same as an absent field
-NOTHING = {"type": ["string", "null"], "maxLength": 0}  # the same, or ""; FlexPrice refuses "" in some fields
+NOTHING = {"type": ["string", "null"], "maxLength": 0}  # null or ""; FlexPrice refuses "" in some fields
 EMPTY_ARRAY = {"type": ["array", "null"], "items": {}, "maxItems": 0}  # generators of clients need `items`
 
 
@@ -158,7 +158,7 @@ _HEADERS = {
 }
 
 
-def _whole(operation: Operation) -> Operation:
+def _complete_row(operation: Operation) -> Operation:
     """Return the complete row of an operation of eventstore_extras."""
     if not operation.extra:
         return operation
@@ -223,7 +223,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.status == 202:
         counts = {f"X-Events-{name}": {"schema": {"type": "integer"}} for name in ("Inserted", "Duplicate")}
         responses["202"]["headers"] |= counts
-    if operation.answer is Health:  # it answers itself while events cannot be stored
+    if operation.answer is Health:  # which is also the answer while events cannot be stored
         responses["503"] = _response("Events cannot be stored", Health)
     return responses
 
@@ -258,7 +258,7 @@ def _describe(operation: Operation, taken: Container[str]) -> dict[str, Any]:
 
 def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
     """Describe the operations as OpenAPI 3.1."""
-    operations = [_whole(row) for row in rows]
+    operations = [_complete_row(row) for row in rows]
     paths: dict[str, Any] = {}
     names: set[str] = set()
     for operation in operations:
@@ -273,8 +273,7 @@ def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
     schemas = _schemas(operations)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "eventstore", "version": __version__,
-                 "description": " ".join(about.split())},
+        "info": {"title": "eventstore", "version": __version__, "description": about},
         "servers": [{"url": "/"}],
         "paths": paths,
         "components": {"schemas": schemas, "headers": headers, "securitySchemes": {"ApiKey": key}},

@@ -33,53 +33,9 @@ _UUID = DataType.binary(16)
 _UTC_TIME = DataType.timestamp("us", tz="UTC")
 _TIMES = ("timestamp", "ingested_at")
 
-# ---------------------------------------------------------------------------------------------- reading: the file
+# ---------------------------------------------------------------------------------------------- reading: errors
 
-_BATCH_ROWS = 256  # held in memory at once, together with their JSON
-_BATCH_BYTES = 64 * 1024 * 1024  # a batch has fewer rows if they may take more: each may hold the largest page's value
-_MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
-_MAX_COLUMNS = 1000  # each column of an open file takes memory
 _MAX_REASON_CHARS = 200
-_STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
-
-
-def _footer(file: BinaryIO) -> bytes:
-    """Check the marks at both ends of a file, and return its table of contents. The library panics without the marks.
-
-    Raises InputError.
-    """
-    file.seek(0)
-    start, size = file.read(4), file.seek(0, io.SEEK_END)
-    file.seek(max(size - 8, 0))
-    footer_bytes, end = file.read(4), file.read(4)
-    if b"PARE" in (start, end):
-        raise InputError(None, "is encrypted: decrypt it first, and import the result")
-    if start != b"PAR1":
-        raise InputError(None, "is not Parquet: it does not start with PAR1")
-    if end != b"PAR1" or int.from_bytes(footer_bytes, "little") > size - 12:
-        raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
-    file.seek(size - 8 - int.from_bytes(footer_bytes, "little"))
-    return file.read(int.from_bytes(footer_bytes, "little"))
-
-
-def _largest_page(file: BinaryIO) -> int:
-    footer = _footer(file)
-    try:
-        return largest_page(file, footer)
-    except PagesError:  # the library says what is wrong
-        return 0
-    finally:
-        file.seek(0)
-
-
-def _batch_rows_for(page_bytes: int) -> int:
-    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
-    if page_bytes > _MAX_PAGE_BYTES:
-        most = f"at most {_MAX_PAGE_BYTES >> 20} MB are read"
-        raise InputError(
-            None, f"has a page of {page_bytes >> 20} MB, {most}: write smaller pages, or fewer rows in each"
-        )
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -95,8 +51,10 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _library_errors(problem: str) -> Iterator[None]:
-    """Turn the library's exceptions into InputError. A panic is one of them; it also prints a trace, so standard error
-    is turned off inside the block."""
+    """Turn the library's exceptions, including panics, into InputError.
+
+    A panic also prints a trace, so the block has no standard error.
+    """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -112,41 +70,9 @@ def _library_errors(problem: str) -> Iterator[None]:
         os.close(nowhere)
 
 
-def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
-    """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
-
-    def open_unless_too_large() -> RecordBatchReader | str:
-        reader = read_parquet(file, batch_size=batch_rows)
-        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
-
-    threading.stack_size(_STACK_BYTES)
-    try:
-        with _library_errors("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
-            opened = executor.submit(open_unless_too_large).result()
-    finally:
-        threading.stack_size(0)
-    if isinstance(opened, str):
-        raise InputError(None, opened)
-    return opened
-
-
-def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
-    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
-    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
-    _check_schema(reader.schema, assume_utc)
-    number = 0
-    while True:
-        with _library_errors(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
-            batch = next(reader, None)
-        if batch is None:
-            return
-        for row, problem in _batch_rows(batch):
-            number += 1
-            is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
-            yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
-
-
 # ---------------------------------------------------------------------------------------------- reading: the schema
+
+_MAX_COLUMNS = 1000  # each column of an open file takes memory
 
 
 def _fields(schema: Schema) -> list[Field]:
@@ -282,6 +208,83 @@ def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
         return zip(_decoded(batch), repeat(""))
     except _UNWRITABLE:  # because of at least one row: decode each alone
         return map(_single_row, (batch.slice(number, 1) for number in range(batch.num_rows)))
+
+
+# ---------------------------------------------------------------------------------------------- reading: the file
+
+_BATCH_ROWS = 256  # held in memory at once, together with their JSON
+_BATCH_BYTES = 64 * 1024 * 1024  # a batch has fewer rows if they may take more: each may hold the largest page's value
+_MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
+_STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """Return a file's table of contents. Raises InputError if the marks at both ends are wrong: the library panics."""
+    file.seek(0)
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(max(size - 8, 0))
+    footer_bytes, end = int.from_bytes(file.read(4), "little"), file.read(4)
+    if b"PARE" in (start, end):
+        raise InputError(None, "is encrypted: decrypt it first, and import the result")
+    if start != b"PAR1":
+        raise InputError(None, "is not Parquet: it does not start with PAR1")
+    if end != b"PAR1" or footer_bytes > size - 12:
+        raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
+    file.seek(size - 8 - footer_bytes)
+    return file.read(footer_bytes)
+
+
+def _largest_page(file: BinaryIO) -> int:
+    """Return the largest size of a page, or 0 if it cannot be read. Raises InputError."""
+    footer = _footer(file)
+    try:
+        return largest_page(file, footer)
+    except PagesError:  # the library will say why it cannot read the file
+        return 0
+    finally:
+        file.seek(0)
+
+
+def _batch_rows_for(page_bytes: int) -> int:
+    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
+    if page_bytes > _MAX_PAGE_BYTES:
+        problem = f"has a page of {page_bytes >> 20} MB, at most {_MAX_PAGE_BYTES >> 20} MB are read"
+        raise InputError(None, f"{problem}: write smaller pages, or fewer rows in each")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
+
+
+def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
+    """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
+
+    def open_unless_too_large() -> RecordBatchReader | str:
+        reader = read_parquet(file, batch_size=batch_rows)
+        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
+
+    threading.stack_size(_STACK_BYTES)
+    try:
+        with _library_errors("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
+            opened = executor.submit(open_unless_too_large).result()
+    finally:
+        threading.stack_size(0)
+    if isinstance(opened, str):
+        raise InputError(None, opened)
+    return opened
+
+
+def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
+    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
+    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
+    _check_schema(reader.schema, assume_utc)
+    number = 0
+    while True:
+        with _library_errors(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
+            batch = next(reader, None)
+        if batch is None:
+            return
+        for row, problem in _batch_rows(batch):
+            number += 1
+            is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
+            yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
 
 
 # ---------------------------------------------------------------------------------------------- writing

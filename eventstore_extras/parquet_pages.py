@@ -1,4 +1,4 @@
-"""Sizes of a Parquet file's pages: a small file may expand to gigabytes, and its library decodes whole pages."""
+"""Reads the sizes of a Parquet file's pages: the library decodes whole pages, and a small file may hold gigabytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Compact:
         self._content = content
         self.at = 0
         self._readers: dict[int, Callable[[], Any]] = {
-            **dict.fromkeys((1, 2, 3), self._byte),  # booleans, which take a byte in lists only, and a byte
+            **dict.fromkeys((1, 2, 3), self._byte),  # a boolean in a list, or a byte
             **dict.fromkeys((4, 5, 6), self._zigzag),
             7: lambda: self._bytes(8),
             8: lambda: self._bytes(self._varint()),
@@ -67,13 +67,14 @@ class _Compact:
         return value >> 1 if value % 2 == 0 else ~(value >> 1)
 
 
-def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
+def _page_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
+    """Return the header that begins there, whose fields 2 and 3 are the page's sizes, and the header's own size."""
     for size in (_HEADER_BYTES, _MAX_HEADER_BYTES):
-        file.seek(at)
+        file.seek(position)
         reader = _Compact(file.read(size))
         try:
             header = reader.struct()
-        except IndexError:  # it is longer
+        except IndexError:  # the header is longer
             continue
         if header[3] < 0:
             break
@@ -84,12 +85,12 @@ def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
 def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
     """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
     meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
-    at = min(start for start in (meta[9], meta.get(11) or meta[9]))
-    end = at + meta[7]
-    while at < end:
-        header, header_bytes = _page_header(file, at)
+    position = min(meta[9], meta.get(11) or meta[9])
+    end = position + meta[7]
+    while position < end:
+        header, header_bytes = _page_header(file, position)
         yield header[2]
-        at += header_bytes + header[3]
+        position += header_bytes + header[3]
 
 
 def largest_page(file: BinaryIO, footer: bytes) -> int:

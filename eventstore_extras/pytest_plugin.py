@@ -104,7 +104,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _import_server() -> None:
-    """Import the server with the real datetime. With freezegun's, its types would refuse every time later on."""
+    """Import the server with the real datetime: with freezegun's, its wire types would refuse every time afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in _REAL_TYPES.items():
             patch.setattr(datetime, name, kind)

@@ -1,6 +1,7 @@
-"""Events that are put aside: those that FlexPrice would lose, and those that a target refuses. One file keeps both.
+"""Finds the events that FlexPrice would lose, and keeps them, with those that a target refuses, in a file.
 
 FlexPrice answers 202 before it has stored an event. The rules here find the events that it then loses or breaks on.
+`replay` and forwarding put them aside instead of sending them.
 """
 
 from __future__ import annotations
@@ -27,13 +28,9 @@ __all__ = [
     "refused_path", "shown_counts", "unfit_for_flexprice",
 ]  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------------------------------------- what FlexPrice writes
 
-MAX_EVENT_BYTES = 1_000_000  # Kafka's client refuses a longer message
 _ENVELOPE_BYTES = 512  # what FlexPrice and Kafka add, except the two ids that they repeat
-_LONGEST_SPELLING = 6  # bytes that FlexPrice may write for one of ours: it writes "<" as "\u003c"
-_MIN_TIME_US = int(datetime(1678, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
-_MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits into 64 bits
 _MAX_NUMBER = 1e23
 _EXPONENT_FROM = 1e21  # FlexPrice writes smaller numbers in full
 _MIN_INTEGER, _MAX_INTEGER = -(2**63) + 512, 2**64 - 1024  # from here on the nearest 64-bit float is beyond 64 bits
@@ -47,78 +44,6 @@ class _LargeNumber(NamedTuple):
     is_text: bool  # a string that spells a number
 
 
-class _Candidate(NamedTuple):
-    """An event that is to be sent."""
-
-    row: Row
-    max_bytes: int
-    numbers: list[_LargeNumber]
-
-
-class Rule(NamedTuple):
-    """A kind of event that FlexPrice loses or breaks on, and why."""
-
-    reason: str
-    find: Callable[[_Candidate], str]  # returns the fault of an event, or ""
-    consequence: str
-
-
-class Unfit(NamedTuple):
-    """The reason to put an event aside."""
-
-    reason: str  # of the rule: events are counted by it
-    text: str
-
-
-def _find_length(event: _Candidate) -> str:
-    size = queued_bytes(event.row)
-    return (
-        f"it has {size:,} bytes in FlexPrice's queue, more than {event.max_bytes:,}" if size > event.max_bytes else ""
-    )
-
-
-def _find_time(event: _Candidate) -> str:
-    if _MIN_TIME_US <= event.row.timestamp_us <= _MAX_TIME_US:
-        return ""
-    return f"its timestamp {to_datetime(event.row.timestamp_us).isoformat()} is not from 1678-01-01 to 2262-04-11"
-
-
-def _find_number(event: _Candidate) -> str:
-    found = next((number.shown for number in event.numbers if abs(number.value) >= _MAX_NUMBER), "")
-    return f"its properties have the number {found}, which is too large: 1e23 or more" if found else ""
-
-
-def _find_integer(event: _Candidate) -> str:
-    in_full = (number for number in event.numbers if not number.is_text and abs(number.value) < _EXPONENT_FROM)
-    found = next((number.shown for number in in_full), "")
-    return f"its properties have the integer {found}, which does not fit into 64 bits" if found else ""
-
-
-RULES = (
-    Rule("too_long", _find_length, "FlexPrice answers 202, and then its queue refuses the event: it is lost"),
-    Rule("time_out_of_range", _find_time, "FlexPrice stores another year"),
-    Rule("number_too_large", _find_number, "FlexPrice's consumer fails on it again and again if a meter counts it, "
-         "until it takes in nothing at all"),
-    Rule("integer_too_large", _find_integer, "FlexPrice cannot read any of the event's properties"),
-)  # fmt: skip
-
-
-def unfit_for_flexprice(row: Row, sent: bytes, max_bytes: int) -> Unfit | None:
-    """Return why FlexPrice would lose an event or break on it, or None. `sent` is the event as JSON."""
-    numbers = _large_numbers(row.properties)
-    is_short = len(sent) * _LONGEST_SPELLING + 2 * _ENVELOPE_BYTES <= max_bytes
-    if is_short and not numbers and _MIN_TIME_US <= row.timestamp_us <= _MAX_TIME_US:
-        return None  # as nearly all are, so it must cost little
-    event = _Candidate(row, max_bytes, numbers)
-    for rule in RULES:
-        if fault := rule.find(event):
-            return Unfit(rule.reason, f"not sent: {fault}. {rule.consequence}")
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- what FlexPrice writes
-
-
 def _float_of(value: float) -> float:
     try:
         return float(value)
@@ -127,13 +52,13 @@ def _float_of(value: float) -> float:
 
 
 def _large_numbers(properties: str) -> list[_LargeNumber]:
-    """Return the numbers, and the strings that spell one, that no 64-bit integer holds.
+    """Return the numbers that no 64-bit integer holds, and the strings that spell a number of 1e23 or more.
 
     FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
     """
     try:
         values: list[Any] = [_PROPERTIES.decode(properties)]
-    except (ValueError, msgspec.MsgspecError):  # an earlier version stored it
+    except (ValueError, msgspec.MsgspecError):  # an earlier version stored such numbers
         return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
     found = []
     for value in values:  # the list grows while it is read
@@ -176,6 +101,83 @@ def queued_bytes(row: Row) -> int:
     escaped += sum(3 * written.count(sign.encode()) for sign in ("\u2028", "\u2029"))
     repeated = len(row.id.encode()) + len(row.external_customer_id.encode())
     return len(written) + escaped + repeated + _ENVELOPE_BYTES
+
+
+# ---------------------------------------------------------------------------------------------- the rules
+
+MAX_EVENT_BYTES = 1_000_000  # Kafka's client refuses a longer message
+_LONGEST_SPELLING = 6  # bytes that FlexPrice may write for one byte of the event: it writes "<" as "\u003c"
+_MIN_TIME_US = int(datetime(1678, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
+_MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits into 64 bits
+
+
+class _Candidate(NamedTuple):
+    """An event that is to be sent."""
+
+    row: Row
+    max_bytes: int
+    numbers: list[_LargeNumber]
+
+
+class Rule(NamedTuple):
+    """A kind of event that FlexPrice loses or breaks on, and why."""
+
+    reason: str
+    find: Callable[[_Candidate], str]  # returns the fault of an event, or ""
+    consequence: str
+
+
+class Unfit(NamedTuple):
+    """The reason to put an event aside."""
+
+    reason: str  # of the rule: events are counted by it
+    text: str
+
+
+def _find_length(event: _Candidate) -> str:
+    size = queued_bytes(event.row)
+    if size <= event.max_bytes:
+        return ""
+    return f"it has {size:,} bytes in FlexPrice's queue, more than {event.max_bytes:,}"
+
+
+def _find_time(event: _Candidate) -> str:
+    if _MIN_TIME_US <= event.row.timestamp_us <= _MAX_TIME_US:
+        return ""
+    return f"its timestamp {to_datetime(event.row.timestamp_us).isoformat()} is not from 1678-01-01 to 2262-04-11"
+
+
+def _find_number(event: _Candidate) -> str:
+    found = next((number.shown for number in event.numbers if abs(number.value) >= _MAX_NUMBER), "")
+    return f"its properties have the number {found}, which is too large: 1e23 or more" if found else ""
+
+
+def _find_integer(event: _Candidate) -> str:
+    in_full = (number for number in event.numbers if not number.is_text and abs(number.value) < _EXPONENT_FROM)
+    found = next((number.shown for number in in_full), "")
+    return f"its properties have the integer {found}, which does not fit into 64 bits" if found else ""
+
+
+RULES = (
+    Rule("too_long", _find_length, "FlexPrice answers 202, and then its queue refuses the event: it is lost"),
+    Rule("time_out_of_range", _find_time, "FlexPrice stores another year"),
+    Rule("number_too_large", _find_number, "FlexPrice's consumer fails on it again and again if a meter counts it, "
+         "until it takes in nothing at all"),
+    Rule("integer_too_large", _find_integer, "FlexPrice cannot read any of the event's properties"),
+)  # fmt: skip
+
+
+def unfit_for_flexprice(row: Row, sent: bytes, max_bytes: int) -> Unfit | None:
+    """Return why FlexPrice would lose an event or break on it, or None. `sent` is the event as JSON."""
+    numbers = _large_numbers(row.properties)
+    is_short = len(sent) * _LONGEST_SPELLING + 2 * _ENVELOPE_BYTES <= max_bytes
+    if is_short and not numbers and _MIN_TIME_US <= row.timestamp_us <= _MAX_TIME_US:
+        return None  # nearly all events end here, after checks that cost little
+    event = _Candidate(row, max_bytes, numbers)
+    for rule in RULES:
+        if fault := rule.find(event):
+            return Unfit(rule.reason, f"not sent: {fault}. {rule.consequence}")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -221,6 +223,6 @@ def add_counts(counts: dict[str, int], reasons: Iterable[str]) -> None:
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
-    """Return the numbers of events by reason as text, like "3 events put aside (2 too long, 1 refused)"."""
+    """Return the number of events, and the number for each reason, as text."""
     reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
     return f"{plural(sum(counts.values()), 'event')} put aside ({reasons})"

@@ -48,8 +48,8 @@ from eventstore import (
 )
 
 __all__ = [
-    "OwnReader", "StoredRow", "add_filter_flags", "flag_query", "no_events_hint", "open_stored", "select_rows",
-    "stored_events",
+    "OwnReader", "StoredRow", "add_filter_flags", "environment_names", "flag_query", "no_events_hint",
+    "open_stored", "select_rows", "stored_events",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -126,9 +126,8 @@ class OwnReader:
 
 
 def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
-    conn = sqlite3.connect(
-        f"{Path(path).as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
-    )
+    uri = f"{Path(path).as_uri()}?mode={mode}"
+    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
     try:
         conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
     except sqlite3.Error:
@@ -152,10 +151,7 @@ def _connect_for_reading(path: str) -> sqlite3.Connection:
 
 
 def open_stored(path: str) -> sqlite3.Connection:
-    """Open a database that exists, for reading. Neither a writer's lock nor a read-only disk is in the way.
-
-    Raises StartError.
-    """
+    """Open an existing database for reading, even on a read-only disk. Raises StartError."""
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
     if not os.access(path, os.R_OK):
@@ -172,8 +168,13 @@ def open_stored(path: str) -> sqlite3.Connection:
         return conn
 
 
+def environment_names(conn: sqlite3.Connection) -> list[str]:
+    """Return the names of the environments, oldest first."""
+    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
+
+
 def no_events_hint(conn: sqlite3.Connection, environment: str) -> str:
-    """Return the end of a summary that found no events: the other environments that have some."""
+    """Return the end of a summary without events: the names of other environments that have some."""
     has_events = "EXISTS (SELECT 1 FROM events WHERE environment = environments.id)"
     names = conn.execute(f"SELECT name FROM environments WHERE {has_events} ORDER BY name")
     others = ", ".join(name for (name,) in names if name != environment)

@@ -1,4 +1,4 @@
-"""Upgrade a database file of an older format: in place, and in one transaction.
+"""Upgrades a database file of an older format, in place and in one transaction.
 
 A crash, a kill or a power cut leaves the file in the old format or in the new one. The next start begins again.
 """
@@ -70,7 +70,7 @@ def _run_steps(conn: sqlite3.Connection, path: str, found: int, version: int) ->
 
 
 class _Space(NamedTuple):
-    """What the upgrade needs on the disk, in bytes."""
+    """The bytes that the upgrade needs on the disk."""
 
     wal: float
     sort: float  # SQLite's temporary files
