@@ -53,7 +53,7 @@ def _reason(error: BaseException) -> str:
 def _library_errors(problem: str) -> Iterator[None]:
     """Turn the library's exceptions, including panics, into InputError.
 
-    A panic also prints a trace, so the block has no standard error.
+    A panic also prints a trace, so the block's standard error goes to /dev/null.
     """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

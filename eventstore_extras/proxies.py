@@ -121,7 +121,7 @@ def _check(url: str, source: str) -> Proxy:
 
 
 def find_proxy(url: str) -> Proxy | None:
-    """Return the proxy for a target, or None if there is none for it. Addresses of this machine never have one.
+    """Return the proxy for a target, or None to connect directly, as to every address of this machine.
 
     Raises StartError if the variable that applies to the target cannot be used; ignores the other variables.
     """
