@@ -348,7 +348,7 @@ class Forwarder:
         log.error("forwarding: %s in %s: %s", shown_counts(counts), path, first)
 
     async def _deliver(self, batch: Batch) -> None:
-        """Send a batch, and put aside the events that the target refuses. Raises _StoppingError.
+        """Send a batch, and move the events that the target refuses to their file. Raises _StoppingError.
 
         A refused batch is halved until each event that causes the refusal stands alone.
         """
