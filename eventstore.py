@@ -1155,17 +1155,16 @@ def _shutting_down() -> ApiError:
     return ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
 
 
-class Caller(NamedTuple):
+class Caller:
     """The request that is being served; empty for the server's own work, which no limit refuses."""
 
-    scope: Mapping[str, Any] = {}
-    receive: Receive | None = None
+    __slots__ = ("headers", "key", "receive", "scope")
 
-    @property
-    def key(self) -> bytes:
-        """The digest of the API key, whose shares and turns the request uses."""
-        found = self.scope.get("api_key")
-        return found.digest if found else b"anyone" if self.scope else b""
+    def __init__(self, scope: Mapping[str, Any] | None = None, receive: Receive | None = None) -> None:
+        self.scope = scope or {}
+        self.receive = receive
+        self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first of each name
+        self.key = b"anyone" if scope else b""  # the digest of the API key, whose shares and turns the request uses
 
     async def until_gone(self) -> None:
         """Return when the client has disconnected; never for the server's own work."""
@@ -1174,7 +1173,7 @@ class Caller(NamedTuple):
             pass
 
 
-CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - nothing changes it
 
 
 class Shares:
@@ -1187,14 +1186,14 @@ class Shares:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.total = 0
-        self._used: Counter[bytes] = Counter()
+        self._used: dict[bytes, int] = {}
 
     def take(self, key: bytes, amount: int, own: int = 0) -> bool:
         """Take an amount unless it exceeds the key's share; `own` is what the same request has already taken.
 
         A request gets any amount while no other has taken one.
         """
-        used = self._used[key] + amount
+        used = self._used.get(key, 0) + amount
         if key and self.total > own and used > self.limit - 0.75 * (self.total + amount - used):
             return False
         self._used[key] = used
@@ -1202,10 +1201,11 @@ class Shares:
         return True
 
     def give_back(self, key: bytes, amount: int) -> None:
-        self.total -= amount
-        self._used[key] -= amount
-        if not self._used[key]:
-            del self._used[key]
+        if amount:
+            self.total -= amount
+            self._used[key] -= amount
+            if not self._used[key]:
+                del self._used[key]
 
 
 class _Task:
@@ -2164,12 +2164,14 @@ class Service:
                 log.warning("%s is ignored, it %s", line, _problem_of(name, why))
 
 
-def _authenticate(service: Service, scope: Scope, key: bytes | None) -> ApiError | None:
-    """Find the environment of a key, or return a 401 (API: Common rules)."""
+def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | None:
+    """Find the environment of a request's key, or return a 401 (API: Common rules)."""
+    key = caller.headers.get(b"x-api-key")
     # Look up the hash, so that the time of the search reveals nothing about a key.
     found = service.api_keys.get(hashlib.sha256(key or b"").digest())
     if key is not None and found is not None:
         scope["api_key"], scope["environment"] = found, found.environment
+        caller.key = found.digest
         return None
     unknown = "holds a key that this server does not know; its banner says where its keys came from"
     problem = "is missing: send your key in it" if key is None else unknown
@@ -2196,7 +2198,8 @@ def _refuse_encoded(request: Request, body: bytes) -> None:
 async def read_body(service: Service, request: Request, limit: float = math.inf) -> bytes:
     """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds the limit or max_body_bytes."""
     limit = min(limit, service.settings.max_body_bytes)
-    announced = int(dict(request["headers"]).get(b"content-length", 0))
+    caller = CALLER.get()
+    announced = int(caller.headers.get(b"content-length", 0))
     chunks: list[bytes] = []
     size = 0
     while max(size, announced) <= limit:
@@ -2205,7 +2208,7 @@ async def read_body(service: Service, request: Request, limit: float = math.inf)
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
-        if not service.shares.take(CALLER.get().key, len(chunks[-1]), own=size - len(chunks[-1])):
+        if not service.shares.take(caller.key, len(chunks[-1]), own=size - len(chunks[-1])):
             reason = f"{service.shares.total} bytes of requests are under way, the limit is {service.shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
         request.scope["held_bytes"] = size  # _Endpoint gives it back
@@ -2358,24 +2361,24 @@ class _App(Starlette):
             await super().__call__(scope, receive, send)
             return
         service: Service = self.state.service
-        headers = dict(scope["headers"])
-        scope["request_id"] = service.request_id(headers.get(b"x-request-id"))
+        caller = Caller(scope, receive)
+        before = CALLER.set(caller)
+        scope["request_id"] = service.request_id(caller.headers.get(b"x-request-id"))
         scope["start_s"] = time.perf_counter()
-        caller = CALLER.set(Caller(scope, receive))
-        if scope["path"][-1:] == "/" and service.serves_exactly(scope["method"], scope["path"][:-1]):
-            scope["path"] = scope["path"][:-1]
-        is_public = scope["path"] in _PUBLIC_PATHS
+        path = scope["path"]
+        if path[-1:] == "/" and service.serves_exactly(scope["method"], path[:-1]):
+            path = scope["path"] = path[:-1]
         try:
             if scope["method"] == "OPTIONS":
                 await _with_headers(scope, Response())(scope, receive, send)
-            elif not is_public and (refusal := _authenticate(service, scope, headers.get(b"x-api-key"))):
+            elif path not in _PUBLIC_PATHS and (refusal := _authenticate(service, scope, caller)):
                 await error_response(Request(scope), refusal)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
                 if scope.get("ignored"):
                     service.log_ignored(scope)
         finally:
-            CALLER.reset(caller)  # for a program that calls the application directly
+            CALLER.reset(before)  # for a program that calls the application directly
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientDisconnect: _on_disconnect,
@@ -3464,9 +3467,6 @@ def serve(arguments: argparse.Namespace) -> int:
             host, port = listener.getsockname()[:2]
             print(_banner(service, host, port, found), flush=True)
             _collect_less_garbage()
-            sys.setswitchinterval(
-                0.001
-            )  # after 5 ms, Python's default, threads would often keep the event loop waiting
             for wrap in service.wrappers:
                 app = wrap(app)
             server.config.app = app  # uvicorn reads it in run()

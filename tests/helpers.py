@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import io
 import json
 import os
 import random
@@ -12,10 +14,11 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -42,9 +45,25 @@ is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
 # ---------------------------------------------------------------------------------------------- the application in this process
 
 
+@functools.cache
+def _new_file() -> bytes:
+    """Return an empty database file with the environments of KEYS. Copying it is faster than creating one for each test."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "events.db"
+        Store(Settings(db=str(path), api_keys=KEYS)).close()
+        return path.read_bytes()
+
+
 def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any) -> TestClient:
-    """Return a client of the application in this process, on folder/events.db; use it as a context manager."""
-    chosen: dict[str, Any] = {"db": str(folder / "events.db"), "api_keys": KEYS, "clock": lambda: NOW} | settings
+    """Return a client of the application in this process, on folder/events.db; use it as a context manager.
+
+    Without `db` and `api_keys`, a new file is a copy; give `db` if a test is about how the application creates the file.
+    """
+    path = folder / "events.db"
+    if not settings.keys() & {"db", "api_keys"} and not path.exists():
+        path.touch(0o600)  # the mode that the application gives it
+        path.write_bytes(_new_file())
+    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW} | settings
     app = create_app(Settings(**chosen), operations=operations)
     return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
 
@@ -235,6 +254,21 @@ def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) 
     return message
 
 
+def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.chdir(folder)
+        patch.setattr("eventstore.uvicorn_server", lambda *_: pytest.fail("it started"))
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        try:
+            status: Any = command_line(*arguments)
+        except SystemExit as exit_:
+            status = exit_.code
+    return subprocess.CompletedProcess([*arguments], status, output.getvalue(), errors.getvalue())
+
+
 def exported(folder: Path, *flags: object, form: str = "ndjson") -> bytes:
     """Return what `eventstore export` writes from folder/events.db."""
     output = folder / f"exported.{form}"
@@ -328,6 +362,9 @@ class Live:
     @property
     def log(self) -> str:
         return self.log_file.read_text()
+
+    def log_has(self, text: str, times: int = 1) -> bool:
+        return self.log.count(text) >= times
 
     def client(self, key: str = KEY) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"x-api-key": key}, timeout=60)

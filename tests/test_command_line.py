@@ -25,6 +25,7 @@ from helpers import (
     ids,
     is_root,
     python,
+    refusal,
     refused,
     run,
     serving,
@@ -130,7 +131,7 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
 
 
 def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:
-    done = run(*SCRIPT, "serve", "--prot", "9", cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--prot", "9")
     assert done.returncode == 2
     assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
 

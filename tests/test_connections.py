@@ -48,28 +48,30 @@ def limited(**limits: float) -> list[str]:
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    command = limited(BODY_TIMEOUT_S=0.2, WRITE_TIMEOUT_S=0.2)
+    command = limited(BODY_TIMEOUT_S=0.5, WRITE_TIMEOUT_S=0.2)
     folder = tmp_path_factory.mktemp("impatient")
     with Live(folder, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live:
         yield live
 
 
-UNFINISHED = {
-    "nothing of it": b"Content-Length: 1000\r\n\r\n",
-    "a part of it": b"Content-Length: 1000\r\n\r\n{",
-    "a part of a chunk": b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
-    "all chunks but the last": b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
-}
+UNFINISHED = [  # nothing of a body, a part of it, a part of a chunk, all chunks but the last
+    b"Content-Length: 1000\r\n\r\n",
+    b"Content-Length: 1000\r\n\r\n{",
+    b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+]
 
 
-@table("part", UNFINISHED.values(), ids=UNFINISHED)
-def test_a_body_that_does_not_arrive_in_time_is_refused_and_its_connection_closed(impatient: Live, part: bytes) -> None:
-    with impatient.connect() as sock:
-        sock.sendall(POST + part)
-        response = answer_on(sock)
-        refused(response, 408, "request_timeout")
-        assert "fewer than 10000 bytes of the body arrived within 0.2 s" in response.json()["message"]
-        assert sock.recv(1) == b""
+def test_bodies_that_do_not_arrive_in_time_are_refused_and_their_connections_closed(impatient: Live) -> None:
+    with ExitStack() as stack:
+        socks = [stack.enter_context(impatient.connect()) for _ in UNFINISHED]
+        for sock, part in zip(socks, UNFINISHED, strict=True):  # all wait at the same time
+            sock.sendall(POST + part)
+        for sock in socks:
+            response = answer_on(sock)
+            refused(response, 408, "request_timeout")
+            assert "fewer than 10000 bytes of the body arrived within 0.5 s" in response.json()["message"]
+            assert sock.recv(1) == b""
 
 
 def test_a_body_may_take_longer_than_the_limit_while_enough_of_it_arrives(impatient: Live) -> None:
@@ -79,9 +81,9 @@ def test_a_body_may_take_longer_than_the_limit_while_enough_of_it_arrives(impati
         start = time.monotonic()
         for at in range(0, len(body), 20_000):
             sock.sendall(body[at : at + 20_000])
-            time.sleep(0.1)
+            time.sleep(0.12)  # a quarter of the limit: a busy machine may be late
         assert answer_on(sock).status_code == 202
-        assert time.monotonic() - start > 0.4
+        assert time.monotonic() - start > 0.5
 
 
 def test_a_body_that_is_already_refused_must_arrive_in_time_as_well(impatient: Live) -> None:
@@ -99,7 +101,7 @@ def test_after_a_body_that_was_refused_early_the_connection_serves_the_next_requ
         sock.sendall(b"POST /v1/events HTTP/1.1\r\nHost: test\r\nContent-Length: 10\r\n\r\nx")
         refused(answer_on(sock), 401, "unauthorized")
         sock.sendall(b"x" * 9)
-        time.sleep(0.4)  # longer than the body's limit: the timer is the one between requests again
+        time.sleep(0.6)  # longer than the body's limit: the timer is the one between requests again
         sock.sendall(posting(BODY))
         assert answer_on(sock).status_code == 202
 
@@ -157,7 +159,7 @@ def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @table("keeps_alive", [False, True], ids=["a connection for each request", "one connection"])
 def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_alive: bool) -> None:
-    """Clients that never retry, on a socket that stays open while the process behind it is replaced twenty times."""
+    """Clients that never retry, on a socket that stays open while the process behind it is replaced eight times."""
     over = threading.Event()
     stored: list[str] = []
     problems: list[object] = []

@@ -164,7 +164,7 @@ def open_umask() -> Iterator[None]:
 @posix
 @pytest.mark.usefixtures("open_umask")
 def test_new_files_that_hold_events_can_be_read_by_their_owner_only(tmp_path: Path) -> None:
-    with serving(tmp_path) as client:
+    with serving(tmp_path, db=str(tmp_path / "events.db")) as client:
         store(client, event("a"))
         assert [mode(path) for path in sorted(tmp_path.glob("events.db*"))] == [0o600] * 3
     imported(tmp_path / "imported", lines_of(event("a")) + b"{}", "--skip-invalid", tmp_path / "rejects")

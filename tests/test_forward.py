@@ -876,7 +876,7 @@ def test_forwarding_survives_an_unexpected_exception(caplog: Logs, monkeypatch: 
 
 # ---------------------------------------------------------------------------------------------- kills and bad lines
 
-KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "8"))
+KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "6"))
 
 
 class BadLine:

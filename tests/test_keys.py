@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import KEY, SCRIPT, Live, event, eventually, page, refused, run, store, table
+from helpers import KEY, SCRIPT, Live, event, eventually, page, refusal, refused, run, store, table
 
 BOTH = {"EVENTSTORE_API_KEYS": "one=production, two=staging", "FLEXPRICE_API_KEY": "app-key"}
 SOURCES = [
@@ -47,7 +47,6 @@ def test_keys_come_from_the_first_source_that_has_any_and_are_not_shown(
         assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
 
 
-@pytest.mark.slow
 @table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
 @table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
 def test_a_key_that_contains_a_separator_is_refused_with_the_likely_reason(
@@ -58,7 +57,7 @@ def test_a_key_that_contains_a_separator_is_refused_with_the_likely_reason(
     (tmp_path / "keys").write_text(text)
     flags = {"--api-key": ["--api-key", text], "--api-key-file": ["--api-key-file", "keys"]}.get(source, [])
     environ = {} if flags else {source: text}
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert source in done.stderr
     assert "EVENTSTORE_API_KEYS" in done.stderr
@@ -89,7 +88,7 @@ UNUSABLE = [  # flags, variables, what the message says
 def test_a_key_that_cannot_be_used_is_refused_at_the_start_and_not_shown(
     tmp_path: Path, flags: str, environ: dict[str, str], message: str
 ) -> None:
-    done = run(*SCRIPT, "serve", "--port", "0", *filter(None, flags.split("|")), cwd=tmp_path, env=os.environ | environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *filter(None, flags.split("|")), **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: [^\n\x1b\u202e]+\n", done.stderr)
     assert message in done.stderr
@@ -183,12 +182,11 @@ def test_a_new_keys_line_goes_into_the_file_and_the_key_itself_only_to_the_termi
     (["new", "--environment", ""], "no environment after it"),
 ])  # fmt: skip
 def test_the_command_keys_refuses_bad_values(tmp_path: Path, flags: list[str], message: str) -> None:
-    done = run(*SCRIPT, "keys", *flags, cwd=tmp_path)
+    done = refusal(tmp_path, "keys", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
 
 
-@pytest.mark.slow
 @table(("text", "message"), [
     ("# two\na=x\nb c=y", "--api-key-file keys, line 3: an API key is empty, or has a space"),
     ("a=x\nb=", "--api-key-file keys, line 2: an API key ends in '='"),
@@ -196,7 +194,7 @@ def test_the_command_keys_refuses_bad_values(tmp_path: Path, flags: list[str], m
 ])  # fmt: skip
 def test_a_bad_line_of_the_key_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "keys").write_text(text)
-    done = run(*SCRIPT, "serve", "--port", "0", "--api-key-file", "keys", cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--port", "0", "--api-key-file", "keys")
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
 
@@ -232,7 +230,8 @@ def test_sighup_reads_the_key_file_again_and_a_bad_file_changes_nothing(tmp_path
         for number, bad in enumerate(("", "a=b=c"), 1):
             keys.write_text(bad)
             live.process.send_signal(signal.SIGHUP)
-            eventually(lambda number=number: live.log.count("the API keys stay as they were") == number)  # type: ignore[misc]
+            refusals = partial(live.log_has, "the API keys stay as they were", number)
+            eventually(refusals)
         assert statuses() == {"old": 200, "new": 200}
         keys.write_text("new=an environment that is new")
         live.process.send_signal(signal.SIGHUP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -56,11 +57,19 @@ def test_requests_and_events_are_counted_by_route_and_environment(tmp_path: Path
     assert value(samples, "eventstore_disk_free_bytes") > 0
 
 
-def test_names_follow_the_rules_of_prometheus(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def forwarding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, int]]:
+    """A server that forwards to nobody and has a retention, and the port of its metrics."""
+    live, port = metered(tmp_path_factory.mktemp("forwarding"), "--retain-days", "1", "--forward-to",
+                         "http://127.0.0.1:1", "--forward-interval-ms", "10", EVENTSTORE_FORWARD_API_KEY="k")  # fmt: skip
+    with live:
+        yield live, port
+
+
+def test_names_follow_the_rules_of_prometheus(forwarding: tuple[Live, int]) -> None:
     """The rules that `promtool check metrics` applies: help, units, and _total for counters only."""
-    live, port = metered(tmp_path, "--retain-days", "1", "--forward-to", "http://127.0.0.1:1",
-                         EVENTSTORE_FORWARD_API_KEY="k")  # fmt: skip
-    with live, live.client() as client:
+    live, port = forwarding
+    with live.client() as client:
         store(client, event("a"))
         text, _ = scraped(port)
         families = list(text_string_to_metric_families(text))
@@ -80,7 +89,7 @@ def test_names_follow_the_rules_of_prometheus(tmp_path: Path) -> None:
 def test_no_value_from_a_caller_becomes_a_label(tmp_path: Path) -> None:
     live, port = metered(tmp_path)
     with live, live.client() as client:
-        for number in range(50):
+        for number in range(20):
             store(client, event(f"{number}", event_name=f"name {number}", external_customer_id=f"customer {number}"))
             client.get(f"/v1/events/{number}")
             client.get(f"/v1/nowhere/{number}")
@@ -91,10 +100,9 @@ def test_no_value_from_a_caller_becomes_a_label(tmp_path: Path) -> None:
     assert len(series) < 12
 
 
-def test_an_outbox_and_retention_have_metrics(tmp_path: Path) -> None:
-    live, port = metered(tmp_path, "--forward-to", "http://127.0.0.1:1", "--forward-interval-ms", "10",
-                         "--retain-days", "1", EVENTSTORE_FORWARD_API_KEY="k")  # fmt: skip
-    with live, live.client() as client:
+def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> None:
+    live, port = forwarding
+    with live.client() as client:
         store(client, event("a", timestamp=at(-3)), event("b"))
 
         def is_measured() -> bool:

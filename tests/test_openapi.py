@@ -275,7 +275,7 @@ FIELDS = [(sent, field) for sent in REQUESTS for field in schemas_of(sent)]
 
 
 @settings(
-    max_examples=int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "100")),
+    max_examples=int(os.environ.get("EVENTSTORE_TEST_EXAMPLES", "60")),
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -27,8 +27,8 @@ from powercut import Disk, Entry, Recording, strace
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
-CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "80"))
-STARTS = 6  # disks on which a server is started as well
+CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "50"))
+STARTS = 4  # disks on which a server is started as well
 FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # causes many checkpoints
 OFTEN = """
 sending.SAVE_INTERVAL_S, sending.BACKOFF_CAP_S = 0, 0.1

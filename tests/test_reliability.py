@@ -222,7 +222,7 @@ def test_the_wal_is_synced_between_its_last_write_and_the_answer(
 
 # ---------------------------------------------------------------------------------------------- repeated kills
 
-STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "10"))
+STORM_KILLS = int(os.environ.get("EVENTSTORE_TEST_STORM", "7"))
 
 
 def known_event(event_id: str) -> dict[str, Any]:
