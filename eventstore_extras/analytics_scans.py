@@ -195,7 +195,7 @@ def point_size(query: Query, named: NamedMeter) -> str | None:
 
 
 def _windows(query: Query, size: str | None) -> list[Span]:
-    """Return the windows of the range: one if there is no size, none if the range is empty."""
+    """Return the windows of the range: only one without a size, an empty list for an empty range."""
     start_us, end_us = query.events.start_us, query.events.end_us
     spans = Windows(size).spans(start_us, end_us) if size else [Span(start_us, end_us, start_us)]
     return spans if start_us < end_us else []

@@ -1,4 +1,4 @@
-"""The command `eventstore backup`: copy the database to one file, while a server is running, and check the copy."""
+"""The command `eventstore backup`: copy the database while a server may be running, and check the copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from eventstore import AddFlag, StartError, add_db_flag, plural, real_path, say
-from eventstore_extras.files import progress_bar, whole_file
+from eventstore_extras.files import check_folder, progress_bar, whole_file
 from eventstore_extras.job import StopError, run_job
 from eventstore_extras.stored import open_stored
 
@@ -21,11 +21,11 @@ __all__ = ["add_flags", "run"]
 _STEP_PAGES = 2000  # copied between two movements of the bar; also the longest wait after Ctrl-C
 _COUNTS = """SELECT (SELECT count(*) FROM events), (SELECT coalesce(max(seq), 0) FROM events),
     (SELECT count(*) FROM environments), (SELECT count(*) FROM meters), (SELECT count(*) FROM features)"""
+_SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 
 
 def _check_target(path: str, db: str, replaces: bool) -> None:
-    """Raises StartError if the copy cannot be written there."""
-    folder = os.path.dirname(os.path.abspath(path))
+    """Raise StartError if the copy cannot be written there."""
     if os.path.islink(path) or os.path.isdir(path):
         raise StartError(f"{path} is a link or a folder: name the file itself")
     if os.path.exists(path) and os.path.samefile(path, db):
@@ -34,10 +34,7 @@ def _check_target(path: str, db: str, replaces: bool) -> None:
         raise StartError(f"{path} exists: name another file, or add --force to replace it")
     if in_use := [name for name in (f"{path}-wal", f"{path}-journal") if os.path.exists(name)]:
         raise StartError(f"{in_use[0]} exists: {path} may be in use; name another file, or remove it")
-    if not os.path.isdir(folder):
-        raise StartError(f"the folder {folder} does not exist: make it, or name another file")
-    if not os.access(folder, os.W_OK):
-        raise StartError(f"the folder {folder} cannot be written: allow it, or name another file")
+    check_folder(path)
 
 
 def _copy(source: sqlite3.Connection, path: str, advance: Callable[[int], object]) -> None:
@@ -53,7 +50,7 @@ def _copy(source: sqlite3.Connection, path: str, advance: Callable[[int], object
         advance((pages - left) * page_bytes - done)
         done = (pages - left) * page_bytes
 
-    # Nobody else opens the file: locks and a journal are not needed, and a journal would be left behind by a kill.
+    # No other process opens the file, so it needs neither locks nor a journal, which a kill would leave behind.
     uri = f"{Path(path).absolute().as_uri()}?nolock=1"
     with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as target:
         target.execute("PRAGMA journal_mode = OFF")
@@ -62,7 +59,7 @@ def _copy(source: sqlite3.Connection, path: str, advance: Callable[[int], object
 
 
 def _check_copy(path: str, expected: tuple[int, ...]) -> None:
-    """Raises StopError if the copy is damaged, or has not the number of rows that it should have."""
+    """Raise StopError if the copy is damaged, or has other numbers of rows than expected."""
     uri = f"{Path(path).absolute().as_uri()}?immutable=1"  # no -wal and -shm beside it
     counts = None
     try:
@@ -78,21 +75,32 @@ def _check_copy(path: str, expected: tuple[int, ...]) -> None:
 
 
 def _positions(db: str) -> dict[str, bytes]:
-    """Return the files that say how far forwarding has come, by the ends of their names."""
-    start = f"{real_path(db)}.forward-"
-    return {
-        name.removeprefix(real_path(db)): Path(name).read_bytes() for name in glob.glob(f"{glob.escape(start)}*.json")
-    }
+    """Return the contents of the files that record how far forwarding has come, by the ends of their names."""
+    start = real_path(db)
+    names = glob.glob(f"{glob.escape(start)}.forward-*.json")
+    return {name.removeprefix(start): Path(name).read_bytes() for name in names}
 
 
 def _write_positions(path: str, positions: dict[str, bytes]) -> None:
-    """Put the positions beside the copy, in place of those of an older copy. Raises StopError."""
+    """Write the positions beside the copy, and remove those of an older copy. Raises StopError."""
     for name in glob.glob(f"{glob.escape(path)}.forward-*.json"):
         if name.removeprefix(path) not in positions:
             os.unlink(name)
     for end, content in positions.items():
         with whole_file(path + end, f"cannot write {path}{end}", f"{path} is complete") as file:
             file.write(content)
+
+
+def _copy_and_check(source: sqlite3.Connection, path: str) -> int:
+    """Copy a database as it is now into an empty file; return the number of events. Raises StopError, sqlite3.Error."""
+    source.execute("BEGIN")  # from the first SELECT on, this connection sees one state of the database
+    counts: tuple[int, ...] = source.execute(_COUNTS).fetchone()
+    (size_bytes,) = source.execute(_SIZE).fetchone()
+    with progress_bar(lambda: int(size_bytes), "B") as advance:
+        _copy(source, path, advance)
+    source.execute("COMMIT")  # the server can shorten its log again
+    _check_copy(path, counts)
+    return counts[0]
 
 
 def _back_up(arguments: argparse.Namespace) -> int:
@@ -104,21 +112,13 @@ def _back_up(arguments: argparse.Namespace) -> int:
         positions = _positions(db)  # before the copy: a position that is too old only sends events again
         with whole_file(path, f"cannot write {path}", "no copy was made") as file:
             try:
-                source.execute("BEGIN")  # with the first SELECT, everything below sees the same moment
-                events, *_ = counts = source.execute(_COUNTS).fetchone()
-                size = source.execute(
-                    "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-                ).fetchone()
-                with progress_bar(lambda: int(size[0]), "B") as advance:
-                    _copy(source, file.name, advance)
-                source.execute("COMMIT")  # the server can shorten its log again
+                events = _copy_and_check(source, file.name)
             except sqlite3.Error as error:
                 raise StopError(f"cannot copy {db} to {path}: {error}; no copy was made") from error
-            _check_copy(file.name, counts)
     _write_positions(path, positions)
-    noted = f", with {plural(len(positions), 'forwarding position')} beside it" if positions else ""
-    say(f"copied {db} to {path}: {plural(events, 'event')}, checked{noted}; "
-        f"{time.monotonic() - started_s:.1f} s")  # fmt: skip
+    beside = f", with {plural(len(positions), 'forwarding position')} beside it" if positions else ""
+    taken_s = time.monotonic() - started_s
+    say(f"copied {db} to {path}: {plural(events, 'event')}, checked{beside}; {taken_s:.1f} s")
     return 0
 
 

@@ -358,7 +358,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         config.http = Protocol
         super().__init__(config)
-        self.server_state.room = _Room(self)  # type: ignore[attr-defined]
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.server_state.room = _Room(self)  # type: ignore[attr-defined]  # now that raise_file_limit() was called
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop; on a second SIGINT drop all connections, for which uvicorn would wait."""

@@ -1,4 +1,4 @@
-"""One event as files hold it: a JSON object, or a row of CSV or Parquet. Its columns, its checks, its errors."""
+"""One event as files hold it, as a JSON object or as a row of CSV or Parquet: its columns, its checks, its errors."""
 
 from __future__ import annotations
 
@@ -117,6 +117,15 @@ EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id", "environ
 _KNOWN_COLUMNS = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
 
 
+def _is_property(column: str) -> bool:
+    return column.startswith(PROPERTY_PREFIX) and column != PROPERTY_PREFIX
+
+
+def _printable(text: str) -> str:
+    """Replace bytes that are not UTF-8. They were escaped when the CSV file was read."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
 def check_columns(columns: list[str], line: int | None = None) -> None:
     """Check the column names in a CSV file's header, or in a Parquet schema if line is None. Raises InputError."""
     table = "the header" if line else "the schema"
@@ -143,15 +152,6 @@ def check_columns(columns: list[str], line: int | None = None) -> None:
     raise InputError(line, problem)
 
 
-def _is_property(column: str) -> bool:
-    return column.startswith(PROPERTY_PREFIX) and column != PROPERTY_PREFIX
-
-
-def _printable(text: str) -> str:
-    """Replace the bytes that are not UTF-8, which reading a CSV file escaped."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
-
-
 # ---------------------------------------------------------------------------------------------- an entry's event
 
 
@@ -175,25 +175,6 @@ class CheckedRow(NamedTuple):
         )
 
 
-def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> CheckedRow:
-    """Check an entry like an event that came over HTTP. Raises ApiError listing all its faults."""
-    if entry.problem:
-        raise_fault(entry.unit, "invalid_format", entry.problem)
-    columns = None
-    if isinstance(entry.content, bytes):
-        event = _json_event(entry.content, faults)
-    else:
-        columns = _csv_row(entry.content, faults) if isinstance(entry.content, dict) else entry.content
-        event = _table_event(columns)
-    has_id = bool(event.event_id)
-    event.event_id = event.event_id or _content_id(entry)
-    row = event_row(event, 0, now, make_id, faults)
-    if columns:
-        row = _with_times(row, columns, faults)
-    faults.raise_any()
-    return CheckedRow(row, has_id, row.timestamp_us != now)
-
-
 def _content_id(entry: Entry) -> str:
     """Make the id of an event without one. Importing the same file again makes the same ids."""
     content = entry.content if isinstance(entry.content, bytes) else ENCODER.encode(entry.content)
@@ -202,7 +183,7 @@ def _content_id(entry: Entry) -> str:
 
 
 class _JsonEvent(Struct, forbid_unknown_fields=True):
-    """An event as a client sends it, or as a server answers it: with `id`, and with fields that only answers have."""
+    """An event as a client sends it, or as a server answers it, with `id` and the fields that only answers have."""
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -222,7 +203,7 @@ _ANSWERED_ONLY = ("ingested_at", "tenant_id", "environment_id")
 
 
 def _json_event(content: bytes, faults: Faults) -> EventIn:
-    """Decode an event. The `id` of an event without an event_id is its event_id, as in a server's answers."""
+    """Decode an event. In an event without an event_id, as a server answers it, the event_id is the `id`."""
     event = decode_fields(_JSON_EVENT, content, faults)
     if not content.startswith(b"{"):
         faults.raise_any()
@@ -234,19 +215,16 @@ def _json_event(content: bytes, faults: Faults) -> EventIn:
 
 
 _TABLE_FIELDS = frozenset(TableRow.__struct_fields__)
-_SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
-
-
-_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
-_NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"  # instead of a missing id
+_RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
+# What tools write for a missing id.
+_NO_ID = r"\s*(?:\\N|None|(?i:[(<\[]?null[)>\]]?|nan|undefined|#n/a|#[a-z0-9/]+[!?]))\s*"
 _ROUNDED_ID = r"[+-]?\d+(?:[.,]\d*)?[eE]\+\d+|[+-]?\d[.,]\d+[eE]\d\d+"  # such as 1.23457E+17
 _ROUNDED_ID_CELL = re.compile(_ROUNDED_ID, re.ASCII)
-_RESERVED_CELL = re.compile(r"\\+N|\\*(?:NULL|null)")
 _RESERVED_ID_CELL = re.compile(rf"\\+N|\\*(?:{_NO_ID}|{_ROUNDED_ID})", re.ASCII)
 
 
 def csv_cell(text: str, is_id: bool = False) -> str:
-    """Return the CSV cell for a text. A text that an import would not take as it is, such as NULL, gets a backslash."""
+    """Return the CSV cell for a text. A text that an import would misread, such as NULL, gets a backslash."""
     return "\\" + text if (_RESERVED_ID_CELL if is_id else _RESERVED_CELL).fullmatch(text) else text
 
 
@@ -268,14 +246,25 @@ def _id_text(cell: str) -> str:
     raise FieldError("invalid_format", problem)
 
 
+_NULL_CELLS = frozenset(["", "\\N", "NULL", "null"])  # SQL tools write these for an absent value
+
+
 def csv_values(columns: list[str], cells: list[str]) -> dict[str, str]:
     """Return the cells that hold a value, by column. In a property's own column NULL is a text, such as a name."""
     return {name: cell for name, cell in zip(columns, cells, strict=True)
             if cell not in _NULL_CELLS or (cell in ("NULL", "null") and _is_property(name))}  # fmt: skip
 
 
+_SPACED_TIME = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d{1,9})?)", re.ASCII)
+
+
+def _with_zone(text: Any) -> Any:
+    match = _SPACED_TIME.fullmatch(text or "")
+    return f"{match[1]}T{match[2]}Z" if match else text
+
+
 def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
-    """Sort the cells of a CSV row into the fields of TableRow. Raises ApiError if a cell is not UTF-8."""
+    """Make a TableRow from the cells of a CSV row. Raises ApiError if a cell is not UTF-8."""
     try:
         "".join(cells.values()).encode()
     except UnicodeEncodeError:
@@ -291,12 +280,29 @@ def _csv_row(cells: dict[str, str], faults: Faults) -> TableRow:
     return row
 
 
-def _with_zone(text: Any) -> Any:
-    match = _SPACED_TIME.fullmatch(text or "")
-    return f"{match[1]}T{match[2]}Z" if match else text
-
-
 _NULL = Raw(b"null")
+
+
+def _is_same_value(left: Raw, right: Raw) -> bool:
+    """Compare two JSON values; an integer and a float are equal if they are the same double."""
+    values = msgspec.json.decode(left), msgspec.json.decode(right)
+    if {*map(type, values)} == {int, float}:
+        return float(values[0]) == float(values[1])
+    return bool(values[0] == values[1])
+
+
+def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
+    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value of one."""
+    try:
+        members = MEMBERS.decode(check_properties(properties))
+    except FieldError:
+        return properties  # event_row() reports this fault
+    for name in sorted(named.keys() & members.keys()):
+        if not _is_same_value(named[name], members[name]):
+            raise_fault(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
+    if named.keys() <= members.keys():
+        return properties  # unchanged, including its white space
+    return ENCODER.encode(members | named | members)
 
 
 def _table_event(row: TableRow) -> EventIn:
@@ -309,30 +315,17 @@ def _table_event(row: TableRow) -> EventIn:
                    Raw(properties))  # fmt: skip
 
 
-def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
-    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value for one."""
-    try:
-        members = MEMBERS.decode(check_properties(properties))
-    except FieldError:
-        return properties  # event_row() finds the same fault and reports it
-    for name in sorted(named.keys() & members.keys()):
-        if not _is_same_value(named[name], members[name]):
-            raise_fault(PROPERTY_PREFIX + name, "invalid_format", "has another value in the column properties")
-    if named.keys() <= members.keys():
-        return properties  # unchanged, including its white space
-    return ENCODER.encode(members | named | members)
-
-
-def _is_same_value(left: Raw, right: Raw) -> bool:
-    """Compare two JSON values; an integer and a float are equal if they are the same double."""
-    values = msgspec.json.decode(left), msgspec.json.decode(right)
-    if {*map(type, values)} == {int, float}:
-        return float(values[0]) == float(values[1])
-    return bool(values[0] == values[1])
+def _time_us(value: int | str) -> int:
+    """Return a table's time in microseconds since 1970. Raises FieldError."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if not MIN_TIME_US <= value <= MAX_TIME_US:
+        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
+    return value
 
 
 def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
-    """Put the times of a table's row into the row to store, which has the time of the import in both places."""
+    """Return the row to store with the times of a table's row, where the table has them."""
     timestamp_us = faults.check("timestamp", _time_us, None if columns.timestamp == "" else columns.timestamp)
     ingested_at_us = faults.check("ingested_at", _time_us, columns.ingested_at)
     if timestamp_us is None or timestamp_us == MIN_TIME_US:  # Go's zero time counts as absent
@@ -342,13 +335,23 @@ def _with_times(row: Row, columns: TableRow, faults: Faults) -> Row:
     return Row(*row[:-3], timestamp_us, ingested_at_us, row.properties)  # takes half the time of _replace()
 
 
-def _time_us(value: int | str) -> int:
-    """Return a table's time in microseconds since 1970. Raises FieldError."""
-    if isinstance(value, str):
-        return parse_time(value)
-    if not MIN_TIME_US <= value <= MAX_TIME_US:
-        raise FieldError("out_of_range", f"must lie in the years 1 to 9999 in UTC, got {value} microseconds from 1970")
-    return value
+def checked_row(entry: Entry, now: int, make_id: IdMaker, faults: Faults) -> CheckedRow:
+    """Check an entry like an event that came over HTTP. Raises ApiError listing all its faults."""
+    if entry.problem:
+        raise_fault(entry.unit, "invalid_format", entry.problem)
+    columns = None
+    if isinstance(entry.content, bytes):
+        event = _json_event(entry.content, faults)
+    else:
+        columns = _csv_row(entry.content, faults) if isinstance(entry.content, dict) else entry.content
+        event = _table_event(columns)
+    has_id = bool(event.event_id)
+    event.event_id = event.event_id or _content_id(entry)
+    row = event_row(event, 0, now, make_id, faults)
+    if columns:
+        row = _with_times(row, columns, faults)
+    faults.raise_any()
+    return CheckedRow(row, has_id, row.timestamp_us != now)
 
 
 # ---------------------------------------------------------------------------------------------- rejected entries

@@ -18,7 +18,7 @@ import msgspec
 
 from eventstore import ENCODER, AddFlag, Row, StartError, list_events, plural, say, to_datetime
 from eventstore_extras.entries import ExportedEvent, csv_cell, exported_event
-from eventstore_extras.files import explain_missing_parquet, progress_bar, whole_file
+from eventstore_extras.files import check_folder, explain_missing_parquet, progress_bar, whole_file
 from eventstore_extras.job import StopError, run_job
 from eventstore_extras.stored import add_filter_flags, flag_query, no_events_hint, open_stored, stored_events
 
@@ -28,10 +28,6 @@ __all__ = ["add_flags", "run"]
 
 _Pages = Iterator[list[Row]]
 _Write = Callable[[_Pages, BinaryIO], None]
-
-
-def _ndjson_writer(_: argparse.Namespace) -> _Write:
-    return _page_writer(_ndjson_lines)
 
 
 def _page_writer(encode: Callable[[list[Row]], bytes], header: bytes = b"") -> _Write:
@@ -48,8 +44,8 @@ def _ndjson_lines(rows: list[Row]) -> bytes:
     return ENCODER.encode_lines(map(exported_event, rows))
 
 
-def _csv_writer(_: argparse.Namespace) -> _Write:
-    return _page_writer(_csv_lines, header=",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
+def _ndjson_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_ndjson_lines)
 
 
 def _csv_lines(rows: list[Row]) -> bytes:
@@ -60,6 +56,10 @@ def _csv_lines(rows: list[Row]) -> bytes:
         writer.writerow([csv_cell(row.event_name), csv_cell(row.id, is_id=True), csv_cell(row.external_customer_id),
                          csv_cell(row.customer_id), csv_cell(row.source), time_text, row.properties])  # fmt: skip
     return text.getvalue().encode()
+
+
+def _csv_writer(_: argparse.Namespace) -> _Write:
+    return _page_writer(_csv_lines, header=",".join(ExportedEvent.__struct_fields__).encode() + b"\r\n")
 
 
 def _clickhouse_writer(arguments: argparse.Namespace) -> _Write:
@@ -125,6 +125,48 @@ def _writer(arguments: argparse.Namespace) -> _Write:
 # ---------------------------------------------------------------------------------------------- the command
 
 
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "standard output"
+        with suppress(OSError):  # Linux knows the name of its file
+            name += f" ({os.readlink(f'/proc/self/fd/{sys.stdout.fileno()}')})"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what Python would still flush
+        problem = f"cannot write {name}: {error.strerror or error}; the export is incomplete, the database is unchanged"
+        raise StopError(f"{problem}; free some disk space, or name a file on another disk, and export again") from error
+
+
+def _check_output(path: str, db: str) -> None:
+    """Raise StartError if the path is the database, or if nothing can be written there."""
+    if os.path.islink(path):
+        raise StartError(f"--output {path} is a link: name the file itself")
+    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
+        raise StartError(f"--output {path} is the database, or not a regular file: name another one")
+    check_folder(path, f"--output {path}: ")
+
+
+@contextmanager
+def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
+    """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
+    if path is None:
+        with _standard_output() as output:
+            yield output
+        return
+    _check_output(path, db)
+    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
+        if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield cast(BinaryIO, packed)
+        else:
+            yield file
+
+
 def _export_events(arguments: argparse.Namespace) -> int:
     """Write the events that the flags choose. Raises StartError, StopError."""
     started_s = time.monotonic()
@@ -147,70 +189,9 @@ def _export_events(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _open_output(path: str | None, db: str) -> Iterator[BinaryIO]:
-    """Open the output: a file, or standard output if path is None. Raises StartError, StopError."""
-    if path is None:
-        with _standard_output() as output:
-            yield output
-        return
-    _check_output(path, db)
-    with whole_file(path, f"cannot write --output {path}", "no file was made") as file:
-        if path.endswith(".gz"):  # without a time and a name in it, so that equal exports are equal bytes
-            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-                yield cast(BinaryIO, packed)
-        else:
-            yield file
-
-
-@contextmanager
-def _standard_output() -> Iterator[BinaryIO]:
-    """Provide standard output. Raises StopError if it cannot be written, but BrokenPipeError if its reader is gone."""
-    try:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        name = "standard output"
-        with suppress(OSError):  # Linux knows the name of its file
-            name += f" ({os.readlink(f'/proc/self/fd/{sys.stdout.fileno()}')})"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what Python would still flush
-        problem = f"cannot write {name}: {error.strerror or error}; the export is incomplete, the database is unchanged"
-        raise StopError(f"{problem}; free some disk space, or name a file on another disk, and export again") from error
-
-
-def _check_output(path: str, db: str) -> None:
-    """Raise StartError if the path is the database, or cannot be written."""
-    if os.path.islink(path):
-        raise StartError(f"--output {path} is a link: name the file itself")
-    if os.path.exists(path) and (not os.path.isfile(path) or os.path.samefile(path, db)):
-        raise StartError(f"--output {path} is the database, or not a regular file: name another one")
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise StartError(f"--output {path}: the folder {folder} does not exist: make it, or name another file")
-    if not os.access(folder, os.W_OK):
-        raise StartError(f"--output {path}: the folder {folder} cannot be written: allow it, or name another file")
-
-
 # ---------------------------------------------------------------------------------------------- flags
 
 _COLUMN_TYPES = ("string", "float64", "int64", "bool")
-
-
-def add_flags(_: str, add: AddFlag) -> None:
-    """Add the flags of `export`."""
-    add_filter_flags(add)
-    add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
-        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
-    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
-    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
-        "--format clickhouse")  # fmt: skip
-    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
-        default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
-        f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
-    add("-o", "--output", metavar="FILE", help="file to write, instead of standard output; a name that ends in .gz "
-        "compresses")  # fmt: skip
 
 
 def _property_column(text: str) -> tuple[str, str]:
@@ -226,6 +207,21 @@ def _environment_id(text: str) -> str:
         return text
     shape = "a UUID or env_ and 26 characters, not the environment's name"
     raise argparse.ArgumentTypeError(f"must be the id that FlexPrice gave the environment, {shape}; got {text!r}")
+
+
+def add_flags(_: str, add: AddFlag) -> None:
+    """Add the flags of `export`."""
+    add_filter_flags(add)
+    add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
+        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
+    add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
+    add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
+        "--format clickhouse")  # fmt: skip
+    add("--properties-column", dest="property_columns", metavar="NAME:TYPE", type=_property_column, action="append",
+        default=[], help="write a property as a column of Parquet as well; may be given several times; TYPE is one of "
+        f"{', '.join(_COLUMN_TYPES)}")  # fmt: skip
+    add("-o", "--output", metavar="FILE", help="file to write, instead of standard output; a name that ends in .gz "
+        "compresses")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -89,7 +89,7 @@ class InjectedFault(Struct):
     stored: bool | None = None
 
     def needs_ingest(self) -> bool:
-        """Return whether only a request that sends events can meet this fault."""
+        """Return True if only a request that sends events can meet this fault."""
         return self.status == 202 or bool(self.stored)
 
     def matches(self, method: str, path: str) -> bool:
@@ -109,7 +109,7 @@ async def _answer_of(app: ASGIApp, request: Request) -> list[Message]:
 
 
 async def _replace_by_error(fault: InjectedFault, request: Request, answer: list[Message]) -> list[Message]:
-    """Replace the answer by the error of `status`. A refusal stays: a fault does not make a bad request good."""
+    """Replace the answer by the error of `status`, unless the server has refused the request itself."""
     is_refused = bool(answer) and answer[0]["status"] >= 400
     code = _ERROR_CODES.get(fault.status or 0)
     if code is None or is_refused:
@@ -119,7 +119,7 @@ async def _replace_by_error(fault: InjectedFault, request: Request, answer: list
 
 
 async def _delay(fault: InjectedFault, request: Request, answer: list[Message]) -> list[Message]:
-    """Hold the answer back for `delay_ms`, or until the client goes away or the server stops."""
+    """Delay the answer by `delay_ms`, or until the client goes away or the server stops."""
     with suppress(TimeoutError, asyncio.CancelledError):
         async with asyncio.timeout((fault.delay_ms or 0) / 1000):
             while (await request.receive())["type"] != "http.disconnect":
@@ -231,7 +231,7 @@ class _Waiting(NamedTuple):
     is_unused: bool = True
 
     def is_in(self, environment: str | None) -> bool:
-        """Return whether the fault is for this environment; None stands for all environments."""
+        """Return True if the fault is for this environment; None stands for all environments."""
         return None in (environment, self.environment) or environment == self.environment
 
 
@@ -292,7 +292,7 @@ def _losing_ingest(service: Service) -> ASGIApp:
 
 
 async def _discard_body(_: Scope, receive: Receive, __: Send) -> None:
-    """Read the body to its end and answer nothing. The recorder of requests sees only what has been read."""
+    """Read the body to its end, so that the recorder of requests has all of it, and answer nothing."""
     while (await receive()).get("more_body"):
         pass
 

@@ -1,7 +1,7 @@
 """Features: names and units for meters (API: Features).
 
-From top to bottom: a feature and its checks, its rows, the meters that features name, the routes; what the OpenAPI
-document says.
+From top to bottom: a feature and its checks, its rows, the meters that features name, the routes, the schemas for the
+OpenAPI document.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ _check_type = one_of(*_TYPES)
 
 
 def _new_meter(sent: FeatureIn, is_metered: bool, faults: Faults) -> Columns | None:
-    """Check the meter inside a feature's body; return its columns if the feature gets this meter."""
+    """Check the meter in a feature's body. Return its columns, or None if the feature does not get this meter."""
     is_new = is_metered and not sent.meter_id
     if sent.meter is None:
         if is_new:
@@ -223,7 +223,7 @@ def _sent_columns(sent: FeatureIn | FeatureUpdateIn, faults: Faults) -> Columns:
 
 
 def _feature_columns(sent: FeatureIn, faults: Faults) -> tuple[Columns, Columns | None]:
-    """Check a feature; return its columns, and those of its meter if that is new (API: Features)."""
+    """Check a feature; return its columns, and its meter's columns if the meter is new (API: Features)."""
     name = check_name("name", sent.name, faults)
     if not sent.type:
         faults.add("type", "required", f"is required: one of {', '.join(_TYPES)}")
@@ -305,7 +305,7 @@ def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_i
 
 
 def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: Columns | None) -> Feature:
-    """Store a feature, and its meter if that is new. Raises ApiError: not_found, validation_error, already_exists."""
+    """Store a feature, and its meter if it is new. Raises ApiError: not_found, validation_error, already_exists."""
     if meter is not None:
         columns = columns | {"meter_id": add_meter(conn, view, meter).id}
     elif columns["meter_id"]:
@@ -322,7 +322,7 @@ def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: 
 
 
 def _change_feature(conn: sqlite3.Connection, view: View, feature_id: str, columns: Columns) -> Feature:
-    """Store the changes of a feature. Raises ApiError: not_found, or validation_error if one unit would be missing."""
+    """Store the changes of a feature. Raises ApiError: not_found, or validation_error if only one unit would be set."""
     before = require_feature(conn, view.environment, feature_id)
     faults = Faults(index=0)
     _check_units({name: getattr(before, name) for name in _UNITS} | columns, faults)
@@ -444,7 +444,7 @@ async def delete_feature(service: Service, request: Request) -> Response:
 
 
 def _check_expand(text: str) -> str:
-    """Check that nothing but the meter is to be expanded; `meters` may be repeated, as in FlexPrice."""
+    """Check that the text names only `meters`, perhaps several times, as FlexPrice allows."""
     if {name.strip() for name in text.split(",")} != {"meters"}:
         raise FieldError("invalid_format", f"must be meters, got {quoted(text)}")
     return text

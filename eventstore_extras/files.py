@@ -25,8 +25,8 @@ from eventstore import StartError
 from eventstore_extras.job import StopError
 
 __all__ = [
-    "LineReader", "Stream", "as_utf8", "explain_missing_parquet", "private_opener", "progress_bar", "sync_folder",
-    "unpacked", "whole_file",
+    "LineReader", "Stream", "as_utf8", "check_folder", "explain_missing_parquet", "private_opener", "progress_bar",
+    "sync_folder", "unpacked", "whole_file",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -34,16 +34,8 @@ __all__ = [
 Stream = io.BufferedReader | gzip.GzipFile
 _SKIP_BYTES = _PIECE_BYTES = 1024 * 1024
 _HEAD_BYTES = 64 * 1024
-_SPLIT_BYTES = 16 * 1024  # what remains of them is copied for each line
-_MIN_GZIP_READ_BYTES = 4096  # the gzip module reads heads in smaller pieces, data in larger ones
-
-
-def unpacked(file: io.BufferedReader, before_read: Callable[[], object] = lambda: None) -> Stream:
-    """Return the stream that decompresses a gzipped file, or the file itself if it is not gzipped.
-
-    The stream calls before_read() before it reads each piece of the gzipped file.
-    """
-    return gzip.GzipFile(fileobj=_Arriving(file, before_read)) if file.peek(2).startswith(b"\x1f\x8b") else file
+_SPLIT_BYTES = 16 * 1024  # each line copies the rest of the buffer
+_MIN_GZIP_READ_BYTES = 4096  # the gzip module reads headers in smaller pieces, data in larger ones
 
 
 class _Arriving:
@@ -56,8 +48,34 @@ class _Arriving:
 
     def read(self, size: int) -> bytes:
         self._before_read()
-        is_head = size < _MIN_GZIP_READ_BYTES  # the gzip module needs all the bytes of a head that it asks for
-        return self._file.read(size) if is_head else self._file.read1(size)
+        is_header = size < _MIN_GZIP_READ_BYTES  # which the gzip module must get whole
+        return self._file.read(size) if is_header else self._file.read1(size)
+
+
+def unpacked(file: io.BufferedReader, before_read: Callable[[], object] = lambda: None) -> Stream:
+    """Return the stream that decompresses a gzipped file, or the file itself if it is not gzipped.
+
+    The stream calls before_read() before it reads each piece of the gzipped file.
+    """
+    return gzip.GzipFile(fileobj=_Arriving(file, before_read)) if file.peek(2).startswith(b"\x1f\x8b") else file
+
+
+class _Joined(io.RawIOBase):
+    """The bytes of several pieces."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = next(filter(None, self._pieces), b"")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 def as_utf8(stream: Stream) -> io.BufferedReader:
@@ -79,26 +97,8 @@ def as_utf8(stream: Stream) -> io.BufferedReader:
     return io.BufferedReader(_Joined(pieces), _PIECE_BYTES)
 
 
-class _Joined(io.RawIOBase):
-    """The bytes of several pieces."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._rest:
-            self._rest = next(filter(None, self._pieces), b"")
-        size = min(len(buffer), len(self._rest))
-        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
-
-
 class _Split:
-    """Reads a stream up to a byte other than a line feed."""
+    """Reads lines that end in a byte other than a line feed."""
 
     def __init__(self, stream: Stream, end: bytes) -> None:
         self._stream = stream
@@ -140,7 +140,7 @@ class LineReader:
         return line, is_whole
 
     def skip_blank(self) -> None:
-        """Skip empty lines, a thousand times as fast as line() reads them. It copies the stream's whole buffer."""
+        """Skip empty lines, a thousand times as fast as line() reads them; copies the stream's whole buffer."""
         if self._end == b"\n":
             while blank := len(head := self._stream.peek(1)) - len(head.lstrip(b"\r\n")):
                 self.number += self._stream.read(blank).count(b"\n")
@@ -152,8 +152,8 @@ class LineReader:
 def private_opener(path: str, flags: int) -> int:
     """Open a file for open(..., opener=private_opener): a new one can be read by its owner only.
 
-    Raises OSError if the name is a link, unless it is one of the system's, such as /dev/stdout: others may have put it
-    there so that another file is overwritten.
+    Raises OSError if the name is a link, unless it is in /dev, such as /dev/stdout: another user may have made the link
+    so that this process overwrites another file.
     """
     is_device = os.path.dirname(os.path.abspath(path)) == "/dev"
     try:
@@ -164,46 +164,9 @@ def private_opener(path: str, flags: int) -> int:
         raise
 
 
-@contextmanager
-def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
-    """Open a file for writing; it takes its name, replacing another file, once it is complete and on the disk.
-
-    It keeps the mode of the file that it replaces. Files that killed processes left under temporary names are removed.
-    Raises StopError with problem, reason and note if it cannot be written; a file of that name then stays as it was.
-    """
-    try:
-        _remove_leftovers(Path(path))
-        with _temporary_file(path) as file:
-            try:
-                _keep_rights(path, file.fileno())
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                if os.name == "nt":  # there an open file cannot be renamed
-                    file.close()
-                os.replace(file.name, path)
-            finally:
-                with suppress(OSError):
-                    os.unlink(file.name)
-        sync_folder(path)
-    except OSError as error:
-        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
-
-
-def _temporary_file(path: str | Path) -> BinaryIO:
-    """Create a file beside another one, and lock it, so that no other process takes it for a leftover."""
-    while True:
-        file = open(f"{path}.{secrets.token_hex(8)}.tmp", "xb", opener=private_opener)  # noqa: SIM115 - returned
-        with suppress(OSError):  # some file systems cannot lock
-            if not _try_lock(file) or not os.fstat(file.fileno()).st_nlink:  # it was just taken for a leftover
-                file.close()
-                continue
-        return cast(BinaryIO, file)
-
-
 def _try_lock(file: IO[bytes]) -> bool:
     """Lock a file until it is closed; return False if another process has locked it. Raises OSError."""
-    if os.name == "nt":  # there a file that is open cannot be removed
+    if os.name == "nt":  # Windows does not remove open files
         return True
     import fcntl  # noqa: PLC0415 - not on Windows
 
@@ -212,6 +175,26 @@ def _try_lock(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def check_folder(path: str, prefix: str = "") -> None:
+    """Raise StartError, which starts with the prefix, unless files can be created in the folder of this path."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise StartError(f"{prefix}the folder {folder} does not exist: make it, or name another file")
+    if not os.access(folder, os.W_OK):
+        raise StartError(f"{prefix}the folder {folder} cannot be written: allow it, or name another file")
+
+
+def _temporary_file(path: str | Path) -> BinaryIO:
+    """Create a file beside another one, and lock it, so that no other process takes it for a leftover."""
+    while True:
+        file = open(f"{path}.{secrets.token_hex(8)}.tmp", "xb", opener=private_opener)  # noqa: SIM115 - returned
+        with suppress(OSError):  # some file systems cannot lock
+            if not _try_lock(file) or not os.fstat(file.fileno()).st_nlink:  # another process took it for a leftover
+                file.close()
+                continue
+        return cast(BinaryIO, file)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -246,6 +229,32 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def whole_file(path: str | Path, problem: str, note: str) -> Iterator[BinaryIO]:
+    """Open a file for writing; it takes its name, replacing another file, once it is complete and on the disk.
+
+    It keeps the mode of the file that it replaces. Also removes temporary files that killed processes left.
+    Raises StopError with problem, reason and note if it cannot be written; a file of that name then stays as it was.
+    """
+    try:
+        _remove_leftovers(Path(path))
+        with _temporary_file(path) as file:
+            try:
+                _keep_rights(path, file.fileno())
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if os.name == "nt":  # Windows does not rename open files
+                    file.close()
+                os.replace(file.name, path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(file.name)
+        sync_folder(path)
+    except OSError as error:
+        raise StopError(f"{problem}: {error.strerror or error}; {note}") from error
 
 
 # ---------------------------------------------------------------------------------------------- optional libraries

@@ -15,6 +15,7 @@ import os
 import socket
 import sqlite3
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ from eventstore import (
     sql,
 )
 from eventstore_extras.job import StopError
+from eventstore_extras.proxies import port_of
 from eventstore_extras.refused import (
     MAX_EVENT_BYTES,
     add_counts,
@@ -69,7 +71,7 @@ from eventstore_extras.sending import (
     resume_progress,
     target_url,
 )
-from eventstore_extras.stored import OwnReader
+from eventstore_extras.stored import OwnReader, environment_names
 
 __all__ = [
     "FAILURE_PAUSE_S",
@@ -93,9 +95,8 @@ _START_OVER = "remove it, and all events are sent again, which does no harm"
 
 class ForwardProgress(Progress, kw_only=True):
     refused: int = 0  # events that the target refused
-    put_aside: dict[str, int] = msgspec.field(
-        default_factory=dict
-    )  # events that were not sent, by the reason of a rule
+    # Events that FlexPrice would lose and that were not sent, by reason.
+    put_aside: dict[str, int] = msgspec.field(default_factory=dict)
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -247,8 +248,8 @@ class Forwarder:
         self.outbox.sent = self._progress.accepted
         self.outbox.put_aside = self._progress.reasons
 
-    async def _look(self) -> Backlog:
-        """Return what waits: the events after those already forwarded."""
+    async def _measure(self) -> Backlog:
+        """Count the events not yet forwarded, and show their number in the outbox."""
         environment, after = self._progress.environment, self._progress.seq
         backlog = await self._reader.read(lambda conn: _backlog(conn, environment, after))
         self.outbox.waiting, self.outbox.oldest_us = backlog
@@ -259,8 +260,8 @@ class Forwarder:
         return await self._reader.read(lambda conn: _next_page(conn, environment, after, max_bytes))
 
     async def lag(self) -> int:
-        """Return how many events wait; `_backlog` says how exact this is."""
-        return (await self._look()).events
+        """Return how many events wait, as exactly as `_backlog` counts them."""
+        return (await self._measure()).events
 
     def lag_now(self) -> int:
         """Return the same as `lag`. Any thread may call this, even when the server is not running."""
@@ -283,7 +284,7 @@ class Forwarder:
     async def _save(self) -> None:
         try:
             await asyncio.to_thread(self._file.save)
-        except StopError as error:  # go on: a crash would only make the restart send more events again
+        except StopError as error:  # continue: after a crash, more events would be sent again
             self._log(logging.ERROR, str(error))
 
     def _check_running(self) -> None:
@@ -312,7 +313,7 @@ class Forwarder:
         await self._pause(backoff_s)
 
     async def _write_aside(self, rows: Sequence[tuple[Row, str]]) -> Path:
-        """Write events that are not delivered, and why, to their file. Waits until that is possible.
+        """Write undelivered events and their reasons to the file of refused events, as soon as that is possible.
 
         Raises _StoppingError.
         """
@@ -328,13 +329,13 @@ class Forwarder:
                 self._log(logging.ERROR, f"{reason}; nothing is forwarded until there is space for it")
                 await self._pause(FAILURE_PAUSE_S)
 
-    async def _set_refused_aside(self, row: Row, refusal: str) -> None:
+    async def _put_refused_aside(self, row: Row, refusal: str) -> None:
         path = await self._write_aside([(row, refusal)])
         self._progress.refused += 1
         log.error("forwarding: event %s is refused and was written to %s: %s", quoted(row.id), path, refusal)
 
-    async def _set_unfit_aside(self, through: int) -> None:
-        """Write the events up to this seq that are not sent. Raises _StoppingError."""
+    async def _put_unfit_aside(self, through: int) -> None:
+        """Put aside the events up to this seq that FlexPrice would lose. Raises _StoppingError."""
         found = list(itertools.takewhile(lambda aside: aside.row[0] <= through, self._unfit))
         if not found:
             return
@@ -342,13 +343,12 @@ class Forwarder:
         del self._unfit[: len(found)]
         add_counts(self._progress.put_aside, (aside.unfit.reason for aside in found))
         self._progress.advance(found[-1].row)
-        counts = dict[str, int]()
-        add_counts(counts, (aside.unfit.reason for aside in found))
+        counts = Counter(aside.unfit.reason for aside in found)
         first = f"{'the first is ' if len(found) > 1 else ''}{quoted(found[0].row[1].id)}, {found[0].unfit.text}"
         log.error("forwarding: %s in %s: %s", shown_counts(counts), path, first)
 
     async def _deliver(self, batch: Batch) -> None:
-        """Send a batch until every event is accepted or set aside. Raises _StoppingError.
+        """Send a batch, and move the events that the target refuses to their file. Raises _StoppingError.
 
         A refused batch is halved until each event that causes the refusal stands alone.
         """
@@ -364,11 +364,11 @@ class Forwarder:
                 await self._deliver(part.part(middle))
                 continue
             last = part.rows[-1]
-            await self._set_unfit_aside(last[0])
+            await self._put_unfit_aside(last[0])
             if answer.outcome is Outcome.ACCEPTED:
                 self._progress.accepted += len(part.rows)
             else:
-                await self._set_refused_aside(last[1], answer.problem)
+                await self._put_refused_aside(last[1], answer.problem)
             self._progress.advance(last)
             self._show_progress()
             if self._file.is_due():
@@ -383,7 +383,7 @@ class Forwarder:
         if page.batch:
             self._unfit = list(page.batch.put_aside)
             await self._deliver(page.batch)
-            await self._set_unfit_aside(page.through)
+            await self._put_unfit_aside(page.through)
             self._show_progress()
         self._progress.seq = page.through
         self._log_end_of_outage(is_done=page.batch is None)
@@ -406,7 +406,7 @@ class Forwarder:
     async def _watch(self) -> None:
         while True:
             with suppress(ApiError, sqlite3.Error):  # the server is stopping, or the task that sends says what is wrong
-                self._monitor.check(await self._look())
+                self._monitor.check(await self._measure())
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def run(self) -> None:
@@ -425,7 +425,7 @@ class Forwarder:
             await asyncio.to_thread(self._reader.close)
 
 
-# ---------------------------------------------------------------------------------------------- at the start
+# ---------------------------------------------------------------------------------------------- starting
 
 
 def _chosen_environment(service: Service, name: str | None) -> str:
@@ -439,10 +439,6 @@ def _chosen_environment(service: Service, name: str | None) -> str:
     return keyed[0] if name is None else name
 
 
-def _environments(conn: sqlite3.Connection) -> list[str]:
-    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY name")]
-
-
 def forward(
     service: Service,
     target: Target,
@@ -453,11 +449,11 @@ def forward(
     """Make a server that has not started yet forward the events of an environment while it runs.
 
     If no environment is named, all API keys must belong to the same one. With None for `max_event_bytes` it also sends
-    what FlexPrice would lose. Raises StartError.
+    events that FlexPrice would lose. Raises StartError.
     """
     db, environment = service.store.path, _chosen_environment(service, environment)
     with closing(connect_reader(db)) as conn:
-        others = [name for name in _environments(conn) if name != environment]
+        others = sorted({*environment_names(conn)} - {environment})
         file = open_forward_progress(conn, db, target.url, environment)
         events = _backlog(conn, environment, file.progress.seq).events
     try:
@@ -487,7 +483,7 @@ def _is_of_this_machine(address: str) -> bool:
 def _is_own_address(url: str, listening: tuple[Any, ...]) -> bool:
     """Return True if the URL leads to the socket address on which this server listens."""
     parts = urllib.parse.urlsplit(url)
-    if (parts.port or {"http": 80, "https": 443}[parts.scheme]) != listening[1]:
+    if port_of(parts) != listening[1]:
         return False
     addresses: set[str] = set()
     with suppress(OSError):  # the name cannot be resolved now

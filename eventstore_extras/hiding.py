@@ -1,4 +1,4 @@
-"""Hides secrets in texts that others wrote: a target's answer may repeat the API key that it got."""
+"""Hides secrets in texts from elsewhere: a target's answer may repeat the API key that it got."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _spelled(secret: str) -> str:
 
 
 def _encoded(secret: str) -> list[str]:
-    """Return patterns for a secret inside Base64, which has three forms, depending on what stands before the secret."""
+    """Return patterns for a secret inside Base64: it has three forms, one for each offset in a group of three bytes."""
     patterns = []
     for before in range(3):
         size_bits = 8 * (before + len(secret.encode()))
@@ -44,8 +44,7 @@ class Hider:
         self._longest = max(map(len, found), default=0)
 
     def hide(self, text: str, max_chars: int) -> str:
-        """Hide the secrets in the start of a text, and then cut it. A cut before could leave most of a secret."""
-        enough = (
-            3 * (max_chars + 3) * (self._longest + 1)
-        )  # chars, if all of the text is secrets in their longest spelling
-        return self._pattern.sub("***", text[:enough])[:max_chars]
+        """Return the start of a text without its secrets. Cuts it afterwards: a cut secret would not be recognized."""
+        # Enough characters even if the text is nothing but secrets in their longest spelling.
+        enough_chars = 3 * (max_chars + 3) * (self._longest + 1)
+        return self._pattern.sub("***", text[:enough_chars])[:max_chars]

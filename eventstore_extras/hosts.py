@@ -1,7 +1,7 @@
-"""Refuse requests of other sites' pages to a server whose key anybody may know, or that was given --allow-host.
+"""Refuses requests that web pages send to a mock, whose key is well known, or to a server with --allow-host.
 
-By DNS rebinding a page makes its site's name mean 127.0.0.1; its requests still name that site in `Host`. The requests
-that a page sends to 127.0.0.1 itself name the page's site in `Origin`.
+With DNS rebinding, the name of a page's site comes to mean 127.0.0.1, but requests still name the site in `Host`. If a
+page sends requests to 127.0.0.1 itself, they name its site in `Origin`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,18 @@ _AUTHORITY = re.compile(rf"(?:https?://)?({_NAME})(?::[0-9]*)?", re.IGNORECASE) 
 _WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - a server that listens there has every address of this machine
 
 
+def _normalized(name: str) -> str:
+    return name.lower().strip("[]").removesuffix(".")
+
+
+def _address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with suppress(ValueError):
+        return ipaddress.ip_address(_normalized(name))
+    return None
+
+
 def check_hosts(hosts: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return names or addresses as `is_allowed` takes them. Raises StartError, which names the flag or argument."""
+    """Return names or addresses in the form that `is_allowed` takes. Raises StartError naming the flag or argument."""
     found = []
     for host in hosts:
         name = host if ":" not in host or host.startswith("[") else f"[{host}]"
@@ -36,18 +46,8 @@ def check_hosts(hosts: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def hosts_of_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Return the hosts of `--host` and `--allow-host` as `is_allowed` takes them. Raises StartError."""
+    """Return the hosts of `--host` and `--allow-host` in the form that `is_allowed` takes. Raises StartError."""
     return (*check_hosts([arguments.host], "--host"), *check_hosts(arguments.allow_host, "--allow-host"))
-
-
-def _normalized(name: str) -> str:
-    return name.lower().strip("[]").removesuffix(".")
-
-
-def _address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    with suppress(ValueError):
-        return ipaddress.ip_address(_normalized(name))
-    return None
 
 
 def is_allowed(header: str, allowed: Collection[str] = ()) -> bool:
@@ -60,13 +60,13 @@ def is_allowed(header: str, allowed: Collection[str] = ()) -> bool:
         return "*" in allowed
     name = _normalized(found[1])
     if address := _address_of(name):
-        # Browsers do not look up an address, so no site can rebind it.
+        # A site cannot rebind an address: browsers do not look it up.
         return address.is_loopback or name in allowed or not _WILDCARDS.isdisjoint(allowed)
     return name == "localhost" or name.endswith(".localhost") or name in allowed
 
 
 class AllowedHosts:
-    """ASGI middleware: answer 403 if `Host` or `Origin` names a host that is not allowed, or `Host` is missing."""
+    """ASGI middleware: answers 403 if `Host` is missing, or if `Host` or `Origin` names a host that is not allowed."""
 
     def __init__(self, app: ASGIApp, allowed: Collection[str] = ()) -> None:
         self._app = app

@@ -43,7 +43,7 @@ from eventstore import (
 from eventstore_extras.entries import CheckedRow, Entry, InputError, checked_row, shown_content
 from eventstore_extras.files import Stream, as_utf8, explain_missing_parquet, private_opener, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
-from eventstore_extras.stored import open_stored
+from eventstore_extras.stored import environment_names, open_stored
 from eventstore_extras.text_formats import check_known, detect_format, read_csv, read_json, read_ndjson
 
 __all__ = ["add_flags", "run"]
@@ -105,9 +105,20 @@ _MAX_NAMED = 5  # events or environments that the summary names
 _DEFAULT_ENVIRONMENT = "development"
 
 
+def _environment_note(names: list[str], environment: str, created: str) -> str:
+    """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
+    if environment in names:
+        return ""
+    others = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
+    note = f"; the environment {quoted(environment)} is new and {created}"
+    return f"{note}, the database also has {others}" if names else note
+
+
 class _Database:
-    """The database to import into. It is opened, and created if absent, when there are events to store, so that a file
-    without a good event does not leave an empty database."""
+    """The database to import into.
+
+    It is opened, and created if absent, when there are events to store: a file of bad events then leaves no database.
+    """
 
     def __init__(self, path: str, environment: str) -> None:
         self.path = path
@@ -123,7 +134,7 @@ class _Database:
             prepare_file(self.path)
             self._conn = connect(self.path, WRITER_PRAGMAS)
             if not (is_new and self._environment == _DEFAULT_ENVIRONMENT):
-                self.note = _environment_note(_environments(self._conn), self._environment, "was created")
+                self.note = _environment_note(environment_names(self._conn), self._environment, "was created")
             self._number = environment_number(self._conn, self._environment)
         return self._conn
 
@@ -141,28 +152,16 @@ class _Database:
         ids, found = list(positions), set()
         for start in range(0, len(ids), INSERT_ROWS):
             chunk = ids[start : start + INSERT_ROWS]
-            places = ", ".join("?" * len(chunk))
-            select = f"SELECT {', '.join(Row._fields)} FROM events WHERE environment = ? AND id IN ({places})"
+            marks = ", ".join("?" * len(chunk))
+            select = f"SELECT {', '.join(Row._fields)} FROM events WHERE environment = ? AND id IN ({marks})"
             for stored in map(Row._make, self.open().execute(select, (self._number, *chunk))):
-                found |= {at for at in positions[stored.id] if not events[at].is_stored_as(stored)}
+                same_id = positions[stored.id]
+                found |= {position for position in same_id if not events[position].is_stored_as(stored)}
         return found
 
     def close(self) -> None:
         if self._conn:
             self._conn.close()
-
-
-def _environments(conn: sqlite3.Connection) -> list[str]:
-    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
-
-
-def _environment_note(names: list[str], environment: str, created: str) -> str:
-    """Return a note for the summary if the environment is not among the names: the flag may have a typing error."""
-    if environment in names:
-        return ""
-    others = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
-    note = f"; the environment {quoted(environment)} is new and {created}"
-    return f"{note}, the database also has {others}" if names else note
 
 
 def _faults(error: ApiError) -> list[Fault]:
@@ -198,7 +197,7 @@ class _Rejects:
         return len(line)
 
     def flush(self) -> None:
-        """Raises OSError, for example if the disk is full."""
+        """Write the lines added since the last call. Raises OSError."""
         while self._pending:
             del self._pending[: self._file.write(self._pending)]
 
@@ -281,8 +280,8 @@ class _Importer:
             reason = f"the database {database.path} refused the write: {error}; {self.so_far}"
             raise StopError(f"{reason}; when it can be written again, import the file again") from error
         self._differing += len(differing)
-        for at in differing[: _MAX_NAMED - len(self._named)]:
-            self._named.append(f"{self._locations[at]} ({quoted(self._events[at].row.id)})")
+        for position in differing[: _MAX_NAMED - len(self._named)]:
+            self._named.append(f"{self._locations[position]} ({quoted(self._events[position].row.id)})")
         return new
 
     @property
@@ -308,8 +307,10 @@ class _Importer:
 
 
 class _Signals:
-    """Turns the signals that ask to stop into KeyboardInterrupt, but only before more is read, or between events: those
-    that were read are stored first."""
+    """Turns the signals that end a process into KeyboardInterrupt.
+
+    It is raised only before more is read, or between events, so that the events read before are stored first.
+    """
 
     def __init__(self) -> None:
         self._is_waiting = False
@@ -334,7 +335,7 @@ class _Signals:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if there was a signal."""
+        """Raise KeyboardInterrupt if there was a signal."""
         if self.is_stopping:
             raise KeyboardInterrupt
 
@@ -349,7 +350,7 @@ class _Signals:
             self._is_waiting = False
 
     def wait(self, pipe: io.FileIO, timeout_s: float | None) -> bool:
-        """Wait until there is something to read, or the pipe has ended; return False if the time is over before."""
+        """Wait until the pipe has more to read, or has ended; return False if the time ends first."""
         with self.waiting():
             return bool(select.select([pipe], [], [], timeout_s)[0])
 
@@ -362,40 +363,6 @@ class _Input(io.FileIO):
     def readinto(self, buffer: Any) -> int | None:
         self.before_read()
         return super().readinto(buffer)
-
-
-def _import_events(arguments: argparse.Namespace) -> int:
-    """Store the events of a file. Raises StartError, StopError."""
-    started_s = time.monotonic()
-    with ExitStack() as stack:
-        signals = _Signals()
-        stack.enter_context(signals.handled())
-        with signals.waiting():  # to open a named pipe takes until another process writes to it
-            raw = stack.enter_context(_open_input(arguments.file))
-        is_new = _check_database(arguments.db, arguments.dry_run)
-        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
-        database = None
-        if not arguments.dry_run:
-            database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
-        importer = _Importer(database, rejects)
-        if raw.seekable() or os.name == "nt":  # Windows cannot wait for pipes
-            raw.before_read = signals.check
-        else:
-            raw.before_read = lambda: importer.wait(lambda timeout_s: signals.wait(raw, timeout_s))
-        name = "standard input" if arguments.file == "-" else arguments.file
-        try:
-            _import_file(io.BufferedReader(raw, _BUFFER_BYTES), arguments, importer, signals)
-            if database:
-                database.open()  # creates the database even for a file without events
-        except (InputError, KeyboardInterrupt) as error:  # Parquet's library turns an interrupted read into InputError
-            importer.commit()
-            if signals.is_stopping or not isinstance(error, InputError):
-                again = f"to continue, import {name} again from its start: nothing is stored twice"
-                raise StopError(f"interrupted; {importer.so_far}; {again}") from None
-            problem = f"{name}{error.location}: {error}; {importer.so_far}"
-            raise StopError(f"{problem}; correct it and import the file again") from error
-    _say_imported(arguments, importer, rejects, is_new, started_s)
-    return 0
 
 
 def _open_input(path: str) -> _Input:
@@ -449,7 +416,7 @@ def _import_file(
                 done = position
 
         def before_read() -> None:
-            if size is not None:  # the lines that a pipe has delivered cannot be read again: store them first
+            if size is not None:  # in a pipe, lines are not read again: store them before a signal ends the import
                 signals.check()
                 advance_to(file.tell())
 
@@ -460,6 +427,23 @@ def _import_file(
                 signals.check()
         importer.commit()
         advance_to(importer.stored if size is None else size)
+
+
+def _without_id_note(number: int) -> str:
+    if not number:
+        return ""
+    its = "its" if number == 1 else "their"
+    consequence = "an equal event at the same place of another file would count as already stored"
+    return f"; {plural(number, 'event')} had no event_id and got one made from {its} content and line: {consequence}"
+
+
+def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
+    if is_new:
+        names = [_DEFAULT_ENVIRONMENT]
+    else:
+        with closing(open_stored(arguments.db)) as conn:
+            names = environment_names(conn)
+    return _environment_note(names, arguments.environment, "would be created")
 
 
 def _say_imported(
@@ -479,21 +463,38 @@ def _say_imported(
         say(f"imported {events} into {arguments.db}{made}: {known}{importer.notes}{without_id}; {taken_s}")
 
 
-def _without_id_note(number: int) -> str:
-    if not number:
-        return ""
-    its = "its" if number == 1 else "their"
-    consequence = "an equal event at the same place of another file would count as already stored"
-    return f"; {plural(number, 'event')} had no event_id and got one made from {its} content and line: {consequence}"
-
-
-def _dry_run_note(arguments: argparse.Namespace, is_new: bool) -> str:
-    if is_new:
-        names = [_DEFAULT_ENVIRONMENT]
-    else:
-        with closing(open_stored(arguments.db)) as conn:
-            names = _environments(conn)
-    return _environment_note(names, arguments.environment, "would be created")
+def _import_events(arguments: argparse.Namespace) -> int:
+    """Store the events of a file. Raises StartError, StopError."""
+    started_s = time.monotonic()
+    with ExitStack() as stack:
+        signals = _Signals()
+        stack.enter_context(signals.handled())
+        with signals.waiting():  # to open a named pipe takes until another process writes to it
+            raw = stack.enter_context(_open_input(arguments.file))
+        is_new = _check_database(arguments.db, arguments.dry_run)
+        rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None
+        database = None
+        if not arguments.dry_run:
+            database = stack.enter_context(closing(_Database(arguments.db, arguments.environment)))
+        importer = _Importer(database, rejects)
+        if raw.seekable() or os.name == "nt":  # Windows cannot wait for pipes
+            raw.before_read = signals.check
+        else:
+            raw.before_read = lambda: importer.wait(lambda timeout_s: signals.wait(raw, timeout_s))
+        name = "standard input" if arguments.file == "-" else arguments.file
+        try:
+            _import_file(io.BufferedReader(raw, _BUFFER_BYTES), arguments, importer, signals)
+            if database:
+                database.open()  # creates the database even for a file without events
+        except (InputError, KeyboardInterrupt) as error:  # Parquet's library turns an interrupted read into InputError
+            importer.commit()
+            if signals.is_stopping or not isinstance(error, InputError):
+                again = f"to continue, import {name} again from its start: nothing is stored twice"
+                raise StopError(f"interrupted; {importer.so_far}; {again}") from None
+            problem = f"{name}{error.location}: {error}; {importer.so_far}"
+            raise StopError(f"{problem}; correct it and import the file again") from error
+    _say_imported(arguments, importer, rejects, is_new, started_s)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------- flags

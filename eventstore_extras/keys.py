@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 import sqlite3
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from eventstore import ROLES, AddFlag, Service, StartError, find_api_keys, parse_api_keys, plural, quoted, say
+from eventstore import ROLES, AddFlag, Service, StartError, find_api_keys, log, parse_api_keys, plural, quoted, say
 
 __all__ = ["add_flags", "read_again", "read_key_file", "run"]
 
-_log = logging.getLogger("eventstore")
-
 
 def read_key_file(path: str) -> list[tuple[str, str]]:
-    """Return the source and the text of each key: one a line, comments behind a #. Raises StartError."""
+    """Return the source and the text of each key: one on a line, comments after a #. Raises StartError."""
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -36,14 +33,15 @@ def read_again(service: Service, arguments: Namespace) -> None:
         found = find_api_keys(arguments, {})
         service.replace_api_keys(found.keys)
     except (StartError, sqlite3.Error) as error:
-        _log.error("the API keys stay as they were: %s", error)
+        log.error("the API keys stay as they were: %s", error)
     else:
-        _log.info("%s from %s", plural(len(found.keys), "API key"), found.source)
+        log.info("%s from %s", plural(len(found.keys), "API key"), found.source)
         for name in service.outboxes.keys() - {key.environment for key in found.keys}:
-            _log.warning("no API key is left for the environment %s, whose events are forwarded", quoted(name))
+            log.warning("no API key is left for the environment %s, whose events are forwarded", quoted(name))
 
 
-def add_flags(name: str, add: AddFlag) -> None:
+def add_flags(_: str, add: AddFlag) -> None:
+    """Add the flags of `keys`."""
     add("action", choices=["new", "list"], help="make a key and print its line for the file, or list a file's keys")
     add("--environment", metavar="NAME", default="development", help="environment of the new key")
     add("--role", choices=ROLES, help="what the new key may do; everything if not given")
@@ -52,12 +50,8 @@ def add_flags(name: str, add: AddFlag) -> None:
     add("--api-key-file", metavar="FILE", help="file whose keys are listed")
 
 
-def run(arguments: Namespace) -> int:
-    """Run `keys`. Raises StartError if a value cannot be written into the file, or if the file cannot be used."""
-    return _list(arguments.api_key_file) if arguments.action == "list" else _make(arguments)
-
-
 def _make(arguments: Namespace) -> int:
+    """Print a new key's line for the file. Raises StartError if a flag cannot be written into such a line."""
     key = f"evs_{secrets.token_urlsafe(24)}"
     shown = key if arguments.clear else f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     line = f"{shown}={arguments.environment}"
@@ -76,10 +70,9 @@ def _list(path: str | None) -> int:
     if not path:
         raise StartError("keys list needs --api-key-file FILE")
     found = read_key_file(path)
+    keys = parse_api_keys(found)
     rows = [("hash", "environment", "role", "label")]
-    rows += [
-        (key.digest.hex()[:12], key.environment, key.role or "any", key.label or "-") for key in parse_api_keys(found)
-    ]
+    rows += [(key.digest.hex()[:12], key.environment, key.role or "any", key.label or "-") for key in keys]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -87,3 +80,8 @@ def _list(path: str | None) -> int:
     if clear:
         say(f"{plural(clear, 'key')} in clear text; `eventstore keys new` prints lines with hashes instead")
     return 0
+
+
+def run(arguments: Namespace) -> int:
+    """Run `eventstore keys` and return its exit status. Raises StartError."""
+    return _list(arguments.api_key_file) if arguments.action == "list" else _make(arguments)

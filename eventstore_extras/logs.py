@@ -1,4 +1,4 @@
-"""The log of `serve`: what each line says about its request, JSON, and a limit on lines that repeat."""
+"""The log of `serve`: its formats, the request that each line belongs to, and a limit on lines that repeat."""
 
 from __future__ import annotations
 
@@ -17,16 +17,8 @@ _PERIOD_S = 60.0
 _MOST_EQUAL, _MOST_SIMILAR = 100, 1000  # lines with the same text, and with the same template, in each period
 
 
-def set_up(arguments: Namespace) -> None:
-    """Let the root logger's handlers write what `--log-format` names."""
-    formatter = _JsonFormatter() if arguments.log_format == "json" else _TextFormatter()
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(formatter)
-        handler.addFilter(_Repeats(handler).passes)
-
-
 def _request_fields() -> dict[str, Any]:
-    """Return what is known about the request that is being served; nothing outside a request."""
+    """Return the known facts about the request that is being served; an empty dict outside a request."""
     scope = CALLER.get().scope
     if not scope:
         return {}
@@ -44,19 +36,19 @@ def _request_fields() -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 
+def _as_word(value: object) -> str:
+    text = str(value)
+    return text if text.isprintable() and not set(' "=]') & set(text) else json.dumps(text)
+
+
 class _TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{name}={_word(value)}" for name, value in _request_fields().items())
+        fields = " ".join(f"{name}={_as_word(value)}" for name, value in _request_fields().items())
         record.request = f" [{fields}]" if fields else ""
         return super().format(record)
-
-
-def _word(value: object) -> str:
-    text = str(value)
-    return text if text.isprintable() and not set(' "=]') & set(text) else json.dumps(text)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -76,19 +68,19 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _Repeats:
-    """Limits lines that repeat, and logs how many were left out."""
+    """Limits the lines of a handler that repeat, and logs how many were left out."""
 
     def __init__(self, handler: logging.Handler) -> None:
         self._handler = handler
         self._since_s = 0.0
-        self._seen: dict[tuple[str, str], int] = {}
+        self._seen: dict[tuple[str, str], int] = {}  # (logger, text or template) -> lines in this period
 
     def passes(self, record: logging.LogRecord) -> bool:
         if getattr(record, "is_summary", False):
             return True
         if time.monotonic() > self._since_s + _PERIOD_S:
             self._summarize()
-        equal, similar = (record.name, record.getMessage()), (record.name, str(record.msg))
+        equal, similar = (record.name, record.getMessage()), (record.name, str(record.msg))  # text, and template
         counts = [self._seen.get(key, 0) + 1 for key in (equal, similar)]
         if len(self._seen) < 2 * _MOST_SIMILAR:
             self._seen |= zip((equal, similar), counts, strict=True)
@@ -99,9 +91,17 @@ class _Repeats:
     def _summarize(self) -> None:
         seen, self._seen, self._since_s = self._seen, {}, time.monotonic()
         for (name, text), count in seen.items():
-            most = _MOST_SIMILAR if "%" in text else _MOST_EQUAL
+            most = _MOST_SIMILAR if "%" in text else _MOST_EQUAL  # templates have a %
             if count > most:
                 message = "%d more lines in the last minute were left out: %s"
                 summary = logging.LogRecord(name, logging.WARNING, "", 0, message, (count - most, text), None)
                 summary.is_summary = True
                 self._handler.handle(summary)
+
+
+def set_up(arguments: Namespace) -> None:
+    """Make the root logger's handlers write the format of `--log-format`, and limit lines that repeat."""
+    formatter = _JsonFormatter() if arguments.log_format == "json" else _TextFormatter()
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(formatter)
+        handler.addFilter(_Repeats(handler).passes)

@@ -1,7 +1,7 @@
 """Meters: saved aggregations over the events of one name, and the usage of one meter (API: Meters, Usage of a meter).
 
-From top to bottom: a meter and its checks, its rows, its routes; the usage of a meter; what the OpenAPI document says.
-Features and analytics build on it.
+From top to bottom: a meter and its checks, its rows, its routes, the usage of a meter, the schemas for the OpenAPI
+document. Features and analytics build on this module.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ _BUCKETED = ("MAX", "SUM")
 
 
 def _checked_multiplier(sent: AggregationIn, kind: str, faults: Faults) -> float | None:
-    """Check the multiplier. Types that do not use it store it all the same, as the real server does."""
+    """Check the multiplier. It is stored even with a type that does not use it, as FlexPrice does."""
     if kind != "SUM_WITH_MULTIPLIER":
         return faults.check("multiplier", check_decimal, sent.multiplier)
     if sent.multiplier in (None, ""):
@@ -179,7 +179,7 @@ def _checked_buckets(sent: AggregationIn, kind: str, faults: Faults) -> str | No
         faults.add("bucket_size", "invalid_format", f"goes with {' and '.join(_BUCKETED)} only, not with {kind}")
     if sent.group_by and kind != "MAX":
         faults.add("group_by", "invalid_format", f"goes with MAX only, not with {kind}")
-    if sent.group_by and sent.group_by.startswith("properties."):  # usage and analytics write it that way
+    if sent.group_by and sent.group_by.startswith("properties."):  # which usage and analytics require
         problem = f"must be the property alone, without properties. before it, got {quoted(sent.group_by)}"
         faults.add("group_by", "invalid_format", problem)
     return bucket_size
@@ -445,7 +445,7 @@ def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
 
 
 def _sum_of_buckets(conn: sqlite3.Connection, query: UsageQuery) -> float:
-    """Add up the buckets, 50,000 at a time; each round starts at the next event, which skips times without events."""
+    """Add up the buckets, 50,000 at a time. Each round starts at the next event, to skip times without events."""
     matched = matching(query)
     first = f"""SELECT min(timestamp_us) FROM events {index_of(query.filters)}
         WHERE {matched} AND timestamp_us >= :from_us AND timestamp_us < :end_us"""

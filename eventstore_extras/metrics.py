@@ -49,13 +49,29 @@ class _Histogram:
         return list(zip(names, map(float, itertools.accumulate(self._counts)), strict=True))
 
 
+def _counter(name: str, text: str, values: Mapping[Any, int], labels: Sequence[str] = ()) -> CounterMetricFamily:
+    """Make a counter from its values by label values; prometheus_client adds _total to its name."""
+    metric = CounterMetricFamily(name, text, labels=labels)
+    for label_values, value in values.items():
+        metric.add_metric(label_values, value)
+    return metric
+
+
+def _gauge(name: str, text: str, value: float | Mapping[str, float]) -> GaugeMetricFamily:
+    """Make a gauge from one value, or from one for each environment."""
+    metric = GaugeMetricFamily(name, text, labels=["environment"] if isinstance(value, Mapping) else [])
+    for environment, each in value.items() if isinstance(value, Mapping) else [(None, value)]:
+        metric.add_metric([] if environment is None else [environment], each)
+    return metric
+
+
 class Metrics:
     """Counts the requests and commits of a server, and collects all its metrics."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._requests: dict[tuple[str, str, str], _Histogram] = defaultdict(lambda: _Histogram(_SECONDS))
-        self._events: Counter[tuple[str, str]] = Counter()  # (what became of them, environment) -> number
+        self._events: Counter[tuple[str, str]] = Counter()  # (accepted, duplicate or refused; environment) -> number
         self._commit_seconds, self._commit_events = _Histogram(_SECONDS), _Histogram(_EVENTS)
         self._failed_commits = 0
         service.store.observe_commits(self._on_commit)
@@ -167,22 +183,6 @@ class Metrics:
             yield _counter("eventstore_retention_deleted_events", "Events deleted.", {(): retention.deleted})
             yield _gauge("eventstore_retention_last_sweep_timestamp_seconds", "End of the last sweep.",
                          retention.swept_us / 1e6)  # fmt: skip
-
-
-def _counter(name: str, text: str, values: Mapping[Any, int], labels: Sequence[str] = ()) -> CounterMetricFamily:
-    """Make a counter from values by their labels; prometheus_client adds _total to its name."""
-    metric = CounterMetricFamily(name, text, labels=labels)
-    for label_values, value in values.items():
-        metric.add_metric(label_values, value)
-    return metric
-
-
-def _gauge(name: str, text: str, value: float | Mapping[str, float]) -> GaugeMetricFamily:
-    """Make a gauge from one value, or from one for each environment."""
-    metric = GaugeMetricFamily(name, text, labels=["environment"] if isinstance(value, Mapping) else [])
-    for environment, each in value.items() if isinstance(value, Mapping) else [(None, value)]:
-        metric.add_metric([] if environment is None else [environment], each)
-    return metric
 
 
 def _parse_address(text: str) -> tuple[str, int]:

@@ -101,7 +101,6 @@ _DEFAULT_API_KEY = "eventstore-test-key"
 _SHUTDOWN_TIMEOUT_S = 1
 _FORWARD_INTERVAL_S = 0.01
 
-
 # ---------------------------------------------------------------------------------------------- the routes under /_mock
 
 
@@ -114,7 +113,7 @@ class Deleted(Struct):
 
 
 def _delete_rows(store: Store, tables: Iterable[str], environment: str | None = None) -> int:
-    """Delete the rows of one environment, or of all; returns how many. Blocks: not for an event loop's thread."""
+    """Delete the rows of one environment, or of all; return how many. Blocks: do not call it in an event loop."""
     where = "" if environment is None else f" WHERE {IN_ENVIRONMENT}"
     deleted = 0
     with closing(connect(store.path, store.writer_pragmas)) as conn:
@@ -188,18 +187,18 @@ def attach(service: Service, _arguments: object, _address: object) -> None:
 
 # ---------------------------------------------------------------------------------------------- the clock
 
-_reads_events: ContextVar[bool] = ContextVar("reads_events", default=False)  # whether this task's request does
+_reads_events: ContextVar[bool] = ContextVar("reads_events", default=False)  # True in a request that reads events
 
 
 def _wall_clock_us() -> int:
-    """Return the wall clock. Under freezegun time_ns() is off by up to 128 ns, so that cutting would lose 1 us."""
+    """Return the wall clock, rounded: under freezegun time_ns() is off by up to 128 ns, and cutting could lose 1 us."""
     return (time.time_ns() + 500) // 1000
 
 
 def _later_for_readers(clock: Callable[[], int]) -> Callable[[], int]:
     """Return a clock that is a microsecond ahead for requests that read events.
 
-    By default aggregations end before now. If a test's clock stands still, they would miss the event just sent.
+    By default aggregations end before now: while a test's clock stands still, they would miss the event just sent.
     """
     return lambda: clock() + _reads_events.get()
 
@@ -259,7 +258,7 @@ class _Recorder:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 ignored = [value for name, value in message["headers"] if name.lower() == b"x-ignored"]
-                # First: a client with an answer must find its request.
+                # Record before sending: a client that has the answer must find its request.
                 self._record(scope, bytes(body), status, _names_in(ignored))
             await send(message)
 
@@ -331,9 +330,9 @@ class EventFilters(TypedDict, total=False):
 
 
 def _check_names(problem: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises TypeError, listing the known names, if one of the given names is unknown.
+    """Raise TypeError, listing the known names, if one of the given names is unknown.
 
-    Type checkers find such a name as well. Without this check Python would ignore it, as it ignores annotations.
+    Without this check only type checkers would find it: Python ignores annotations.
     """
     unknown = sorted({*given} - {*known})
     if unknown:
@@ -343,7 +342,7 @@ def _check_names(problem: str, given: Iterable[str], known: Sequence[str]) -> No
 
 
 def _as_text(value: object) -> str:
-    """Convert a time of a library that replaces datetime, such as freezegun. Raises NotImplementedError."""
+    """Convert a time whose type replaces datetime, as in freezegun. Raises NotImplementedError for other types."""
     if isinstance(value, datetime):
         return value.isoformat()
     raise NotImplementedError
@@ -363,26 +362,25 @@ def _has_threads() -> bool:
 
 
 def _require_threads() -> None:
-    """Raises StartError if threads are replaced."""
+    """Raise StartError if threads are replaced."""
     if not _has_threads():
         problem = "running_server() needs threads, which gevent or eventlet has replaced in this process"
-        raise StartError(
-            f"{problem}: patch with thread=False, or run `eventstore serve --mock` as a process of its own"
-        )
-
-
-def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
-    """Return a socket with this address, which may be that of a socket that does not listen."""
-    sock = socket.socket()
-    _share_address(sock)
-    sock.bind(address)
-    return sock
+        advice = "patch with thread=False, or run `eventstore serve --mock` as a process of its own"
+        raise StartError(f"{problem}: {advice}")
 
 
 def _share_address(sock: socket.socket) -> None:
     """Let another socket have the same address, as long as only one of them listens."""
     option = socket.SO_REUSEPORT if sys.platform == "darwin" else socket.SO_REUSEADDR
     sock.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
+def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
+    """Return a socket bound to this address, even if another socket has it that does not listen."""
+    sock = socket.socket()
+    _share_address(sock)
+    sock.bind(address)
+    return sock
 
 
 class _Port:
@@ -406,7 +404,7 @@ class _Port:
 
     @property
     def is_mine(self) -> bool:
-        """Whether this process made the server."""
+        """True in the process that made the server."""
         return os.getpid() == self._process
 
     def _new_listener(self) -> socket.socket:
@@ -456,7 +454,7 @@ class _Port:
             server.servers.append(await asyncio.get_running_loop().create_server(factory, sock=self._listener))
 
     async def _close(self) -> None:
-        with suppress(OSError):  # on macOS; on Linux a forked child's copy of the socket would go on listening
+        with suppress(OSError):  # on macOS; on Linux a forked child's copy of the socket would keep listening
             self._listener.shutdown(socket.SHUT_RDWR)
         for listening in self._server.servers:
             listening.close()
@@ -466,7 +464,7 @@ class _Port:
             transport = connection.transport
             number = transport.get_extra_info("socket").fileno()
             with suppress(OSError), socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as copy:
-                copy.shutdown(socket.SHUT_RDWR)  # to close it alone would not, if a forked child has it as well
+                copy.shutdown(socket.SHUT_RDWR)  # abort() alone would not if a forked child has the socket as well
             transport.abort()
         if state.tasks:
             await asyncio.wait(state.tasks, timeout=_SHUTDOWN_TIMEOUT_S)
@@ -518,7 +516,7 @@ class MockServer:
                 query = replace(query, after=parse_cursor(page.iter_last_key or ""))
 
     def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
-        """Return all meters, oldest first, also those made with a feature, as dicts in the form of GET /v1/meters."""
+        """Return all meters, oldest first, including those made with a feature, as GET /v1/meters returns them."""
         with closing(connect_reader(self._store.path)) as conn:
             found = all_meters(conn, environment or self.api_keys[self.api_key])
         return [msgspec.to_builtins(stored.meter) for stored in found]
@@ -530,7 +528,7 @@ class MockServer:
         _delete_rows(self._store, ["events", "features", "meters"])
 
     def fail(self, **fault: Unpack[FaultFields]) -> None:
-        """Add a fault for the next requests that match, of any key. Takes the fields of POST /_mock/faults.
+        """Add a fault for the next requests that match, with any key. Takes the fields of POST /_mock/faults.
 
         Raises TypeError if a field is unknown, ApiError if a value is bad.
         """
@@ -549,9 +547,9 @@ class MockServer:
         return self._recorder.received()
 
     def ignored_names(self) -> list[str]:
-        """Return a line for each request with names that the server ignored, and forget them.
+        """Return and forget up to 100 different lines about requests with names that the server ignored.
 
-        At most 100 different lines. The fixture `flexprice` shows them as warnings at the end of a test.
+        The fixture `flexprice` shows them as warnings at the end of a test.
         """
         return self._recorder.take_ignored()
 
@@ -602,7 +600,7 @@ def _forward_to(target: HasAddress, service: Service, environment: str) -> Forwa
 def _closed_at_exit(store: Store) -> Iterator[None]:
     """Close the store when the block ends, or when the process ends inside it.
 
-    When a process ends, the `finally` below comes too late: Python has stopped the store's threads by then.
+    When the process ends, Python stops the store's threads before it reaches the `finally` below.
     """
     atexit.register(store.close)
     try:

@@ -55,10 +55,10 @@ __all__ = [
     "openapi_document",
     "optional",
     "ref",
-]  # fmt: skip
+]
 
 NULL = {"type": "null"}  # the same as an absent field
-NOTHING = {"type": ["string", "null"], "maxLength": 0}  # the same, or ""; FlexPrice refuses "" in some fields
+NOTHING = {"type": ["string", "null"], "maxLength": 0}  # null or ""; FlexPrice refuses "" in some fields
 EMPTY_ARRAY = {"type": ["array", "null"], "items": {}, "maxItems": 0}  # generators of clients need `items`
 
 
@@ -158,38 +158,18 @@ _HEADERS = {
 }
 
 
-def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
-    """Describe the operations as OpenAPI 3.1."""
-    operations = [_whole(row) for row in rows]
-    paths: dict[str, Any] = {}
-    names: set[str] = set()
-    for operation in operations:
-        described = paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation, names)
-        names.add(described["operationId"])
-    about = (
-        "FlexPrice's Events API on SQLite. \"API: Usage\" names the section of that name in the project's docs/api.md. "
-        "OPTIONS on any path answers a browser's preflight request, without a key."
-    )
-    key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
-    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
-    schemas = _schemas(operations)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "eventstore", "version": __version__,
-                 "description": " ".join(about.split())},
-        "servers": [{"url": "/"}],
-        "paths": paths,
-        "components": {"schemas": schemas, "headers": headers, "securitySchemes": {"ApiKey": key}},
-    }  # fmt: skip
-
-
-def _whole(operation: Operation) -> Operation:
+def _complete_row(operation: Operation) -> Operation:
     """Return the complete row of an operation of eventstore_extras."""
     if not operation.extra:
         return operation
     extra = importlib.import_module(f"eventstore_extras.{operation.extra}")
     (row,) = (row for row in extra.OPERATIONS if row.path == operation.path)
     return cast(Operation, row)
+
+
+def _takes_null(schema: dict[str, Any]) -> bool:
+    choices = schema.get("anyOf", ())
+    return None in schema.get("enum", ()) or "null" in schema.get("type", "") or any(map(_takes_null, choices))
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -213,11 +193,6 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     return schemas
-
-
-def _takes_null(schema: dict[str, Any]) -> bool:
-    choices = schema.get("anyOf", ())
-    return None in schema.get("enum", ()) or "null" in schema.get("type", "") or any(map(_takes_null, choices))
 
 
 def _operation_id(operation: Operation, taken: Container[str]) -> str:
@@ -248,9 +223,21 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.status == 202:
         counts = {f"X-Events-{name}": {"schema": {"type": "integer"}} for name in ("Inserted", "Duplicate")}
         responses["202"]["headers"] |= counts
-    if operation.answer is Health:  # it answers itself while events cannot be stored
+    if operation.answer is Health:  # which is also the answer while events cannot be stored
         responses["503"] = _response("Events cannot be stored", Health)
     return responses
+
+
+def _describe_parameters(operation: Operation) -> list[dict[str, Any]]:
+    known = operation.parameters if isinstance(operation.parameters, Mapping) else PARAMETER_SCHEMAS
+    parameters = [
+        {"name": name, "in": "query", "schema": known.get(name, {"type": "string"})}
+        | ({"required": True} if name == "id" else {"allowEmptyValue": True})
+        for name in operation.parameters
+    ]
+    if "{id" in operation.path:
+        parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": PARAMETER_SCHEMAS["id"]})
+    return parameters
 
 
 def _describe(operation: Operation, taken: Container[str]) -> dict[str, Any]:
@@ -269,16 +256,28 @@ def _describe(operation: Operation, taken: Container[str]) -> dict[str, Any]:
     return described
 
 
-def _describe_parameters(operation: Operation) -> list[dict[str, Any]]:
-    known = operation.parameters if isinstance(operation.parameters, Mapping) else PARAMETER_SCHEMAS
-    parameters = [
-        {"name": name, "in": "query", "schema": known.get(name, {"type": "string"})}
-        | ({"required": True} if name == "id" else {"allowEmptyValue": True})
-        for name in operation.parameters
-    ]
-    if "{id" in operation.path:
-        parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": PARAMETER_SCHEMAS["id"]})
-    return parameters
+def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
+    """Describe the operations as OpenAPI 3.1."""
+    operations = [_complete_row(row) for row in rows]
+    paths: dict[str, Any] = {}
+    names: set[str] = set()
+    for operation in operations:
+        described = paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation, names)
+        names.add(described["operationId"])
+    about = (
+        "FlexPrice's Events API on SQLite. \"API: Usage\" names the section of that name in the project's docs/api.md. "
+        "OPTIONS on any path answers a browser's preflight request, without a key."
+    )
+    key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()}
+    schemas = _schemas(operations)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "eventstore", "version": __version__, "description": about},
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": schemas, "headers": headers, "securitySchemes": {"ApiKey": key}},
+    }  # fmt: skip
 
 
 _documents: WeakKeyDictionary[Service, bytes] = WeakKeyDictionary()

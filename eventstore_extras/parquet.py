@@ -33,93 +33,28 @@ _UUID = DataType.binary(16)
 _UTC_TIME = DataType.timestamp("us", tz="UTC")
 _TIMES = ("timestamp", "ingested_at")
 
-# ---------------------------------------------------------------------------------------------- reading: the file
+# ---------------------------------------------------------------------------------------------- reading: errors
 
-_BATCH_ROWS = 256  # held in memory at once, together with their JSON
-_BATCH_BYTES = 64 * 1024 * 1024  # a batch has fewer rows if they may take more: each may hold the largest page's value
-_MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
-_MAX_COLUMNS = 1000  # each column of an open file takes memory
 _MAX_REASON_CHARS = 200
-_STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
 
 
-def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
-    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
-    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
-    _check_schema(reader.schema, assume_utc)
-    number = 0
-    while True:
-        with _library_errors(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
-            batch = next(reader, None)
-        if batch is None:
-            return
-        for row, problem in _batch_rows(batch):
-            number += 1
-            is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
-            yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
-def _largest_page(file: BinaryIO) -> int:
-    footer = _footer(file)
-    try:
-        return largest_page(file, footer)
-    except PagesError:  # the library says what is wrong
-        return 0
-    finally:
-        file.seek(0)
-
-
-def _batch_rows_for(page_bytes: int) -> int:
-    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
-    if page_bytes > _MAX_PAGE_BYTES:
-        most = f"at most {_MAX_PAGE_BYTES >> 20} MB are read"
-        raise InputError(
-            None, f"has a page of {page_bytes >> 20} MB, {most}: write smaller pages, or fewer rows in each"
-        )
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
-
-
-def _footer(file: BinaryIO) -> bytes:
-    """Check the marks at both ends of a file, and return its table of contents. The library panics without the marks.
-
-    Raises InputError.
-    """
-    file.seek(0)
-    start, size = file.read(4), file.seek(0, io.SEEK_END)
-    file.seek(max(size - 8, 0))
-    footer_bytes, end = file.read(4), file.read(4)
-    if b"PARE" in (start, end):
-        raise InputError(None, "is encrypted: decrypt it first, and import the result")
-    if start != b"PAR1":
-        raise InputError(None, "is not Parquet: it does not start with PAR1")
-    if end != b"PAR1" or int.from_bytes(footer_bytes, "little") > size - 12:
-        raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
-    file.seek(size - 8 - int.from_bytes(footer_bytes, "little"))
-    return file.read(int.from_bytes(footer_bytes, "little"))
-
-
-def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
-    """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
-
-    def open_unless_too_large() -> RecordBatchReader | str:
-        reader = read_parquet(file, batch_size=batch_rows)
-        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
-
-    threading.stack_size(_STACK_BYTES)
-    try:
-        with _library_errors("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
-            opened = executor.submit(open_unless_too_large).result()
-    finally:
-        threading.stack_size(0)
-    if isinstance(opened, str):
-        raise InputError(None, opened)
-    return opened
+def _reason(error: BaseException) -> str:
+    """Return the library's message without the names of its layers."""
+    panic = re.search(r'value: .*?\("(.*)"\)', str(error), re.DOTALL) if _is_panic(error) else None
+    text = panic[1] if panic else re.sub(r"^(.*error: )+", "", str(error))
+    return " ".join(text.split())[:_MAX_REASON_CHARS]
 
 
 @contextmanager
 def _library_errors(problem: str) -> Iterator[None]:
-    """Turn the library's exceptions into InputError. A panic is one of them; it also prints a trace, so standard error
-    is turned off inside the block."""
+    """Turn the library's exceptions, including panics, into InputError.
+
+    A panic also prints a trace, so the block's standard error goes to /dev/null.
+    """
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -135,18 +70,13 @@ def _library_errors(problem: str) -> Iterator[None]:
         os.close(nowhere)
 
 
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"
-
-
-def _reason(error: BaseException) -> str:
-    """Return the library's message without the names of its layers."""
-    panic = re.search(r'value: .*?\("(.*)"\)', str(error), re.DOTALL) if _is_panic(error) else None
-    text = panic[1] if panic else re.sub(r"^(.*error: )+", "", str(error))
-    return " ".join(text.split())[:_MAX_REASON_CHARS]
-
-
 # ---------------------------------------------------------------------------------------------- reading: the schema
+
+_MAX_COLUMNS = 1000  # each column of an open file takes memory
+
+
+def _fields(schema: Schema) -> list[Field]:
+    return [schema.field(number) for number in range(len(schema.names))]
 
 
 def _size_problem(schema: Schema) -> str:
@@ -166,17 +96,13 @@ def _size_problem(schema: Schema) -> str:
     return ""
 
 
-def _fields(schema: Schema) -> list[Field]:
-    return [schema.field(number) for number in range(len(schema.names))]
+def _is_ignored(column: str) -> bool:
+    return column in EXPORTED_COLUMNS and column not in ("id", "ingested_at")
 
 
-def _check_schema(schema: Schema, assume_utc: bool) -> None:
-    """Check the names and types of the columns. Raises InputError naming the first column that does not fit."""
-    check_columns(schema.names)
-    for field in _fields(schema):
-        if problem := _type_problem(field, assume_utc):
-            kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
-            raise InputError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:_MAX_REASON_CHARS]}")
+def _is_text(kind: DataType) -> bool:
+    kind = (kind.value_type if DataType.is_dictionary(kind) else None) or kind
+    return any(is_kind(kind) for is_kind in (DataType.is_string, DataType.is_large_string, DataType.is_string_view))
 
 
 def _type_problem(field: Field, assume_utc: bool) -> str:
@@ -196,13 +122,13 @@ def _type_problem(field: Field, assume_utc: bool) -> str:
     return "" if _is_text(kind) or kind == _UUID else "must be text"
 
 
-def _is_ignored(column: str) -> bool:
-    return column in EXPORTED_COLUMNS and column not in ("id", "ingested_at")
-
-
-def _is_text(kind: DataType) -> bool:
-    kind = (kind.value_type if DataType.is_dictionary(kind) else None) or kind
-    return any(is_kind(kind) for is_kind in (DataType.is_string, DataType.is_large_string, DataType.is_string_view))
+def _check_schema(schema: Schema, assume_utc: bool) -> None:
+    """Check the names and types of the columns. Raises InputError naming the first column that does not fit."""
+    check_columns(schema.names)
+    for field in _fields(schema):
+        if problem := _type_problem(field, assume_utc):
+            kind = str(field.type).strip().removeprefix("arro3.core.DataType<").removesuffix(">")
+            raise InputError(None, f"the column {quoted(field.name)} {problem}; it is {kind[:_MAX_REASON_CHARS]}")
 
 
 # ---------------------------------------------------------------------------------------------- reading: the rows
@@ -212,46 +138,14 @@ _UNWRITABLE = (InputError, RecursionError, msgspec.DecodeError)
 _BAD_TIME = b'"ERROR: Cast error: Failed to convert '  # the library's JSON for a time that it cannot write
 
 
-def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
-    """Return the rows of a batch, each with the problem that it has, or an empty string."""
-    try:
-        return zip(_decoded(batch), repeat(""))
-    except _UNWRITABLE:  # because of at least one row: decode each alone
-        return map(_single_row, (batch.slice(number, 1) for number in range(batch.num_rows)))
-
-
-def _single_row(batch: RecordBatch) -> tuple[TableRow, str]:
-    try:
-        return _decoded(batch)[0], ""
-    except _UNWRITABLE as error:
-        names = [quoted(name) for name in batch.schema.names if _is_unwritable(batch.select([name]))]
-        return TableRow(), f"has a value that cannot be written as JSON in {', '.join(names)} ({_reason(error)})"
-
-
-def _is_unwritable(batch: RecordBatch) -> bool:
-    try:
-        _decoded(batch)
-    except _UNWRITABLE:
-        return True
-    return False
-
-
-def _decoded(batch: RecordBatch) -> list[TableRow]:
-    """Decode the rows of a batch from the JSON that the library writes, in which nulls are absent."""
-    names, columns = _json_columns(batch)
-    lines = io.BytesIO()
-    with _library_errors("the library refuses"):
-        write_ndjson(RecordBatch.from_arrays(columns, names=names), lines)
-    text = lines.getvalue()
-    if _BAD_TIME in text:
-        raise InputError(None, "a time out of range")
-    rows = _ROWS.decode_lines(text)
-    for name, column in zip(names, columns, strict=True):
-        if column.type == _UUID:
-            for row in rows:
-                if digits := getattr(row, name):
-                    setattr(row, name, str(UUID(digits)))
-    return rows
+def _in_microseconds(column: Array) -> Array:
+    """Convert times to microseconds since 1970. A column becomes text, refused later, if one of them overflows."""
+    if not DataType.is_timestamp(column.type):
+        return column
+    times = column.cast(_UTC_TIME)
+    if times.null_count == column.null_count:  # a time that overflows becomes null
+        return times.cast(DataType.int64())
+    return column.cast(DataType.timestamp(column.type.time_unit or "us", tz="UTC"))
 
 
 def _json_columns(batch: RecordBatch) -> tuple[list[str], list[Any]]:
@@ -274,14 +168,123 @@ def _json_columns(batch: RecordBatch) -> tuple[list[str], list[Any]]:
     return names, columns
 
 
-def _in_microseconds(column: Array) -> Array:
-    """Convert times to microseconds since 1970. A column becomes text, refused later, if one of them overflows."""
-    if not DataType.is_timestamp(column.type):
-        return column
-    times = column.cast(_UTC_TIME)
-    if times.null_count == column.null_count:  # a time that overflows becomes null
-        return times.cast(DataType.int64())
-    return column.cast(DataType.timestamp(column.type.time_unit or "us", tz="UTC"))
+def _decoded(batch: RecordBatch) -> list[TableRow]:
+    """Decode the rows of a batch from the JSON that the library writes, in which nulls are absent."""
+    names, columns = _json_columns(batch)
+    lines = io.BytesIO()
+    with _library_errors("the library refuses"):
+        write_ndjson(RecordBatch.from_arrays(columns, names=names), lines)
+    text = lines.getvalue()
+    if _BAD_TIME in text:
+        raise InputError(None, "a time out of range")
+    rows = _ROWS.decode_lines(text)
+    for name, column in zip(names, columns, strict=True):
+        if column.type == _UUID:
+            for row in rows:
+                if digits := getattr(row, name):
+                    setattr(row, name, str(UUID(digits)))
+    return rows
+
+
+def _is_unwritable(batch: RecordBatch) -> bool:
+    try:
+        _decoded(batch)
+    except _UNWRITABLE:
+        return True
+    return False
+
+
+def _single_row(batch: RecordBatch) -> tuple[TableRow, str]:
+    try:
+        return _decoded(batch)[0], ""
+    except _UNWRITABLE as error:
+        names = [quoted(name) for name in batch.schema.names if _is_unwritable(batch.select([name]))]
+        return TableRow(), f"has a value that cannot be written as JSON in {', '.join(names)} ({_reason(error)})"
+
+
+def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
+    """Return the rows of a batch, each with the problem that it has, or an empty string."""
+    try:
+        return zip(_decoded(batch), repeat(""))
+    except _UNWRITABLE:  # because of at least one row: decode each alone
+        return map(_single_row, (batch.slice(number, 1) for number in range(batch.num_rows)))
+
+
+# ---------------------------------------------------------------------------------------------- reading: the file
+
+_BATCH_ROWS = 256  # held in memory at once, together with their JSON
+_BATCH_BYTES = 64 * 1024 * 1024  # a batch has fewer rows if they may take more: each may hold the largest page's value
+_MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
+_STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
+
+
+def _footer(file: BinaryIO) -> bytes:
+    """Return a file's table of contents. Raises InputError if the marks at both ends are wrong: the library panics."""
+    file.seek(0)
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(max(size - 8, 0))
+    footer_bytes, end = int.from_bytes(file.read(4), "little"), file.read(4)
+    if b"PARE" in (start, end):
+        raise InputError(None, "is encrypted: decrypt it first, and import the result")
+    if start != b"PAR1":
+        raise InputError(None, "is not Parquet: it does not start with PAR1")
+    if end != b"PAR1" or footer_bytes > size - 12:
+        raise InputError(None, "is cut off: a Parquet file has its table of contents at its end")
+    file.seek(size - 8 - footer_bytes)
+    return file.read(footer_bytes)
+
+
+def _largest_page(file: BinaryIO) -> int:
+    """Return the largest size of a page, or 0 if it cannot be read. Raises InputError."""
+    footer = _footer(file)
+    try:
+        return largest_page(file, footer)
+    except PagesError:  # the library will say why it cannot read the file
+        return 0
+    finally:
+        file.seek(0)
+
+
+def _batch_rows_for(page_bytes: int) -> int:
+    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
+    if page_bytes > _MAX_PAGE_BYTES:
+        problem = f"has a page of {page_bytes >> 20} MB, at most {_MAX_PAGE_BYTES >> 20} MB are read"
+        raise InputError(None, f"{problem}: write smaller pages, or fewer rows in each")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
+
+
+def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
+    """Open a file in a thread with a large stack, as the library recurses into nested types. Raises InputError."""
+
+    def open_unless_too_large() -> RecordBatchReader | str:
+        reader = read_parquet(file, batch_size=batch_rows)
+        return _size_problem(reader.schema) or reader  # freeing a deep schema also recurses: do it in this thread
+
+    threading.stack_size(_STACK_BYTES)
+    try:
+        with _library_errors("cannot be read as Parquet"), ThreadPoolExecutor(1) as executor:
+            opened = executor.submit(open_unless_too_large).result()
+    finally:
+        threading.stack_size(0)
+    if isinstance(opened, str):
+        raise InputError(None, opened)
+    return opened
+
+
+def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
+    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
+    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
+    _check_schema(reader.schema, assume_utc)
+    number = 0
+    while True:
+        with _library_errors(f"cannot be read from row {number + 1} on: it is damaged, or its columns are encrypted"):
+            batch = next(reader, None)
+        if batch is None:
+            return
+        for row, problem in _batch_rows(batch):
+            number += 1
+            is_long = len(row.properties or row.members) + len(row.named) > limit_bytes
+            yield Entry(number, row, f"is longer than {limit_bytes} bytes" if is_long else problem, unit="row")
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -300,43 +303,6 @@ _PROPERTY_TYPES: dict[str, tuple[type, DataType]] = {  # --properties-column's T
     "int64": (int, DataType.int64()),
     "bool": (bool, DataType.bool()),
 }
-
-
-def parquet_writer(
-    environment: str, columns: Sequence[tuple[str, str]], output: str | None
-) -> Callable[[Iterator[list[Row]], BinaryIO], None]:
-    """Return the function that writes pages of rows. Columns are property names with types. Raises StartError."""
-    twice = [name for name, number in Counter(name for name, _ in columns).items() if number > 1]
-    if twice:
-        raise StartError(f"--properties-column {twice[0]} is given twice: name each property once")
-    if output is None and sys.stdout.isatty():
-        raise StartError("--format parquet cannot go to a terminal: name a file with --output")
-    if (output or "").endswith(".gz"):
-        raise StartError(f"--output {output}: Parquet is compressed already; leave .gz out")
-
-    def write(pages: Iterator[list[Row]], file: BinaryIO) -> None:
-        _write(pages, file, environment, columns)
-
-    return write
-
-
-def _write(pages: Iterator[list[Row]], file: BinaryIO, environment: str, columns: Sequence[tuple[str, str]]) -> None:
-    schema = Schema(_FIELDS + [Field(PROPERTY_PREFIX + name, _PROPERTY_TYPES[kind][1]) for name, kind in columns])
-    first = next(pages, [])
-    event_bytes = _EVENT_BYTES + sum(len(row.properties) for row in first) // max(len(first), 1)
-    batches = (RecordBatch.from_arrays(_arrays(page, environment, columns), schema=schema)
-               for page in chain([first], pages))  # fmt: skip
-    guard = _ErrorGuard(batches, file)
-    write_parquet(
-        RecordBatchReader.from_batches(schema, iter(guard)),
-        cast(Any, guard),
-        compression="zstd(3)",
-        column_dictionary_enabled=dict.fromkeys(("event_id", *_TIMES), False),
-        column_encoding=dict.fromkeys(_TIMES, "delta_binary_packed"),
-        max_row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // event_bytes)),
-    )
-    if guard.error:
-        raise guard.error
 
 
 class _ErrorGuard:
@@ -376,6 +342,17 @@ class _ErrorGuard:
         raise io.UnsupportedOperation("seek")
 
 
+def _typed(value: msgspec.Raw | None, kind: type) -> Any:
+    """Return a property's value if it has the type of its column, else None."""
+    if value is None:
+        return None
+    try:
+        typed = decoder_of(kind).decode(value)
+    except msgspec.DecodeError:
+        return None
+    return typed if kind is not int or -(2**63) <= typed < 2**63 else None
+
+
 def _arrays(page: list[Row], environment: str, columns: Sequence[tuple[str, str]]) -> list[Array]:
     """Return the columns of a page: those of _FIELDS, then the chosen properties."""
     texts = ("event_name", "id", "external_customer_id", "customer_id", "source")
@@ -391,12 +368,38 @@ def _arrays(page: list[Row], environment: str, columns: Sequence[tuple[str, str]
     return arrays
 
 
-def _typed(value: msgspec.Raw | None, kind: type) -> Any:
-    """Return a property's value if it has the type of its column, else None."""
-    if value is None:
-        return None
-    try:
-        typed = decoder_of(kind).decode(value)
-    except msgspec.DecodeError:
-        return None
-    return typed if kind is not int or -(2**63) <= typed < 2**63 else None
+def _write(pages: Iterator[list[Row]], file: BinaryIO, environment: str, columns: Sequence[tuple[str, str]]) -> None:
+    schema = Schema(_FIELDS + [Field(PROPERTY_PREFIX + name, _PROPERTY_TYPES[kind][1]) for name, kind in columns])
+    first = next(pages, [])
+    event_bytes = _EVENT_BYTES + sum(len(row.properties) for row in first) // max(len(first), 1)
+    batches = (RecordBatch.from_arrays(_arrays(page, environment, columns), schema=schema)
+               for page in chain([first], pages))  # fmt: skip
+    guard = _ErrorGuard(batches, file)
+    write_parquet(
+        RecordBatchReader.from_batches(schema, iter(guard)),
+        cast(Any, guard),
+        compression="zstd(3)",
+        column_dictionary_enabled=dict.fromkeys(("event_id", *_TIMES), False),
+        column_encoding=dict.fromkeys(_TIMES, "delta_binary_packed"),
+        max_row_group_size=max(1, min(_GROUP_ROWS, _GROUP_BYTES // event_bytes)),
+    )
+    if guard.error:
+        raise guard.error
+
+
+def parquet_writer(
+    environment: str, columns: Sequence[tuple[str, str]], output: str | None
+) -> Callable[[Iterator[list[Row]], BinaryIO], None]:
+    """Return the function that writes pages of rows. Columns are property names with types. Raises StartError."""
+    twice = [name for name, number in Counter(name for name, _ in columns).items() if number > 1]
+    if twice:
+        raise StartError(f"--properties-column {twice[0]} is given twice: name each property once")
+    if output is None and sys.stdout.isatty():
+        raise StartError("--format parquet cannot go to a terminal: name a file with --output")
+    if (output or "").endswith(".gz"):
+        raise StartError(f"--output {output}: Parquet is compressed already; leave .gz out")
+
+    def write(pages: Iterator[list[Row]], file: BinaryIO) -> None:
+        _write(pages, file, environment, columns)
+
+    return write

@@ -1,4 +1,4 @@
-"""Sizes of a Parquet file's pages: a small file may expand to gigabytes, and its library decodes whole pages."""
+"""Reads the sizes of a Parquet file's pages: the library decodes whole pages, and a small file may hold gigabytes."""
 
 from __future__ import annotations
 
@@ -15,42 +15,6 @@ class PagesError(Exception):
     """The sizes cannot be read: the file is damaged, or parts of it are encrypted."""
 
 
-def largest_page(file: BinaryIO, footer: bytes) -> int:
-    """Return the largest size of a page, uncompressed, in bytes. Raises PagesError."""
-    try:
-        groups = _Compact(footer).struct().get(4, [])
-        return max(
-            (size for group in groups for column in group.get(1, []) for size in _page_sizes(file, column)), default=0
-        )
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise PagesError from error
-
-
-def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
-    """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
-    meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
-    at = min(start for start in (meta[9], meta.get(11) or meta[9]))
-    end = at + meta[7]
-    while at < end:
-        header, header_bytes = _page_header(file, at)
-        yield header[2]
-        at += header_bytes + header[3]
-
-
-def _page_header(file: BinaryIO, at: int) -> tuple[dict[int, Any], int]:
-    for size in (_HEADER_BYTES, _MAX_HEADER_BYTES):
-        file.seek(at)
-        reader = _Compact(file.read(size))
-        try:
-            header = reader.struct()
-        except IndexError:  # it is longer
-            continue
-        if header[3] < 0:
-            break
-        return header, reader.at
-    raise ValueError("no page header")
-
-
 class _Compact:
     """Reads Thrift's compact protocol: structs become dicts by field number. Raises IndexError at the end."""
 
@@ -58,7 +22,7 @@ class _Compact:
         self._content = content
         self.at = 0
         self._readers: dict[int, Callable[[], Any]] = {
-            **dict.fromkeys((1, 2, 3), self._byte),  # booleans, which take a byte in lists only, and a byte
+            **dict.fromkeys((1, 2, 3), self._byte),  # a boolean in a list, or a byte
             **dict.fromkeys((4, 5, 6), self._zigzag),
             7: lambda: self._bytes(8),
             8: lambda: self._bytes(self._varint()),
@@ -101,3 +65,40 @@ class _Compact:
     def _zigzag(self) -> int:
         value = self._varint()
         return value >> 1 if value % 2 == 0 else ~(value >> 1)
+
+
+def _page_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
+    """Return the header that begins there, whose fields 2 and 3 are the page's sizes, and the header's own size."""
+    for size in (_HEADER_BYTES, _MAX_HEADER_BYTES):
+        file.seek(position)
+        reader = _Compact(file.read(size))
+        try:
+            header = reader.struct()
+        except IndexError:  # the header is longer
+            continue
+        if header[3] < 0:
+            break
+        return header, reader.at
+    raise ValueError("no page header")
+
+
+def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
+    """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
+    meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
+    position = min(meta[9], meta.get(11) or meta[9])
+    end = position + meta[7]
+    while position < end:
+        header, header_bytes = _page_header(file, position)
+        yield header[2]
+        position += header_bytes + header[3]
+
+
+def largest_page(file: BinaryIO, footer: bytes) -> int:
+    """Return the largest size of a page, uncompressed, in bytes. Raises PagesError."""
+    try:
+        groups = _Compact(footer).struct().get(4, [])
+        return max(
+            (size for group in groups for column in group.get(1, []) for size in _page_sizes(file, column)), default=0
+        )
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise PagesError from error

@@ -21,7 +21,7 @@ from eventstore import StartError, quoted
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Proxy", "find_proxy", "is_unreachable", "transport_of"]
+__all__ = ["Proxy", "find_proxy", "is_unreachable", "port_of", "transport_of"]
 
 _IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -46,6 +46,10 @@ class Proxy(NamedTuple):
 # ---------------------------------------------------------------------------------------------- hosts
 
 
+def port_of(url: urllib.parse.SplitResult) -> int:
+    return url.port or {"http": 80, "https": 443}[url.scheme]
+
+
 def _address(host: str) -> _IpAddress | None:
     """Return the address that a host is, or None for a name. Short forms such as 127.1 are addresses."""
     with suppress(ValueError):
@@ -64,9 +68,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def _matches(entry: str, host: str, port: int) -> bool:
-    """Return True if an entry of NO_PROXY names this host: by name, domain, address or network, perhaps with a port."""
+    """Return True if an entry of NO_PROXY matches: a name, domain, address or network, perhaps with a port."""
     entry = entry.rpartition("://")[2].rstrip("/")
-    if found := re.fullmatch(r"\[(.+)\](?::(\d{1,5})|(/\d+))?", entry):  # an IPv6 address, a port or a prefix length
+    if found := re.fullmatch(
+        r"\[(.+)\](?::(\d{1,5})|(/\d+))?", entry
+    ):  # an IPv6 address with a port or a prefix length
         entry, entry_port = found[1] + (found[3] or ""), found[2]
     else:
         found = re.fullmatch(r"([^:]*):(\d{1,5})", entry)
@@ -115,21 +121,18 @@ def _check(url: str, source: str) -> Proxy:
 
 
 def find_proxy(url: str) -> Proxy | None:
-    """Return the proxy for a target, or None if it is reached without one, as each address of this machine is.
+    """Return the proxy for a target, or None to connect directly, as to every address of this machine.
 
-    Raises StartError if the variable that applies to the target cannot be used. The others are not looked at.
+    Raises StartError if the variable that applies to the target cannot be used; ignores the other variables.
     """
     parts = urllib.parse.urlsplit(url)
     host = (parts.hostname or "").rstrip(".")
     settings = getproxies()
-    value = next((settings[kind] for kind in (parts.scheme, "all") if settings.get(kind, "").strip()), "")
-    if not value or _is_loopback(host):
+    kind = next((kind for kind in (parts.scheme, "all") if settings.get(kind, "").strip()), "")
+    if not kind or _is_loopback(host) or _is_exempt(settings.get("no", ""), host, port_of(parts)):
         return None
-    if _is_exempt(settings.get("no", ""), host, parts.port or {"http": 80, "https": 443}[parts.scheme]):
-        return None
-    kind = parts.scheme if settings.get(parts.scheme, "").strip() else "all"
-    stripped = value.strip()
-    return _check(stripped if "://" in stripped else f"http://{stripped}", _source(kind, value))
+    value = settings[kind].strip()
+    return _check(value if "://" in value else f"http://{value}", _source(kind, settings[kind]))
 
 
 # ---------------------------------------------------------------------------------------------- connections
@@ -150,7 +153,7 @@ def _check_usable(proxy: Proxy) -> None:
 
 
 def transport_of(proxy: Proxy | None, limits: httpx.Limits) -> httpx.AsyncHTTPTransport:
-    """Return what makes httpx's connections, through a proxy if there is one.
+    """Return the transport that makes httpx's connections, through a proxy if there is one.
 
     Raises StartError if httpx cannot use the proxy, or the certificates that environment variables name.
     """
@@ -169,7 +172,7 @@ def transport_of(proxy: Proxy | None, limits: httpx.Limits) -> httpx.AsyncHTTPTr
 def is_unreachable(error: Exception) -> bool:
     """Return True if no connection was opened. With a proxy, this means that the proxy itself cannot be reached.
 
-    A failed TLS handshake is another thing: through a proxy, it is one with the target.
+    A failed TLS handshake does not count: through a proxy, it is a handshake with the target.
     """
     import httpx  # noqa: PLC0415 - only the extra `cli` installs it
 

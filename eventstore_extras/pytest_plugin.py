@@ -103,18 +103,18 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reserved.close()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Import the server before any test runs, if a test needs it: the test may freeze or replace the time."""
-    if any("flexprice" in getattr(item, "fixturenames", ()) for item in session.items):
-        _import_server()
-
-
 def _import_server() -> None:
-    """Import the server with the real datetime. With freezegun's, its types would refuse every time later on."""
+    """Import the server with the real datetime: with freezegun's, its wire types would refuse every time afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name, kind in _REAL_TYPES.items():
             patch.setattr(datetime, name, kind)
         importlib.import_module("eventstore_extras.mock")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import the server before any test runs, if a test needs it: the test may freeze or replace the time."""
+    if any("flexprice" in getattr(item, "fixturenames", ()) for item in session.items):
+        _import_server()
 
 
 @contextmanager
@@ -143,6 +143,14 @@ def _flexprice_server(pytestconfig: pytest.Config) -> Iterator[MockServer]:
         yield server
 
 
+def _warn_of_mistakes(server: MockServer, test: str) -> None:
+    for line in server.ignored_names():
+        warnings.warn(IgnoredNameWarning(f"{test}: {line}"), stacklevel=2)
+    for fault in server.faults(unused=True):
+        fields = ", ".join(f"{name}={value!r}" for name, value in fault.items() if value is not None)
+        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({fields})"), stacklevel=2)
+
+
 @pytest.fixture
 def flexprice(
     _flexprice_server: MockServer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -160,11 +168,3 @@ def flexprice(
         yield server
         server.refuse_connections()
         _warn_of_mistakes(server, request.node.nodeid)
-
-
-def _warn_of_mistakes(server: MockServer, test: str) -> None:
-    for line in server.ignored_names():
-        warnings.warn(IgnoredNameWarning(f"{test}: {line}"), stacklevel=2)
-    for fault in server.faults(unused=True):
-        fields = ", ".join(f"{name}={value!r}" for name, value in fault.items() if value is not None)
-        warnings.warn(UnusedFaultWarning(f"no request met the fault flexprice.fail({fields})"), stacklevel=2)

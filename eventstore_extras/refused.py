@@ -1,6 +1,7 @@
-"""Events that are put aside: those that FlexPrice would lose, and those that a target refuses. One file keeps both.
+"""Finds the events that FlexPrice would lose, and keeps them, with those that a target refuses, in a file.
 
 FlexPrice answers 202 before it has stored an event. The rules here find the events that it then loses or breaks on.
+`replay` and forwarding put them aside instead of sending them.
 """
 
 from __future__ import annotations
@@ -27,18 +28,87 @@ __all__ = [
     "refused_path", "shown_counts", "unfit_for_flexprice",
 ]  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------- the rules
+# ---------------------------------------------------------------------------------------------- what FlexPrice writes
 
-MAX_EVENT_BYTES = 1_000_000  # Kafka's client refuses a longer message
 _ENVELOPE_BYTES = 512  # what FlexPrice and Kafka add, except the two ids that they repeat
-_LONGEST_SPELLING = 6  # bytes that FlexPrice may write for one of ours: it writes "<" as "\u003c"
-_MIN_TIME_US = int(datetime(1678, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
-_MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits into 64 bits
 _MAX_NUMBER = 1e23
 _EXPONENT_FROM = 1e21  # FlexPrice writes smaller numbers in full
 _MIN_INTEGER, _MAX_INTEGER = -(2**63) + 512, 2**64 - 1024  # from here on the nearest 64-bit float is beyond 64 bits
 _PROPERTIES = msgspec.json.Decoder()
 _NUMBER_STARTS = frozenset("+-.0123456789")
+
+
+class _LargeNumber(NamedTuple):
+    value: float
+    shown: str
+    is_text: bool  # a string that spells a number
+
+
+def _float_of(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _large_numbers(properties: str) -> list[_LargeNumber]:
+    """Return the numbers that no 64-bit integer holds, and the strings that spell a number of 1e23 or more.
+
+    FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
+    """
+    try:
+        values: list[Any] = [_PROPERTIES.decode(properties)]
+    except (ValueError, msgspec.MsgspecError):  # an earlier version stored such numbers
+        return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
+    found = []
+    for value in values:  # the list grows while it is read
+        kind = type(value)
+        if kind is str:
+            is_number = len(value) > 3 and value[0] in _NUMBER_STARTS and DECIMAL.fullmatch(value)
+            if is_number and abs(float(value)) >= _MAX_NUMBER:
+                found.append(_LargeNumber(float(value), quoted(value), is_text=True))
+        elif kind is int or kind is float:
+            if not _MIN_INTEGER < value < _MAX_INTEGER:
+                found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
+        elif kind is dict:
+            values += value.values()
+        elif kind is list:
+            values += value
+    return found
+
+
+def _as_written(value: Any) -> Any:
+    """Return a JSON value with its numbers as FlexPrice writes them."""
+    if isinstance(value, dict):
+        return {key: _as_written(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    number = _float_of(value)
+    if 1e-6 <= abs(number) < _EXPONENT_FROM:
+        return Raw(f"{Decimal(repr(number)):f}".removesuffix(".0").encode())
+    return Raw(repr(number).removesuffix(".0").encode())
+
+
+def queued_bytes(row: Row) -> int:
+    """Return the size that the event has in FlexPrice's queue, rounded up by some 100 bytes."""
+    event = structs.asdict(exported_event(row))
+    with suppress(ValueError, msgspec.MsgspecError):  # an earlier version stored a number that no float can hold
+        event["properties"] = _as_written(msgspec.json.decode(row.properties))
+    written = ENCODER.encode(event)
+    escaped = sum(5 * written.count(sign) for sign in (b"<", b">", b"&"))
+    escaped += sum(3 * written.count(sign.encode()) for sign in ("\u2028", "\u2029"))
+    repeated = len(row.id.encode()) + len(row.external_customer_id.encode())
+    return len(written) + escaped + repeated + _ENVELOPE_BYTES
+
+
+# ---------------------------------------------------------------------------------------------- the rules
+
+MAX_EVENT_BYTES = 1_000_000  # Kafka's client refuses a longer message
+_LONGEST_SPELLING = 6  # bytes that FlexPrice may write for one byte of the event: it writes "<" as "\u003c"
+_MIN_TIME_US = int(datetime(1678, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000
+_MAX_TIME_US = (2**63 - 1) // 1000  # 2262-04-11: the last nanosecond that fits into 64 bits
 
 
 class _Candidate(NamedTuple):
@@ -47,12 +117,6 @@ class _Candidate(NamedTuple):
     row: Row
     max_bytes: int
     numbers: list[_LargeNumber]
-
-
-class _LargeNumber(NamedTuple):
-    value: float
-    shown: str
-    is_text: bool  # a string that spells a number
 
 
 class Rule(NamedTuple):
@@ -72,9 +136,9 @@ class Unfit(NamedTuple):
 
 def _find_length(event: _Candidate) -> str:
     size = queued_bytes(event.row)
-    return (
-        f"it has {size:,} bytes in FlexPrice's queue, more than {event.max_bytes:,}" if size > event.max_bytes else ""
-    )
+    if size <= event.max_bytes:
+        return ""
+    return f"it has {size:,} bytes in FlexPrice's queue, more than {event.max_bytes:,}"
 
 
 def _find_time(event: _Candidate) -> str:
@@ -108,74 +172,12 @@ def unfit_for_flexprice(row: Row, sent: bytes, max_bytes: int) -> Unfit | None:
     numbers = _large_numbers(row.properties)
     is_short = len(sent) * _LONGEST_SPELLING + 2 * _ENVELOPE_BYTES <= max_bytes
     if is_short and not numbers and _MIN_TIME_US <= row.timestamp_us <= _MAX_TIME_US:
-        return None  # as nearly all are, so it must cost little
+        return None  # nearly all events end here, after checks that cost little
     event = _Candidate(row, max_bytes, numbers)
     for rule in RULES:
         if fault := rule.find(event):
             return Unfit(rule.reason, f"not sent: {fault}. {rule.consequence}")
     return None
-
-
-# ---------------------------------------------------------------------------------------------- what FlexPrice writes
-
-
-def _large_numbers(properties: str) -> list[_LargeNumber]:
-    """Return the numbers, and the strings that spell one, that no 64-bit integer holds.
-
-    FlexPrice reads each number as a 64-bit float, and writes 2**64 - 1 and -2**63 as integers beyond 64 bits.
-    """
-    try:
-        values: list[Any] = [_PROPERTIES.decode(properties)]
-    except (ValueError, msgspec.MsgspecError):  # an earlier version stored it
-        return [_LargeNumber(math.inf, "that no 64-bit float can hold", is_text=False)]
-    found = []
-    for value in values:  # the list grows while it is read
-        kind = type(value)
-        if kind is str:
-            is_number = len(value) > 3 and value[0] in _NUMBER_STARTS and DECIMAL.fullmatch(value)
-            if is_number and abs(float(value)) >= _MAX_NUMBER:
-                found.append(_LargeNumber(float(value), quoted(value), is_text=True))
-        elif kind is int or kind is float:
-            if not _MIN_INTEGER < value < _MAX_INTEGER:
-                found.append(_LargeNumber(_float_of(value), str(value)[:100], is_text=False))
-        elif kind is dict:
-            values += value.values()
-        elif kind is list:
-            values += value
-    return found
-
-
-def _float_of(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-
-
-def _as_written(value: Any) -> Any:
-    """Return a JSON value with its numbers as FlexPrice writes them."""
-    if isinstance(value, dict):
-        return {key: _as_written(member) for key, member in value.items()}
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value
-    number = _float_of(value)
-    if 1e-6 <= abs(number) < _EXPONENT_FROM:
-        return Raw(f"{Decimal(repr(number)):f}".removesuffix(".0").encode())
-    return Raw(repr(number).removesuffix(".0").encode())
-
-
-def queued_bytes(row: Row) -> int:
-    """Return the size that the event has in FlexPrice's queue, rounded up by some 100 bytes."""
-    event = structs.asdict(exported_event(row))
-    with suppress(ValueError, msgspec.MsgspecError):  # an earlier version stored a number that no float can hold
-        event["properties"] = _as_written(msgspec.json.decode(row.properties))
-    written = ENCODER.encode(event)
-    escaped = sum(5 * written.count(sign) for sign in (b"<", b">", b"&"))
-    escaped += sum(3 * written.count(sign.encode()) for sign in ("\u2028", "\u2029"))
-    repeated = len(row.id.encode()) + len(row.external_customer_id.encode())
-    return len(written) + escaped + repeated + _ENVELOPE_BYTES
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -221,6 +223,6 @@ def add_counts(counts: dict[str, int], reasons: Iterable[str]) -> None:
 
 
 def shown_counts(counts: Mapping[str, int]) -> str:
-    """Return the numbers of events by reason as text, like "3 events put aside (2 too long, 1 refused)"."""
+    """Return the number of events, and the number for each reason, as text."""
     reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in counts.items() if number)
     return f"{plural(sum(counts.values()), 'event')} put aside ({reasons})"

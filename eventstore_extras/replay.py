@@ -161,7 +161,7 @@ class _Replay:
         self._notices = Throttle(_SAY_INTERVAL_S)
         self._outage = Outage()
         self._put_aside: dict[str, int] = {}  # events that were not sent, by reason
-        self._failing = set[asyncio.Task[None] | None]()  # those whose last request failed
+        self._failing = set[asyncio.Task[None] | None]()  # tasks whose last request failed
         self.sent = self.accepted = self.retried = self.duplicates = 0
 
     async def _wait(self, answer: Answer, waits: int) -> None:
@@ -204,10 +204,16 @@ class _Replay:
 
     @property
     def aside_note(self) -> str:
-        """The end of a summary: how many events this run has put aside, and why; "" for none."""
+        """The end of a summary: the number of undelivered events and their reasons, or ""."""
         if not self._put_aside:
             return ""
         return f"; {shown_counts(self._put_aside)} in {refused_path(self._arguments.db)}"
+
+    @property
+    def summary(self) -> str:
+        known = f" ({self.duplicates:,} of them it already had)" if self.duplicates else ""
+        counts = f"{self.accepted:,} accepted{known}, {self.retried:,} retried"
+        return f"sent {plural(self.sent, 'event')}: {counts}{self.aside_note}"
 
     def _write_aside(self, put_aside: Sequence[PutAside]) -> None:
         """Write the events of a batch that are not sent to the file of refused events. Raises StopError."""
@@ -328,13 +334,10 @@ def _replay_events(arguments: argparse.Namespace) -> int:
                 asyncio.run(until_sigterm(replay.run(conn, query, target, advance)))
         except (KeyboardInterrupt, asyncio.CancelledError):
             accepted = f"{plural(file.progress.accepted, 'event')} are accepted ({file.progress.position})"
-            raise StopError(
-                f"interrupted; {accepted}{replay.aside_note}; {_same_command(arguments)} continues from there"
-            ) from None
+            again = f"{_same_command(arguments)} continues from there"
+            raise StopError(f"interrupted; {accepted}{replay.aside_note}; {again}") from None
         elsewhere = "" if replay.sent else no_events_hint(conn, arguments.environment)
-    known = f" ({replay.duplicates:,} of them it already had)" if replay.duplicates else ""
-    counts = f"sent {plural(replay.sent, 'event')}: {replay.accepted:,} accepted{known}, {replay.retried:,} retried"
-    say(f"{counts}{replay.aside_note}; {time.monotonic() - started_s:.1f} s{elsewhere}")
+    say(f"{replay.summary}; {time.monotonic() - started_s:.1f} s{elsewhere}")
     return 0
 
 

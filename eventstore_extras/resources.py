@@ -1,6 +1,6 @@
-"""Resources: how meters and features are named, stored, listed and archived (API: Lists).
+"""What meters and features share: names, rows, archiving and lists (API: Lists).
 
-From top to bottom: numbers, times and names; rows; lists; what the OpenAPI document says of a list.
+From top to bottom: numbers, times and names; rows; lists; the schemas of a list for the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -74,18 +74,18 @@ def time_text(time_us: int) -> str:
     return f"{seconds}{dot}{digits.rstrip('0')}Z"
 
 
-def check_name(field: str, value: str | None, faults: Faults) -> str:
-    """Check a required text of up to 255 characters."""
-    if not value:
-        faults.add(field, "required", "is required")
-    return check_length(field, value, faults)
-
-
 def check_length(field: str, value: str | None, faults: Faults, max_chars: int = MAX_NAME_CHARS) -> str:
     """Check the length of an optional text; return "" if it is absent."""
     if value and len(value) > max_chars:
         faults.add(field, "out_of_range", f"may have {max_chars} characters, got {len(value)}")
     return value or ""
+
+
+def check_name(field: str, value: str | None, faults: Faults) -> str:
+    """Check a required text of up to 255 characters."""
+    if not value:
+        faults.add(field, "required", "is required")
+    return check_length(field, value, faults)
 
 
 def check_decimal(value: str | float) -> float:
@@ -144,13 +144,11 @@ _DEFAULT_LIMIT, _MAX_LIMIT = 50, 1000
 _STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four find nothing
 _SORTS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name", "id": "id",
           "status": "archived_at_us IS NULL"}  # fmt: skip
-# table -> field -> SQL
+# By table, the SQL of each field that sorts it.
 SORTS = {
     "meters": _SORTS | {"event_name": "event_name", "reset_usage": "reset_usage"},
     "features": _SORTS | {"lookup_key": "lookup_key", "type": "type"},
 }
-
-
 Sort = tuple[str | None, str | None]  # field (None: created_at), direction (None: the list's order)
 
 
@@ -242,9 +240,8 @@ def list_query(table: str, sent: _ListIn, sorts: Sequence[Sort], environment: st
     order = faults.check("order", check_order, sent.order) or "desc"
     limit = faults.check("limit", _check_limit, sent.limit) or _DEFAULT_LIMIT
     offset = faults.check("offset", check_offset, sent.offset) or 0
-    return ListQuery(
-        all_of([where, *created, *_has_status(table, status)]), _order_by(table, sorts, order), limit, offset
-    )
+    where = all_of([where, *created, *_has_status(table, status)])
+    return ListQuery(where, _order_by(table, sorts, order), limit, offset)
 
 
 def is_any_of(column: str, values: Iterable[object], name: str) -> Sql:
@@ -262,6 +259,8 @@ def fetch_page(
     total = conn.execute(f"SELECT count(*) {found}", query.where.values).fetchone()[0]
     return rows, Pagination(total, query.limit, query.offset + query.limit)
 
+
+# ---------------------------------------------------------------------------------------------- OpenAPI
 
 _LIMIT = {"minimum": 0, "maximum": _MAX_LIMIT}
 NAME_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS}

@@ -92,7 +92,7 @@ Kept = Counter[tuple[str, bool]]  # events by their environment and whether they
 
 
 class Database(Protocol):
-    """What a sweep needs: the database of a server, or a DatabaseFile."""
+    """How a sweep reads and writes: through a server's store, or a DatabaseFile."""
 
     async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T: ...
 
@@ -100,9 +100,9 @@ class Database(Protocol):
 
 
 class Survey(NamedTuple):
-    """What a sweep would do to a range of events."""
+    """The events in a range, and how many of them a sweep would delete."""
 
-    expired: int  # events that it would delete
+    expired: int
     events: int
     newest_us: int  # when the last of them was stored
 
@@ -174,6 +174,18 @@ def checkpoint(path: str) -> None:
         conn.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
+def _expired_and_kept(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
+    """Count the first events to delete in a span, and the old events before the last of these that must stay."""
+    count, last = span.find(conn, rows)
+    return (count, last), span._replace(through=last if count else span.through).kept(conn)
+
+
+def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
+    """Return the seq before the first event, and that of the last one; (0, 0) for an empty table."""
+    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
+    return (first - 1, last) if last else (0, 0)
+
+
 class Sweep:
     """Deletes expired events in order of arrival, in transactions so short that ingest requests are not delayed."""
 
@@ -209,7 +221,7 @@ class Sweep:
         rows = _FIRST_ROWS
         while after < newest:
             span = self._span(after, newest)
-            (count, last), kept = await read(partial(_look, span=span, rows=rows))
+            (count, last), kept = await read(partial(_expired_and_kept, span=span, rows=rows))
             self.kept += kept
             if count:
                 taken_s = await self._database.write(span._replace(through=last).delete)
@@ -224,18 +236,6 @@ class Sweep:
                 return
 
 
-def _look(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
-    """Find the first rows to delete in a span, and count the events up to the last of them that must stay."""
-    count, last = span.find(conn, rows)
-    return (count, last), span._replace(through=last if count else span.through).kept(conn)
-
-
-def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
-    """Return the seq before the first event, and that of the last one; (0, 0) for an empty table."""
-    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
-    return (first - 1, last) if last else (0, 0)
-
-
 def _removal_advice(db: str, progress: ForwardProgress) -> str:
     """Say how to end the protection of events for a target that no longer receives any."""
     path = forward_progress_path(db, progress.target, progress.environment)
@@ -244,10 +244,12 @@ def _removal_advice(db: str, progress: ForwardProgress) -> str:
 
 def _kept_note(kept: Kept, db: str, forwarded: Sequence[ForwardProgress]) -> str:
     """Say how many old events were kept, and why."""
-    numbers = Counter[str]()
+    numbers, misdated = Counter[str](), 0  # the numbers by environment
     for (environment, is_misdated), count in kept.items():
-        numbers["" if is_misdated else environment] += count
-    misdated = numbers.pop("", 0)
+        if is_misdated:
+            misdated += count
+        else:
+            numbers[environment] += count
     targets = [progress for progress in forwarded if progress.environment in numbers]
     others = sorted(numbers.keys() - {progress.environment for progress in targets})
     notes = []
@@ -278,7 +280,7 @@ def _lasted_us(duration_us: int) -> str:
 
 
 class SteadyClock:
-    """The wall clock, without its jumps into the future: these are measured against the monotonic clock.
+    """The wall clock without its jumps into the future, which the monotonic clock shows.
 
     `newest_us` is when the newest event was stored, 0 without events.
     """
@@ -335,8 +337,12 @@ class _ServedDatabase:
         self.read, self.write, self.close = self._reader.read, store.write, self._reader.close
 
 
+def _newest_stored_us(conn: sqlite3.Connection) -> int:
+    return conn.execute(_NEWEST_STORED).fetchone()[0] or 0
+
+
 class _Retention:
-    """Deletes events that were stored more than this many days ago, at the start and every hour."""
+    """Deletes events that were stored more than `days` ago, when the server starts and every hour."""
 
     def __init__(self, service: Service, days: float, deletes_unforwarded: bool) -> None:
         self.done = Retention()
@@ -417,10 +423,6 @@ class _Retention:
             await asyncio.sleep(CLOCK_INTERVAL_S)
 
 
-def _newest_stored_us(conn: sqlite3.Connection) -> int:
-    return conn.execute(_NEWEST_STORED).fetchone()[0] or 0
-
-
 def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
     """Set up `serve --retain-days N`. Raises StartError."""
     for progress in read_all_forward_progress(service.store.path):
@@ -437,9 +439,8 @@ def attach(service: Service, arguments: argparse.Namespace, _: object) -> None:
     unit = "day" if days == 1 else "days"
     service.notices.append(f"keeps        events for {days:,.15g} {unit} after they were stored")
     if service.outboxes and not deletes_unforwarded:
-        service.notices.append(
-            "             without limit those that are not forwarded (--delete-unforwarded changes that)"
-        )
+        unforwarded = "those that are not forwarded (--delete-unforwarded changes that)"
+        service.notices.append(f"             without limit {unforwarded}")
 
 
 # ---------------------------------------------------------------------------------------------- prune
@@ -491,7 +492,7 @@ def _prune_events(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         prepare_file(db)
     forwarded = read_all_forward_progress(db)
-    # A time before the earliest plausible one asks for the events that were stored while the clock was wrong.
+    # With a time before the earliest plausible one, delete the events that were stored while the clock was wrong.
     expired = Expired(before_us, forwarded, plausible_us=PLAUSIBLE_US if before_us > PLAUSIBLE_US else MIN_TIME_US,
                       keeps_unforwarded=bool(forwarded) and not arguments.delete_unforwarded)  # fmt: skip
     with closing(open_stored(db) if arguments.dry_run else connect(db, WRITER_PRAGMAS)) as conn:

@@ -177,12 +177,12 @@ class Progress(Struct, kw_only=True):
     target: str
     environment: str
     seq: int = 0  # where sending in order of arrival continues: after this event
-    last_seq: int = 0  # of the last event accepted or set aside; with `last_id` it identifies the database
+    last_seq: int = 0  # of the last event that is accepted or kept back; with `last_id` it identifies the database
     last_id: str = ""
     accepted: int = 0  # events
 
     def advance(self, last: StoredRow) -> None:
-        """Record that this event and all events sent before it are accepted or set aside."""
+        """Record that the target accepted this event and all events before it, except those in the refused file."""
         self.seq = self.last_seq = last[0]
         self.last_id = last[1].id
 
@@ -251,7 +251,7 @@ BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 30.0
 BLOCKED_PAUSE_S = 30.0
 _RETRY_AFTER_CAP_S = 3600.0  # some servers ask for years
-_MAX_BREAKS = 2  # a bad line breaks some requests of any size; more breaks suggest that the batch is too large
+_MAX_BREAKS = 2  # a bad connection breaks requests of any size; more breaks suggest that the batch is too large
 GROW_AFTER = 20  # accepted parts before a larger one is tried; a try above the target's limit costs three requests
 
 
@@ -285,7 +285,7 @@ class Answer(NamedTuple):
     problem: str = ""  # one line, without the key
     retry_after_s: float = 0.0
     duplicates: int = 0  # accepted events that the target already had
-    is_foreign: bool = False  # it came from something between here and the API, and says nothing about an event
+    is_foreign: bool = False  # from a proxy or firewall before the API: says nothing about an event
 
     def backoff_s(self, waits: int) -> float:
         """Return how long to wait before the next try.
@@ -324,7 +324,7 @@ def lasted(seconds: float) -> str:
 
 
 class Outage:
-    """Measures how long a target accepts nothing, and how many events are sent once it accepts some again."""
+    """Measures how long a target accepts nothing, and how many events it accepts afterwards."""
 
     def __init__(self) -> None:
         self._failed_s: float | None = None  # when it began
@@ -365,7 +365,7 @@ class Outage:
 # ---------------------------------------------------------------------------------------------- the target
 
 STALL_TIMEOUT_S = 60.0  # the longest time without a byte from the target
-_REQUEST_TIMEOUT_S = 300.0  # a slow line needs 80 s for 10 MB
+_REQUEST_TIMEOUT_S = 300.0  # a slow connection needs 80 s for 10 MB
 _ANSWER_BYTES = 1024 * 1024  # the rest of an answer is not read; an error may name each event of a batch
 _MAX_MESSAGE_CHARS, _MAX_LINE_CHARS = 300, 2000
 
@@ -494,7 +494,7 @@ class Target:
         # Ask for no compression: an answer of a few bytes could unpack to gigabytes.
         headers = {"x-api-key": key.value, "content-type": "application/json", "accept-encoding": "identity",
                    "user-agent": f"eventstore/{__version__}"}  # fmt: skip
-        # If it gets a transport, httpx does not look for proxies.
+        # With a transport, httpx does not look for proxies itself.
         transport = transport_of(self.proxy, httpx.Limits(max_connections=connections))
         self._client = httpx.AsyncClient(headers=headers, timeout=STALL_TIMEOUT_S, transport=transport)
 
@@ -505,21 +505,13 @@ class Target:
         await self._client.aclose()
 
     def _log_line(self, text: str) -> str:
-        """Make one printable line of what the target said, and hide the key, which some targets repeat."""
+        """Make one printable line of a target's answer, and hide the key, which some targets repeat."""
         hidden = self._hider.hide(text, _MAX_LINE_CHARS)
         printable = "".join(char if char.isprintable() else " " for char in hidden)
         return f"{self.bulk_url} {' '.join(printable.split())}"
 
-    def _answer(self, status: int, headers: Mapping[str, str], start: bytes, size: int) -> Answer:
-        """Interpret a response to a request of this size by its status, its headers and the start of its body."""
-        outcome = _outcome_of(status)
-        if outcome is Outcome.ACCEPTED:
-            duplicates = headers.get("x-events-duplicate", "")
-            return Answer(outcome, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
-        is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
-        if is_foreign and outcome is Outcome.REFUSED:
-            outcome = Outcome.BLOCKED
-        message = _error_message(start, self._hider)
+    def _refusal(self, status: int, headers: Mapping[str, str], message: str) -> str:
+        """Describe an answer other than 202, with what it says about the settings."""
         problem = f"answered {status}{': ' if message else ''}{message}"
         if status == 401:
             problem += f" (the key came from {self._key.source})"
@@ -530,6 +522,18 @@ class Target:
             problem += f" - 202 was expected.{redirect} Is {self._flag} the URL of the API?"
         if self.proxy and self.url.startswith("http:"):  # the proxy may answer itself; with TLS it cannot
             problem += f" (through the proxy {self.proxy.name})"
+        return problem
+
+    def _answer(self, status: int, headers: Mapping[str, str], start: bytes, size: int) -> Answer:
+        """Interpret a response to a request of this size by its status, its headers and the start of its body."""
+        outcome = _outcome_of(status)
+        if outcome is Outcome.ACCEPTED:
+            duplicates = headers.get("x-events-duplicate", "")
+            return Answer(outcome, duplicates=int(duplicates) if re.fullmatch("[0-9]{1,9}", duplicates) else 0)
+        is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
+        if is_foreign and outcome is Outcome.REFUSED:
+            outcome = Outcome.BLOCKED
+        problem = self._refusal(status, headers, _error_message(start, self._hider))
         if is_foreign:
             problem += f" - not an error of the API: does a proxy or firewall refuse this request of {size:,} bytes?"
         wait_s = retry_after_s(headers.get("retry-after", ""))

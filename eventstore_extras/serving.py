@@ -1,4 +1,4 @@
-"""What eventstore_extras adds to the command `serve`: flags, operations, and the modules that some flags start."""
+"""Adds to the command `serve`: flags, operations, and the modules that some flags start."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import _sqlite3
 import ctypes
 import gc
 import importlib
-import logging
 import signal
 import socket
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from eventstore import AddFlag, Service, positive
+from eventstore import AddFlag, Service, log, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
 from eventstore_extras.logs import set_up
 
@@ -28,12 +27,14 @@ _MODULES = {  # flag -> the module that it starts
     "mock": "mock", "forward_to": "forward", "retain_days": "retention", "metrics": "metrics"
 }  # fmt: skip
 
-_log = logging.getLogger("eventstore")
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"eventstore_extras.{name}")
 
 
 def add_flags(add: AddFlag) -> None:
     """Add the flags of `serve` that need eventstore_extras."""
-    add("--api-key-file", metavar="FILE", help="a key a line, as for --api-key; comments behind a #; read again on "
+    add("--api-key-file", metavar="FILE", help="one key on a line, as for --api-key; comments after a #; read again on "
         "SIGHUP")  # fmt: skip
     add("--fd", metavar="N", type=int, help="serve on this listening socket, which the parent process has opened; a "
         "socket unit of systemd is found without it")  # fmt: skip
@@ -106,24 +107,20 @@ def _tune_interpreter() -> None:
     gc.set_threshold(10_000)
 
 
+def _on_hangup(service: Service, arguments: Namespace, *_: object) -> None:
+    if not arguments.api_key_file:
+        log.info("SIGHUP is ignored: there is no --api-key-file to read again")
+        return
+    # Use a thread: to add an environment takes the write lock, and the event loop must not wait for it.
+    again = partial(_module("keys").read_again, service, arguments)
+    threading.Thread(target=again, daemon=True).start()
+
+
 def attach(service: Service, arguments: Namespace, address: Any) -> None:
-    """Start what the flags ask for. `address` is the one that the server listens on. Raises StartError."""
+    """Start the modules that the flags name. The server listens on `address`. Raises StartError."""
     for flag, module in _MODULES.items():
         if getattr(arguments, flag):
             _module(module).attach(service, arguments, address)
     _tune_interpreter()
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, partial(_on_hangup, service, arguments))
-
-
-def _on_hangup(service: Service, arguments: Namespace, *_: object) -> None:
-    if not arguments.api_key_file:
-        _log.info("SIGHUP is ignored: there is no --api-key-file to read again")
-        return
-    # Use a thread: a new environment waits for the write lock, and requests must not wait with it.
-    again = partial(_module("keys").read_again, service, arguments)
-    threading.Thread(target=again, daemon=True).start()
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"eventstore_extras.{name}")

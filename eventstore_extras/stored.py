@@ -48,8 +48,8 @@ from eventstore import (
 )
 
 __all__ = [
-    "OwnReader", "StoredRow", "add_filter_flags", "flag_query", "no_events_hint", "open_stored", "select_rows",
-    "stored_events",
+    "OwnReader", "StoredRow", "add_filter_flags", "environment_names", "flag_query", "no_events_hint",
+    "open_stored", "select_rows", "stored_events",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- pages
@@ -58,20 +58,6 @@ _PAGE_EVENTS = 1000
 _PAGE_BYTES = 16 * 1024 * 1024  # a page ends beyond this: a thousand events of 32 MiB would not fit into memory
 _SELECT = f"SELECT {', '.join(Row._fields)}, seq FROM events"
 StoredRow = tuple[int, Row]  # with its seq, the order of arrival
-
-
-def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
-    """Yield the events that match, oldest first, in pages.
-
-    No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
-    """
-    while True:
-        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
-        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
-        if not page:
-            return
-        yield page
-        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
 def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
@@ -86,6 +72,20 @@ def select_rows(conn: sqlite3.Connection, clauses: Sql) -> list[StoredRow]:
             if size_bytes >= _PAGE_BYTES:
                 break
     return page
+
+
+def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[StoredRow]]:
+    """Yield the events that match, oldest first, in pages.
+
+    No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
+    """
+    while True:
+        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
+        if not page:
+            return
+        yield page
+        query = replace(query, after=Cursor(page[-1][1].timestamp_us, page[-1][1].id))
 
 
 def _shutting_down() -> ApiError:
@@ -125,25 +125,15 @@ class OwnReader:
             self._reader.conn.close()
 
 
-def open_stored(path: str) -> sqlite3.Connection:
-    """Open a database that exists, for reading. Neither a writer's lock nor a read-only disk is in the way.
-
-    Raises StartError.
-    """
-    if not os.path.exists(path):
-        raise StartError(f"there is no database {path}: name one with --db")
-    if not os.access(path, os.R_OK):
-        raise StartError(f"cannot read the database {path}: allow it, or name another file with --db")
-    check_path(path)
-    with start_errors(path), ExitStack() as stack:
-        conn = stack.enter_context(closing(_connect_for_reading(real_path(path))))
-        if check_format(conn, path) is None:
-            raise StartError(f"the database {path} is empty: name another one with --db")
-        for pragma in READER_PRAGMAS:
-            conn.execute(pragma)
-        add_functions(conn)
-        stack.pop_all()
-        return conn
+def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
+    uri = f"{Path(path).as_uri()}?mode={mode}"
+    conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
+    except sqlite3.Error:
+        conn.close()
+        raise
+    return conn
 
 
 def _connect_for_reading(path: str) -> sqlite3.Connection:
@@ -160,20 +150,31 @@ def _connect_for_reading(path: str) -> sqlite3.Connection:
     return _connect_uri(path, "ro&immutable=1")  # otherwise SQLite would create a -shm
 
 
-def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
-    conn = sqlite3.connect(
-        f"{Path(path).as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
-    )
-    try:
-        conn.execute("SELECT 1 FROM sqlite_schema").fetchone()  # connecting alone reads nothing
-    except sqlite3.Error:
-        conn.close()
-        raise
-    return conn
+def open_stored(path: str) -> sqlite3.Connection:
+    """Open an existing database for reading, even on a read-only disk. Raises StartError."""
+    if not os.path.exists(path):
+        raise StartError(f"there is no database {path}: name one with --db")
+    if not os.access(path, os.R_OK):
+        raise StartError(f"cannot read the database {path}: allow it, or name another file with --db")
+    check_path(path)
+    with start_errors(path), ExitStack() as stack:
+        conn = stack.enter_context(closing(_connect_for_reading(real_path(path))))
+        if check_format(conn, path) is None:
+            raise StartError(f"the database {path} is empty: name another one with --db")
+        for pragma in READER_PRAGMAS:
+            conn.execute(pragma)
+        add_functions(conn)
+        stack.pop_all()
+        return conn
+
+
+def environment_names(conn: sqlite3.Connection) -> list[str]:
+    """Return the names of the environments, oldest first."""
+    return [name for (name,) in conn.execute("SELECT name FROM environments ORDER BY id")]
 
 
 def no_events_hint(conn: sqlite3.Connection, environment: str) -> str:
-    """Return the end of a summary that found no events: the other environments that have some."""
+    """Return the end of a summary without events: the names of other environments that have some."""
     has_events = "EXISTS (SELECT 1 FROM events WHERE environment = environments.id)"
     names = conn.execute(f"SELECT name FROM environments WHERE {has_events} ORDER BY name")
     others = ", ".join(name for (name,) in names if name != environment)

@@ -19,7 +19,7 @@ __all__ = ["check_known", "detect_format", "read_csv", "read_json", "read_ndjson
 # ---------------------------------------------------------------------------------------------- which format
 
 _UNPACK = "unpack it first, or compress it with gzip"
-_OTHER_FORMATS = {  # how files start that are often mistaken for text
+_OTHER_FORMATS = {  # the first bytes of files that are often mistaken for text
     b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save it as CSV",
     b"\xd0\xcf\x11\xe0": "is a spreadsheet or another Office file: save it as CSV",
     b"\x28\xb5\x2f\xfd": f"is compressed with Zstandard: {_UNPACK}",
@@ -33,7 +33,7 @@ _RECORD_SEPARATOR = b"\x1e"  # before each record of a JSON text sequence (RFC 7
 
 
 def check_known(head: bytes) -> None:
-    """Raises InputError if a file starts like one of another format."""
+    """Raise InputError if a file starts like one of another format."""
     for start, problem in _OTHER_FORMATS.items():
         if head.startswith(start):
             raise InputError(None, problem)
@@ -56,8 +56,8 @@ def _line_end(stream: Stream) -> bytes:
 
 # ---------------------------------------------------------------------------------------------- NDJSON
 
-_LINE_OVERHEAD_BYTES = 1024  # an exported line names every field, which makes it longer than the event was when sent
-_MANY_BLANK = 1000  # empty lines, after which more are expected
+_LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it may be longer than the event that was sent
+_MANY_BLANK = 1000  # after this many empty lines, skip those that follow without reading each
 
 
 def read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
@@ -94,18 +94,8 @@ _ANY = msgspec.json.Decoder(Raw)
 _KEY = msgspec.json.Decoder(str)
 
 
-def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
-
-    Raises InputError if the file is not JSON, after the events before that.
-    """
-    for index, (line, content) in enumerate(_JsonText(stream).events()):
-        is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
-        yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
-
-
 class _JsonText:
-    """JSON that is read as it arrives: each method takes something from its start."""
+    """JSON that is read as it arrives. Each method takes the text that it returns, or yields, from the start."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -153,7 +143,7 @@ class _JsonText:
             yield self._line, self._value()
 
     def _members(self, opening: bytes, closing: bytes) -> Iterator[None]:
-        """Take an array or an object; yield where a member starts, which the caller takes."""
+        """Take an array or an object. Yields before each member, which the caller must take."""
         self._expect(opening)
         is_empty = self._next_byte() == closing
         while not is_empty:
@@ -220,7 +210,7 @@ class _JsonText:
         return taken
 
     def _read_more(self) -> bool:
-        """Read more, at least as much as there is: a value is looked at again each time. False at the end."""
+        """Read as much as there is, or more: each time, an unfinished value is decoded again. False at the end."""
         rest = self._text[self._at :]
         if len(rest) > _MAX_VALUE_BYTES:
             raise InputError(self._line, f"a value is longer than {_MAX_VALUE_BYTES >> 20} MB")
@@ -236,34 +226,21 @@ class _JsonText:
         return InputError(line, f"is not valid JSON: JSON is malformed: {reason}")
 
 
+def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
+    """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
+
+    Raises InputError if the file is not JSON, after the events before that.
+    """
+    for index, (line, content) in enumerate(_JsonText(stream).events()):
+        is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES
+        yield Entry(line, content, f"is longer than {limit_bytes} bytes" if is_long else "", index)
+
+
 # ---------------------------------------------------------------------------------------------- CSV
 
 _MAX_CELLS = 10_000
 _CELL = re.compile(rb',("(?:[^"]++|"")*+"?)?')  # the comma before a cell, and its text if it is in quotes
 _REST_OF_CELL = re.compile(rb'(?:[^"]++|"")*+"?')  # in quotes that were opened in a line before
-
-
-def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
-    """Yield the rows of a CSV file without the cells that are empty or NULL. Blank rows are skipped."""
-    csv.field_size_limit(limit_bytes)
-    lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
-    reader = csv.reader(lines, strict=True)
-    columns: list[str] = []
-    while True:
-        lines.begin_row()
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # an open quote takes in the lines that follow, so none of them can be read
-            raise InputError(lines.row_line, f"cannot be read as CSV: {_csv_problem(str(error))}") from error
-        if cells is None:
-            return
-        if not any(map(str.strip, cells)):
-            continue
-        if columns:
-            yield _csv_entry(lines.row_line, columns, cells)
-        else:
-            columns = _without_blank_end(cells, 0)
-            check_columns([name for name in columns if name.strip()], lines.row_line)
 
 
 def _csv_problem(reason: str) -> str:
@@ -275,7 +252,7 @@ def _csv_problem(reason: str) -> str:
 
 
 def _without_blank_end(cells: list[str], least: int) -> list[str]:
-    """Remove blank cells from the end of a row, but keep at least so many: tables often end in empty columns."""
+    """Remove blank cells from the end of a row until `least` are left: tables often end in empty columns."""
     while len(cells) > least and not cells[-1].strip():
         cells.pop()
     return cells
@@ -293,6 +270,16 @@ def _csv_entry(line: int, columns: list[str], cells: list[str]) -> Entry:
         return Entry(line, {str(number): cell for number, cell in enumerate(cells)}, problem)
     values = csv_values(columns, cells)
     return Entry(line, {name: cell for name, cell in values.items() if name.strip()} if unnamed else values)
+
+
+def _cells_in(line: bytes, is_first: bool) -> int:
+    """Count the cells that begin in a line, up to one more than the limit."""
+    if is_first:
+        found = _CELL.finditer(b"," + line)
+    else:
+        rest = _REST_OF_CELL.match(line)
+        found = _CELL.finditer(line, rest.end() if rest else 0)
+    return sum(1 for _ in islice(found, _MAX_CELLS + 1))
 
 
 class _CsvLines:
@@ -321,14 +308,14 @@ class _CsvLines:
         if not is_whole or self._bytes > self._limit_bytes:
             raise InputError(self.row_line, f"is longer than {self._limit_bytes} bytes")
         self._commas += line.count(b",")
-        if self._commas >= _MAX_CELLS:  # most are inside quotes, as a rule: count those that end cells
+        if self._commas >= _MAX_CELLS:  # most commas may be in quotes: count those between cells
             self._cells += _cells_in(line, is_first)
             if self._cells > _MAX_CELLS:
                 raise InputError(self.row_line, f"has more than {_MAX_CELLS} cells")
         return line.decode(errors="surrogateescape")
 
     def _next_line(self) -> tuple[bytes, bool]:
-        """Return the next line, but no empty one between two rows."""
+        """Return the next line. Skips empty lines between rows."""
         blank = 0
         while True:
             line, is_whole = self._lines.line()
@@ -339,11 +326,24 @@ class _CsvLines:
                 self._lines.skip_blank()
 
 
-def _cells_in(line: bytes, is_first: bool) -> int:
-    """Count the cells that begin in a line, up to a few too many."""
-    if is_first:
-        found = _CELL.finditer(b"," + line)
-    else:
-        rest = _REST_OF_CELL.match(line)
-        found = _CELL.finditer(line, rest.end() if rest else 0)
-    return sum(1 for _ in islice(found, _MAX_CELLS + 1))
+def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
+    """Yield the rows of a CSV file without the cells that are empty or NULL. Blank rows are skipped."""
+    csv.field_size_limit(limit_bytes)
+    lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
+    reader = csv.reader(lines, strict=True)
+    columns: list[str] = []
+    while True:
+        lines.begin_row()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # an open quote includes the lines that follow, so none of them can be read
+            raise InputError(lines.row_line, f"cannot be read as CSV: {_csv_problem(str(error))}") from error
+        if cells is None:
+            return
+        if not any(map(str.strip, cells)):
+            continue
+        if columns:
+            yield _csv_entry(lines.row_line, columns, cells)
+        else:
+            columns = _without_blank_end(cells, 0)
+            check_columns([name for name in columns if name.strip()], lines.row_line)

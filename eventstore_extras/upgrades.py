@@ -1,4 +1,4 @@
-"""Upgrade a database file of an older format: in place, and in one transaction.
+"""Upgrades a database file of an older format, in place and in one transaction.
 
 A crash, a kill or a power cut leaves the file in the old format or in the new one. The next start begins again.
 """
@@ -37,29 +37,12 @@ _HANDLER_INSTRUCTIONS = 100_000
 _ENTRY_BYTES = 20  # of an index entry, without its texts
 
 
-def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
-    """Upgrade the file from format 1 or later to `version`. Do nothing if another process has upgraded it.
-
-    Raises StartError, and leaves the file as it is, if the disk is too small, if another process writes to the file, or
-    if SQLite fails.
-    """
-    started_s = time.monotonic()
-    try:
-        conn.execute("BEGIN IMMEDIATE")
-        (found,) = conn.execute("PRAGMA user_version").fetchone()
-        if found < version:
-            _check_space(conn, path, version)
-            _run_steps(conn, path, found, version)
-        conn.execute("COMMIT")
-    except sqlite3.Error as error:
-        reason = _REASONS.get(error.sqlite_errorcode & 0xFF, str(error))
-        raise StartError(f"{path} was not upgraded to format {version} and is unchanged: {reason}") from error
-    finally:
-        if conn.in_transaction:
-            conn.execute("ROLLBACK")
-    if found < version:
-        taken_s = time.monotonic() - started_s
-        _report(f"upgraded {path} to format {version} in {taken_s:.1f} s; older versions cannot open it any more")
+def _report(message: str) -> None:
+    """Log a line, or print it if logging is not set up, as in commands."""
+    if log.hasHandlers():
+        log.info("%s", message)
+    else:
+        say(message)
 
 
 def _run_steps(conn: sqlite3.Connection, path: str, found: int, version: int) -> None:
@@ -87,7 +70,7 @@ def _run_steps(conn: sqlite3.Connection, path: str, found: int, version: int) ->
 
 
 class _Space(NamedTuple):
-    """What the upgrade needs on the disk, in bytes."""
+    """The bytes that the upgrade needs on the disk."""
 
     wal: float
     sort: float  # SQLite's temporary files
@@ -105,6 +88,17 @@ def _space_needed(conn: sqlite3.Connection) -> _Space:
     return _Space(wal, 2 * (max(customers, names) + _ENTRY_BYTES * events))
 
 
+def _disk_of(folder: str) -> int:
+    return os.stat(folder).st_dev
+
+
+def _sort_folder() -> str:
+    """Return the folder of SQLite's temporary files."""
+    folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp")  # noqa: S108
+    usable = (folder for folder in folders if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK))
+    return next(usable, tempfile.gettempdir())
+
+
 def _check_space(conn: sqlite3.Connection, path: str, version: int) -> None:
     """Raise StartError if the upgrade is unlikely to fit on the disk."""
     space = _space_needed(conn)
@@ -118,20 +112,26 @@ def _check_space(conn: sqlite3.Connection, path: str, version: int) -> None:
             raise StartError(f"{path} is unchanged: to upgrade it to format {version} takes {amounts}: make room there")
 
 
-def _disk_of(folder: str) -> int:
-    return os.stat(folder).st_dev
+def upgrade(conn: sqlite3.Connection, path: str, version: int) -> None:
+    """Upgrade the file from format 1 or later to `version`. Do nothing if another process has upgraded it.
 
-
-def _sort_folder() -> str:
-    """Return the folder of SQLite's temporary files."""
-    folders = (os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp")  # noqa: S108
-    usable = (folder for folder in folders if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK))
-    return next(usable, tempfile.gettempdir())
-
-
-def _report(message: str) -> None:
-    """Log a line, or print it if logging is not set up, as in commands."""
-    if log.hasHandlers():
-        log.info("%s", message)
-    else:
-        say(message)
+    Raises StartError, and leaves the file as it is, if the disk is too small, if another process writes to the file, or
+    if SQLite fails.
+    """
+    started_s = time.monotonic()
+    try:
+        conn.execute("BEGIN IMMEDIATE")
+        (found,) = conn.execute("PRAGMA user_version").fetchone()
+        if found < version:
+            _check_space(conn, path, version)
+            _run_steps(conn, path, found, version)
+        conn.execute("COMMIT")
+    except sqlite3.Error as error:
+        reason = _REASONS.get(error.sqlite_errorcode & 0xFF, str(error))
+        raise StartError(f"{path} was not upgraded to format {version} and is unchanged: {reason}") from error
+    finally:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
+    if found < version:
+        taken_s = time.monotonic() - started_s
+        _report(f"upgraded {path} to format {version} in {taken_s:.1f} s; older versions cannot open it any more")

@@ -81,7 +81,7 @@ from eventstore_extras.openapi import (
 __all__ = [
     "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
     "UsageQuery", "Windows", "add_text_hash", "aggregate", "check_aggregation", "check_positive", "number_sql",
-    "select_cells", "shares_of", "spans_of_range", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
+    "select_cells", "shares_of", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
 ]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
@@ -171,7 +171,7 @@ class UsageIn(Struct, forbid_unknown_fields=True):
 
 
 class UsageQuery(Selection, frozen=True, kw_only=True):
-    """A checked request: what to aggregate, and into which windows (API: Usage). The end is exclusive."""
+    """A checked request: the aggregation, its events and its windows (API: Usage). The end is exclusive."""
 
     aggregation: str = "COUNT"
     property_name: str = ""
@@ -188,7 +188,7 @@ check_aggregation = one_of(*AGGREGATIONS)
 
 
 def check_positive(value: str | float) -> float:
-    """Convert a number, or its text. Raises FieldError if it is not above 0 or too large for a 64-bit float."""
+    """Convert a number or its text. Raises FieldError if it is not above 0, or too large for a 64-bit float."""
     if not (DECIMAL.fullmatch(str(value)) and 0 < float(value) < math.inf):
         sent = quoted(value) if isinstance(value, str) else f"{value:.15g}"
         raise FieldError("out_of_range", f"must be a decimal number greater than 0, got {sent}")
@@ -196,7 +196,7 @@ def check_positive(value: str | float) -> float:
 
 
 def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
-    """Return the multiplier of SUM_WITH_MULTIPLIER; 1 for all other types."""
+    """Return the multiplier, 1 by default. Records a fault if another type than SUM_WITH_MULTIPLIER has one."""
     is_given = sent.multiplier not in (None, "")
     if kind != "SUM_WITH_MULTIPLIER" and is_given and kind:
         faults.add("multiplier", "invalid_format", f"goes with SUM_WITH_MULTIPLIER only, not with {kind}")
@@ -204,7 +204,7 @@ def _usage_multiplier(sent: UsageIn, kind: str | None, faults: Faults) -> float:
 
 
 def _without_effect(sent: UsageIn) -> Iterator[str]:
-    """Yield the fields that are sent and change nothing, because of what another field is or lacks."""
+    """Yield the fields that are sent but change nothing, because of the value or the absence of another field."""
     kind = (sent.aggregation_type or "").upper() if sent.property_name else "COUNT"
     is_bucketed = bool(sent.bucket_size) and kind in ("MAX", "SUM")
     size = sent.bucket_size if is_bucketed else sent.window_size
@@ -306,7 +306,7 @@ def sum_of(value: Sql | str, condition: str = "") -> str:
 
 
 def _cell_sql(query: UsageQuery) -> Sql:
-    """Build the SELECT of one span's aggregate, which is NULL for a span without events."""
+    """Build the SELECT that returns one span's aggregate, NULL for a span without events."""
     text = unique_sql("property", query.property_name)
     number = number_sql("number", query.property_name)
     where = matching(query)
@@ -391,7 +391,7 @@ def usage_answer(query: UsageQuery, spans: Sequence[Span], cells: Sequence[Any])
 # ---------------------------------------------------------------------------------------------- Computing
 
 
-def spans_of_range(start_us: int, end_us: int) -> list[Span]:
+def _spans_of_range(start_us: int, end_us: int) -> list[Span]:
     """Split a range into one span for each reader thread."""
     cuts = [start_us + (end_us - start_us) * i // READER_THREADS for i in range(READER_THREADS + 1)]
     return [Span(start, end, start_us) for start, end in itertools.pairwise(cuts)]
@@ -409,11 +409,11 @@ def _spans(query: UsageQuery) -> list[Span]:
     if query.windows:
         buckets_field = "meter_id" if query.is_of_meter else "bucket_size"
         return query.windows.spans(query.start_us, query.end_us, buckets_field if query.bucketed else "window_size")
-    if query.group_property:  # undivided, because a group's maximum in the range is that of one part of it
+    if query.group_property:  # undivided: the maxima of a group in two parts would both be added
         start_us = MIN_TIME_US if query.lifetime else query.start_us
         return [Span(start_us, query.end_us, start_us)]
     earlier = [Span(MIN_TIME_US, query.start_us, MIN_TIME_US)] if query.lifetime else []
-    return [*earlier, *spans_of_range(query.start_us, query.end_us)]
+    return [*earlier, *_spans_of_range(query.start_us, query.end_us)]
 
 
 def select_cells(conn: sqlite3.Connection, query: UsageQuery, spans: Sequence[Span]) -> list[Any]:

@@ -244,6 +244,16 @@ def command_line(*arguments: object) -> int:
         signal.signal(signal.SIGTERM, handler)
 
 
+def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must not start: exit status 2, no output, and one line on standard error. Return the line."""
+    capsys.readouterr()
+    assert command_line(*arguments) == 2
+    output, message = capsys.readouterr()
+    assert output == ""
+    assert re.fullmatch(r"eventstore: .+\n", message)
+    return message
+
+
 def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
     output, errors = io.StringIO(), io.StringIO()

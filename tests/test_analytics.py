@@ -480,7 +480,7 @@ def test_feature_ids_select_the_meters_of_these_features(few: httpx.Client) -> N
         assert analytics(few, **RANGE, feature_ids=nothing) == []
 
 
-def test_which_of_several_features_names_a_meter(tmp_path: Path) -> None:
+def test_a_requested_then_a_published_then_the_oldest_feature_names_a_meter(tmp_path: Path) -> None:
     clock = Mock(return_value=NOW)
     with metering(tmp_path, clock=clock) as client:
         store(client, *FEW)

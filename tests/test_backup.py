@@ -1,4 +1,4 @@
-"""The command `backup`: what the copy holds, what it refuses, and kills of the server and of the backup."""
+"""The command `backup`: the copy's contents, refusals, failures, and kills of the server and of the backup."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -21,7 +20,6 @@ from eventstore_extras import backup
 from eventstore_extras.forward import forward_progress_path
 from helpers import (
     KEY,
-    ROOT,
     SCRIPT,
     STAGING_KEY,
     Live,
@@ -32,6 +30,8 @@ from helpers import (
     imported,
     lines_of,
     metering,
+    python,
+    refused_in_one_line,
     run,
     serving,
     sizes_in,
@@ -137,20 +137,13 @@ def test_a_backup_that_cannot_start_says_why_in_one_line_and_changes_nothing(
         (tmp_path / name).write_text("old")
     before = sizes_in(tmp_path)
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert command_line("backup", "--db", *arguments.split()) == 2
-    output, message = capsys.readouterr()
-    assert (output, re.fullmatch(r"eventstore: .+\n", message) is not None) == ("", True), message
-    assert part in message
+    assert part in refused_in_one_line(capsys, "backup", "--db", *arguments.split())
     assert sizes_in(tmp_path) == before
 
 
-STOPS = [  # what is changed in the module, what the message says
-    (
-        "_copy",
-        Mock(side_effect=sqlite3.OperationalError("database or disk is full")),
-        "cannot copy .*: database or disk is full; no",
-    ),
+DISK_IS_FULL = sqlite3.OperationalError("database or disk is full")
+STOPS = [  # the name to replace in the module, its replacement, the message
+    ("_copy", Mock(side_effect=DISK_IS_FULL), "cannot copy .*: database or disk is full; no"),
     ("_copy", Mock(side_effect=KeyboardInterrupt), "interrupted"),
     ("_copy", Mock(), "the copy is damaged, so it was removed: no such table: events; check the disk"),
     ("_COUNTS", "SELECT random()", "the copy has .* instead of .*, so it was removed; check the disk"),
@@ -221,45 +214,41 @@ def check_copy(path: Path, acknowledged: list[str]) -> None:
     assert set(acknowledged) <= stored
 
 
+BACKUP = (*map(str, SCRIPT), "backup", "copy.db", "--force")
+KILLED_BACKUP = """
+import os, signal, sys, eventstore
+from eventstore_extras import backup
+backup._STEP_PAGES = 10
+copied = backup._copy
+backup._copy = lambda source, path, _: copied(source, path, lambda size: os.kill(os.getpid(), signal.SIGKILL))
+eventstore.main(["backup", "copy.db", "--force"])
+"""
+
+
+def check_backup(folder: Path, acknowledged: list[str]) -> None:
+    """Back up folder/events.db, and check the copy."""
+    done = run(*BACKUP, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    check_copy(folder / "copy.db", acknowledged)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs kill -9")
-def test_copies_hold_what_was_acknowledged_before_through_load_and_kills(tmp_path: Path) -> None:
-    """Servers and backups are killed in turn; what a killed backup left is removed by the next one."""
+def test_copies_hold_acknowledged_events_despite_kills_under_load(tmp_path: Path) -> None:
+    """Kill backups and servers in turn. Each backup removes what a killed one left."""
     before: list[str] = []
-    killed_backups = 0
     for number in range(4):
         with Live(tmp_path, "--api-key", KEY) as live, sending(live, f"run {number}") as acknowledged:
             eventually(lambda sent=acknowledged: len(sent) >= 1000)  # type: ignore[misc]
             expected = before + acknowledged[:]
-            done = run(*SCRIPT, "backup", "copy.db", "--force", cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-            check_copy(tmp_path / "copy.db", expected)
-            code = """if True:
-                import os, signal, sys, eventstore
-                from eventstore_extras import backup
-                backup._STEP_PAGES = 10
-                copied = backup._copy
-                backup._copy = lambda source, path, advance: copied(source, path, lambda size: os.kill(os.getpid(), signal.SIGKILL))
-                eventstore.main(["backup", "copy.db", "--force"])
-            """
-            environ = os.environ | {"PYTHONPATH": str(ROOT)}
-            killed = run(sys.executable, "-c", code, cwd=tmp_path, env=environ)
-            killed_backups += killed.returncode == -signal.SIGKILL
+            check_backup(tmp_path, expected)
+            assert python(KILLED_BACKUP, cwd=tmp_path).returncode == -signal.SIGKILL
             assert len(list(tmp_path.glob("copy.db.*.tmp"))) == 1
             check_copy(tmp_path / "copy.db", expected)  # the older copy
-            last = subprocess.Popen(
-                [*map(str, SCRIPT), "backup", "copy.db", "--force"], cwd=tmp_path, stderr=subprocess.PIPE
-            )
-            expected = before + acknowledged[:]
-            live.stop(signal.SIGKILL)
-            assert last.wait(60) == 0, last.communicate()
-            last.communicate()
-            check_copy(tmp_path / "copy.db", before)
+            with subprocess.Popen(BACKUP, cwd=tmp_path, stderr=subprocess.PIPE) as last:
+                live.stop(signal.SIGKILL)
+                assert last.wait(60) == 0, last.communicate()
+            check_copy(tmp_path / "copy.db", expected)
         before += acknowledged
-        done = run(
-            *SCRIPT, "backup", "copy.db", "--force", cwd=tmp_path
-        )  # of the database as the killed server left it
-        assert done.returncode == 0, done.stderr
-        check_copy(tmp_path / "copy.db", before)
+        check_backup(tmp_path, before)  # of the database as the killed server left it
         assert list(tmp_path.glob("copy.db?*")) == []
-    assert killed_backups == 4

@@ -1,4 +1,4 @@
-"""The command line: what serve says and refuses, where keys come from, what it leaves behind."""
+"""The command line: the banner and messages of `serve`, the values it refuses, and the files it leaves behind."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ CANNOT_START = [  # flags, what the message names
 
 @pytest.mark.slow
 @table(("flags", "part"), CANNOT_START)
-def test_what_cannot_start_says_why_in_one_line_and_exits_with_2(tmp_path: Path, flags: str, part: str) -> None:
+def test_serve_says_in_one_line_why_it_cannot_start_and_exits_with_2(tmp_path: Path, flags: str, part: str) -> None:
     (tmp_path / "text.db").write_text(TEXT_FILE)
     (tmp_path / "folder").mkdir()
     (tmp_path / "sealed").mkdir(mode=0o555)
@@ -130,7 +130,7 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
 
 
-def test_a_flag_that_is_nearly_one_is_answered_with_it(tmp_path: Path) -> None:
+def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:
     done = refusal(tmp_path, "serve", "--prot", "9")
     assert done.returncode == 2
     assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr

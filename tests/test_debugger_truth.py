@@ -175,7 +175,9 @@ def test_without_site_data_the_page_keeps_key_and_zone_in_memory(debugger: Debug
 
 @needs_browser
 @table("view", ["events", "usage"])
-def test_a_server_that_hangs_is_noticed_and_its_return_as_well(own: Live, browser: Debugger, view: str) -> None:
+def test_the_page_notices_that_a_server_hangs_and_that_it_answers_again(
+    own: Live, browser: Debugger, view: str
+) -> None:
     store(browser.client, event("before", timestamp=ago(5)))
     browser.shows("before")
     browser.click(f"#show-{view}")
@@ -216,7 +218,7 @@ FROM_PROXIES = {
 
 @needs_browser
 @table("kind", FROM_PROXIES)
-def test_an_answer_that_is_not_the_servers_does_not_end_polling(debugger: Debugger, proxy: Proxy, kind: str) -> None:
+def test_an_answer_from_a_proxy_does_not_end_polling(debugger: Debugger, proxy: Proxy, kind: str) -> None:
     store(debugger.client, event("before", timestamp=ago(5)))
     debugger.shows("before")
     before = places(debugger, "#events", "#rows", "#bars")
@@ -232,7 +234,7 @@ def test_an_answer_that_is_not_the_servers_does_not_end_polling(debugger: Debugg
 
 
 @needs_browser
-def test_a_single_lost_answer_is_not_worth_a_notice(debugger: Debugger, proxy: Proxy) -> None:
+def test_a_single_lost_answer_shows_no_notice(debugger: Debugger, proxy: Proxy) -> None:
     store(debugger.client, event("a", timestamp=ago(5)))
     debugger.shows("a")
     changes = "(window.changes = [], new MutationObserver(() => changes.push(1)).observe(document.getElementById('notice'), { childList: true, subtree: true }))"

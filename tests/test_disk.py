@@ -1,4 +1,4 @@
-"""What the operator is told about the disk and the file: /health, the log, links and relative paths."""
+"""The disk and the database file: what /health and the log report, links, and relative paths."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_a_failure_is_shown_rather_than_a_warning(tmp_path: Path, disk: Any, mon
         assert health(client) == (503, "failing")
 
 
-# ---------------------------------------------------------------------------------------------- bugs are no failures
+# ---------------------------------------------------------------------------------------------- bugs
 
 
 def fail_with(error: Exception) -> Callable[[sqlite3.Connection], None]:

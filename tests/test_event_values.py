@@ -1,4 +1,4 @@
-"""What an event's fields and properties may hold, and what a batch with odd fields costs the others."""
+"""Values of an event's fields and properties, and the cost of a batch with odd fields."""
 
 from __future__ import annotations
 

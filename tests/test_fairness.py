@@ -1,4 +1,4 @@
-"""What one client can do to another: shares of the limits, turns, and work that nobody waits for."""
+"""Fairness between clients: shares of the limits, turns in the queues, and requests whose client is gone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OTHER = "other-key"
 TWO_KEYS = ("--api-key", KEY, "--api-key", OTHER)
 
 
-def test_a_key_that_comes_later_finds_room_and_the_sum_stays_below_four_thirds(choose: random.Random) -> None:
+def test_a_new_key_finds_room_and_all_keys_stay_below_four_thirds_of_the_limit(choose: random.Random) -> None:
     shares = Shares(1_000_000)
     taken: list[tuple[bytes, int]] = []
     for _ in range(3000):
@@ -59,7 +59,7 @@ def test_a_key_that_comes_later_finds_room_and_the_sum_stays_below_four_thirds(c
     assert (shares.total, dict(shares._used)) == (0, {})
 
 
-def test_one_key_alone_may_use_the_whole_limit_and_one_request_alone_more(choose: random.Random) -> None:
+def test_one_key_alone_may_use_the_whole_limit_and_one_request_alone_more() -> None:
     shares = Shares(100)
     assert [shares.take(b"a", 50), shares.take(b"a", 50), shares.take(b"a", 1)] == [True, True, False]
     shares.give_back(b"a", 100)
@@ -77,19 +77,18 @@ def held_back(live: Live, key: str, size: int) -> socket.socket:
     return sock
 
 
-def test_a_key_that_holds_bodies_back_gets_the_503_and_another_key_none(tmp_path: Path) -> None:
+def test_only_the_key_that_holds_bodies_back_gets_a_503(tmp_path: Path) -> None:
     with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "1000000") as live, ExitStack() as stack:
         held = [stack.enter_context(held_back(live, KEY, 150_000)) for _ in range(6)]
-        eventually(lambda: held_bytes(live, KEY) == 503)
+        eventually(lambda: status_of_large_event(live, KEY) == 503)
         with live.client(OTHER) as other:
             for number in range(20):
                 assert store(other, event(f"{number}", properties={"text": "x" * 50_000})).status_code == 202
-        for sock in held[:1]:
-            sock.sendall(b"}")
-            assert answer_on(sock).status_code == 202
+        held[0].sendall(b"}")
+        assert answer_on(held[0]).status_code == 202
 
 
-def held_bytes(live: Live, key: str) -> int:
+def status_of_large_event(live: Live, key: str) -> int:
     with live.client(key) as client:
         return client.post("/v1/events", json=event(properties={"text": "x" * 150_000})).status_code
 
@@ -140,7 +139,7 @@ async def of_key(key: bytes, call: Callable[[], Any]) -> Any:
     return await call()
 
 
-def test_a_key_that_fills_the_queue_gets_the_503_and_another_key_none(tmp_path: Path) -> None:
+def test_only_the_key_that_fills_the_queue_gets_a_503(tmp_path: Path) -> None:
     async def flood(made: Store) -> tuple[list[Any], list[Any]]:
         with locked(tmp_path):
             batches = [rows_of_batch(made, f"a{number}", 1000) for number in range(15)]
@@ -213,13 +212,16 @@ def test_a_commit_is_short_if_its_events_are_long(tmp_path: Path) -> None:
     assert groups.sizes == [20, 40, 40, 40]  # 16 MB in each
 
 
+async def noted(order: list[str], name: str, call: Callable[[], Any]) -> None:
+    """Await a call with the key that the name begins with; then append the name."""
+    as_key(name[:1].encode())
+    await call()
+    order.append(name)
+
+
 def test_batches_of_two_keys_are_committed_in_turns(tmp_path: Path) -> None:
     order: list[str] = []
-
-    async def note(name: str, call: Callable[[], Any]) -> None:
-        as_key(name[:1].encode())
-        await call()
-        order.append(name)
+    note = partial(noted, order)
 
     async def flood(made: Store) -> None:
         with locked(tmp_path):
@@ -240,11 +242,7 @@ def test_batches_of_two_keys_are_committed_in_turns(tmp_path: Path) -> None:
 
 def test_operations_are_grouped_and_take_turns_with_events(tmp_path: Path) -> None:
     order: list[str] = []
-
-    async def note(name: str, call: Callable[[], Any]) -> None:
-        as_key(name[:1].encode())
-        await call()
-        order.append(name)
+    note = partial(noted, order)
 
     async def flood(made: Store) -> None:
         with locked(tmp_path):
@@ -467,7 +465,7 @@ def test_a_pool_that_closes_ends_running_queries_and_refuses_the_others(tmp_path
 # ---------------------------------------------------------------------------------------------- turns
 
 
-def test_keys_take_turns_at_a_lock(choose: random.Random) -> None:
+def test_keys_take_turns_at_a_lock() -> None:
     order: list[bytes] = []
 
     async def hold(turn: Turn, key: bytes) -> None:
@@ -517,7 +515,7 @@ def test_a_lock_is_held_by_one_and_passed_on_although_some_that_wait_are_cancell
 
 
 @table("call", ["value_text(?)", "property_text(?, 'a')", "property_number(?, 'a')"])
-def test_a_function_over_long_properties_looks_at_the_deadline(tmp_path: Path, call: str) -> None:
+def test_a_function_over_long_properties_ends_at_the_deadline(tmp_path: Path, call: str) -> None:
     with opened(tmp_path):
         reader = Reader(str(tmp_path / "events.db"))
         long = json.dumps({"a": "x" * 100_000})

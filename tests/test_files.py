@@ -240,7 +240,7 @@ CLOSED = [  # what is closed, the command, its exit status, and what standard ou
 @pytest.mark.slow
 @posix
 @table(("closed", "command", "status", "output", "message"), CLOSED)
-def test_closed_standard_files_do_no_harm(
+def test_commands_work_with_closed_standard_files(
     tmp_path: Path, closed: str, command: str, status: int, output: str, message: str
 ) -> None:
     imported(tmp_path, lines_of(event("a")))

@@ -325,7 +325,7 @@ FOREIGN_ERRORS = {
 
 @pytest.mark.slow
 @table("body", API_ERRORS.values(), ids=API_ERRORS)
-def test_the_apis_own_error_sets_the_refused_event_aside(tmp_path: Path, body: bytes) -> None:
+def test_the_apis_own_error_puts_the_refused_event_aside(tmp_path: Path, body: bytes) -> None:
     def refuse(handler: Handler, ids: list[str]) -> bool:
         return "00001" in ids and reply(handler, 400, body)
 
@@ -340,7 +340,7 @@ def test_the_apis_own_error_sets_the_refused_event_aside(tmp_path: Path, body: b
 @pytest.mark.slow
 @table("status", [400, 413, 422])
 @table("body", FOREIGN_ERRORS.values(), ids=FOREIGN_ERRORS)
-def test_a_refusal_that_is_not_the_apis_blocks_and_no_event_is_set_aside(
+def test_a_refusal_that_is_not_the_apis_blocks_and_no_event_is_put_aside(
     tmp_path: Path, caplog: Logs, status: int, body: bytes
 ) -> None:
     trick = answering(status, body)
@@ -518,7 +518,7 @@ def test_the_end_of_an_outage_in_which_no_connection_was_accepted_is_logged(capl
     assert "; 5 events sent since" in caplog.text
 
 
-def test_an_outage_that_lasts_beyond_the_end_of_the_server_is_not_said_to_be_over(caplog: Logs) -> None:
+def test_an_outage_that_outlasts_the_server_is_not_reported_as_over(caplog: Logs) -> None:
     caplog.set_level(logging.INFO, "eventstore")
     with FakeTarget(answering(503)) as target, forwarding(target) as (_, client):
         store(client, event("a"))
@@ -580,7 +580,7 @@ def test_forwarding_and_its_lag_do_not_wait_behind_queries(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @table("status", [400, 413, 422])
-def test_each_refused_event_is_set_aside_and_the_others_are_sent(tmp_path: Path, caplog: Logs, status: int) -> None:
+def test_each_refused_event_is_put_aside_and_the_others_are_sent(tmp_path: Path, caplog: Logs, status: int) -> None:
     poison = ("00000", "00333", "00334", "00999")
     path = str(tmp_path / "events.db")
     with FakeTarget(refusing(status, *poison)) as target:

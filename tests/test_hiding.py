@@ -1,4 +1,4 @@
-"""Secrets in texts that a target wrote: hidden before the texts are cut."""
+"""Secrets in a target's texts are hidden before the texts are cut."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def mock() -> Iterator[MockServer]:
 
 @table("path", ["/v1/events", "/_mock/faults", "/health", "/openapi.json", "/", "/v1/nothing"])
 @table("header", ["host", "origin"])
-def test_a_mock_refuses_requests_of_another_site(mock: MockServer, path: str, header: str) -> None:
+def test_a_mock_refuses_requests_from_another_site(mock: MockServer, path: str, header: str) -> None:
     value = {"host": "evil.example:8080", "origin": "http://evil.example"}[header]
     headers = {"x-api-key": mock.api_key, header: value}
     for method in ("GET", "POST", "DELETE"):
@@ -106,12 +106,12 @@ def of_host(live: Live, host: str) -> int:
     ],
     ids=str,
 )  # fmt: skip
-def test_only_a_mock_looks_at_the_host(tmp_path: Path, flags: Sequence[str], statuses: dict[str, int]) -> None:
+def test_only_a_mock_checks_the_host(tmp_path: Path, flags: Sequence[str], statuses: dict[str, int]) -> None:
     with Live(tmp_path, "--api-key", KEY, *flags) as live:
         assert {host: of_host(live, host) for host in statuses} == statuses
 
 
-def test_serve_refuses_a_host_that_is_none(tmp_path: Path) -> None:
+def test_serve_refuses_an_allowed_host_that_no_header_can_name(tmp_path: Path) -> None:
     done = run(*SCRIPT, "serve", "--mock", "--port", "0", "--api-key", KEY, "--allow-host", "http://mock", cwd=tmp_path)
     problem = '--allow-host must be a name or an address without scheme and port, got "http://mock"'
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"eventstore: {problem}\n")

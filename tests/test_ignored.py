@@ -77,9 +77,8 @@ def test_unknown_names_are_listed_whether_the_request_is_accepted_or_refused(
         response = api.request(method, path, json=body or None)
     assert ignored(response) == names, response.text
     request_name = f"{method} {path.partition('?')[0]}"
-    assert [f'{request_name}: "{name}" is ignored, it is unknown' in caplog.text for name in names] == [True] * len(
-        names
-    )
+    for name in names:
+        assert f'{request_name}: "{name}" is ignored, it is unknown' in caplog.text
 
 
 def api_logging_again(client: Any, caplog: pytest.LogCaptureFixture) -> Any:
@@ -130,7 +129,7 @@ def test_known_names_without_effect_are_listed_as_well(
     assert [fault["field"] for fault in refused(response)["errors"]] == names
 
 
-def test_a_plain_request_has_no_such_header(api: httpx.Client) -> None:
+def test_an_answer_to_known_names_has_no_x_ignored_header(api: httpx.Client) -> None:
     for response in (api.post("/v1/events", json=event()), api.get("/v1/events"), api.get("/"), api.get("/nowhere")):
         assert "x-ignored" not in response.headers
 
@@ -159,9 +158,8 @@ def test_a_missing_required_field_is_suggested_for_a_name_that_resembles_it(api:
 
 def test_a_strict_server_stores_nothing_of_a_batch_with_an_unknown_field(strict: httpx.Client) -> None:
     with stores_nothing(strict):
-        refused(
-            strict.post("/v1/events/bulk", json={"events": [event("a"), event("b") | {"x": 1}]}), part='"x" is unknown'
-        )
+        response = strict.post("/v1/events/bulk", json={"events": [event("a"), event("b") | {"x": 1}]})
+        refused(response, part='"x" is unknown')
 
 
 def test_the_flag_strict_sets_the_setting() -> None:
@@ -204,7 +202,7 @@ def test_the_header_lists_twenty_names_and_at_most_a_kilobyte(api: httpx.Client,
     assert len(answer({"y" * 100_000 if path != "/v1/events?" else "y" * 10_000: 1})) < 1100
 
 
-def test_what_one_request_ignores_is_not_said_of_the_next_one(api: httpx.Client) -> None:
+def test_each_answer_lists_only_the_names_of_its_own_request(api: httpx.Client) -> None:
     bodies: list[Json] = [{"events": [event() | {"x": 1}]}, {"events": [event()]}, {"events": [event() | {"y": 1}]}]
     assert [ignored(api.post("/v1/events/bulk", json=body)) for body in bodies * 2] == [["x"], [], ["y"]] * 2
 
@@ -272,11 +270,8 @@ def test_field_names_of_other_requests_may_be_in_any_case(tmp_path: Path) -> Non
         for number in range(3):
             client.post("/v1/events", json=event(f"{number}", source="app" if number else "web"))
         found = client.post("/v1/events/query", json={"Source": "app", "PAGE_SIZE": 1, "Order": "asc"})
-        assert ([each["id"] for each in found.json()["events"]], found.json()["total_count"], ignored(found)) == (
-            ["1"],
-            2,
-            [],
-        )
+        assert [each["id"] for each in found.json()["events"]] == ["1"]
+        assert (found.json()["total_count"], ignored(found)) == (2, [])
         answer = client.post("/v1/events/usage", json={"Event_Name": "call", "AGGREGATION_TYPE": "count"} | EVER)
         assert answer.json()["value"] == usage(client, **EVER)["value"] == 3
         made = client.post("/v1/meters", json={"Name": "m", "EVENT_NAME": "call", "Reset_Usage": "NEVER",
@@ -308,7 +303,7 @@ EMPTY: list[tuple[str, Json, str]] = [
 
 
 @table(("path", "body", "field"), EMPTY)
-def test_an_empty_text_is_no_time_order_or_number(api: httpx.Client, path: str, body: Json, field: str) -> None:
+def test_an_empty_time_order_or_number_is_refused(api: httpx.Client, path: str, body: Json, field: str) -> None:
     assert [fault["field"] for fault in refused(api.post(path, json=body))["errors"]] == [field]
 
 
@@ -327,10 +322,7 @@ def test_other_empty_texts_in_a_body_are_absent(api: httpx.Client) -> None:
     for path, body in (
         ("/v1/events", event() | {"event_id": "", "customer_id": "", "source": ""}),
         ("/v1/events/query", {"event_name": "", "source": "", "iter_last_key": "", "iter_first_key": ""}),
-        (
-            "/v1/events/usage",
-            CALLS | {"window_size": "", "bucket_size": "", "timezone": "", "external_customer_id": ""},
-        ),
+        ("/v1/events/usage", CALLS | dict.fromkeys(("window_size", "bucket_size", "timezone", "customer_id"), "")),
         ("/v1/events/analytics", {"window_size": "", "external_customer_id": ""}),
         ("/v1/features/search", {"status": "", "lookup_key": "", "name_contains": ""}),
     ):

@@ -1,4 +1,4 @@
-"""API keys: the places they come from, labels, roles, the file, and the command `keys`."""
+"""API keys: their sources, labels, roles, the file, and the command `keys`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = [
 
 @pytest.mark.slow
 @table(("flags", "environ", "accepted", "source"), SOURCES, ids=[source for *_, source in SOURCES])
-def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(
+def test_keys_come_from_the_first_source_that_has_any_and_are_not_shown(
     tmp_path: Path, flags: str, environ: dict[str, Any], accepted: dict[str, Any], source: str
 ) -> None:
     (tmp_path / "keys").write_text("# comment\none = production\n\ntwo  # the second\n")
@@ -49,7 +49,7 @@ def test_keys_come_from_the_first_place_that_has_any_and_are_not_shown(
 
 @table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
 @table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
-def test_a_key_with_a_sign_that_is_between_keys_is_refused_with_the_likely_reason(
+def test_a_key_that_contains_a_separator_is_refused_with_the_likely_reason(
     tmp_path: Path, source: str, text: str
 ) -> None:
     if "," in text and source == "EVENTSTORE_API_KEYS":
@@ -181,7 +181,7 @@ def test_a_new_keys_line_goes_into_the_file_and_the_key_itself_only_to_the_termi
     (["new", "--label", "a\nb"], "has a control character"),
     (["new", "--environment", ""], "no environment after it"),
 ])  # fmt: skip
-def test_the_command_keys_says_what_it_cannot_do(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_the_command_keys_refuses_bad_values(tmp_path: Path, flags: list[str], message: str) -> None:
     done = refusal(tmp_path, "keys", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
@@ -192,7 +192,7 @@ def test_the_command_keys_says_what_it_cannot_do(tmp_path: Path, flags: list[str
     ("a=x\nb=", "--api-key-file keys, line 2: an API key ends in '='"),
     ("a=x\n\na=y", "--api-key-file keys, line 3 names the same key as --api-key-file keys, line 1"),
 ])  # fmt: skip
-def test_a_bad_line_of_the_file_of_keys_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_line_of_the_key_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "keys").write_text(text)
     done = refusal(tmp_path, "serve", "--port", "0", "--api-key-file", "keys")
     assert (done.returncode, done.stdout) == (2, "")
@@ -201,7 +201,7 @@ def test_a_bad_line_of_the_file_of_keys_is_named(tmp_path: Path, text: str, mess
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned_of(tmp_path: Path) -> None:
+def test_a_warning_names_the_forwarded_environment_that_has_no_key_left(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("old=development")
     to_nobody = ("--forward-to", "http://127.0.0.1:1")
     with Live(tmp_path, "--api-key-file", "keys", *to_nobody, EVENTSTORE_FORWARD_API_KEY="a-key") as live:
@@ -211,7 +211,7 @@ def test_keys_that_leave_the_environment_out_whose_events_are_sent_on_are_warned
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(tmp_path: Path) -> None:
+def test_sighup_reads_the_key_file_again_and_a_bad_file_changes_nothing(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("old=production")
 
@@ -239,7 +239,7 @@ def test_on_sighup_the_file_of_keys_is_read_again_and_a_bad_one_changes_nothing(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
-def test_sighup_without_a_file_of_keys_is_one_line_in_the_log(tmp_path: Path) -> None:
+def test_sighup_without_a_key_file_is_one_line_in_the_log(tmp_path: Path) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         live.process.send_signal(signal.SIGHUP)
         eventually(lambda: "SIGHUP is ignored: there is no --api-key-file to read again" in live.log)

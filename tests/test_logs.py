@@ -1,4 +1,4 @@
-"""The log: what each line says about its request, JSON, and lines that repeat."""
+"""The log: the request that each line belongs to, lines of JSON, and lines that repeat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def json_lines(live: Live) -> list[dict[str, Any]]:
     return [json.loads(line) for line in live.log.splitlines()]
 
 
-def test_a_line_about_a_request_ends_with_what_is_known_of_the_request(tmp_path: Path) -> None:
+def test_a_line_about_a_request_ends_with_the_facts_about_the_request(tmp_path: Path) -> None:
     with Live(tmp_path, *LABELLED) as live, live.client() as client:
         answer = client.post("/v1/events", json={}, headers={"X-Request-ID": "my id"})
         refused(answer)

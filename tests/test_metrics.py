@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -87,7 +86,7 @@ def test_names_follow_the_rules_of_prometheus(forwarding: tuple[Live, int]) -> N
                 assert re.fullmatch(rf"{family.name}_(bucket|count|sum)", sample.name)
 
 
-def test_what_a_caller_sends_adds_no_label(tmp_path: Path) -> None:
+def test_no_value_from_a_caller_becomes_a_label(tmp_path: Path) -> None:
     live, port = metered(tmp_path)
     with live, live.client() as client:
         for number in range(20):
@@ -106,14 +105,16 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
     with live.client() as client:
         store(client, event("a", timestamp=at(-3)), event("b"))
 
-        def waiting() -> Any:
+        def is_measured() -> bool:
             _, samples = scraped(port)
-            return value(samples, "eventstore_forward_waiting_events", environment="production") == 2
+            waiting = value(samples, "eventstore_forward_waiting_events", environment="production")
+            return waiting == 2 and value(samples, "eventstore_retention_last_sweep_timestamp_seconds") > 0
 
-        eventually(waiting)
+        eventually(is_measured)
         _, samples = scraped(port)
         assert value(samples, "eventstore_forward_sent_events_total", environment="production") == 0
         assert value(samples, "eventstore_forward_oldest_age_seconds", environment="production") > 0
+        assert value(samples, "eventstore_retention_deleted_events_total") == 0
 
 
 @table(("flag", "message"), [

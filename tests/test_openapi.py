@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -20,7 +22,7 @@ from jsonschema import Draft202012Validator
 import eventstore
 from eventstore_extras.analytics import OPERATIONS
 from eventstore_extras.openapi import openapi_document
-from helpers import Json, at, event, make_feature, make_meter, meter_of, metering, store, table
+from helpers import KEY, Json, Live, at, event, make_feature, make_meter, meter_of, metering, run, store, table
 
 SERVED = [*eventstore.OPERATIONS, *OPERATIONS]
 PUBLIC = ("/health", "/openapi.json")
@@ -362,3 +364,106 @@ def test_the_server_enforces_the_documented_length_of_lists(
     for length in (limit, limit + 1):
         assert is_described(sent, field, item * length) is (length == limit)
         assert ready.accepts(sent, field, item * length) is (length == limit)
+
+
+# ---------------------------------------------------------------------------------------------- requests of schemathesis
+
+# Rules that JSON Schema cannot express: between fields, for invalid dates, and for times near the calendar's ends.
+SCHEMATHESIS_HOOKS = '''
+import re
+from datetime import UTC, datetime, timedelta
+
+import schemathesis
+
+DAY = timedelta(days=1)
+
+
+def time(text):
+    """Return the time in a text, or None. Raises ValueError for an invalid date, or one near the calendar's ends."""
+    if not isinstance(text, str) or not re.match(r"\\d{4}-\\d\\d-\\d\\d[Tt]", text, re.ASCII):
+        return None
+    time = datetime.fromisoformat(re.sub(r" (?=\\d\\d:\\d\\d$)", "+", text.upper()))
+    if not datetime.min + 9 * DAY < time.replace(tzinfo=None) < datetime.max - 9 * DAY:
+        raise ValueError
+    return time if time.tzinfo else None
+
+
+@schemathesis.hook
+def filter_case(context, case):
+    if case.method == "GET" and case.operation.path.endswith("/usage/meter"):
+        return False  # an event may have this id
+    if "" in (case.path_parameters or {}).values():
+        return False  # another route
+    return all(sendable(case.operation.path, sent) for sent in (case.query, case.body) if isinstance(sent, dict))
+
+
+def sendable(path, sent):
+    events = sent.get("events")
+    try:
+        for one in [sent, *(events if isinstance(events, list) else [])]:
+            time(one.get("timestamp") if isinstance(one, dict) else None)
+        start, end, _ = (time(sent.get(name)) for name in ("start_time", "end_time", "billing_anchor"))
+    except ValueError:
+        return False
+    is_lookup = path.endswith(("/lookup", "{id}"))
+    if start and (end or not is_lookup) and start > (end or datetime.now(UTC)):
+        return False
+    if path.endswith("/monitoring") and bool(sent.get("start_time")) != bool(sent.get("end_time")):
+        return False
+    cursors = [sent[name] for name in ("iter_first_key", "iter_last_key") if sent.get(name)]
+    if len(cursors) > 1 or (cursors and sent.get("sort") == "event_name"):
+        return False
+    is_multiplied = str(sent.get("aggregation_type")).upper() == "SUM_WITH_MULTIPLIER"
+    if path.endswith("/usage") and sent.get("multiplier") and not (is_multiplied and is_positive(sent["multiplier"])):
+        return False
+    too_long = start and (end or datetime.now(UTC)) - start > timedelta(minutes=99_000)
+    if too_long and (sent.get("window_size") or sent.get("bucket_size")):
+        return False
+    if path.endswith("/meters"):
+        return is_meter(sent)
+    return is_feature(sent) if path.startswith("/v1/features") and not path.endswith("/search") else True
+
+
+def is_positive(decimal):
+    """Return True if the number is above 0 and fits into a 64-bit float."""
+    try:
+        return 0 < float(decimal) < float("inf")
+    except (TypeError, ValueError):
+        return False
+
+
+def is_meter(sent):
+    how = sent.get("aggregation")
+    if not isinstance(how, dict):
+        return True
+    kind, bucketed, grouped = str(how.get("type")).upper(), how.get("bucket_size"), how.get("group_by")
+    multiplier = how.get("multiplier")
+    is_multiplied = kind == "SUM_WITH_MULTIPLIER" or bool(multiplier)
+    return ((kind == "COUNT" or how.get("field")) and (not is_multiplied or is_positive(multiplier))
+            and (not bucketed or kind in ("SUM", "MAX")) and (not grouped or kind == "MAX"))
+
+
+def is_feature(sent):
+    meter, is_metered = sent.get("meter"), sent.get("type") == "metered"
+    if str(sent.get("meter_id")).startswith("meter_"):
+        return False  # one that an earlier call made, and a later one may have archived
+    unit = sent.get("reporting_unit")
+    if isinstance(meter, dict) and not is_meter(meter) or isinstance(unit, dict) and not is_positive(unit.get("conversion_rate")):
+        return False
+    has_meter = bool(sent.get("meter_id") or meter)
+    return (has_meter or not is_metered) and bool(sent.get("unit_singular")) == bool(sent.get("unit_plural"))
+'''
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
+    with Live(tmp_path / "server", "--api-key", KEY) as live:
+        command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
+                   "--checks", "all", "--exclude-checks", "use_after_free",  # DELETE archives: GET still finds it
+                   "--max-examples", "25", "--seed", "1", "--no-color")  # fmt: skip
+        environ = os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
+        done = run(*command, cwd=tmp_path, timeout=300, env=environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Traceback" not in live.log
+    assert int(re.findall(r"Tested: (\d+)", done.stdout)[0]) >= len(DOCUMENT["paths"]), done.stdout

@@ -61,7 +61,7 @@ def replayed(folder: Path, url: str) -> int:
         ({"HTTPS_PROXY": "", "ALL_PROXY": "https://p"}, Proxy("https://p", "ALL_PROXY")),
     ],
 )
-def test_the_proxy_is_that_of_the_targets_scheme_or_the_one_for_all(
+def test_the_proxy_of_the_targets_scheme_comes_before_the_one_for_all(
     monkeypatch: Patch, environ: dict[str, str], expected: Proxy | None
 ) -> None:
     for name, value in environ.items():
@@ -272,7 +272,7 @@ def test_a_socks_proxy_that_speaks_another_protocol_is_named(
     assert "secret" not in message
 
 
-def test_a_value_that_does_not_apply_to_the_target_is_not_looked_at(monkeypatch: Patch) -> None:
+def test_a_variable_that_does_not_apply_to_the_target_is_ignored(monkeypatch: Patch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "socks://p")
     monkeypatch.setenv("ALL_PROXY", "http://[")
     monkeypatch.setenv("HTTPS_PROXY", "http://p")

@@ -125,7 +125,7 @@ def test_a_timestamp_that_flexprice_would_turn_into_another_year_is_found(timest
     ("text", "written"),
     [("y", 1), ("<", 6), ("&", 6), ("\u2028", 6), ("\xfc", 2), ("\U0001f600", 4), ("\x01", 6), ("\n", 2), ('"', 2)],
 )
-def test_the_size_of_an_event_is_the_one_in_flexprices_queue(text: str, written: int) -> None:
+def test_the_size_of_an_event_is_its_size_in_flexprices_queue(text: str, written: int) -> None:
     empty = queued_bytes(row_of('{"x": ""}'))
     assert queued_bytes(row_of(json.dumps({"x": text * 1000}))) == empty + written * 1000
     assert queued_bytes(row_of(json.dumps({"x": text * 1000}, ensure_ascii=False))) == empty + written * 1000
@@ -143,7 +143,7 @@ def test_the_size_of_an_event_is_the_one_in_flexprices_queue(text: str, written:
         ("[1, true, null]", "[1,true,null]"),
     ],
 )
-def test_the_size_of_a_number_is_the_one_in_flexprices_queue(sent: str, written: str) -> None:
+def test_the_size_of_a_number_is_its_size_in_flexprices_queue(sent: str, written: str) -> None:
     empty = queued_bytes(row_of('{"x": ""}')) - 2
     assert queued_bytes(row_of(f'{{"x":   {sent}}}')) == empty + len(written)
 
@@ -156,7 +156,7 @@ def test_an_event_is_too_long_from_the_first_byte_beyond_the_limit(text: str, nu
     assert reason_of(row, size - 1) == "too_long"
 
 
-def test_an_ordinary_event_has_about_a_million_bytes_for_itself() -> None:
+def test_an_event_may_have_about_a_million_bytes() -> None:
     assert reason_of(row_of(json.dumps({"x": "y" * 999_000}))) is None
     assert reason_of(row_of(json.dumps({"x": "y" * 1_000_000}))) == "too_long"
     assert reason_of(row_of(json.dumps({"x": "\xfc" * 400_000}))) is None, "escaped, it has 2.4 MB"
@@ -211,7 +211,7 @@ def test_forwarding_puts_aside_what_flexprice_would_lose_and_sends_the_rest(tmp_
     assert " event put aside (1 too long) in " in second
 
 
-def test_an_event_is_put_aside_once_and_in_its_turn(tmp_path: Path) -> None:
+def test_an_event_is_put_aside_once_and_in_order(tmp_path: Path) -> None:
     path = str(tmp_path / "events.db")
     with FakeTarget(answering(503)) as target:
         for _ in range(2):
@@ -246,7 +246,7 @@ def test_the_counts_of_earlier_runs_are_kept_and_shown(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @table(("flags", "ids"), [(["--forward-everything"], [*LOST]), (["--forward-max-event-bytes", "2000000"], ["long"])])
-def test_flags_of_serve_change_what_is_sent(tmp_path: Path, flags: list[str], ids: list[str]) -> None:
+def test_flags_of_serve_choose_the_events_to_send(tmp_path: Path, flags: list[str], ids: list[str]) -> None:
     folder = imported(tmp_path, lines_of(*LOST.values()))
     environ = {"EVENTSTORE_FORWARD_API_KEY": KEY, "EVENTSTORE_API_KEYS": KEY}
     with FakeTarget() as target, Live(folder, "--forward-to", target.url, *flags, **environ):
@@ -285,7 +285,7 @@ def test_replay_puts_aside_what_flexprice_would_lose_and_says_so(
         assert (len(target.ids), len(refused_events(folder))) == (2, 4)
 
 
-def test_replay_sends_everything_if_told_so(tmp_path: Path) -> None:
+def test_replay_with_everything_sends_all_events(tmp_path: Path) -> None:
     folder = imported(tmp_path, lines_of(*LOST.values()))
     with FakeTarget() as target:
         assert replayed(folder, target.url, "--everything") == 0
@@ -293,7 +293,7 @@ def test_replay_sends_everything_if_told_so(tmp_path: Path) -> None:
     assert refused_events(folder) == []
 
 
-def test_replay_takes_the_limit_of_another_queue(tmp_path: Path) -> None:
+def test_replay_accepts_the_limit_of_another_queue(tmp_path: Path) -> None:
     folder = imported(tmp_path, lines_of(event("a", properties={"x": "y" * 5000}), event("b")))
     with FakeTarget() as target:
         assert replayed(folder, target.url, "--max-event-bytes", 4000) == 0
@@ -302,7 +302,7 @@ def test_replay_takes_the_limit_of_another_queue(tmp_path: Path) -> None:
     assert "more than 4,000" in line["refusal"]
 
 
-def test_a_dry_run_says_what_would_be_put_aside(tmp_path: Path, capsys: Captured) -> None:
+def test_a_dry_run_counts_the_events_it_would_put_aside(tmp_path: Path, capsys: Captured) -> None:
     folder = imported(tmp_path, lines_of(event("a"), *LOST.values()))
     assert replayed(folder, "http://x", "--dry-run") == 0
     message = capsys.readouterr().err
@@ -310,7 +310,7 @@ def test_a_dry_run_says_what_would_be_put_aside(tmp_path: Path, capsys: Captured
     assert refused_events(folder) == []
 
 
-def test_a_replay_that_stops_says_what_it_has_put_aside(tmp_path: Path, capsys: Captured) -> None:
+def test_a_replay_that_stops_counts_the_events_put_aside(tmp_path: Path, capsys: Captured) -> None:
     folder = imported(tmp_path, lines_of(LOST["number"], event("b", timestamp="2262-01-01T00:00:00Z")))
     with FakeTarget(refusing(400, "b")) as target:
         assert replayed(folder, target.url, "--batch-size", 1, "--concurrency", 1) == 1
@@ -321,7 +321,7 @@ def test_a_replay_that_stops_says_what_it_has_put_aside(tmp_path: Path, capsys: 
     assert [line["event_id"] for line in refused_events(folder)] == ["number"]
 
 
-def test_replay_stops_if_it_cannot_write_what_it_puts_aside(tmp_path: Path, capsys: Captured) -> None:
+def test_replay_stops_if_it_cannot_write_the_refused_file(tmp_path: Path, capsys: Captured) -> None:
     folder = imported(tmp_path, lines_of(LOST["number"]))
     (folder / "events.db.refused.ndjson").mkdir()
     with FakeTarget() as target:

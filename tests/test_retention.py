@@ -320,7 +320,7 @@ OLD = NOW - 40 * DAY_US
         (True, ["00003"], ""),
     ],
 )  # fmt: skip
-def test_retention_beside_forwarding_deletes_other_environments_only_if_told_so(
+def test_only_a_flag_lets_retention_delete_environments_that_are_not_forwarded(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, delete_unforwarded: bool, kept: list[str], note: str
 ) -> None:
     caplog.set_level(logging.INFO, "eventstore")

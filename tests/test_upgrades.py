@@ -1,4 +1,4 @@
-"""Files of older formats: all their answers stay, and an upgrade is whole or has not happened."""
+"""Upgrades of older files: every answer stays the same, and an interrupted upgrade leaves one of the two formats."""
 
 from __future__ import annotations
 
