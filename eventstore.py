@@ -2053,7 +2053,7 @@ class Service:
         """Return the X-Request-ID that was sent, or a ULID whose time is in seconds: several of them cost less."""
         if sent is not None and _REQUEST_ID.fullmatch(sent):
             return sent.decode()
-        now = self.settings.clock()
+        now = now_us()
         return self._make_request_id(now - now % 1_000_000, "")
 
     def view(self, request: Request) -> View:
@@ -3411,8 +3411,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if unknown:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        if not similar and not _has_extras():
+            _extra("", unknown[0].partition("=")[0])  # raises StartError: it is probably a flag of the extras
         hint = f"; is {similar[0]} meant?" if similar else ""
-        hint += "" if _has_extras() else f"; most flags need the folder eventstore_extras beside {__file__}"
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 

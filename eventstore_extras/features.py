@@ -532,7 +532,7 @@ _SEARCH_SCHEMAS = LIST_ENUMS | {
     "SortIn": {"field": ref("FeatureSort"), "direction": ref("Order")},
 }  # fmt: skip
 _TEXT_PARAMETERS = ("feature_ids", "lookup_key", "lookup_keys", "name_contains")
-_SORT = f"({'|'.join(SORTS['features'])})?"
+_SORT = f"({'|'.join(SORTS['features'])})"
 _SORT_PARAMETER = f"^{_SORT}(,{_SORT})*$"
 _SEARCH_PARAMETERS = LIST_PARAMETERS | {
     **{name: {"type": "string"} for name in _TEXT_PARAMETERS},

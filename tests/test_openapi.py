@@ -318,7 +318,7 @@ def test_the_server_enforces_the_documented_limits(ready: Ready) -> None:
 
 FORBIDDEN: dict[str, list[Any]] = {  # field -> values that neither the document nor the server allows
     "property_filters": [{"a": "x"}, {"a": {}}, {"a": [5]}, {"a": [None]}, {"": ["x"]}, filters(51), filters(1, 1001), [], "a"],
-    "sort": ["idname", "name,nothing", "NAME"], "expand": ["plans", "meters,plans", "meter"], "group_by": [["properties."], ["colour"], [""]],
+    "sort": ["idname", "name,nothing", "name,", ",name", "NAME"], "expand": ["plans", "meters,plans", "meter"], "group_by": [["properties."], ["colour"], [""]],
     "key": [" ", "", 5], "count_total": ["yes", "2"], "reset_usage": ["DAILY", "never"], "aggregation_type": ["MEDIAN", ""],
     "iter_last_key": ["1:a", "::a", "x::a"], "start_time": ["2025-10-15", "2025-10-15T24:00:00Z"], "conversion_rate": ["0", "-1", "x", 0],
 }  # fmt: skip

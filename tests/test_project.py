@@ -143,15 +143,20 @@ def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_ser
             ".meters",
             ".features",
             ".analytics",
+            ".analytics_scans",
+            ".connections",
+            ".logs",
+            ".serving",
             ".faults",
             ".hosts",
             ".rate_limits",
             ".mock",
         )
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
-    for command, needed in (("import -", {"job", "entries", "files", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
-                            ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "forward", "retention"}),
-                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "entries", "files", "stored", "sending", "replay"})):  # fmt: skip
+    for command, needed in (("import -", {"job", "entries", "files", "stored", "text_formats", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
+                            ("prune --before 2025-01-01T00:00:00Z", {"job", "entries", "files", "stored", "sending", "hiding", "proxies", "refused", "forward", "retention"}),
+                            ("replay --to http://127.0.0.1:1 --dry-run", {"job", "entries", "files", "stored", "sending", "hiding", "proxies", "refused", "replay"}),
+                            ("backup copy.db", {"job", "files", "stored", "backup"})):  # fmt: skip
         done = run(*script, *command.split(), "--db", tmp_path / "new.db", cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 0, done.stderr
         assert imported(done.stderr) == {"eventstore_extras", *(f"eventstore_extras.{room}" for room in needed)}

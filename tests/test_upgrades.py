@@ -142,7 +142,7 @@ def test_an_export_is_the_same_before_and_after_the_upgrade(form: str, tmp_path:
 
 WRITING = ["import {events}", "prune --before 2020-01-01T00:00:00Z"]
 READING = ["export -o {output}", "replay --to http://127.0.0.1:9 --dry-run", "prune --before 2020-01-01T00:00:00Z --dry-run",
-           "import {events} --dry-run"]  # fmt: skip
+           "import {events} --dry-run", "backup {output}"]  # fmt: skip
 
 
 def run_command(folder: Path, command: str) -> int:
