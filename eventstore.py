@@ -67,7 +67,6 @@ import threading
 import time
 import urllib.parse
 import weakref
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +110,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Writer",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Turn", "Writer",
     "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
     "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
     "start_errors",
@@ -1146,6 +1145,7 @@ _LONG_PROPERTIES = 10_000
 # of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _GROUP_OPERATIONS = 100
+_EVENT_BYTES = 1000  # in a group, a longer event counts as several
 _FEW_EVENTS = 10  # a request with at most this many is small
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 _SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
@@ -1211,12 +1211,15 @@ class Shares:
 class _Task:
     """Work for a thread of the store, and the future of its result."""
 
-    __slots__ = ("answer", "deadline_s", "is_abandoned", "key", "work")
+    __slots__ = ("answer", "deadline_s", "is_abandoned", "key", "size", "work")
 
     def __init__(self, work: Any, deadline_s: float = math.inf) -> None:
         self.work = work  # rows to insert, or a function that is called with the connection
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.key = CALLER.get().key
+        caller = CALLER.get()
+        self.key = caller.key
+        # In a group of commits, a long event is as much work as several.
+        self.size = 1 if callable(work) else max(len(work), caller.scope.get("held_bytes", 0) // _EVENT_BYTES)
         self.deadline_s = deadline_s  # monotonic_s() after which a query is interrupted
         self.is_abandoned = False  # nobody waits for the answer any more
 
@@ -1234,16 +1237,78 @@ class _Task:
             self.answer.set_result(outcome)
 
 
-def _in_turns(tasks: list[_Task]) -> list[_Task]:
-    """Order tasks so that the first of each key comes first, then the second of each key, and so on."""
-    if len({task.key for task in tasks}) < 2:
-        return tasks
-    turns: Counter[bytes] = Counter()
-    ranked = []
-    for task in tasks:
-        ranked.append((turns[task.key], task))
-        turns[task.key] += 1
-    return [task for _, task in sorted(ranked, key=lambda each: each[0])]
+class _Turns:
+    """A queue for each API key; the keys take turns. Not safe for threads."""
+
+    def __init__(self) -> None:
+        self._items: dict[bytes, deque[Any]] = {}  # by key; the first has the next turn
+
+    def __len__(self) -> int:
+        return sum(map(len, self._items.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
+
+    def add(self, key: bytes, item: object) -> None:
+        if key not in self._items:
+            self._items[key] = deque()
+        self._items[key].append(item)
+
+    def next(self, may_run: Callable[[bytes], bool] | None = None) -> Any:
+        """Remove and return the oldest item of the key that has the next turn, or None."""
+        for key, items in self._items.items():
+            if may_run is None or may_run(key):
+                item = items.popleft()
+                if not items:
+                    del self._items[key]
+                elif len(self._items) > 1:
+                    self._items[key] = self._items.pop(key)  # its next turn comes last
+                return item
+        return None
+
+    def remove(self, key: bytes, item: object) -> None:
+        """Remove an item if it is still there."""
+        items = self._items.get(key, deque())
+        with suppress(ValueError):
+            items.remove(item)
+        if not items:
+            self._items.pop(key, None)
+
+    def clear(self) -> list[Any]:
+        """Remove and return all items."""
+        items, self._items = [*itertools.chain.from_iterable(self._items.values())], {}
+        return items
+
+
+class Turn:
+    """A lock for which API keys take turns. Call it from the event loop only."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting = _Turns()
+
+    async def __aenter__(self) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.add(CALLER.get().key, turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # cancelled after it got its turn
+                self._pass_on()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        while turn := self._waiting.next():
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_taken = False
 
 
 def _size_of(rows: Iterable[Row]) -> int:
@@ -1316,8 +1381,8 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._arrival = threading.Condition()  # guards the next two attributes
-        self._waiting: list[_Task] = []
+        self._arrival = threading.Condition()  # guards the next four attributes
+        self._operations, self._few, self._many = _Turns(), _Turns(), _Turns()
         self._is_closed = False
         self._short_until_s = 0.0
         self._events_are_next = False  # events and operations take turns
@@ -1342,7 +1407,8 @@ class Writer:
             with self._arrival:
                 if self._is_closed:
                     raise _shutting_down()
-                self._waiting.append(task)
+                queue = self._operations if callable(work) else self._few if weight <= _FEW_EVENTS else self._many
+                queue.add(task.key, task)
                 self._arrival.notify()
             return await task.answer
         finally:
@@ -1376,26 +1442,33 @@ class Writer:
     def _next_group(self) -> list[_Task]:
         """Wait for tasks, and return those of the next commit. Return an empty list after `close`."""
         with self._arrival:
-            self._arrival.wait_for(lambda: self._waiting or self._is_closed)
-            operations = [task for task in self._waiting if callable(task.work)]
-            events = [task for task in self._waiting if not callable(task.work)]
-            self._events_are_next = bool(events) and (self._events_are_next or not operations)
-            if not self._events_are_next:
-                group = _in_turns(operations)[:_GROUP_OPERATIONS]
+            self._arrival.wait_for(lambda: self._few or self._many or self._operations or self._is_closed)
+            has_events = bool(self._few or self._many)
+            self._events_are_next = has_events and (self._events_are_next or not self._operations)
+            if self._events_are_next:
+                group = self._next_events()
             else:
-                few = [task for task in events if len(task.work) <= _FEW_EVENTS]
-                many = [task for task in events if len(task.work) > _FEW_EVENTS]
-                now_s = monotonic_s()
-                if few:
-                    self._short_until_s = now_s + 1
-                limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
-                group = _in_turns(few) + _in_turns(many)
-                sizes = itertools.accumulate(len(task.work) for task in group)
-                del group[max(len(few), bisect_left(list(sizes), limit) + 1) :]
+                group = [task for _ in range(_GROUP_OPERATIONS) if (task := self._operations.next())]
             self._events_are_next = not self._events_are_next
-            chosen = set(map(id, group))
-            self._waiting = [task for task in self._waiting if id(task) not in chosen]
             return group
+
+    def _next_events(self) -> list[_Task]:
+        """Return small requests, then batches: at least one, because small requests may never end."""
+        now_s = monotonic_s()
+        if self._few:
+            self._short_until_s = now_s + 1
+        limit = _SHORT_GROUP_EVENTS if now_s < self._short_until_s else _GROUP_EVENTS
+        group: list[_Task] = []
+        size = 0
+        while size < limit and (task := self._few.next()):
+            group.append(task)
+            size += task.size
+        while task := self._many.next():
+            group.append(task)
+            size += task.size
+            if size >= limit:
+                break
+        return group
 
     def _commit(self, group: list[_Task]) -> list[object]:
         """Run the tasks in one transaction. Return each one's result or exception; a failed commit stores nothing."""
@@ -1465,8 +1538,8 @@ class Writer:
             message = "the database refused the write; nothing was stored, the server's log says why"
             return [ApiError("database_error", message) for _ in group]
         with self._arrival:  # fail everything queued; otherwise each group would wait out the same timeout
-            group += self._waiting
-            self._waiting = []
+            for queue in (self._operations, self._few, self._many):
+                group += queue.clear()
         message = "another process has locked the database; nothing was stored, try again"
         return [ApiError("service_unavailable", message, retry_after_s=1) for _ in group]
 
@@ -1490,7 +1563,7 @@ class Writer:
             return
         self._wal_limit_bytes = 2 * wal_bytes
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 5000")  # reads take longer than another process's writes
+            self._conn.execute("PRAGMA busy_timeout = 1000")  # reads take longer than another process's writes
             try:
                 is_busy, _, _ = self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             finally:
@@ -1564,11 +1637,12 @@ class ReaderPool:
     def __init__(self, path: str, timeout_s: float) -> None:
         self._path = path
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()  # guards the next four attributes
-        self._waiting: dict[bytes, deque[_Task]] = {}  # by key; the first has the next turn
+        self._lock = threading.Lock()  # guards the next five attributes
+        self._waiting = _Turns()
         self._running: Counter[bytes] = Counter()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
+        self._is_closed = False
         self._threads = ThreadPoolExecutor(_MAX_READER_THREADS, "eventstore-reader")
         self.timeouts = 0
 
@@ -1576,29 +1650,37 @@ class ReaderPool:
         """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
         task = _Task(operation, monotonic_s() + self._timeout_s)
         with self._lock:
-            self._waiting.setdefault(task.key, deque()).append(task)
-        try:
+            if self._is_closed:
+                raise _shutting_down()
+            self._waiting.add(task.key, task)
             self._threads.submit(self._run_waiting)
-        except RuntimeError:
-            raise _shutting_down() from None
         gone = asyncio.create_task(CALLER.get().until_gone())
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
-                raise ClientDisconnect if gone.done() else self.too_long()
+                raise ClientDisconnect if gone.done() else TimeoutError
             answer: T = task.answer.result()
             return answer
+        except TimeoutError:
+            raise self.too_long() from None
         finally:
-            task.is_abandoned = True
             gone.cancel()
+            if not task.answer.done():
+                self._abandon(task)
+
+    def _abandon(self, task: _Task) -> None:
+        task.answer.cancel()
+        task.is_abandoned = True  # interrupts it if it runs
+        with self._lock:
+            self._waiting.remove(task.key, task)
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
         with self._lock:
+            self._is_closed = True
             for reader in self._readers:
                 reader.is_closing = True
-            waiting = [task for tasks in self._waiting.values() for task in tasks]
-            self._waiting = {}
+            waiting = self._waiting.clear()
         for task in waiting:
             task.settle(_shutting_down())
         self._threads.shutdown()
@@ -1607,29 +1689,33 @@ class ReaderPool:
 
     def _run_waiting(self) -> None:
         """Run waiting tasks until none may run. There is one call of this for each task."""
-        while found := self._next():
-            task, reader = found
-            try:
-                task.settle(self._outcome(task, reader))
-            finally:
-                with self._lock:
-                    self._free.append(reader)
-                    self._running[task.key] -= 1
+        while task := self._next():
+            outcome = self._outcome(task)
+            with self._lock:
+                self._running[task.key] -= 1
+            task.settle(outcome)
 
-    def _next(self) -> tuple[_Task, Reader] | None:
+    def _next(self) -> _Task | None:
         with self._lock:
-            key = next((key for key in self._waiting if self._running[key] < READER_THREADS), None)
-            if key is None:
-                return None
-            tasks = self._waiting.pop(key)
-            task = tasks.popleft()
-            if tasks:
-                self._waiting[key] = tasks  # its next turn comes last
-            self._running[key] += 1
+            task: _Task | None = self._waiting.next(lambda key: self._running[key] < READER_THREADS)
+            if task:
+                self._running[task.key] += 1
+            return task
+
+    @contextmanager
+    def _reader(self) -> Iterator[Reader]:
+        with self._lock:
+            if self._is_closed:
+                raise _shutting_down()
             if not self._free:
                 self._readers.append(Reader(self._path))
                 self._free.append(self._readers[-1])
-            return task, self._free.pop()
+            reader = self._free.pop()
+        try:
+            yield reader
+        finally:
+            with self._lock:
+                self._free.append(reader)
 
     @property
     def running(self) -> int:
@@ -1637,20 +1723,20 @@ class ReaderPool:
 
     @property
     def waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        with self._lock:
+            return len(self._waiting)
 
     def too_long(self) -> ApiError:
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
 
-    def _outcome(self, task: _Task, reader: Reader) -> object:
-        if task.is_abandoned:
-            return None
+    def _outcome(self, task: _Task) -> object:
         try:
-            return reader.run(task.work, task=task)
-        except TimeoutError:
-            return _shutting_down() if reader.is_closing else self.too_long()
+            with self._reader() as reader:
+                return None if task.is_abandoned else reader.run(task.work, task=task)
+        except TimeoutError as error:
+            return _shutting_down() if self._is_closed else error
         except sqlite3.Error:
             log.exception("reading failed")
             return ApiError("database_error", "the events could not be read; the server's log says why")
@@ -2023,7 +2109,7 @@ class Service:
         self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
         # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
         # run between two batches: beside 8 such clients, p99 of a page is 19 ms with it and 31 ms without.
-        self.batch_turn = asyncio.Lock()
+        self.batch_turn = Turn()
         self._logged_minute, self._logged_names = 0, set[str]()
 
     @asynccontextmanager
@@ -2275,18 +2361,21 @@ class _App(Starlette):
         headers = dict(scope["headers"])
         scope["request_id"] = service.request_id(headers.get(b"x-request-id"))
         scope["start_s"] = time.perf_counter()
-        CALLER.set(Caller(scope, receive))
+        caller = CALLER.set(Caller(scope, receive))
         if scope["path"][-1:] == "/" and service.serves_exactly(scope["method"], scope["path"][:-1]):
             scope["path"] = scope["path"][:-1]
         is_public = scope["path"] in _PUBLIC_PATHS
-        if scope["method"] == "OPTIONS":
-            await _with_headers(scope, Response())(scope, receive, send)
-        elif not is_public and (refusal := _authenticate(service, scope, headers.get(b"x-api-key"))):
-            await error_response(Request(scope), refusal)(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
-            if scope.get("ignored") and not service.settings.strict:
-                service.log_ignored(scope)
+        try:
+            if scope["method"] == "OPTIONS":
+                await _with_headers(scope, Response())(scope, receive, send)
+            elif not is_public and (refusal := _authenticate(service, scope, headers.get(b"x-api-key"))):
+                await error_response(Request(scope), refusal)(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
+                if scope.get("ignored"):
+                    service.log_ignored(scope)
+        finally:
+            CALLER.reset(caller)  # for a program that calls the application directly
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientDisconnect: _on_disconnect,
@@ -2297,6 +2386,8 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientD
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
+_MANY_BYTES, _MAX_MARKS = 1_000_000, 500_000  # longer properties are limited in their number of values
+_LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decoded in a thread; the usual ones are smaller
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
@@ -2385,21 +2476,35 @@ def _without_repeated_keys(text: str) -> str:
 
 
 def _is_deeper_than(value: object, limit: int) -> bool:
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(limit + 1):
-        inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        # A generator: the collector would walk through a list of views again and again, which takes ten times as long.
+        inside = (each.values() if type(each) is dict else each for each in level if type(each) in (dict, list))
         level = list(itertools.chain.from_iterable(inside))
     return bool(level)
+
+
+def _check_number_of_values(raw: bytes) -> None:
+    """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
+    count = 0
+    for start in range(0, len(raw) if len(raw) > _MANY_BYTES else 0, _MANY_BYTES):
+        count += sum(raw.count(mark, start, start + _MANY_BYTES) for mark in (b",", b"{", b"["))
+        if count > _MAX_MARKS:
+            limit = f"{_MAX_MARKS:,} commas, opening braces and brackets"
+            raise FieldError("out_of_range", f"may hold {limit} if longer than {_MANY_BYTES:,} bytes, got more")
 
 
 def check_properties(raw: bytes) -> str:
     """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
 
-    Raises FieldError if they are not an object, hold a number that no double can hold, or have more than 500 levels.
+    Raises FieldError if they are not an object, hold a number that no double can hold or too many values, or have more
+    than 500 levels.
     """
     text = str(raw, "utf-8")
     if text in ("", "null"):
         return "{}"
+    if len(text) > _MANY_BYTES // 4:
+        _check_number_of_values(bytes(raw))
     try:
         value = _OBJECT.decode(raw)
     except msgspec.ValidationError as error:
@@ -2414,7 +2519,8 @@ def check_properties(raw: bytes) -> str:
     if len(text) > _MAX_DOUBLE_DIGITS:
         if len(text) > 2 * MAX_PROPERTY_DEPTH and _is_deeper_than(value, MAX_PROPERTY_DEPTH):
             raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
-        if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
+        every_30th = bytes(memoryview(raw)[::30]).translate(_DIGITS_AS_ZEROS)  # 309 digits contain ten of them
+        if b"0" * 10 in every_30th and b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
             _check_integers(value)
     # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
     # members with a repeated name. A string can also spell a colon as \u003a.
@@ -2449,15 +2555,18 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
     return Row(environment, event_id, customer, customer_id, event_name, source, timestamp_us, now, properties)
 
 
-def event_rows(service: Service, events: list[Any], environment: str, faults: Faults, bulk: bool) -> list[Row]:
+def event_rows(
+    service: Service, events: list[Any], environment: str, faults: Faults, *, bulk: bool, make_id: IdMaker | None = None
+) -> list[Row]:
     """Make the rows of EventIns, or Raws if they are unusual. Raises ApiError with all faults (API: Sending events)."""
     number, now = service.store.environments[environment], service.settings.clock()
+    make_id = make_id or service.make_id
     rows = []
     for index, event in enumerate(events):
         faults.index = index
         if isinstance(event, Raw):
             events[index] = _decode_members(EventIn, event, faults)
-        rows.append(event_row(events[index], number, now, service.make_id, faults))
+        rows.append(event_row(events[index], number, now, make_id, faults))
     faults.raise_any(events, bulk)
     return rows
 
@@ -2535,21 +2644,43 @@ async def _store(service: Service, rows: list[Row], answer: object) -> Response:
     return response
 
 
+def _body_rows(
+    service: Service, request: Request, body: bytes, bulk: bool, make_id: IdMaker | None = None
+) -> list[Row]:
+    faults = service.faults(request, whole="event")
+    if not bulk and len(body) > _MANY_BYTES and b'"properties"' in body:  # msgspec takes 0.1 s for ten million values
+        faults.check("properties", _check_number_of_values, body)
+        faults.raise_any()
+    events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
+    return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)
+
+
+async def _large_body_rows(service: Service, request: Request, body: bytes, bulk: bool) -> list[Row]:
+    """Decode and check in a thread, so that the event loop runs between msgspec's calls. It has an IdMaker of its own,
+    because an IdMaker is not safe for threads."""
+    async with service.batch_turn:
+        return await asyncio.to_thread(_body_rows, service, request, body, bulk, IdMaker())
+
+
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
-    events = [decode(_EVENT, body) or Raw(body)]
-    rows = event_rows(service, events, request["environment"], service.faults(request, whole="event"), bulk=False)
+    if len(body) > _LARGE_EVENT_BYTES:
+        rows = await _large_body_rows(service, request, body, bulk=False)
+    else:
+        rows = _body_rows(service, request, body, bulk=False)
     return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
 async def ingest_events_bulk(service: Service, request: Request) -> Response:
     """POST /v1/events/bulk (API: Sending events)."""
     body = await read_body(service, request)
-    async with service.batch_turn:
-        await asyncio.sleep(0)  # let other requests run between two batches
-        faults = service.faults(request, whole="event")
-        rows = event_rows(service, decode_batch(body, faults), request["environment"], faults, bulk=True)
+    if len(body) > _LARGE_BATCH_BYTES:
+        rows = await _large_body_rows(service, request, body, bulk=True)
+    else:
+        async with service.batch_turn:
+            await asyncio.sleep(0)  # let other requests run between two batches
+            rows = _body_rows(service, request, body, bulk=True)
     return await _store(service, rows, BulkAccepted("Events accepted for processing"))
 
 
@@ -3333,6 +3464,9 @@ def serve(arguments: argparse.Namespace) -> int:
             host, port = listener.getsockname()[:2]
             print(_banner(service, host, port, found), flush=True)
             _collect_less_garbage()
+            sys.setswitchinterval(
+                0.001
+            )  # after 5 ms, Python's default, threads would often keep the event loop waiting
             for wrap in service.wrappers:
                 app = wrap(app)
             server.config.app = app  # uvicorn reads it in run()

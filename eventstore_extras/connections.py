@@ -9,11 +9,14 @@ request, and for the client to read an answer. docs/deploying.md has the table o
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import os
 import socket
+import time
 from contextlib import suppress
 from http import HTTPStatus
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -92,7 +95,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._responses = _WholeResponses(transport)
-        self._idle_since_s = self.loop.time()
+        self._idle_since_s = time.monotonic()
         self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
         room: _Room | None = getattr(self.server_state, "room", None)
         if room is not None and len(self.connections) > room.limit and not room.close_idle(self):
@@ -241,7 +244,7 @@ class Protocol(HttpToolsProtocol):
 
     @property
     def idle_since_s(self) -> float | None:
-        """The time of the event loop since which the connection waits for a request, or None while it has one."""
+        """The monotonic time since which the connection waits for a request, or None while it has one."""
         waits = (self.cycle is None or self.cycle.response_complete) and not (self._framing_bytes or self._in_body)
         return self._idle_since_s if waits and self._last_answer is None else None
 
@@ -249,7 +252,7 @@ class Protocol(HttpToolsProtocol):
         was_last = self._last_answer is not None and not self.pipeline
         self._responses.flush()
         HttpToolsProtocol.on_response_complete(self)
-        self._idle_since_s = self.loop.time()
+        self._idle_since_s = time.monotonic()
         if was_last:
             self._close()
         elif self._in_body and not self.pipeline and not self.transport.is_closing():
@@ -331,18 +334,22 @@ class _Room:
                 self.limit = min(_MAX_CONNECTIONS, files - _SPARE_FILES)
 
     def close_idle(self, newest: Protocol) -> bool:
-        """Close the connection that has been idle for longest, and log it. Return False if all have requests."""
+        """Close a hundredth of the connections, and log it: first those that never had a request, then those that have
+        been idle for longest. Return False if all have requests."""
         now_s = newest.loop.time()
         if now_s >= self._logged_s + _LOG_PAUSE_S:
             self._logged_s = now_s
-            _log.warning("%s are open, the limit; the one idle for longest is closed for each new one",
-                         plural(self.limit, "connection"))  # fmt: skip
-        others = (each for each in self._connections if each is not newest and isinstance(each, Protocol))
-        idle = [(each.idle_since_s, id(each), each) for each in others if each.idle_since_s is not None]
-        if not idle:
-            return False
-        min(idle)[2].transport.abort()
-        return True
+            _log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
+        others = (
+            each
+            for each in self._connections
+            if each is not newest and isinstance(each, Protocol) and not each.transport.is_closing()
+        )
+        idle = [(each.cycle is not None, each.idle_since_s, each) for each in others if each.idle_since_s is not None]
+        # To look at 10,000 connections for each new one would occupy the event loop.
+        for _, _, each in heapq.nsmallest(max(1, self.limit // 100), idle, key=itemgetter(0, 1)):
+            each.transport.abort()
+        return bool(idle)
 
 
 class Server(uvicorn.Server):

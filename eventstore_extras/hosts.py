@@ -1,4 +1,4 @@
-"""Refuse requests of other sites' pages to a server whose key anybody may know.
+"""Refuse requests of other sites' pages to a server whose key anybody may know, or that was given --allow-host.
 
 By DNS rebinding a page makes its site's name mean 127.0.0.1; its requests still name that site in `Host`. The requests
 that a page sends to 127.0.0.1 itself name the page's site in `Origin`.
@@ -6,6 +6,7 @@ that a page sends to 127.0.0.1 itself name the page's site in `Origin`.
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import re
 from collections.abc import Collection, Iterable
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventstore import ApiError, StartError, error_response, quoted
 
-__all__ = ["AllowedHosts", "check_hosts", "is_allowed"]
+__all__ = ["AllowedHosts", "check_hosts", "hosts_of_flags", "is_allowed"]
 
 _NAME = r"\[[0-9a-f:.]+\]|[^][:/@,\\\s]+"
 _AUTHORITY = re.compile(rf"(?:https?://)?({_NAME})(?::[0-9]*)?", re.IGNORECASE)  # `Host`, or `Origin` with a scheme
@@ -32,6 +33,11 @@ def check_hosts(hosts: Iterable[str], where: str) -> tuple[str, ...]:
             raise StartError(f"{where} must be a name or an address without scheme and port, got {quoted(host)}")
         found.append(_normalized(name))
     return tuple(found)
+
+
+def hosts_of_flags(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the hosts of `--host` and `--allow-host` as `is_allowed` takes them. Raises StartError."""
+    return (*check_hosts([arguments.host], "--host"), *check_hosts(arguments.allow_host, "--allow-host"))
 
 
 def _normalized(name: str) -> str:
@@ -74,7 +80,10 @@ class AllowedHosts:
             refused = [f"Host {quoted(value)}" for value in hosts or [""] if not is_allowed(value, self._allowed)]
             refused += [f"Origin {quoted(value)}" for value in origins if not is_allowed(value, self._allowed)]
             if refused:
-                problem = f"{refused[0]} is not this machine: a mock answers to localhost and loopback addresses only"
+                problem = (
+                    f"{refused[0]} is not this machine: a mock, or a server with --allow-host, answers to localhost, "
+                )
+                problem += "loopback addresses, its --host and the names that it allows"
                 advice = "to allow a name, use --allow-host NAME or running_server(allowed_hosts=[NAME])"
                 app = error_response(Request(scope), ApiError("permission_denied", f"{problem}; {advice}"))
         await app(scope, receive, send)

@@ -76,7 +76,7 @@ from eventstore_extras.faults import (
     check_fault,
     decode_fault,
 )
-from eventstore_extras.hosts import AllowedHosts, check_hosts
+from eventstore_extras.hosts import AllowedHosts, check_hosts, hosts_of_flags
 from eventstore_extras.meters import all_meters
 
 if TYPE_CHECKING:
@@ -178,8 +178,7 @@ def _additions(fault_queue: FaultQueue, allowed_hosts: Sequence[str]) -> dict[st
 
 def additions(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `create_app` that make the server of `serve --mock` a mock. Raises StartError."""
-    allowed = (*check_hosts([arguments.host], "--host"), *check_hosts(arguments.allow_host, "--allow-host"))
-    return _additions(FaultQueue(), allowed)
+    return _additions(FaultQueue(), hosts_of_flags(arguments))
 
 
 def attach(service: Service, _arguments: object, _address: object) -> None:

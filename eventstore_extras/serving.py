@@ -12,6 +12,8 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from starlette.middleware import Middleware
+
 from eventstore import AddFlag, Service, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
 from eventstore_extras.logs import set_up
@@ -36,8 +38,9 @@ def add_flags(add: AddFlag) -> None:
         help="requests a minute for each key: FlexPrice's documented 1000,100, or other numbers; none by default"
         )  # fmt: skip
     add("--mock", action="store_true", help="open /_mock, which resets the events and lets requests fail, for tests")
-    add("--allow-host", metavar="NAME", action="append", default=[], help="with --mock, also answer requests to this "
-        "host name, besides loopback and --host; may be given several times, and * is any name")  # fmt: skip
+    add("--allow-host", metavar="NAME", action="append", default=[], help="answer only if Host is this name, loopback "
+        "or --host; may be given several times, and * is any name; a mock does so without the flag"
+        )  # fmt: skip
     add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
         "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
     add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
@@ -67,7 +70,9 @@ def additions(arguments: Namespace) -> dict[str, Any]:
     if arguments.mock:
         found: dict[str, Any] = _module("mock").additions(arguments)
         return found
-    return {"operations": _module("analytics").OPERATIONS}
+    hosts = _module("hosts")
+    layers = [Middleware(hosts.AllowedHosts, allowed=hosts.hosts_of_flags(arguments))] if arguments.allow_host else []
+    return {"operations": _module("analytics").OPERATIONS, "middleware": layers}
 
 
 def attach(service: Service, arguments: Namespace, address: Any) -> None:

@@ -300,3 +300,18 @@ def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
             assert live.process.wait(30) == 0  # otherwise it would wait for the request, which never ends
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         assert ids(client) == ["a"]
+
+
+def test_connections_that_never_had_a_request_are_closed_first(tmp_path: Path) -> None:
+    with (
+        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=5), PYTHONPATH=str(ROOT)) as live,
+        ExitStack() as stack,
+    ):
+        used = stack.enter_context(live.connect())
+        used.sendall(posting(BODY))
+        assert answer_on(used).status_code == 202
+        unused = [stack.enter_context(live.connect()) for _ in range(12)]
+        for sock in unused[:8]:
+            assert sock.recv(1) == b""
+        used.sendall(posting(BODY))
+        assert answer_on(used).status_code == 202

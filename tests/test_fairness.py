@@ -9,17 +9,32 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from starlette.requests import ClientDisconnect
 
 import eventstore
-from eventstore import CALLER, ApiError, ApiKey, Caller, Reader, ReaderPool, Row, Settings, Shares, Store
-from helpers import HEAD, KEY, Live, answer_on, event, eventually, refused, store, table
+from eventstore import CALLER, ApiError, ApiKey, Caller, Reader, ReaderPool, Row, Settings, Shares, Store, Turn
+from helpers import (
+    BODY,
+    HEAD,
+    KEY,
+    Live,
+    answer_on,
+    event,
+    eventually,
+    posting,
+    refused,
+    serving,
+    store,
+    store_of,
+    table,
+)
 
 OTHER = "other-key"
 TWO_KEYS = ("--api-key", KEY, "--api-key", OTHER)
@@ -132,6 +147,58 @@ def test_a_key_that_fills_the_queue_gets_the_503_and_another_key_none(tmp_path: 
         "10000 events wait to be written, the limit is 10000; nothing was stored, try again"
     ] * 5
     assert of_b == [1] * 100
+
+
+class Groups:
+    """The number of events in each commit of a store."""
+
+    def __init__(self, made: Store) -> None:
+        self.sizes: list[int] = []
+        made.observe_commits(lambda events, seconds, succeeded: self.sizes.append(events))
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - threads set no event
+            await asyncio.sleep(0.001)
+
+
+async def while_locked(made: Store, tmp_path: Path, *calls: tuple[bytes, int, int]) -> None:
+    """Store requests of (key, their number, events in each), which all wait when the writer takes the first group."""
+    with locked(tmp_path):
+        tasks = [asyncio.create_task(of_key(b"x", partial(made.insert, rows_of_batch(made, "x", 1))))]
+        await wait_until(lambda: not made._writer._few and made.state().waiting_events == 1)
+        for key, number, events in calls:
+            batches = [rows_of_batch(made, f"{key!r} {events} {each}", events) for each in range(number)]
+            tasks += [asyncio.create_task(of_key(key, partial(made.insert, batch))) for batch in batches]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+
+
+def test_small_requests_without_an_end_keep_no_batch_waiting(tmp_path: Path) -> None:
+    with opened(tmp_path) as made:
+        groups = Groups(made)
+        asyncio.run(while_locked(made, tmp_path, (b"a", 3000, 2), (b"b", 1, 500)))
+    assert groups.sizes == [1, 2500, 2000, 2000]
+
+
+def test_a_commit_is_short_if_its_events_are_long(tmp_path: Path) -> None:
+    async def send(made: Store, number: int) -> None:
+        CALLER.set(Caller({"api_key": ApiKey(b"a", "development"), "held_bytes": 8_000_000}))
+        await made.insert(rows_of_batch(made, f"{number}", 20))
+
+    async def flood(made: Store) -> None:
+        with locked(tmp_path):
+            tasks = [asyncio.create_task(of_key(b"x", partial(made.insert, rows_of_batch(made, "x", 20))))]
+            await wait_until(lambda: not made._writer._many and made.state().waiting_events == 20)
+            tasks += [asyncio.create_task(send(made, number)) for number in range(6)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+
+    with opened(tmp_path) as made:
+        groups = Groups(made)
+        asyncio.run(flood(made))
+    assert groups.sizes == [20, 40, 40, 40]  # 16 MB in each
 
 
 def test_batches_of_two_keys_are_committed_in_turns(tmp_path: Path) -> None:
@@ -266,10 +333,11 @@ def test_a_query_whose_client_is_gone_is_not_run(tmp_path: Path) -> None:
     async def flood(queries: ReaderPool) -> list[Any]:
         gone = asyncio.Event()
         tasks = [asyncio.create_task(ask(queries, gone)) for _ in range(60)]
-        while len(run) < eventstore.READER_THREADS:  # noqa: ASYNC110 - threads set no event
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: len(run) == eventstore.READER_THREADS)
+        assert queries.waiting == 60 - eventstore.READER_THREADS
         gone.set()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert (queries.waiting, queries.running) == (0, eventstore.READER_THREADS)  # nothing of them stays in memory
         release.set()
         await of_key(b"a", partial(queries.run, lambda conn: None))
         return outcomes
@@ -325,9 +393,115 @@ def test_the_time_limit_includes_the_time_in_the_queue(tmp_path: Path) -> None:
 
     with pool(tmp_path, timeout_s=0.2) as queries:
         outcomes = asyncio.run(ask(queries))
+        assert queries.timeouts == 9
     assert {str(each) for each in outcomes} == {
         "the query took longer than 0.2 s; narrow its time range or its filters"
     }
+
+
+def test_a_timeout_is_counted_once_although_both_sides_notice_it(tmp_path: Path) -> None:
+    async def ask(queries: ReaderPool) -> None:
+        with pytest.raises(ApiError, match=r"the query took longer than 0\.1 s"):
+            await of_key(b"a", partial(queries.run, lambda conn: conn.execute(ENDLESS).fetchone()))
+        await wait_until(lambda: queries.running == 0)
+
+    with pool(tmp_path, timeout_s=0.1) as queries:
+        asyncio.run(ask(queries))
+        assert queries.timeouts == 1
+
+
+def test_a_reader_that_cannot_open_the_file_leaves_its_turn_to_the_next(tmp_path: Path) -> None:
+    release = threading.Event()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    async def ask(queries: ReaderPool) -> list[Any]:
+        waiting = [asyncio.create_task(of_key(b"a", partial(queries.run, lambda conn: release.wait(30))))
+                   for _ in range(eventstore.READER_THREADS)]  # fmt: skip
+        await wait_until(lambda: queries.running == eventstore.READER_THREADS)
+        folder.rename(tmp_path / "elsewhere")
+        failed = [of_key(b"b", partial(queries.run, lambda conn: 1)) for _ in range(2 * eventstore.READER_THREADS)]
+        outcomes = await asyncio.gather(*failed, return_exceptions=True)
+        (tmp_path / "elsewhere").rename(folder)
+        assert await of_key(b"b", partial(queries.run, lambda conn: 1)) == 1
+        release.set()
+        await asyncio.gather(*waiting)
+        return outcomes
+
+    with pool(folder) as queries:
+        outcomes = asyncio.run(ask(queries))
+    assert [each.code for each in outcomes] == ["database_error"] * 2 * eventstore.READER_THREADS
+
+
+def test_a_pool_that_closes_ends_running_queries_and_refuses_the_others(tmp_path: Path) -> None:
+    started = threading.Event()
+
+    def count(conn: sqlite3.Connection) -> None:
+        started.set()
+        conn.execute(ENDLESS).fetchone()
+
+    async def ask(queries: ReaderPool) -> list[Any]:
+        tasks = [asyncio.create_task(of_key(b"a", partial(queries.run, count))) for _ in range(9)]
+        await asyncio.to_thread(started.wait, 30)
+        await asyncio.to_thread(queries.close)
+        tasks.append(asyncio.create_task(of_key(b"b", partial(queries.run, count))))
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    with opened(tmp_path):
+        outcomes = asyncio.run(ask(ReaderPool(str(tmp_path / "events.db"), 30.0)))
+    assert [str(each) for each in outcomes] == ["the server is shutting down; nothing was done"] * 10
+
+
+# ---------------------------------------------------------------------------------------------- turns
+
+
+def test_keys_take_turns_at_a_lock(choose: random.Random) -> None:
+    order: list[bytes] = []
+
+    async def hold(turn: Turn, key: bytes) -> None:
+        as_key(key)
+        async with turn:
+            order.append(key)
+            await asyncio.sleep(0)
+
+    async def crowd() -> None:
+        turn = Turn()
+        await asyncio.gather(*[hold(turn, key) for key in [b"a"] * 5 + [b"b"] * 3 + [b"c"]])
+        await asyncio.gather(hold(turn, b"d"), hold(turn, b"e"))
+
+    asyncio.run(crowd())
+    assert b"".join(order) == b"a" + b"abc" + b"ab" + b"ab" + b"a" + b"de"
+
+
+def test_a_lock_is_held_by_one_and_passed_on_although_some_that_wait_are_cancelled(choose: random.Random) -> None:
+    async def crowd() -> None:
+        turn, holders, done = Turn(), 0, 0
+
+        async def hold(key: bytes) -> None:
+            nonlocal holders, done
+            as_key(key)
+            async with turn:
+                holders += 1
+                assert holders == 1
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                holders -= 1
+            done += 1
+
+        tasks = [asyncio.create_task(hold(b"%d" % choose.randrange(3))) for _ in range(200)]
+        cancelled: set[int] = set()
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            number = choose.randrange(200)
+            if choose.random() < 0.3 and not holders and not tasks[number].done():
+                tasks[number].cancel()
+                cancelled.add(number)
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {n for n, each in enumerate(outcomes) if isinstance(each, asyncio.CancelledError)} == cancelled
+        assert done == 200 - len(cancelled)
+        await asyncio.wait_for(hold(b"last"), 30)
+
+    asyncio.run(crowd())
 
 
 @table("call", ["value_text(?)", "property_text(?, 'a')", "property_number(?, 'a')"])
@@ -371,6 +545,97 @@ def test_a_body_without_events_may_have_one_megabyte(tmp_path: Path, path: str) 
         refused(response)
         assert "the body may be 1048576 bytes long" in response.json()["message"]
         assert store(client, event(properties={"text": "x" * 2_000_000})).status_code == 202
+
+
+LARGE = {
+    "empty objects": b'{"a": [%b]}' % b",".join([b"{}"] * 400_000),
+    "empty arrays": b'{"a": [%b]}' % b",".join([b"[]"] * 400_000),
+    "numbers": b'{"a": [%b]}' % b", ".join([b"1"] * 600_000),
+    "members": b"{%b}" % b",".join(b'"k%d":1' % number for number in range(600_000)),
+    "deep arrays": b'{"a": [%b]}' % b",".join([b"[" * 400 + b"]" * 400] * 2000),
+    "text with commas": b'{"a": "%b"}' % (b", " * 600_000),
+}
+
+
+@table("bulk", [False, True], ids=["single", "batch"])
+@table("properties", LARGE.values(), ids=LARGE)
+def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, properties: bytes, bulk: bool) -> None:
+    body = b'{"event_name": "e", "external_customer_id": "c", "properties": %b}' % properties
+    with serving(tmp_path) as client:
+        path, sent = ("/v1/events/bulk", b'{"events": [%b]}' % body) if bulk else ("/v1/events", body)
+        response = client.post(path, content=sent)
+        refused(response)
+        limit = "500,000 commas, opening braces and brackets if longer than 1,000,000 bytes"
+        assert f"properties may hold {limit}, got more" in response.text
+        assert store_of(client).state().waiting_events == 0
+
+
+@table("properties", [
+    b'{"a": [%b]}' % b",".join([b"{}"] * 300_000),  # below a megabyte
+    b'{"a": [%b], "text": "%b"}' % (b",".join([b"1"] * 400_000), b"x" * 2_000_000),
+    b'{"text": "%b"}' % (b"one, two " * 400_000),
+])  # fmt: skip
+def test_properties_below_these_limits_are_stored_as_they_were_sent(tmp_path: Path, properties: bytes) -> None:
+    body = b'{"event_name": "e", "external_customer_id": "c", "properties": %b}' % properties
+    with serving(tmp_path) as client:
+        assert client.post("/v1/events", content=body).status_code == 202
+        assert properties in client.get("/v1/events").content
+
+
+@table(("path", "size", "in_thread"), [("", 90_000, False), ("", 110_000, True), ("/bulk", 990, False),
+                                       ("/bulk", 1_100, True)])  # fmt: skip
+def test_large_bodies_are_decoded_beside_the_event_loop(tmp_path: Path, path: str, size: int, in_thread: bool) -> None:
+    threads = []
+
+    def clock() -> int:
+        threads.append(threading.current_thread())
+        return eventstore.now_us()
+
+    sent: Any = event(properties={"text": "x" * size})
+    if path:
+        sent = {"events": [event(properties={"text": "x" * (size - 110)})] * 1000}
+    with serving(tmp_path, clock=clock) as client:
+        assert client.post(f"/v1/events{path}", json=sent).status_code == 202
+        assert any(thread.name.startswith("asyncio_") for thread in threads) is in_thread
+
+
+def test_large_batches_have_different_ids_and_name_their_bad_events(tmp_path: Path) -> None:
+    large = [event(properties={"text": "x" * 2000}) for _ in range(1000)]
+    with Live(tmp_path, "--api-key", KEY) as live, ExitStack() as stack:
+        socks = [stack.enter_context(live.connect()) for _ in range(4)]
+        for sock in socks:
+            sock.sendall(posting(json.dumps({"events": large}).encode()).replace(b"events", b"events/bulk", 1))
+        assert [answer_on(sock).headers["x-events-inserted"] for sock in socks] == ["1000"] * 4
+        with live.client() as client:
+            large[700] = event(properties={"text": "x" * 2000}, timestamp="never")
+            details = refused(client.post("/v1/events/bulk", json={"events": large}))
+            assert "events[700].timestamp" in json.dumps(details) or "700" in json.dumps(details)
+            assert client.get("/v1/events/monitoring").json()["total_count"] == 4000
+
+
+def test_a_request_that_is_cancelled_or_fails_gives_its_shares_back(tmp_path: Path) -> None:
+    bodies = [b"{", b'{"event_name": "e"}', json.dumps(event(properties={"text": "x" * 150_000})).encode()]
+
+    async def ask(app: Any) -> None:
+        service, transport = app.state.service, httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://t", headers={"x-api-key": KEY}) as client:
+            with locked(tmp_path):
+                for body in [BODY, *bodies] * 3:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.05):
+                            await client.post("/v1/events", content=body)
+                    assert service.shares.total == 0
+                    assert dict(service.shares._used) == {}
+                assert service.store.state().waiting_events == 0
+                assert CALLER.get() == Caller()  # what the program does next is not done for this client
+            eventually_stored = await client.post("/v1/events", content=BODY)
+            assert eventually_stored.status_code == 202
+
+    app = eventstore.create_app(Settings(db=str(tmp_path / "events.db"), api_keys=(ApiKey.hashed(KEY),)))
+    try:
+        asyncio.run(ask(app))
+    finally:
+        app.state.service.store.close()
 
 
 def test_unread_answers_count_towards_the_share_of_their_key(tmp_path: Path) -> None:

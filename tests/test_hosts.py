@@ -115,3 +115,21 @@ def test_serve_refuses_a_host_that_is_none(tmp_path: Path) -> None:
     done = run(*SCRIPT, "serve", "--mock", "--port", "0", "--api-key", KEY, "--allow-host", "http://mock", cwd=tmp_path)
     problem = '--allow-host must be a name or an address without scheme and port, got "http://mock"'
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"eventstore: {problem}\n")
+
+
+def test_without_a_flag_the_page_is_served_under_any_name_and_contains_no_key(tmp_path: Path) -> None:
+    with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
+        page = client.get("/", headers={"Host": "events.example.com"})
+        assert page.status_code == 200
+        assert KEY not in page.text
+        assert httpx.get(f"{live.url}/v1/events", headers={"Host": "evil.example"}).status_code == 401
+
+
+def test_with_allow_host_a_server_answers_to_that_name_and_loopback_only(tmp_path: Path) -> None:
+    with Live(tmp_path, "--api-key", KEY, "--allow-host", "events.example.com") as live, live.client() as client:
+        for path in ("/", "/v1/events", "/health"):
+            assert client.get(path).status_code == 200
+            assert client.get(path, headers={"Host": "events.example.com"}).status_code == 200
+            refused(client.get(path, headers={"Host": "evil.example"}), 403, "permission_denied", "is not this machine")
+        foreign = {"Origin": "https://evil.example"}
+        refused(client.post("/v1/events", json={}, headers=foreign), 403, "permission_denied", "is not this machine")
