@@ -111,8 +111,8 @@ def _writer(arguments: argparse.Namespace) -> _Write:
     """Return the function that writes the chosen format. Raises StartError if a flag does not fit the format."""
     if arguments.output is None and sys.stdout is None:  # closed by the shell, as in `eventstore export >&-`
         raise StartError("standard output is closed: name a file with --output")
-    named_parquet = (arguments.output or "").endswith((".parquet", ".parquet.gz"))
-    form = arguments.format or ("parquet" if named_parquet else "ndjson")
+    name = (arguments.output or "").removesuffix(".gz")
+    form = arguments.format or next((form for form in ("csv", "parquet") if name.endswith(f".{form}")), "ndjson")
     if form == "clickhouse" and not (arguments.tenant_id and arguments.environment_id):
         raise StartError(f"--format clickhouse needs --tenant-id and --environment-id: {_WHERE_IDS_ARE}")
     if form != "clickhouse" and (arguments.tenant_id or arguments.environment_id):
@@ -213,7 +213,7 @@ def add_flags(_: str, add: AddFlag) -> None:
     """Add the flags of `export`."""
     add_filter_flags(add)
     add("--format", choices=[*_WRITERS], help="what to write; clickhouse is JSONEachRow for FlexPrice's own table; "
-        "ndjson by default, or parquet if FILE ends in .parquet")  # fmt: skip
+        "by default csv or parquet if FILE ends in .csv or .parquet, else ndjson")  # fmt: skip
     add("--tenant-id", metavar="ID", help="your tenant's id in FlexPrice, for --format clickhouse")
     add("--environment-id", metavar="ID", type=_environment_id, help="the id of your environment in FlexPrice, for "
         "--format clickhouse")  # fmt: skip

@@ -57,8 +57,10 @@ def _make(arguments: Namespace) -> int:
     line = f"{shown}={arguments.environment}"
     line += f"; label={arguments.label}" if arguments.label else ""
     line += f"; role={arguments.role}" if arguments.role else ""
-    if "#" in line:
-        raise StartError(f"the environment and the label must not contain a #: {quoted(line.removeprefix(shown))}")
+    checks = (("--environment", arguments.environment, "#,;="), ("--label", arguments.label or "", "#,;"))
+    for flag, text, reserved in checks:
+        if found := [character for character in reserved if character in text]:
+            raise StartError(f"{flag} must not contain {quoted(found[0])}, got {quoted(text)}")
     parse_api_keys([("the new key", line)])
     print(line)
     if not arguments.clear:

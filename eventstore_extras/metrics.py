@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import platform
 import sqlite3
+import sys
 import time
 from argparse import Namespace
 from bisect import bisect_left
@@ -24,7 +25,8 @@ try:
     import prometheus_client
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 except ImportError as error:
-    raise StartError("--metrics needs prometheus_client: pip install 'flexprice-eventstore[metrics]'") from error
+    _install = f"{sys.executable} -m pip install prometheus_client (or '.[metrics]' in the clone)"
+    raise StartError(f"--metrics needs prometheus_client: {_install}") from error
 
 __all__ = ["Metrics", "attach"]
 

@@ -297,8 +297,8 @@ def _open_progress(arguments: argparse.Namespace, conn: sqlite3.Connection, url:
         return ProgressFile(path, new)
     file = resume_progress(conn, path, new, _START_OVER)
     if accepted := file.progress.accepted:
-        before = f"{plural(accepted, 'event')} were accepted before (--restart starts over)"
-        say(f"continuing at {file.progress.position}: {before}")
+        before = f"{plural(accepted, 'event')} {'was' if accepted == 1 else 'were'} accepted before"
+        say(f"continuing at {file.progress.position}: {before} (--restart starts over)")
     return file
 
 

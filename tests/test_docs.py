@@ -1,8 +1,8 @@
 """Run the examples of README.md and docs/, follow the links, and compare the pages with the code.
 
 Each page gets its own server in its own folder. In a ```console block, lines after `$ ` are commands; a line after `> `
-continues the command. The other lines are the expected output. Ids, times of the run, durations and versions may
-differ; a later command that uses an id from the page gets the id of the run. The ```python blocks of a page form one
+continues the command. The other lines are the expected output. Ids, keys, times of the run, durations and versions
+may differ; a later command that uses an id from the page gets the id of the run. The ```python blocks of a page form one
 program, which runs last and must print the page's ```text blocks. Blocks of other languages are not run.
 """
 
@@ -39,9 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 FILES = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in FILES}
-DEPLOYING, RELIABILITY, OUTBOX, REFERENCE, API, ANALYTICS, METERS, FIDELITY = (
+DEPLOYING, RELIABILITY, OUTBOX, MOVING, REFERENCE, API, ANALYTICS, METERS, FIDELITY = (
     PAGES[f"docs/{name}.md"]
-    for name in ("deploying", "reliability", "outbox", "reference", "api", "analytics", "meters", "fidelity")
+    for name in ("deploying", "reliability", "outbox", "moving", "reference", "api", "analytics", "meters", "fidelity")
 )
 API_PAGES = tuple(PAGES[f"docs/{name}.md"] for name in ("api", "sending", "querying", "usage", "meters", "analytics"))
 EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
@@ -138,6 +138,7 @@ VARYING = {
     "clock": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z",
     "cursor": r"\b\d{19}(?=::)",
     "duration": r"\b\d+\.\d s\b",
+    "key": r"\bevs_[\w-]{32}(?![\w-])",
     "version": re.escape('"version":"') + r"[^\"]+",
 }
 VARIES = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in VARYING.items()))
@@ -360,7 +361,7 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
     return {flag: default for flag, default in flags.items() if flag != "--help"}
 
 
-@pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune"])
+@pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune", "backup", "keys"])
 @pytest.mark.slow
 def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: str) -> None:
     flags = help_of(tmp_path, command)
@@ -602,7 +603,7 @@ def fill_with_meters(server: MockServer) -> None:
 
 @pytest.mark.slow
 def test_meters_and_features_are_moved_as_documented_and_a_second_run_changes_nothing(tmp_path: Path) -> None:
-    (program,) = blocks(section(OUTBOX, "Moving to FlexPrice"), "python")
+    (program,) = blocks(section(MOVING, "Meters and features"), "python")
     with running_server(api_keys={KEY: "a"}) as old, running_server(api_keys={"key-there": "a"}) as new:
         fill_with_meters(old)
         expected, features = what_moves(old)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -152,6 +153,20 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
     elsewhere = run(*SCRIPT, "export", "--environment", "production", cwd=tmp_path)
     assert (elsewhere.returncode, elsewhere.stdout) == (0, "")
     assert "the database also has events of development" in elsewhere.stderr
+
+
+@table(("name", "flags", "start"), [
+    ("events.csv", [], b"event_name,event_id,"),
+    ("events.ndjson", [], b'{"event_name":'),
+    ("csv", [], b'{"event_name":'),
+    ("events.csv", ["--format", "ndjson"], b'{"event_name":'),
+])  # fmt: skip
+def test_the_name_of_the_output_chooses_the_format(tmp_path: Path, name: str, flags: list[str], start: bytes) -> None:
+    imported(tmp_path, lines_of(event("a")))
+    for file, open_file in ((tmp_path / name, open), (tmp_path / f"{name}.gz", gzip.open)):
+        assert run(*SCRIPT, "export", "-o", str(file), *flags, cwd=tmp_path).returncode == 0
+        with open_file(file, "rb") as written:
+            assert written.read().startswith(start)
 
 
 @pytest.mark.slow

@@ -175,9 +175,10 @@ def test_a_new_keys_line_goes_into_the_file_and_the_key_itself_only_to_the_termi
 @table(("flags", "message"), [
     (["list"], "keys list needs --api-key-file"),
     (["list", "--api-key-file", "missing"], "cannot read --api-key-file missing"),
-    (["new", "--environment", "a,b"], "has a ','"),
-    (["new", "--environment", "a#b"], "must not contain a #"),
-    (["new", "--label", "a;b"], "a ';' without"),
+    (["new", "--environment", "a,b"], '--environment must not contain ",", got "a,b"'),
+    (["new", "--environment", "a#b"], '--environment must not contain "#", got "a#b"'),
+    (["new", "--environment", "a=b"], '--environment must not contain "=", got "a=b"'),
+    (["new", "--label", "a;b"], '--label must not contain ";", got "a;b"'),
     (["new", "--label", "a\nb"], "has a control character"),
     (["new", "--environment", ""], "no environment after it"),
 ])  # fmt: skip
