@@ -266,7 +266,7 @@ def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.Comp
             status: Any = command_line(*arguments)
         except SystemExit as exit_:
             status = exit_.code
-    return subprocess.CompletedProcess([*arguments], status, output.getvalue(), errors.getvalue())
+    return subprocess.CompletedProcess([*map(str, arguments)], status, output.getvalue(), errors.getvalue())
 
 
 def exported(folder: Path, *flags: object, form: str = "ndjson") -> bytes:
