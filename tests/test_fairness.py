@@ -129,8 +129,7 @@ def as_key(key: bytes, gone: asyncio.Event | None = None) -> None:
 async def taken_by_the_writer(made: Store) -> None:
     """Wait until the writer has taken all that was sent to it; with `locked`, it waits for the lock with these."""
     await asyncio.sleep(0)
-    writer = made._writer
-    while writer._operations or writer._few or writer._many:  # noqa: ASYNC110 - threads set no event
+    while made._writer._few or made._writer._many or made._writer._operations:  # noqa: ASYNC110 - threads set no event
         await asyncio.sleep(0.001)
 
 
