@@ -1,4 +1,4 @@
-"""What one client can do to another: an ordinary client beside one that tries to stop it, with keys of their own."""
+"""An ordinary client beside one that tries to stop it, each with another key."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ _ORDINARY_REQUESTS = [
 
 
 class _Seen(NamedTuple):
-    """What the ordinary client has seen: its waits in milliseconds, and the number of refusals."""
+    """The waits of the ordinary client in milliseconds, and the number of its refusals."""
 
     waits_ms: list[float]
     refused: int
