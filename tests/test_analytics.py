@@ -702,6 +702,7 @@ ODD_TEXTS = ["a.b", 'quo"te', "größe", "back\\slash", "$", "it's", "世[0]", "
 
 
 # The server removes white space around the key of a meter's filter.
+@pytest.mark.slow
 @table("name", [*[text for text in ODD_TEXTS if text == text.strip()], "properties", "n"], ids=ascii)
 @table("ascii_only", [True, False], ids=["escaped", "as it is"])
 def test_fields_filters_and_groups_take_any_property_name(client: httpx.Client, name: str, ascii_only: bool) -> None:

@@ -136,6 +136,7 @@ def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:
     assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("bash")), reason="needs bash and curl")
 @table(("flags", "environ"), [("", {}), ("--api-key given", {"FLEXPRICE_API_KEY": "given"})], ids=["made", "given"])
 def test_the_banners_curl_lines_work_as_pasted(tmp_path: Path, flags: str, environ: dict[str, Any]) -> None:
@@ -156,6 +157,7 @@ def test_memory_leaves_no_file(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cwd").iterdir()] == ["stderr.txt"]
 
 
+@pytest.mark.slow
 @table(("flags", "shown"), [([], False), (["--access-log"], True)], ids=["default", "--access-log"])
 def test_only_the_access_log_shows_requests_that_succeed(tmp_path: Path, flags: list[Any], shown: bool) -> None:
     with Live(tmp_path, "--api-key", KEY, *flags) as live, live.client() as client:

@@ -62,6 +62,7 @@ UNFINISHED = [  # nothing of a body, a part of it, a part of a chunk, all chunks
 ]
 
 
+@pytest.mark.slow
 def test_bodies_that_do_not_arrive_in_time_are_refused_and_their_connections_closed(impatient: Live) -> None:
     with ExitStack() as stack:
         socks = [stack.enter_context(impatient.connect()) for _ in UNFINISHED]
@@ -106,6 +107,7 @@ def test_after_a_body_that_was_refused_early_the_connection_serves_the_next_requ
         assert answer_on(sock).status_code == 202
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_its_answer_is_dropped(impatient: Live) -> None:
     with impatient.client() as client:
         store(client, *[event(properties={"text": "x" * 200_000}) for _ in range(100)])
@@ -226,6 +228,7 @@ def test_a_socket_unit_of_systemd_passes_its_socket(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 @table(("kind", "message"), [
     ("closed", "is no socket"),
     ("file", "is no socket"),
@@ -287,6 +290,7 @@ def accepts(live: Live) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
     code = "import sys, eventstore; eventstore._SHUTDOWN_TIMEOUT_S = 60; sys.exit(eventstore.main())"
     command = [sys.executable, "-c", code]

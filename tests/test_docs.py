@@ -404,6 +404,7 @@ LEFT_OUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("route", "status"), LEFT_OUT)
 def test_a_route_that_is_left_out_is_refused_as_documented(route: str, status: int) -> None:
     method, path = route.split()
@@ -452,6 +453,7 @@ def test_every_field_and_code_is_documented() -> None:
 FAULTS = re.findall(r"\| `(\w+=[^`]+)` \|$", section(PAGES["docs/testing.md"], "Faults"), re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_documented_fault_does_what_the_page_says(fault: str) -> None:
     fields = {name: json.loads(value.lower()) for name, value in (part.split("=") for part in fault.split(", "))}

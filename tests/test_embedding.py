@@ -47,6 +47,7 @@ class Stamp:
         await self.app(scope, receive, stamped)
 
 
+@pytest.mark.slow
 def test_added_operations_and_middleware_are_served_and_described_like_the_built_in_ones(tmp_path: Path) -> None:
     from openapi_spec_validator import validate
 

@@ -73,6 +73,7 @@ def send_properties(client: httpx.Client, properties: str, event_id: str = "evt"
     assert response.status_code == 202, response.text
 
 
+@pytest.mark.slow
 @table("properties", REPEATED.values(), ids=REPEATED)
 def test_the_last_value_of_a_repeated_key_counts_everywhere(tmp_path: Path, properties: str) -> None:
     with metering(tmp_path) as client:
@@ -174,6 +175,7 @@ OTHER_NUMBERS = ["true", "0.2", "7", '"other"', "null", "[]", "1e22"]
 NOTES = {"plain": "", "with a backslash": r', "note": "\t"'}
 
 
+@pytest.mark.slow
 @table("note", NOTES.values(), ids=NOTES)
 @table(("text", "raws"), SAME_NUMBERS.items(), ids=SAME_NUMBERS)
 def test_spellings_of_a_number_are_one_value_everywhere(tmp_path: Path, text: str, raws: list[str], note: str) -> None:
@@ -261,6 +263,7 @@ def with_meters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Clie
         yield client
 
 
+@pytest.mark.slow
 @table(("method", "path", "query"), TAKING_TIMES.values(), ids=TAKING_TIMES)
 def test_the_zero_time_counts_as_absent(with_meters: httpx.Client, method: str, path: str, query: Json) -> None:
     if path.endswith("/usage/meter"):
@@ -382,6 +385,7 @@ ODD: dict[str, Callable[[int], Json]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table("change", ODD.values(), ids=ODD)
 def test_a_batch_with_unknown_fields_is_stored_and_its_faults_are_found(
     client: httpx.Client, change: Callable[[int], Json]
@@ -409,6 +413,7 @@ MANY: dict[str, tuple[str, bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table("name", MANY)
 def test_millions_of_names_or_items_take_little_memory(tmp_path: Path, name: str) -> None:
     path, body = MANY[name]

@@ -155,6 +155,7 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
     assert "the database also has events of development" in elsewhere.stderr
 
 
+@pytest.mark.slow
 @table(("name", "flags", "start"), [
     ("events.csv", [], b"event_name,event_id,"),
     ("events.ndjson", [], b'{"event_name":'),

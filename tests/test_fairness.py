@@ -547,6 +547,7 @@ def test_only_short_pages_are_read_on_the_event_loop(tmp_path: Path, size: int) 
 # ---------------------------------------------------------------------------------------------- bodies and answers
 
 
+@pytest.mark.slow
 @table("path", ["meters", "features", "events/usage", "events/analytics", "events/query", "features/search"])
 def test_a_body_without_events_may_have_one_megabyte(live: Live, path: str) -> None:
     with live.client() as client:
@@ -608,6 +609,7 @@ def test_large_bodies_are_decoded_beside_the_event_loop(tmp_path: Path, path: st
         assert any(thread.name.startswith("asyncio_") for thread in threads) is in_thread
 
 
+@pytest.mark.slow
 def test_large_batches_have_different_ids_and_name_their_bad_events(tmp_path: Path) -> None:
     large = [event(properties={"text": "x" * 2000}) for _ in range(1000)]
     with Live(tmp_path, "--api-key", KEY) as live, ExitStack() as stack:
@@ -647,6 +649,7 @@ def test_a_request_that_is_cancelled_or_fails_gives_its_shares_back(tmp_path: Pa
         app.state.service.store.close()
 
 
+@pytest.mark.slow
 def test_unread_answers_count_towards_the_share_of_their_key(tmp_path: Path) -> None:
     with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "30000000") as live, ExitStack() as stack:
         with live.client() as client:

@@ -626,6 +626,7 @@ SDK_REFUSALS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table(("call", "status", "message"), SDK_REFUSALS.values(), ids=SDK_REFUSALS)
 def test_the_official_sdk_raises_the_servers_message(
     live: Live, call: Callable[..., Any], status: int, message: str

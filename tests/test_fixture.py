@@ -529,6 +529,7 @@ def test_with_times_replaced(flexprice, monkeypatch):
     run_tests(pytester).assert_outcomes(passed=5)
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_frozen_during_a_query_does_not_end_it(tmp_path: Path) -> None:
     path = str(tmp_path / "events.db")
     prepare_file(path)

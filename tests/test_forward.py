@@ -473,6 +473,7 @@ def hang(*_: object) -> bool:
     return False
 
 
+@pytest.mark.slow
 @table(
     ("tricks", "began"),
     [
@@ -713,6 +714,7 @@ def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     assert rows_of(tmp_path)[-1][1] == "meanwhile"
 
 
+@pytest.mark.slow
 def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> None:
     with eventstore.listen("127.0.0.1", 0) as listener:
         first = SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key=KEY)
@@ -789,6 +791,7 @@ def test_the_environment_with_a_key_can_be_chosen_among_several(tmp_path: Path) 
             eventually(lambda: target.ids == ["this one"])
 
 
+@pytest.mark.slow
 def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     flags = ("--forward-to", "http://host", "--forward-environment", "development", "--api-key", "k=production")
@@ -840,6 +843,7 @@ def test_forwarding_continues_after_its_last_event_was_deleted(tmp_path: Path) -
     assert target.ids == ["1-00000", "1-00001", "1-00002", "new 0", "new 1"]
 
 
+@pytest.mark.slow
 def test_serve_says_how_to_install_httpx(tmp_path: Path) -> None:
     code = "import sys; sys.modules['httpx'] = None; import eventstore; sys.exit(eventstore.main())"
     done = python(code, "serve", "--port", "0", "--forward-to", "http://host", "--api-key", KEY, cwd=tmp_path)

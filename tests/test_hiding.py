@@ -77,6 +77,7 @@ BODIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table("body", BODIES.values(), ids=BODIES)
 def test_the_key_is_neither_in_the_log_nor_in_the_refused_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, body: object

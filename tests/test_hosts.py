@@ -68,6 +68,7 @@ def mock() -> Iterator[MockServer]:
         yield server
 
 
+@pytest.mark.slow
 @table("path", ["/v1/events", "/_mock/faults", "/health", "/openapi.json", "/", "/v1/nothing"])
 @table("header", ["host", "origin"])
 def test_a_mock_refuses_requests_from_another_site(mock: MockServer, path: str, header: str) -> None:

@@ -344,6 +344,7 @@ def resident_bytes(live: Live) -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024
 
 
+@pytest.mark.slow
 @table("start, piece", [
     (b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 8000 + b"\r\n"), (b"GET / HTTP/1.1\r\nX: ", b"a" * 8192),
     (b"GET /", b"a" * 8192), (b"", b"\r\n" * 4096),
@@ -409,6 +410,7 @@ BAD_HTTP = {
 }
 
 
+@pytest.mark.slow
 @table("request_bytes", BAD_HTTP.values(), ids=BAD_HTTP)
 def test_malformed_http_is_refused_with_the_usual_error_body(live: Live, request_bytes: bytes) -> None:
     with live.client() as client, stores_nothing(client), live.connect() as sock:
@@ -716,6 +718,7 @@ NASTY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table("text", NASTY.values(), ids=NASTY)
 def test_what_a_caller_sent_is_escaped_in_messages_and_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str

@@ -204,6 +204,7 @@ def test_an_unreadable_file_stops_even_an_import_that_skips_invalid_events(
     assert stored_ids(tmp_path) == ["1"]
 
 
+@pytest.mark.slow
 @table("start", [b"[", b'{"events": ['])
 def test_a_value_that_does_not_fit_into_memory_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, start: bytes
@@ -541,6 +542,7 @@ def test_a_row_of_csv_with_many_lines_is_bounded(tmp_path: Path, capsys: pytest.
     assert f"{tmp_path}/in:2: is longer than 2000 bytes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @table("start", [b"", b"event_name,external_customer_id\n", b"["])
 def test_an_import_of_nothing_but_blank_lines_can_be_interrupted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, start: bytes

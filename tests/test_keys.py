@@ -127,6 +127,7 @@ def live_with_roles(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield live
 
 
+@pytest.mark.slow
 @table(("method", "path", "body", "roles"), REQUESTS, ids=[f"{method} {path}" for method, path, *_ in REQUESTS])
 def test_a_role_allows_only_its_requests(
     live_with_roles: Live, method: str, path: str, body: Any, roles: list[str]
@@ -152,6 +153,7 @@ def test_a_hashed_key_is_accepted_and_its_hash_is_not(live_with_roles: Live) -> 
             refused(client.get("/v1/events"), 401, "unauthorized")
 
 
+@pytest.mark.slow
 def test_a_new_keys_line_goes_into_the_file_and_the_key_itself_only_to_the_terminal(tmp_path: Path) -> None:
     made = run(*SCRIPT, "keys", "new", "--environment", "production", "--role", "event_reader", "--label", "a b",
                cwd=tmp_path)  # fmt: skip
@@ -239,6 +241,7 @@ def test_sighup_reads_the_key_file_again_and_a_bad_file_changes_nothing(tmp_path
         eventually(lambda: statuses() == {"old": 401, "new": 200})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
 def test_sighup_without_a_key_file_is_one_line_in_the_log(tmp_path: Path) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:

@@ -42,6 +42,7 @@ def test_json_lines_have_the_same_fields(tmp_path: Path) -> None:
     assert access == [400, 202]
 
 
+@pytest.mark.slow
 @table("log_format", ["text", "json"])
 def test_a_traceback_belongs_to_its_line(tmp_path: Path, log_format: str) -> None:
     with Live(tmp_path, *LABELLED, "--log-format", log_format) as live, live.client() as client:
@@ -54,6 +55,7 @@ def test_a_traceback_belongs_to_its_line(tmp_path: Path, log_format: str) -> Non
             assert "Traceback (most recent call last):\n" in live.log
 
 
+@pytest.mark.slow
 def test_lines_that_repeat_are_left_out_and_counted(tmp_path: Path) -> None:
     changed = "from eventstore_extras import logs; logs._PERIOD_S = 0.5; logs._MOST_EQUAL = 5; logs._MOST_SIMILAR = 8;"
     command = [sys.executable, "-c", f"import sys, eventstore; {changed} sys.exit(eventstore.main())"]

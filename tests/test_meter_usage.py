@@ -108,6 +108,7 @@ def test_an_event_on_the_first_day_of_year_1_counts(client: httpx.Client) -> Non
     refused(client.post("/v1/events/usage/meter", json={"meter_id": meter_id, "timezone": "America/New_York"}))
 
 
+@pytest.mark.slow
 @table("bucket_size", ["MINUTE", "YEAR", "day", "", " ", "x" * 1000])
 @table("kind", ["SUM", "COUNT"])
 def test_the_bucket_size_of_a_request_is_not_read(few: httpx.Client, kind: str, bucket_size: str) -> None:

@@ -66,6 +66,7 @@ def forwarding(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live,
         yield live, port
 
 
+@pytest.mark.slow
 def test_names_follow_the_rules_of_prometheus(forwarding: tuple[Live, int]) -> None:
     """The rules that `promtool check metrics` applies: help, units, and _total for counters only."""
     live, port = forwarding
@@ -100,6 +101,7 @@ def test_no_value_from_a_caller_becomes_a_label(tmp_path: Path) -> None:
     assert len(series) < 12
 
 
+@pytest.mark.slow
 def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> None:
     live, port = forwarding
     with live.client() as client:
@@ -117,6 +119,7 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
         assert value(samples, "eventstore_retention_deleted_events_total") == 0
 
 
+@pytest.mark.slow
 @table(("flag", "message"), [
     ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, got '9100'"),
     ("127.0.0.1:x", "--metrics must be ADDRESS:PORT"),

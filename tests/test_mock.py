@@ -272,6 +272,7 @@ FAULTS = {  # name -> the fault, the answers to two events, how many of the two 
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table("how", ["HTTP", "Python"])
 @table(("fault", "answers", "stored"), FAULTS.values(), ids=FAULTS)
 def test_the_next_matching_requests_meet_a_fault(
@@ -416,6 +417,7 @@ BAD_FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table(("fault", "part"), BAD_FAULTS.values(), ids=BAD_FAULTS)
 def test_a_bad_fault_is_refused_and_not_added(
     mock: MockServer, caller: httpx.Client, fault: dict[str, Any], part: str
@@ -493,6 +495,7 @@ FORKS = {  # what the child does
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @table("child", FORKS.values(), ids=FORKS)
 def test_a_forked_child_neither_stops_the_server_nor_removes_its_database(tmp_path: Path, child: str) -> None:

@@ -310,6 +310,7 @@ LIMITS = [(sent, field, value, allowed) for sent, field in FIELDS for value, all
           if not isinstance(value, list) or field not in ("group_by", "events", "filters")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_server_enforces_the_documented_limits(ready: Ready) -> None:
     assert len(LIMITS) > 100
     for sent, field, value, allowed in LIMITS:
@@ -342,6 +343,7 @@ def test_the_document_forbids_what_the_server_refuses(ready: Ready, field: str) 
 NEEDED_BY_OTHERS = {"unit_singular", "unit_plural", "field", "meter"}  # required or not, depending on other fields
 
 
+@pytest.mark.slow
 def test_the_server_takes_null_and_empty_values_where_the_document_allows_them(ready: Ready) -> None:
     for sent, field in FIELDS:
         for value in [""] if sent.method == "GET" else ["", None]:

@@ -440,6 +440,7 @@ def large_rows(number: int, value_bytes: int, **options: Any) -> bytes:
     )
 
 
+@pytest.mark.slow
 @table("options", [{}, {"use_dictionary": False}, {"version": "1.0"}, {"data_page_version": "2.0"},
                    {"use_dictionary": False, "column_encoding": {"properties": "DELTA_BYTE_ARRAY"}}], ids=str)  # fmt: skip
 def test_a_batch_has_few_rows_if_the_pages_expand_to_much(

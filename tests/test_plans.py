@@ -197,6 +197,7 @@ def ties(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Clien
         yield client, events
 
 
+@pytest.mark.slow
 @table("order", ["desc", "asc"])
 @table("sort", ["timestamp", "event_name"])
 @table(

@@ -170,6 +170,7 @@ def test_replay_does_not_start_with_a_proxy_that_cannot_work(
     assert "secret" not in line
 
 
+@pytest.mark.slow
 @table(("name", "value"), [("https_proxy", "socks://p"), ("ALL_PROXY", "http://p:port")])
 def test_serve_does_not_start_with_a_proxy_that_cannot_work(tmp_path: Path, name: str, value: str) -> None:
     environ = os.environ | {name: value, "FLEXPRICE_API_KEY": KEY}
@@ -244,6 +245,7 @@ def test_a_proxy_that_cannot_be_reached_is_named(
     assert "secret" not in message
 
 
+@pytest.mark.slow
 @table("status", [403, 407, 502])
 def test_an_answer_that_may_be_the_proxys_names_it(
     monkeypatch: Patch, caplog: pytest.LogCaptureFixture, status: int

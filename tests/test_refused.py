@@ -211,6 +211,7 @@ def test_forwarding_puts_aside_what_flexprice_would_lose_and_sends_the_rest(tmp_
     assert " event put aside (1 too long) in " in second
 
 
+@pytest.mark.slow
 def test_an_event_is_put_aside_once_and_in_order(tmp_path: Path) -> None:
     path = str(tmp_path / "events.db")
     with FakeTarget(answering(503)) as target:

@@ -741,6 +741,7 @@ def test_while_a_file_of_a_running_server_is_missing_writes_are_refused(tmp_path
     assert [row[1] for row in rows_of(tmp_path)] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_server_whose_wal_was_removed_writes_it_to_the_file_when_it_stops(tmp_path: Path) -> None:
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
         store(client, *batch_of("a"))

@@ -182,6 +182,7 @@ def test_replay_gives_up_when_no_batch_is_accepted_for_long(source: Path, capsys
 # ---------------------------------------------------------------------------------------------- which events are sent
 
 
+@pytest.mark.slow
 def test_replay_sends_events_that_arrived_after_its_start_whatever_their_time(
     tmp_path: Path, source: Path, capsys: Captured
 ) -> None:

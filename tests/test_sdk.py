@@ -10,6 +10,7 @@ import pytest
 from helpers import KEY, Live, table
 
 
+@pytest.mark.slow
 def test_the_official_sdk_writes_reads_and_pages(live: Live) -> None:
     from flexprice import Flexprice
 

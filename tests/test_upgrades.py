@@ -102,6 +102,7 @@ def differences(old: object, new: object, path: str = "") -> Iterator[str]:
         yield f"{path}: {old!r} is now {new!r}"
 
 
+@pytest.mark.slow
 @table("number", FORMATS)
 def test_every_recorded_answer_about_an_old_file_is_still_the_same(number: int, tmp_path: Path) -> None:
     copy_of(number, tmp_path)
@@ -288,6 +289,7 @@ def test_an_upgrade_beside_a_process_that_writes_waits_and_then_says_so(
     assert contents(tmp_path).version == 1
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_start_together_one_upgrades(tmp_path: Path) -> None:
     path = copy_of(1, tmp_path, more_events=2000)
     before = contents(tmp_path)

@@ -324,6 +324,7 @@ def test_without_a_property_all_events_are_counted_and_the_type_is_count(client:
 BAD_MULTIPLIERS: list[Any] = ["0", 0, "-1", "x", "NaN", "Infinity", "1e999", " 2", "1_0", True, [], "0x2"]
 
 
+@pytest.mark.slow
 @table(("bad", "part"), [
     ({"event_name": None}, "event_name"), ({"event_name": ""}, "event_name"), ({"aggregation_type": None}, "aggregation_type"),
     ({"aggregation_type": "MEDIAN"}, "COUNT_UNIQUE"), ({"aggregation_type": 5}, "aggregation_type"),
@@ -367,6 +368,7 @@ def test_a_malformed_usage_body_is_refused(shared: httpx.Client, content: str) -
     refused(shared.post("/v1/events/usage", content=content))
 
 
+@pytest.mark.slow
 def test_100000_windows_are_answered(client: httpx.Client) -> None:
     store(client, event(timestamp=at(-1)), event(timestamp=at(-99_998 * 60_000_000)))
     answer = usage(client, window_size="MINUTE", start_time=at(-99_999 * 60_000_000))
@@ -411,6 +413,7 @@ NO_NUMBERS = [" 12", "12 ", "  ", "\t12", "12\n", "\r12", "12\f", "\v12", "\u00a
               "1e400", "-1e400", "9" * 400, True, False, None, [12], {"n": 12}, ""]  # fmt: skip
 
 
+@pytest.mark.slow
 @table("others", [{}, {"backslash": "\\"}], ids=["fast", "slowly"])
 @table("value", NO_NUMBERS, ids=repr)
 def test_a_value_that_is_not_exactly_a_number_counts_as_0(
@@ -526,6 +529,7 @@ def following(label: datetime, month_day: int | None) -> datetime:
     return (first + timedelta(days=31)).replace(day=1) + timedelta(days=month_day - 1)
 
 
+@pytest.mark.slow
 @every
 @table("size", ["WEEK", "MONTH"])
 def test_weeks_and_months_start_at_midnight_or_when_clocks_jump_over_it(size: str, step: int) -> None:
