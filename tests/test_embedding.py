@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import pytest
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response

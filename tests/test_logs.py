@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from helpers import KEY, ROOT, Live, event, eventually, refused, store, table
 
 LABELLED = ("--api-key", f"{KEY}=production; label=check out")
