@@ -2144,7 +2144,8 @@ def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | 
         caller.key = found.digest
         return None
     unknown = "holds a key that this server does not know; its banner says where its keys came from"
-    problem = "is missing: send your key in it" if key is None else unknown
+    instead = ", not in Authorization" if b"authorization" in caller.headers else ""
+    problem = f"is missing: send your key in it{instead}" if key is None else unknown
     return ApiError("unauthorized", f"the header x-api-key {problem}")
 
 

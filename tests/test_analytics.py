@@ -577,6 +577,7 @@ def test_one_answer_names_all_faults_of_a_request_for_analytics(shared: httpx.Cl
     ]
 
 
+@pytest.mark.slow
 def test_100000_windows_are_answered_and_more_are_a_400(client: httpx.Client) -> None:
     store(client, sent(1, 10))
     make_meter(client)

@@ -146,6 +146,7 @@ def test_the_banners_curl_lines_work_as_pasted(tmp_path: Path, flags: str, envir
         assert [stored["id"] for stored in json.loads(read.stdout)["events"]] == [event_id]
 
 
+@pytest.mark.slow
 def test_memory_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "temp").mkdir()
     with Live(tmp_path / "cwd", "--db", ":memory:", "--api-key", KEY, TMPDIR=str(tmp_path / "temp")) as live:

@@ -48,6 +48,7 @@ from helpers import (
 # ---------------------------------------------------------------------------------------------- formats
 
 
+@pytest.mark.slow
 @table("form", ["ndjson", "csv"])
 def test_export_import_export_gives_the_same_bytes(tmp_path: Path, form: str) -> None:
     first = exported(nasty_folder(tmp_path), form=form)

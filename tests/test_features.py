@@ -167,6 +167,7 @@ BAD_FEATURES = {  # -> fields of a feature, the faulty ones
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @table(("bad", "fields"), BAD_FEATURES.values(), ids=BAD_FEATURES)
 def test_a_bad_feature_is_a_400_that_names_the_field(
     shared: httpx.Client, bad: dict[str, Any], fields: list[Any]

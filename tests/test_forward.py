@@ -147,6 +147,7 @@ def test_the_lag_counts_the_events_that_are_not_accepted_yet() -> None:
     assert target.ids == numbers(7)
 
 
+@pytest.mark.slow
 def test_events_that_another_process_stores_are_sent(tmp_path: Path) -> None:
     path = filled(tmp_path, 0)
     (tmp_path / "in.ndjson").write_text(json.dumps(event("imported")))
@@ -614,6 +615,7 @@ def test_another_target_gets_all_events_from_the_first_one_on(tmp_path: Path) ->
         assert first.ids == second.ids == ["1-00000", "1-00001", "1-00002"]
 
 
+@pytest.mark.slow
 def test_a_refused_event_can_be_corrected_and_imported(tmp_path: Path) -> None:
     path = str(tmp_path / "events.db")
     with FakeTarget(refusing(400, "bad")) as target, forwarding(target, db=path) as (server, client):

@@ -126,6 +126,7 @@ def test_without_a_flag_the_page_is_served_under_any_name_and_contains_no_key(tm
         assert httpx.get(f"{live.url}/v1/events", headers={"Host": "evil.example"}).status_code == 401
 
 
+@pytest.mark.slow
 def test_with_allow_host_a_server_answers_to_that_name_and_loopback_only(tmp_path: Path) -> None:
     with Live(tmp_path, "--api-key", KEY, "--allow-host", "events.example.com") as live, live.client() as client:
         for path in ("/", "/v1/events", "/health"):

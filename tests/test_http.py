@@ -166,6 +166,7 @@ def test_a_request_to_upgrade_is_answered_like_any_other_in_any_packets(
         assert statuses(answers_to(live, *packets)) == [status, 200], way
 
 
+@pytest.mark.slow
 def test_pipelined_requests_to_upgrade_are_all_answered_in_order(live: Live) -> None:
     sent, expected = b"", []
     for upgrade in UPGRADES.values():
@@ -792,3 +793,9 @@ def test_a_body_in_another_encoding_is_named_for_what_it_is(shared: httpx.Client
 def test_a_plain_body_is_accepted_whatever_its_content_encoding_says(client: httpx.Client, encoding: str) -> None:
     for body in (JSON_BODY, b" \n" + JSON_BODY):
         assert client.post("/v1/events", content=body, headers={"content-encoding": encoding}).status_code == 202
+
+
+def test_a_key_in_the_header_authorization_is_answered_with_the_right_header(live: Live) -> None:
+    response = httpx.get(f"{live.url}/v1/events", headers={"Authorization": f"Bearer {KEY}"})
+    refused(response, 401, "unauthorized")
+    assert "the header x-api-key is missing: send your key in it, not in Authorization" in response.text

@@ -195,6 +195,7 @@ BROKEN = {  # content, problem; the event before it is stored
 }
 
 
+@pytest.mark.slow
 @table(("content", "problem"), BROKEN.values(), ids=BROKEN)
 def test_an_unreadable_file_stops_even_an_import_that_skips_invalid_events(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, problem: str

@@ -96,6 +96,7 @@ def test_buckets_before_the_range_do_not_count_toward_the_limit_of_windows(clien
     assert (answer["value"], [one["value"] for one in answer["results"]]) == (12, [5])
 
 
+@pytest.mark.slow
 def test_an_event_on_the_first_day_of_year_1_counts(client: httpx.Client) -> None:
     """The week of this day starts before year 1 and is cut off; in New York the day itself starts before year 1."""
     first = {"external_customer_id": "first", "timestamp": "0001-01-01T00:00:01Z", "properties": {"n": 7}}

@@ -208,6 +208,7 @@ def test_events_are_sent_through_the_proxy(monkeypatch: Patch, source: Path) -> 
 STATUS = b"HTTP/1.1 %s\r\ncontent-length: 0\r\n\r\n"
 
 
+@pytest.mark.slow
 @table(
     ("answer", "part", "is_blocked"),
     [

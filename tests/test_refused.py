@@ -268,6 +268,7 @@ def replayed(folder: Path, url: str, *flags: object) -> int:
     return command_line("replay", "--db", folder / "events.db", "--to", url, "--api-key", KEY, *flags)
 
 
+@pytest.mark.slow
 @table("batch_size", [1, 2, 1000])
 def test_replay_puts_aside_what_flexprice_would_lose_and_says_so(
     tmp_path: Path, capsys: Captured, batch_size: int

@@ -247,6 +247,7 @@ def test_paging_continues_after_the_events_of_earlier_pages_were_deleted(
         assert answer.json()["value"] == 40
 
 
+@pytest.mark.slow
 @table("deletes_unforwarded", [False, True])
 def test_no_event_is_deleted_before_the_target_accepts_it(
     tmp_path: Path, clock: Clock, monkeypatch: Patch, deletes_unforwarded: bool
