@@ -2346,7 +2346,8 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientD
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-_MANY_BYTES, _MAX_MARKS = 1_000_000, 500_000  # longer properties are limited in their number of values
+_MANY_BYTES, _MAX_COLLECTIONS = 1_000_000, 500_000  # longer properties are limited in their number of values
+_COMMAS_PER_COLLECTION = 5  # an empty object takes five times the memory of a number
 _LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decoded in a thread; the usual ones are smaller
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
@@ -2446,9 +2447,10 @@ def _check_number_of_values(raw: bytes) -> None:
     """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
     count = 0
     for start in range(0, len(raw) if len(raw) > _MANY_BYTES else 0, _MANY_BYTES):
-        count += sum(raw.count(mark, start, start + _MANY_BYTES) for mark in (b",", b"{", b"["))
-        if count > _MAX_MARKS:
-            limit = f"{_MAX_MARKS:,} commas, opening braces and brackets"
+        commas, *opening = (raw.count(mark, start, start + _MANY_BYTES) for mark in (b",", b"{", b"["))
+        count += commas // _COMMAS_PER_COLLECTION + sum(opening)
+        if count > _MAX_COLLECTIONS:
+            limit = f"{_MAX_COLLECTIONS:,} opening braces and brackets, each five commas count as one,"
             raise FieldError("out_of_range", f"may hold {limit} if longer than {_MANY_BYTES:,} bytes, got more")
 
 

@@ -957,7 +957,14 @@ def test_acknowledged_events_reach_the_target_once_despite_kills_and_a_bad_line(
     with BadLine(choose.getrandbits(64)) as line:
 
         def start(name: str) -> None:
-            flags = ["--forward-to", line.url, "--forward-interval-ms", "20"] if name == "source" else []
+            to_ours = [
+                "--forward-to",
+                line.url,
+                "--forward-interval-ms",
+                "20",
+                "--forward-everything",
+            ]  # hex ids: 4e1234
+            flags = to_ours if name == "source" else []
             servers[name] = Live(folders[name], *flags, **FORWARDING)
             if name == "target":
                 line.target_port = int(servers[name].port)

@@ -334,6 +334,9 @@ class Model(RuleBasedStateMachine):
 
     def add_meter(self, environment: str, sent: Json, answered: Json) -> None:
         """Compare a new meter with its request and add it to the model."""
+        filters = [{"key": each["key"].strip(), "values": [value.strip() for value in each["values"]]}
+                   for each in sent["filters"]]  # fmt: skip
+        sent = sent | {"filters": filters}
         defaults = dict.fromkeys(("field", "expression", "multiplier", "bucket_size", "group_by"))
         aggregation = defaults | sent["aggregation"]
         if aggregation["multiplier"] is not None:
