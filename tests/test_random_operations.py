@@ -95,7 +95,7 @@ PROPERTY_FILTERS = st.dictionaries(PROPERTY_NAMES, FILTER_VALUES, min_size=1, ma
 FILTERS = st.fixed_dictionaries({  # mostly few of them, so that events remain; "" does not filter
     "external_customer_id": st.sampled_from(["", "", "", "a"]), "event_name": st.sampled_from(["", "", "call", "😀"]),
     "source": st.sampled_from(["", "", "", "::"]), "property_filters": st.just({}) | st.just({}) | PROPERTY_FILTERS}, optional={
-    "start_time": st.just("0001-01-01T00:00:00+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
+    "start_time": st.just("0001-01-01T00:00:00.000001+00:00") | ANY_TIMES, "end_time": MOMENTS | ANY_TIMES})  # fmt: skip
 PAGE_SIZES = st.sampled_from([1, 2, 3, 50])
 ORDERS = st.fixed_dictionaries({"sort": st.sampled_from(["timestamp", "event_name"]), "order": st.sampled_from(["asc", "desc"]),
                                 "page_size": PAGE_SIZES})  # fmt: skip
