@@ -244,7 +244,7 @@ def test_the_fixture(flexprice: MockServer) -> None:
     urllib.request.urlopen(urllib.request.Request(os.environ["FLEXPRICE_API_HOST"] + "/events", body, headers))
     assert [event["id"] for event in flexprice.events()] == ["a"]
     with pytest.raises(TypeError):
-        flexprice.fail(500)  # type: ignore[arg-type]  # where MockServer is Any, strict mypy calls this unused
+        flexprice.fail(500)  # type: ignore[call-arg, arg-type]  # where MockServer is Any, strict mypy calls this unused
     with pytest.raises(TypeError, match="did you mean status"):
         flexprice.fail(statsu=500)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="page_sise"):
