@@ -1367,7 +1367,7 @@ def _rows_of(group: Iterable[_Task]) -> list[Row]:
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
-    Call `insert` and `run` from the event loop, and `close` from another thread.
+    Call `run` from the event loop, and `close` from another thread.
     """
 
     def __init__(self, path: str, pragmas: Iterable[str], settings: Settings) -> None:
@@ -1383,7 +1383,8 @@ class Writer:
         self._events_are_next = False  # events and operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
-        self.on_commit: Callable[[int, float, bool], object] = lambda events, seconds, succeeded: None
+        self.failed_commits = 0
+        self.on_commit: Callable[[int, float], object] = lambda events, seconds: None
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
         self._thread = threading.Thread(target=self._write_until_closed, name="eventstore-writer", daemon=True)
@@ -1426,7 +1427,7 @@ class Writer:
             outcomes = self._commit(group)
             for task, outcome in zip(group, outcomes, strict=True):
                 task.settle(outcome)
-            self.on_commit(len(_rows_of(group)), monotonic_s() - start_s, self.failure is None)
+            self.on_commit(len(_rows_of(group)), monotonic_s() - start_s)
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
@@ -1515,6 +1516,7 @@ class Writer:
             self._failed_rows = []
 
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
+        self.failed_commits += 1
         if not _is_databases(error):
             log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
             return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
@@ -1570,6 +1572,9 @@ class Writer:
                 self._wal_limit_bytes = self._settings.wal_bytes
 
 
+_running = threading.local()  # `reader` of the operation that this thread runs
+
+
 class Reader:
     """A read-only connection that interrupts a query at its deadline, or when nobody waits for it."""
 
@@ -1610,9 +1615,6 @@ class Reader:
             raise
         finally:
             _running.reader = None
-
-
-_running = threading.local()  # `reader` of the operation that this thread runs
 
 
 def check_time() -> None:
@@ -1749,6 +1751,7 @@ class StoreState(NamedTuple):
     """The store's load, and the sizes of its files."""
 
     waiting_events: int = 0
+    failed_commits: int = 0
     running_queries: int = 0
     waiting_queries: int = 0
     query_timeouts: int = 0
@@ -1852,13 +1855,13 @@ class Store:
         with suppress(AttributeError, OSError):  # Windows lacks statvfs
             disk = os.statvfs(os.path.dirname(self.path))
             free_bytes = disk.f_bavail * disk.f_frsize
-            readers = self._readers
-            return StoreState(self._writer.waiting_events, readers.running, readers.waiting, readers.timeouts,
-                              sizes[0], sum(sizes[1:]), free_bytes)  # fmt: skip
+            writer, readers = self._writer, self._readers
+            return StoreState(writer.waiting_events, writer.failed_commits, readers.running, readers.waiting,
+                              readers.timeouts, sizes[0], sum(sizes[1:]), free_bytes)  # fmt: skip
         return StoreState()
 
-    def observe_commits(self, on_commit: Callable[[int, float, bool], object]) -> None:
-        """Call a function after each commit, in the writer's thread: its events, its seconds, whether it succeeded."""
+    def observe_commits(self, on_commit: Callable[[int, float], object]) -> None:
+        """Call a function with the events and the seconds of each commit, in the writer's thread."""
         self._writer.on_commit = on_commit
 
     def warning(self) -> str | None:
@@ -2332,7 +2335,7 @@ class _App(Starlette):
                 await error_response(Request(scope), refusal)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
-                if scope.get("ignored"):
+                if scope.get("ignored") and not service.settings.strict:  # otherwise they are refused
                     service.log_ignored(scope)
         finally:
             CALLER.reset(before)  # for a program that calls the application directly
@@ -2613,14 +2616,15 @@ def _body_rows(
         faults.check("properties", _check_number_of_values, body)
         faults.raise_any()
     events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
+    request.scope["events"] = len(events)  # for metrics.py
     return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)
 
 
 async def _large_body_rows(service: Service, request: Request, body: bytes, bulk: bool) -> list[Row]:
-    """Decode and check in a thread, so that the event loop runs between msgspec's calls. It uses a separate IdMaker,
-    because an IdMaker is not safe for threads."""
+    """Decode and check in a thread, so that the event loop runs between msgspec's calls."""
     async with service.batch_turn:
-        return await asyncio.to_thread(_body_rows, service, request, body, bulk, IdMaker())
+        make_id = IdMaker()  # the service's own is not safe for threads
+        return await asyncio.to_thread(_body_rows, service, request, body, bulk, make_id)
 
 
 async def ingest_event(service: Service, request: Request) -> Response:

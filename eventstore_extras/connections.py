@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import logging
 import os
 import socket
 import time
@@ -24,7 +23,7 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from eventstore import CORS_HEADERS, ENCODER, ApiError, IdMaker, StartError, now_us, plural
+from eventstore import CORS_HEADERS, ENCODER, ApiError, IdMaker, StartError, log, now_us, plural
 
 __all__ = ["BODY_TIMEOUT_S", "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "WRITE_TIMEOUT_S", "Protocol", "Server",
            "inherited_socket", "raise_file_limit"]  # fmt: skip
@@ -41,7 +40,6 @@ _MAX_CONNECTIONS = 10_000  # an idle one takes 10 KB
 _SPARE_FILES = 100  # of the limit on open files: for the database, the forward target, the modules
 _LOG_PAUSE_S = 60.0
 
-_log = logging.getLogger("eventstore")
 _make_request_id = IdMaker()
 
 
@@ -229,7 +227,7 @@ class Protocol(HttpToolsProtocol):
         """Drop the connection if its client does not read."""
         unsent = self.transport.get_write_buffer_size()
         if self._unsent_bytes - unsent < _MIN_BYTES:
-            _log.warning("%s does not read its answer: %d bytes are dropped", (self.client or ["?"])[0], unsent)
+            log.warning("%s does not read its answer: %d bytes are dropped", (self.client or ["?"])[0], unsent)
             self.transport.abort()
         else:
             self._unsent_bytes = unsent
@@ -282,7 +280,7 @@ class Protocol(HttpToolsProtocol):
     def _end_with(self, error: ApiError) -> None:
         status, request_id = HTTPStatus(error.status), _make_request_id(now_us(), "")
         answer = f"{status} {error.code}: {error.message}"
-        _log.warning("a request from %s: %s (request %s)", (self.client or ["?"])[0], answer, request_id)
+        log.warning("a request from %s: %s (request %s)", (self.client or ["?"])[0], answer, request_id)
         body = ENCODER.encode(error.body)
         headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *CORS_HEADERS,
                    (b"x-request-id", request_id.encode()), (b"content-length", b"%d" % len(body))]  # fmt: skip
@@ -339,7 +337,7 @@ class _Room:
         now_s = newest.loop.time()
         if now_s >= self._logged_s + _LOG_PAUSE_S:
             self._logged_s = now_s
-            _log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
+            log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
         others = (
             each
             for each in self._connections

@@ -80,10 +80,9 @@ class AllowedHosts:
             refused = [f"Host {quoted(value)}" for value in hosts or [""] if not is_allowed(value, self._allowed)]
             refused += [f"Origin {quoted(value)}" for value in origins if not is_allowed(value, self._allowed)]
             if refused:
-                problem = (
-                    f"{refused[0]} is not this machine: a mock, or a server with --allow-host, answers to localhost, "
-                )
-                problem += "loopback addresses, its --host and the names that it allows"
+                names = "localhost, loopback addresses, its --host and the names that it allows"
+                rule = f"a mock, or a server with --allow-host, answers to {names}"
                 advice = "to allow a name, use --allow-host NAME or running_server(allowed_hosts=[NAME])"
-                app = error_response(Request(scope), ApiError("permission_denied", f"{problem}; {advice}"))
+                problem = f"{refused[0]} is not this machine: {rule}; {advice}"
+                app = error_response(Request(scope), ApiError("permission_denied", problem))
         await app(scope, receive, send)

@@ -17,10 +17,14 @@ _PERIOD_S = 60.0
 _MOST_EQUAL, _MOST_SIMILAR = 100, 1000  # lines with the same text, and with the same template, in each period
 
 
-def _request_fields() -> dict[str, Any]:
-    """Return the known facts about the request that is being served; an empty dict outside a request."""
+def _is_summary(record: logging.LogRecord) -> bool:
+    return getattr(record, "is_summary", False)
+
+
+def _request_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return the known facts about the request that the line belongs to; an empty dict outside a request."""
     scope = CALLER.get().scope
-    if not scope:
+    if not scope or _is_summary(record):
         return {}
     key = scope.get("api_key")
     route = getattr(scope.get("endpoint"), "path", None)
@@ -46,7 +50,7 @@ class _TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s%(request)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = " ".join(f"{name}={_as_word(value)}" for name, value in _request_fields().items())
+        fields = " ".join(f"{name}={_as_word(value)}" for name, value in _request_fields(record).items())
         record.request = f" [{fields}]" if fields else ""
         return super().format(record)
 
@@ -60,7 +64,7 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **_request_fields(),
+            **_request_fields(record),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -73,25 +77,22 @@ class _Repeats:
     def __init__(self, handler: logging.Handler) -> None:
         self._handler = handler
         self._since_s = 0.0
-        self._seen: dict[tuple[str, str], int] = {}  # (logger, text or template) -> lines in this period
+        self._seen: dict[tuple[str, str, int], int] = {}  # (logger, text or template, limit) -> lines in this period
 
     def passes(self, record: logging.LogRecord) -> bool:
-        if getattr(record, "is_summary", False):
+        if _is_summary(record):
             return True
         if time.monotonic() > self._since_s + _PERIOD_S:
             self._summarize()
-        equal, similar = (record.name, record.getMessage()), (record.name, str(record.msg))  # text, and template
-        counts = [self._seen.get(key, 0) + 1 for key in (equal, similar)]
-        if len(self._seen) < 2 * _MOST_SIMILAR:
-            self._seen |= zip((equal, similar), counts, strict=True)
-        elif similar in self._seen:
-            self._seen[similar] = counts[1]
-        return counts[0] <= _MOST_EQUAL and counts[1] <= _MOST_SIMILAR
+        kinds = (record.name, record.getMessage(), _MOST_EQUAL), (record.name, str(record.msg), _MOST_SIMILAR)
+        for kind in kinds:
+            if kind in self._seen or kind[2] == _MOST_SIMILAR or len(self._seen) < 2 * _MOST_SIMILAR:
+                self._seen[kind] = self._seen.get(kind, 0) + 1
+        return all(self._seen.get(kind, 0) <= kind[2] for kind in kinds)
 
     def _summarize(self) -> None:
         seen, self._seen, self._since_s = self._seen, {}, time.monotonic()
-        for (name, text), count in seen.items():
-            most = _MOST_SIMILAR if "%" in text else _MOST_EQUAL  # templates have a %
+        for (name, text, most), count in seen.items():
             if count > most:
                 message = "%d more lines in the last minute were left out: %s"
                 summary = logging.LogRecord(name, logging.WARNING, "", 0, message, (count - most, text), None)

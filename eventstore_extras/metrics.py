@@ -75,7 +75,6 @@ class Metrics:
         self._requests: dict[tuple[str, str, str], _Histogram] = defaultdict(lambda: _Histogram(_SECONDS))
         self._events: Counter[tuple[str, str]] = Counter()  # (accepted, duplicate or refused; environment) -> number
         self._commit_seconds, self._commit_events = _Histogram(_SECONDS), _Histogram(_EVENTS)
-        self._failed_commits = 0
         service.store.observe_commits(self._on_commit)
 
     def around(self, app: ASGIApp) -> ASGIApp:
@@ -115,10 +114,9 @@ class Metrics:
         else:
             self._events["refused", environment] += scope.get("events", 1)
 
-    def _on_commit(self, events: int, seconds: float, succeeded: bool) -> None:
+    def _on_commit(self, events: int, seconds: float) -> None:
         self._commit_seconds.observe(seconds)
         self._commit_events.observe(events)
-        self._failed_commits += not succeeded
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics; prometheus_client calls it for each scrape."""
@@ -153,7 +151,7 @@ class Metrics:
             metric = HistogramMetricFamily(f"eventstore_commit_{name}", text)
             metric.add_metric([], histogram.buckets(), histogram.sum)
             yield metric
-        yield _counter("eventstore_commit_failures", "Commits that failed.", {(): self._failed_commits})
+        yield _counter("eventstore_commit_failures", "Commits that failed.", {(): state.failed_commits})
         yield _gauge("eventstore_queries_running", "Queries in reader threads.", state.running_queries)
         yield _gauge("eventstore_queries_waiting", "Queries that wait for a reader thread.", state.waiting_queries)
         yield _counter("eventstore_query_timeouts", "Queries that took too long.", {(): state.query_timeouts})

@@ -8,7 +8,7 @@ import random
 import socket
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -162,7 +162,7 @@ class Groups:
 
     def __init__(self, made: Store) -> None:
         self.sizes: list[int] = []
-        made.observe_commits(lambda events, seconds, succeeded: self.sizes.append(events))
+        made.observe_commits(lambda events, seconds: self.sizes.append(events))
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -218,46 +218,36 @@ async def noted(order: list[str], name: str, call: Callable[[], Any]) -> None:
     order.append(name)
 
 
-def test_batches_of_two_keys_are_committed_in_turns(tmp_path: Path) -> None:
+async def order_of_answers(made: Store, tmp_path: Path, flood: Sequence[Callable[[], Any]], last: Any) -> list[str]:
+    """While the writer waits, send many calls of one key, then one of another. Return the order of their answers."""
     order: list[str] = []
     note = partial(noted, order)
+    with locked(tmp_path):
+        blocker = asyncio.create_task(note("x", partial(made.insert, rows_of_batch(made, "x", 1))))
+        await taken_by_the_writer(made)
+        tasks = [asyncio.create_task(note(f"a{number}", call)) for number, call in enumerate(flood)]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(note("b", last)))
+        await asyncio.sleep(0)
+    await asyncio.gather(blocker, *tasks)
+    return order
 
-    async def flood(made: Store) -> None:
-        with locked(tmp_path):
-            blocker = asyncio.create_task(note("x", partial(made.insert, rows_of_batch(made, "x", 1))))
-            await taken_by_the_writer(made)
-            many = [note(f"a{n}", partial(made.insert, rows_of_batch(made, f"a{n}", 1000))) for n in range(40)]
-            tasks = [asyncio.create_task(each) for each in many]
-            await asyncio.sleep(0)
-            batch = rows_of_batch(made, "b", 1000)
-            tasks.append(asyncio.create_task(note("b", partial(made.insert, batch))))
-            await asyncio.sleep(0)
-        await asyncio.gather(blocker, *tasks)
 
+def test_batches_of_two_keys_are_committed_in_turns(tmp_path: Path) -> None:
     with opened(tmp_path) as made:
-        asyncio.run(flood(made))
+        flood = [partial(made.insert, rows_of_batch(made, f"a{number}", 1000)) for number in range(40)]
+        last = partial(made.insert, rows_of_batch(made, "b", 1000))
+        order = asyncio.run(order_of_answers(made, tmp_path, flood, last))
     assert order.index("b") < 20  # in the order of arrival it would be the last of 42
 
 
 def test_operations_are_grouped_and_take_turns_with_events(tmp_path: Path) -> None:
-    order: list[str] = []
-    note = partial(noted, order)
-
-    async def flood(made: Store) -> None:
-        with locked(tmp_path):
-            blocker = asyncio.create_task(note("x", partial(made.insert, rows_of_batch(made, "x", 1))))
-            await taken_by_the_writer(made)
-            tasks = [asyncio.create_task(note(f"a{n}", partial(made.write, change))) for n in range(500)]
-            await asyncio.sleep(0)
-            tasks.append(asyncio.create_task(note("b", partial(made.insert, rows_of_batch(made, "b", 1)))))
-            await asyncio.sleep(0)
-        await asyncio.gather(blocker, *tasks)
-
     def change(conn: sqlite3.Connection) -> None:
         conn.execute("INSERT INTO environments (name) VALUES (hex(randomblob(8)))")
 
     with opened(tmp_path) as made:
-        asyncio.run(flood(made))
+        last = partial(made.insert, rows_of_batch(made, "b", 1))
+        order = asyncio.run(order_of_answers(made, tmp_path, [partial(made.write, change)] * 500, last))
         with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
             assert conn.execute("SELECT count(*) FROM environments").fetchone()[0] == 501
     assert order.index("b") <= 101  # after one group of operations at most

@@ -162,6 +162,14 @@ def test_a_strict_server_stores_nothing_of_a_batch_with_an_unknown_field(strict:
         refused(response, part='"x" is unknown')
 
 
+def test_a_strict_server_does_not_log_as_ignored_what_it_refuses(
+    strict: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused(strict.post("/v1/events", json=event("a") | {"refused_here": 1}))
+    assert "refused_here" in caplog.text
+    assert "is ignored" not in caplog.text
+
+
 def test_the_flag_strict_sets_the_setting() -> None:
     assert eventstore.parse_arguments(["serve", "--strict"]).strict is True
     assert eventstore.parse_arguments(["serve"]).strict is Settings().strict is False

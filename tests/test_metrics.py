@@ -40,6 +40,8 @@ def test_requests_and_events_are_counted_by_route_and_environment(tmp_path: Path
         store(client, event("a"), event("b"))
         store(client, event("b"), event("c"))
         refused(client.post("/v1/events", json={}))
+        refused(client.post("/v1/events/bulk", json={"events": [event("d"), event("e"), {}]}))
+        refused(client.post("/v1/events/bulk", content=b"{"))
         client.get("/v1/events/a")
         client.get("/v1/events/b")
         httpx.get(f"{live.url}/v1/anything")
@@ -49,12 +51,27 @@ def test_requests_and_events_are_counted_by_route_and_environment(tmp_path: Path
     assert value(samples, requests, route="/v1/events", method="POST", status="400") == 1
     assert value(samples, requests, route="/v1/events/{id}", method="GET", status="200") == 2
     assert value(samples, requests, route="unmatched", method="GET", status="401") == 1
-    for what, number in (("accepted", 3), ("duplicate", 1), ("refused", 1)):
+    for what, number in (("accepted", 3), ("duplicate", 1), ("refused", 1 + 3 + 1)):
         assert value(samples, f"eventstore_events_{what}_total", environment="production") == number
     assert value(samples, "eventstore_commit_events_sum") == 4
     assert value(samples, "eventstore_commit_failures_total") == 0
     assert value(samples, "eventstore_database_bytes") > 0
     assert value(samples, "eventstore_disk_free_bytes") > 0
+
+
+def test_a_failed_commit_is_counted_and_its_events_are_refused(tmp_path: Path) -> None:
+    live, port = metered(tmp_path)
+    with live, live.client() as client:
+        (tmp_path / "events.db").rename(tmp_path / "moved.db")
+        body = {"events": [event("a"), event("b")]}
+        refused(client.post("/v1/events/bulk", json=body), 500, "database_error")
+        _, samples = scraped(port)
+        assert value(samples, "eventstore_commit_failures_total") == 1
+        assert value(samples, "eventstore_events_refused_total", environment="production") == 2
+        (tmp_path / "moved.db").rename(tmp_path / "events.db")
+        assert store(client, event("a")).status_code == 202
+        _, samples = scraped(port)
+        assert value(samples, "eventstore_commit_failures_total") == 1
 
 
 @pytest.fixture(scope="module")
