@@ -23,7 +23,7 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from eventstore import CORS_HEADERS, ENCODER, ApiError, IdMaker, StartError, log, now_us, plural
+from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, Caller, IdMaker, StartError, log, now_us, plural
 
 __all__ = ["BODY_TIMEOUT_S", "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "WRITE_TIMEOUT_S", "Protocol", "Server",
            "inherited_socket", "raise_file_limit"]  # fmt: skip
@@ -280,7 +280,9 @@ class Protocol(HttpToolsProtocol):
     def _end_with(self, error: ApiError) -> None:
         status, request_id = HTTPStatus(error.status), _make_request_id(now_us(), "")
         answer = f"{status} {error.code}: {error.message}"
-        log.warning("a request from %s: %s (request %s)", (self.client or ["?"])[0], answer, request_id)
+        about = CALLER.set(Caller({"request_id": request_id, "client": self.client, "status": status.value}))
+        log.warning("a request from %s: %s", (self.client or ["?"])[0], answer)
+        CALLER.reset(about)
         body = ENCODER.encode(error.body)
         headers = [(b"content-type", b"application/json"), (b"connection", b"close"), *CORS_HEADERS,
                    (b"x-request-id", request_id.encode()), (b"content-length", b"%d" % len(body))]  # fmt: skip

@@ -35,8 +35,9 @@ def _request_fields(record: logging.LogRecord) -> dict[str, Any]:
         "environment": scope.get("environment"),
         "route": route and f"{scope['method']} {route}",
         "status": scope.get("status"),
-        "duration_ms": round(1000 * (time.perf_counter() - scope["start_s"]), 1),
     }
+    if "start_s" in scope:  # not in a request that is not valid HTTP
+        fields["duration_ms"] = round(1000 * (time.perf_counter() - scope["start_s"]), 1)
     return {name: value for name, value in fields.items() if value not in (None, "")}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import KEY, ROOT, Live, event, eventually, refused, store, table
+from helpers import KEY, ROOT, Live, answer_on, event, eventually, refused, store, table
 
 LABELLED = ("--api-key", f"{KEY}=production; label=check out")
 
@@ -42,6 +42,16 @@ def test_json_lines_have_the_same_fields(tmp_path: Path) -> None:
     assert line["message"].startswith("POST /v1/events: 400 validation_error: ")
     access = [line["status"] for line in lines if line["logger"] == "uvicorn.access"]
     assert access == [400, 202]
+
+
+def test_a_line_about_malformed_http_has_the_id_of_its_answer(tmp_path: Path) -> None:
+    with Live(tmp_path, *LABELLED, "--log-format", "json") as live, live.connect() as sock:
+        sock.sendall(b"garbage\r\n\r\n")
+        answer = answer_on(sock)
+        refused(answer)
+        (line,) = json_lines(live)
+    assert (line["request_id"], line["client"], line["status"]) == (answer.headers["x-request-id"], "127.0.0.1", 400)
+    assert "duration_ms" not in line
 
 
 @pytest.mark.slow
