@@ -372,6 +372,14 @@ class Live:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", int(self.port)), timeout=30)
 
+    def begin_to_stop(self, number: int = signal.SIGTERM) -> None:
+        """Send the signal, and wait until the server accepts no connection any more."""
+        self.process.send_signal(number)
+        with suppress(OSError):
+            while True:
+                self.connect().close()
+                time.sleep(0.01)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(30)

@@ -272,22 +272,13 @@ def test_a_request_that_arrives_while_the_server_stops_is_answered_and_closes_it
         with live.connect() as used, live.connect() as new:
             used.sendall(posting(BODY))
             assert "connection" not in answer_on(used).headers
-            live.process.send_signal(signal.SIGTERM)
-            eventually(lambda: not accepts(live))
+            live.begin_to_stop()
             for sock in (used, new):
                 sock.sendall(posting(BODY))
                 response = answer_on(sock)
                 assert (response.status_code, response.headers["connection"]) == (202, "close")
                 assert sock.recv(1) == b""
         assert live.process.wait(30) == 0
-
-
-def accepts(live: Live) -> bool:
-    try:
-        live.connect().close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.slow
@@ -300,8 +291,7 @@ def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
         with live.connect() as sock:
             sock.sendall(CONTINUED)
             assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
-            live.process.send_signal(signal.SIGINT)
-            eventually(lambda: not accepts(live))
+            live.begin_to_stop(signal.SIGINT)
             live.process.send_signal(signal.SIGINT)
             assert live.process.wait(30) == 0  # otherwise it would wait for the request, which never ends
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:

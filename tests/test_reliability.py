@@ -971,20 +971,12 @@ def test_an_idle_connection_is_closed_later_than_proxies_would_close_it(tmp_path
 @pytest.mark.slow
 @table("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_finishes_requests_in_progress_and_leaves_one_whole_file(tmp_path: Path, number: Any) -> None:
-    def takes_no_more() -> bool:
-        try:
-            live.connect().close()
-        except OSError:
-            return True
-        return False
-
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as idle, live.connect() as sock:
         store(idle, event("before"))
         body = json.dumps(event("under way")).encode()
         sock.sendall(POST + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
         assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"  # the server waits for the body
-        live.process.send_signal(number)
-        eventually(takes_no_more)
+        live.begin_to_stop(number)
         sock.sendall(body)
         assert answer_on(sock).status_code == 202
         assert (live.process.wait(30), live.log) == (0, "")
