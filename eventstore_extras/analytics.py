@@ -234,8 +234,8 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     meters = await read(find)
     scans = await read(lambda _: checked_scans(query, meters))
     shares = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
-    counts: list[int] = []
-    selects = [partial(run_scan, query=query, scan=share, counts=counts) for share in shares]
+    cells: list[list[Cell]] = []
+    selects = [partial(run_scan, query=query, scan=share, found=cells) for share in shares]
     found = await service.store.read_all(selects, READER_THREADS - 1)  # leave one thread for the key's other requests
     return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, found, strict=True))))
 

@@ -515,26 +515,30 @@ def refuse_size(query: Query, limit: str) -> NoReturn:
     raise_fault(field, "out_of_range", f"makes more than {limit}: take less of it, or a shorter range")
 
 
-def run_scan(conn: sqlite3.Connection, query: Query, scan: Scan, counts: list[int]) -> list[Cell]:
-    """Run the steps as one statement; return the cells that have events, and add their number to the request's counts.
+def run_scan(conn: sqlite3.Connection, query: Query, scan: Scan, found: list[list[Cell]]) -> list[Cell]:
+    """Run the steps as one statement; return the cells that have events.
 
-    Raises ApiError if they are too many.
+    `found` holds the cells of all scans of the request, and other threads add to it at the same time.
+    Raises ApiError if all scans together find too many.
     """
     steps = _steps(query, scan)
     ctes = ",\n".join(f"{name} AS ({step})" for name, step in steps.items())
     statement = sql(f"WITH {ctes}\nSELECT * FROM {[*steps][-1]}", *steps.values())
-    width, most, cells = len(scan.dimensions), _MAX_CELLS - sum(counts), list[Cell]()
+    width, row_count, cells = len(scan.dimensions), 0, list[Cell]()
+    found.append(cells)
     add_text_hash(conn)
-    for row_number, row in enumerate(conn.execute(*statement)):
-        for number in range(len(scan.meters)):
-            found = row[width + 1 + 2 * number : width + 4 + 2 * number]
-            if found[0]:
-                cells.append(Cell(number, row[:width], row[width], *found))
-        if row_number >= MAX_ITEMS:
+    cursor = conn.execute(*statement)
+    while rows := cursor.fetchmany(256):
+        for row in rows:
+            for number in range(len(scan.meters)):
+                values = row[width + 1 + 2 * number : width + 4 + 2 * number]
+                if values[0]:
+                    cells.append(Cell(number, row[:width], row[width], *values))
+        row_count += len(rows)
+        if row_count > MAX_ITEMS:
             refuse_size(query, ITEMS_LIMIT)
-        if len(cells) > most:
+        if sum(map(len, found)) > _MAX_CELLS:
             refuse_size(query, f"{_MAX_CELLS} results of a meter, a group and a window")
-    counts.append(len(cells))
     return cells
 
 

@@ -9,6 +9,8 @@ import asyncio
 import json
 import random
 import re
+import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -22,6 +24,7 @@ import pytest
 import eventstore
 from eventstore_extras import analytics_scans
 from eventstore_extras.analytics import OPERATIONS
+from eventstore_extras.usage import add_text_hash
 from helpers import (
     KEY,
     LEDGER_START,
@@ -643,6 +646,24 @@ def test_windows_and_results_of_all_meters_together_are_limited(
     response = client.post("/v1/events/analytics", json=TWO_HOURS | query)
     assert faulty_fields(response) == [field]
     assert f"makes more than {number} " in response.json()["message"]
+
+
+def test_results_that_are_found_at_the_same_time_count_together(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(client, *OF_TWO_HOURS)
+    make_feature(client, "One", meter=meter_of("MAX", bucket_size="15MIN"))
+    two_scans = threading.Barrier(2)
+
+    def begin_together(conn: sqlite3.Connection) -> None:
+        two_scans.wait(timeout=20)
+        add_text_hash(conn)
+
+    monkeypatch.setattr(analytics_scans, "add_text_hash", begin_together)
+    for limit, fields in (5, None), (4, ["window_size"]):
+        monkeypatch.setattr(analytics_scans, "_MAX_CELLS", limit)
+        response = client.post("/v1/events/analytics", json=TWO_HOURS | {"window_size": "15MIN"})
+        assert fields == (None if response.status_code == 200 else faulty_fields(response))
 
 
 @table("window", [{}, {"window_size": "DAY"}], ids=["", "with points"])
