@@ -1161,11 +1161,16 @@ class Caller:
         self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first of each name
         self.key = b"anyone" if scope else b""  # the digest of the API key, whose shares and turns the request uses
 
-    async def until_gone(self) -> None:
-        """Return when the client has disconnected; never for the server's own work."""
+    async def until_gone(self) -> Exception:
+        """When the client has gone, return the error that ends its queries. Wait forever for the server's own work."""
+        if gone := self.scope.get("gone"):  # a future of the connection: see connections.Protocol
+            await asyncio.wait([gone])
+            error: Exception = gone.result()
+            return error
         receive = self.receive or asyncio.get_running_loop().create_future
         while (await receive())["type"] != "http.disconnect":
             pass
+        return ClientDisconnect()
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - nothing changes it
@@ -1644,7 +1649,7 @@ class ReaderPool:
         self.timeouts = 0
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        """Return the operation's result. If the client goes away, interrupt it and raise ClientDisconnect."""
+        """Return the operation's result. If the client goes away, interrupt it and raise what ends it."""
         task = _Task(operation, monotonic_s() + self._timeout_s)
         with self._lock:
             if self._is_closed:
@@ -1655,7 +1660,7 @@ class ReaderPool:
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
-                raise ClientDisconnect if gone.done() else TimeoutError
+                raise gone.result() if gone.done() else TimeoutError
             answer: T = task.answer.result()
             return answer
         except TimeoutError:
@@ -1664,6 +1669,8 @@ class ReaderPool:
             gone.cancel()
             if not task.answer.done():
                 self._abandon(task)
+            elif not task.answer.cancelled():
+                task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
 
     def _abandon(self, task: _Task) -> None:
         task.answer.cancel()

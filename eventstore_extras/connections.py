@@ -21,6 +21,7 @@ from typing import Any
 
 import httptools
 import uvicorn
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, Caller, IdMaker, StartError, log, now_us, plural
@@ -34,6 +35,7 @@ WRITE_TIMEOUT_S = 30.0  # in each such period the client must take _MIN_BYTES of
 _MIN_BYTES = 10_000
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
 _PIECE_BYTES = 16_384  # parsed at a time, so a head may exceed the limit by this much before it is refused
+_EOF_S = 1.0  # from the end of what a client sends until its queries are ended
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 _STOP_S = 0.5  # when the server stops, time for an idle connection's request that may be on its way
 _MAX_CONNECTIONS = 10_000  # an idle one takes 10 KB
@@ -88,12 +90,14 @@ class Protocol(HttpToolsProtocol):
     _last_answer: bytes | None = None  # set as soon as nothing more is read
     _unsent_bytes = 0  # size of the write buffer when _write_timer was set
     _write_timer: asyncio.TimerHandle | None = None
+    _eof_timer: asyncio.TimerHandle | None = None
     _idle_since_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._responses = _WholeResponses(transport)
         self._idle_since_s = time.monotonic()
+        self._gone: asyncio.Future[Exception] = self.loop.create_future()  # see Caller.until_gone
         self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
         room: _Room | None = getattr(self.server_state, "room", None)
         if room is not None and len(self.connections) > room.limit and not room.close_idle(self):
@@ -105,6 +109,9 @@ class Protocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # otherwise the timers hold this object until they expire
         if self._write_timer:
             self._write_timer.cancel()
+        if self._eof_timer:
+            self._eof_timer.cancel()
+        self._end_queries(ClientDisconnect())
         super().connection_lost(exc)
 
     # ---- Reading
@@ -165,6 +172,7 @@ class Protocol(HttpToolsProtocol):
                 self._unset_keepalive_if_required()
             HttpToolsProtocol.on_headers_complete(self)
             self.cycle.transport = self._responses  # type: ignore[assignment]
+            self.cycle.scope["gone"] = self._gone  # type: ignore[typeddict-unknown-key]
             self._in_body = True
             if getattr(self.server_state, "is_stopping", False):
                 self.cycle.keep_alive = False
@@ -183,12 +191,22 @@ class Protocol(HttpToolsProtocol):
             elif self.timeout_keep_alive_task is not None:
                 self._unset_keepalive_if_required()
             HttpToolsProtocol.on_message_complete(self)
+            if not self.pipeline:
+                self.flow.resume_reading()  # paused during a large body; otherwise the client's end is not seen
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection open until the requests that arrived in full are answered."""
+        """Keep the connection open until the requests that arrived in full are answered, but end long queries: most
+        clients have closed the connection, and only a few have shut down their sending side and still read."""
+        problem = f"the connection's sending side was closed more than {_EOF_S:g} s ago: keep it open until the answer"
+        error = ApiError("request_timeout", f"{problem}; the query was ended")
+        self._eof_timer = self.loop.call_later(_EOF_S, self._end_queries, error)
         if self._last_answer is None:
             self._end(b"")
         return True
+
+    def _end_queries(self, error: Exception) -> None:
+        if not self._gone.done():
+            self._gone.set_result(error)
 
     # ---- Timers
 

@@ -26,6 +26,7 @@ from eventstore import (
     MAX_ECHO_CHARS,
     MEMBERS,
     ApiError,
+    Caller,
     Faults,
     FieldError,
     Row,
@@ -122,8 +123,7 @@ async def _delay(fault: InjectedFault, request: Request, answer: list[Message]) 
     """Delay the answer by `delay_ms`, or until the client goes away or the server stops."""
     with suppress(TimeoutError, asyncio.CancelledError):
         async with asyncio.timeout((fault.delay_ms or 0) / 1000):
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
+            await Caller(request.scope, request.receive).until_gone()
     return answer
 
 

@@ -218,6 +218,26 @@ def free_port() -> int:
     raise AssertionError("no free port")
 
 
+def request_bytes(
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: str = "",
+    *,
+    key: str = KEY,
+    version: str = "1.1",
+    chunked: bool = False,
+) -> bytes:
+    head = f"{method} {path} HTTP/{version}\r\nHost: test\r\nx-api-key: {key}\r\n{headers}"
+    if chunked:
+        pieces = [body[start : start + 20] for start in range(0, len(body), 20)]
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks + b"0\r\n\r\n"
+    if body:
+        head += f"Content-Length: {len(body)}\r\n"
+    return f"{head}\r\n".encode() + body
+
+
 def eventually(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
     while not condition():

@@ -7,6 +7,7 @@ import json
 import random
 import socket
 import sqlite3
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -20,6 +21,8 @@ from starlette.requests import ClientDisconnect
 
 import eventstore
 from eventstore import CALLER, ApiError, ApiKey, Caller, Reader, ReaderPool, Row, Settings, Shares, Store, Turn
+from eventstore_extras import connections
+from eventstore_extras.mock import running_server
 from helpers import (
     BODY,
     HEAD,
@@ -30,6 +33,7 @@ from helpers import (
     eventually,
     posting,
     refused,
+    request_bytes,
     serving,
     store,
     store_of,
@@ -347,6 +351,65 @@ def test_a_query_whose_client_is_gone_is_not_run(tmp_path: Path) -> None:
 
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+@pytest.fixture
+def endless_queries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the queries of all servers run until they are interrupted; note when they start and end."""
+    noted = []
+
+    async def read(made: Store, operation: Any, quick: bool = True) -> Any:
+        def count(conn: sqlite3.Connection) -> None:
+            noted.append("started")
+            try:
+                conn.execute(ENDLESS).fetchone()
+            finally:
+                noted.append("ended")
+
+        return await made._readers.run(count)
+
+    monkeypatch.setattr(Store, "read", read)
+    return noted
+
+
+@contextmanager
+def waiting(query: bytes, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Send a query to a new server. The query has ten minutes; 0.1 s after the end of what its client sends it ends."""
+    monkeypatch.setattr(connections, "_EOF_S", 0.1)
+    with running_server(api_keys={KEY: "development"}, allowed_hosts=["test"], query_timeout_s=600) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port), timeout=30) as sock:
+            sock.sendall(query)
+            yield sock
+
+
+LONG_QUERIES = {
+    "page": request_bytes("GET", "/v1/events"),
+    "usage": request_bytes("POST", "/v1/events/usage", b'{"event_name": "call", "aggregation_type": "COUNT"}'),
+    "large body": request_bytes("POST", "/v1/events/query", b'{"event_name": "call"' + b" " * 200_000 + b"}"),
+}
+
+
+@table("query", LONG_QUERIES.values(), ids=LONG_QUERIES)
+@table("how", ["closed", "reset"])
+def test_a_query_ends_when_its_client_closes_the_connection(
+    endless_queries: list[str], monkeypatch: pytest.MonkeyPatch, query: bytes, how: str
+) -> None:
+    with waiting(query, monkeypatch) as sock:
+        eventually(lambda: "started" in endless_queries)
+        if how == "reset":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        eventually(lambda: endless_queries.count("ended") == endless_queries.count("started"))
+
+
+def test_a_client_that_has_shut_down_its_sending_side_is_told_why_its_long_query_ended(
+    endless_queries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with waiting(LONG_QUERIES["page"], monkeypatch) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        refused(answer_on(sock), 408, "request_timeout", "sending side was closed more than 0.1 s ago")
+        eventually(lambda: endless_queries == ["started", "ended"])
 
 
 @table("how", ["gone", "cancelled"])
