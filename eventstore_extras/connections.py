@@ -22,6 +22,7 @@ from typing import Any
 import httptools
 import uvicorn
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, Caller, IdMaker, StartError, log, now_us, plural
@@ -34,7 +35,9 @@ BODY_TIMEOUT_S = 10.0  # in each such period _MIN_BYTES of a body must arrive
 WRITE_TIMEOUT_S = 30.0  # in each such period the client must take _MIN_BYTES of an answer that waits for it
 _MIN_BYTES = 10_000
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
-_PIECE_BYTES = 16_384  # parsed at a time, so a head may exceed the limit by this much before it is refused
+_MAX_HEADERS = 1_000  # of a request: each takes a hundred bytes of memory even if it is empty
+_PIECE_BYTES = 4_096  # parsed at a time, so a head may exceed the limit by this much before it is refused
+_MAX_UNPARSED_BYTES = 65_536  # of pipelined requests; with more of them, the connection is not read
 _EOF_S = 1.0  # from the end of what a client sends until its queries are ended
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 _STOP_S = 0.5  # when the server stops, time for an idle connection's request that may be on its way
@@ -73,10 +76,22 @@ class _WholeResponses:
         self._transport.close()
 
 
+class _Flow(FlowControl):
+    """uvicorn's flow control, except that it does not read more while many bytes of pipelined requests wait."""
+
+    def __init__(self, protocol: Protocol) -> None:
+        super().__init__(protocol.transport)  # type: ignore[arg-type]
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if len(self._protocol.unparsed) <= _MAX_UNPARSED_BYTES:
+            super().resume_reading()
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, except that it ignores requests to upgrade, limits the size of a request's head and the time
-    for each part of a request, answers clients that have shut down their sending side, and refuses malformed requests
-    with the JSON error body.
+    for each part of a request, parses pipelined requests only as it answers them, answers clients that have shut down
+    their sending side, and refuses malformed requests with the JSON error body.
 
     `timeout_keep_alive_task` is the timer of the reading side: for a head, for a body, between requests, or before the
     connection closes. Methods that run for each request call HttpToolsProtocol's directly: with super() they take
@@ -84,6 +99,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     url = b""
+    unparsed = b""  # received after the requests in the pipeline
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
     _in_body = False  # between the end of a request's head and the end of the request
     _body_bytes = 0  # of a body, received since its timer was set
@@ -95,6 +111,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(self)
         self._responses = _WholeResponses(transport)
         self._idle_since_s = time.monotonic()
         self._gone: asyncio.Future[Exception] = self.loop.create_future()  # see Caller.until_gone
@@ -117,24 +134,35 @@ class Protocol(HttpToolsProtocol):
     # ---- Reading
 
     def data_received(self, data: bytes) -> None:
-        if self._last_answer is not None:
-            return
+        if self._last_answer is None:
+            self.unparsed += data
+            self._parse_unparsed()
+
+    def _parse_unparsed(self) -> None:
+        """Parse what was received, but while requests wait in the pipeline keep the rest as bytes: parsed, a request
+        takes a hundred times the memory of its bytes."""
         if not (self._framing_bytes or self._in_body):
             self._unset_keepalive_if_required()
+        data, self.unparsed, parsed = self.unparsed, b"", 0
         try:
-            if len(data) <= _PIECE_BYTES:
-                self._parse(data)
-            else:
-                for start in range(0, len(data), _PIECE_BYTES):
-                    self._parse(data[start : start + _PIECE_BYTES])
+            while parsed < len(data) and not self.pipeline:
+                self._parse(data[parsed : parsed + _PIECE_BYTES])
+                parsed += _PIECE_BYTES
         except (httptools.HttpParserError, ApiError) as error:
             self._refuse(error)
-        else:
-            if self.timeout_keep_alive_task is None:
-                if self._in_body:
-                    self._set_body_timer()
-                elif self._framing_bytes:
-                    self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
+            return
+        self.unparsed = data[parsed:]
+        if self.unparsed:
+            self._unset_keepalive_if_required()
+        elif self.timeout_keep_alive_task is None:
+            if self._in_body:
+                self._set_body_timer()
+            elif self._framing_bytes:
+                self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
+        if len(self.unparsed) > _MAX_UNPARSED_BYTES:
+            self.flow.pause_reading()
+        elif self.pipeline:
+            self.flow.resume_reading()  # paused by uvicorn; otherwise the client's end is not seen
 
     def _parse(self, piece: bytes) -> None:
         """Feed a piece to the parser. The parser stops after the head of a request to upgrade: feed that head to a new
@@ -153,20 +181,23 @@ class Protocol(HttpToolsProtocol):
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > MAX_HEAD_BYTES:
+        if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
             raise self._head_too_long()
 
     def _head_too_long(self) -> ApiError:
         part, code = "headers", "headers_too_large"
         if len(self.url) > MAX_HEAD_BYTES // 2:
             part, code = "URL", "uri_too_long"
-        return ApiError(code, f"the request's {part} must be shorter: a head may have {MAX_HEAD_BYTES} bytes")
+        limits = f"{MAX_HEAD_BYTES} bytes and {_MAX_HEADERS:,} headers"
+        return ApiError(code, f"the request's {part} must be shorter: a head may have {limits}")
 
     def on_headers_complete(self) -> None:
         if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # the count includes the end of the request before
             length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if length > MAX_HEAD_BYTES:
                 raise self._head_too_long()
+        if len(self.headers) > _MAX_HEADERS:
+            raise self._head_too_long()
         if not self.parser.should_upgrade():
             if self.timeout_keep_alive_task is not None:
                 self._unset_keepalive_if_required()
@@ -200,7 +231,7 @@ class Protocol(HttpToolsProtocol):
         problem = f"the connection's sending side was closed more than {_EOF_S:g} s ago: keep it open until the answer"
         error = ApiError("request_timeout", f"{problem}; the query was ended")
         self._eof_timer = self.loop.call_later(_EOF_S, self._end_queries, error)
-        if self._last_answer is None:
+        if self._last_answer is None and not self.unparsed:
             self._end(b"")
         return True
 
@@ -271,6 +302,10 @@ class Protocol(HttpToolsProtocol):
         self._idle_since_s = time.monotonic()
         if was_last:
             self._close()
+        elif self.unparsed and not self.pipeline and not self.transport.is_closing():
+            self._parse_unparsed()
+            if self._eof_timer and not self.unparsed and self._last_answer is None:
+                self._end(b"")
         elif self._in_body and not self.pipeline and not self.transport.is_closing():
             self._set_body_timer()  # the rest of a body that is already answered must still arrive in time
 
@@ -309,7 +344,7 @@ class Protocol(HttpToolsProtocol):
 
     def _end(self, answer: bytes) -> None:
         """Read nothing more. Once the requests that arrived in full are answered, send `answer` and close."""
-        self._last_answer = answer
+        self._last_answer, self.unparsed = answer, b""
         self._unset_keepalive_if_required()
         if self._in_body:  # the newest request will never be complete
             self.cycle.disconnected = True

@@ -262,6 +262,7 @@ LIMIT = connections.MAX_HEAD_BYTES
 LONG_HEADS = {
     "one header": (f"GET /health HTTP/1.1\r\nX-Long: {'a' * 100_000}\r\n\r\n", 431, "headers_too_large"),
     "many headers": ("GET /health HTTP/1.1\r\n" + "X: y\r\n" * 12_000 + "\r\n", 431, "headers_too_large"),
+    "1,001 headers": ("GET /health HTTP/1.1\r\n" + "X:\r\n" * 1_001 + "\r\n", 431, "headers_too_large"),
     "name": (f"GET /health HTTP/1.1\r\n{'X' * 100_000}: y\r\n\r\n", 431, "headers_too_large"),
     "to upgrade": (f"GET /health HTTP/1.1\r\n{UPGRADES['h2c']}X: {'a' * 100_000}\r\n\r\n", 431, "headers_too_large"),
     "URL": (f"GET /health?{'a' * 100_000} HTTP/1.1\r\n\r\n", 414, "uri_too_long"),
@@ -286,7 +287,7 @@ def test_a_head_over_the_limit_is_refused_and_the_connection_is_closed(live: Liv
 
 def test_a_head_just_below_the_limit_is_answered(live: Live) -> None:
     with live.connect() as sock:
-        for header in (f"X: {'a' * (LIMIT - 200)}\r\n", "X: y\r\n" * ((LIMIT - 200) // 6)):
+        for header in (f"X: {'a' * (LIMIT - 200)}\r\n", "X: y\r\n" * 997):
             sock.sendall(request_bytes("GET", "/health", headers=header))
             assert answer_on(sock).status_code == 200
         sock.sendall(request_bytes("GET", f"/health?{'a' * (LIMIT - 200)}"))
