@@ -13,6 +13,7 @@ import heapq
 import os
 import socket
 import time
+from collections import deque
 from contextlib import suppress
 from http import HTTPStatus
 from operator import itemgetter
@@ -22,7 +23,7 @@ from typing import Any
 import httptools
 import uvicorn
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, Caller, IdMaker, StartError, log, now_us, plural
@@ -37,7 +38,8 @@ _MIN_BYTES = 10_000
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
 _MAX_HEADERS = 1_000  # of a request: each takes a hundred bytes of memory even if it is empty
 _PIECE_BYTES = 4_096  # parsed at a time, so a head may exceed the limit by this much before it is refused
-_MAX_UNPARSED_BYTES = 65_536  # of pipelined requests; with more of them, the connection is not read
+_MAX_UNPARSED_BYTES = 65_536  # received and not parsed; with more of them, the connection is not read
+_MAX_BODY_PARTS = 1_000  # then other connections get a turn: 256 KB received in chunks of one byte take 100 ms
 _EOF_S = 1.0  # from the end of what a client sends until its queries are ended
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 _STOP_S = 0.5  # when the server stops, time for an idle connection's request that may be on its way
@@ -60,6 +62,8 @@ class _WholeResponses:
         self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
+        if self.is_closing():  # uvicorn notices it only for the newest of pipelined requests
+            return
         if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
             self._head = data
         else:
@@ -77,7 +81,7 @@ class _WholeResponses:
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, except that it does not read more while many bytes of pipelined requests wait."""
+    """uvicorn's flow control, except that it does not read more while many bytes are not parsed."""
 
     def __init__(self, protocol: Protocol) -> None:
         super().__init__(protocol.transport)  # type: ignore[arg-type]
@@ -86,6 +90,27 @@ class _Flow(FlowControl):
     def resume_reading(self) -> None:
         if len(self._protocol.unparsed) <= _MAX_UNPARSED_BYTES:
             super().resume_reading()
+
+
+class _Turns:
+    """Connections with more data than can be parsed at once. In each round of the event loop one of them continues."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Protocol] = deque()
+
+    def add(self, connection: Protocol) -> None:
+        connection.waits_to_parse = True
+        self._waiting.append(connection)
+        if len(self._waiting) == 1:
+            connection.loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        connection = self._waiting[0]
+        connection.waits_to_parse = False
+        connection.parse_unparsed()  # it may wait again, behind the others
+        self._waiting.popleft()
+        if self._waiting:
+            connection.loop.call_soon(self._continue)
 
 
 class Protocol(HttpToolsProtocol):
@@ -99,10 +124,12 @@ class Protocol(HttpToolsProtocol):
     """
 
     url = b""
-    unparsed = b""  # received after the requests in the pipeline
+    unparsed = b""  # received, and not parsed yet
+    waits_to_parse = False  # in _Turns
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
     _in_body = False  # between the end of a request's head and the end of the request
     _body_bytes = 0  # of a body, received since its timer was set
+    _body_parts = 0  # of bodies, parsed in this turn: chunks, or the pieces of what was received
     _last_answer: bytes | None = None  # set as soon as nothing more is read
     _unsent_bytes = 0  # size of the write buffer when _write_timer was set
     _write_timer: asyncio.TimerHandle | None = None
@@ -112,6 +139,9 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(self)
+        if not hasattr(self.server_state, "turns"):
+            self.server_state.turns = _Turns()  # type: ignore[attr-defined]
+        self._turns: _Turns = self.server_state.turns  # type: ignore[attr-defined]
         self._responses = _WholeResponses(transport)
         self._idle_since_s = time.monotonic()
         self._gone: asyncio.Future[Exception] = self.loop.create_future()  # see Caller.until_gone
@@ -136,33 +166,45 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._last_answer is None:
             self.unparsed += data
-            self._parse_unparsed()
+            self.parse_unparsed()
 
-    def _parse_unparsed(self) -> None:
-        """Parse what was received, but while requests wait in the pipeline keep the rest as bytes: parsed, a request
-        takes a hundred times the memory of its bytes."""
+    def parse_unparsed(self) -> None:
+        """Parse what was received, as far as possible, and read more unless too much of it remains."""
+        if self._last_answer is not None or self.transport.is_closing():
+            return
+        if not self.waits_to_parse:
+            try:
+                self._parse_part()
+            except (httptools.HttpParserError, ApiError) as error:
+                self._refuse(error)
+                return
+        if len(self.unparsed) > _MAX_UNPARSED_BYTES:
+            self.flow.pause_reading()
+        elif self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            self.flow.resume_reading()  # paused for a pipelined request; otherwise the client's end is not seen
+
+    def _parse_part(self) -> None:
+        """Parse what was received. Keep the rest as bytes while requests wait in the pipeline, because a parsed request
+        takes a hundred times as much memory, and after many parts of a body, so that other connections get a turn.
+        """
         if not (self._framing_bytes or self._in_body):
             self._unset_keepalive_if_required()
-        data, self.unparsed, parsed = self.unparsed, b"", 0
-        try:
-            while parsed < len(data) and not self.pipeline:
-                self._parse(data[parsed : parsed + _PIECE_BYTES])
-                parsed += _PIECE_BYTES
-        except (httptools.HttpParserError, ApiError) as error:
-            self._refuse(error)
-            return
+        data, self.unparsed, parsed, self._body_parts = self.unparsed, b"", 0, 0
+        while parsed < len(data) and not self.pipeline and self._body_parts < _MAX_BODY_PARTS:
+            self._parse(data[parsed : parsed + _PIECE_BYTES])
+            parsed += _PIECE_BYTES
         self.unparsed = data[parsed:]
         if self.unparsed:
             self._unset_keepalive_if_required()
+            if not self.pipeline:
+                self._turns.add(self)
+        elif self._eof_timer:
+            self._end(b"")
         elif self.timeout_keep_alive_task is None:
             if self._in_body:
                 self._set_body_timer()
             elif self._framing_bytes:
                 self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
-        if len(self.unparsed) > _MAX_UNPARSED_BYTES:
-            self.flow.pause_reading()
-        elif self.pipeline:
-            self.flow.resume_reading()  # paused by uvicorn; otherwise the client's end is not seen
 
     def _parse(self, piece: bytes) -> None:
         """Feed a piece to the parser. The parser stops after the head of a request to upgrade: feed that head to a new
@@ -211,6 +253,7 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._framing_bytes = 0
         self._body_bytes += len(body)
+        self._body_parts += 1
         HttpToolsProtocol.on_body(self, body)
 
     def on_message_complete(self) -> None:
@@ -302,10 +345,8 @@ class Protocol(HttpToolsProtocol):
         self._idle_since_s = time.monotonic()
         if was_last:
             self._close()
-        elif self.unparsed and not self.pipeline and not self.transport.is_closing():
-            self._parse_unparsed()
-            if self._eof_timer and not self.unparsed and self._last_answer is None:
-                self._end(b"")
+        elif self.unparsed and not self.pipeline:
+            self.parse_unparsed()
         elif self._in_body and not self.pipeline and not self.transport.is_closing():
             self._set_body_timer()  # the rest of a body that is already answered must still arrive in time
 

@@ -7,17 +7,22 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
 import pytest
 
+from eventstore_extras import connections
+from eventstore_extras.mock import running_server
 from helpers import (
     BODY,
     HEAD,
@@ -146,6 +151,99 @@ def test_a_connection_above_the_limit_is_answered_with_503_if_none_is_idle(tmp_p
             assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
         with live.connect() as sock:
             refused(answer_on(sock), 503, "service_unavailable")
+
+
+# ---------------------------------------------------------------------------------------------- pipelines, chunks
+
+
+class Noted(NamedTuple):
+    """What is noted of the connections of a server in this process while it parses."""
+
+    pipelined: list[int]  # number of requests that wait in a connection's pipeline
+    body_parts: list[int]  # number of parts of bodies parsed in one turn
+    unparsed: list[int]  # number of bytes
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Noted:
+    notes = Noted([], [], [])
+    parse = connections.Protocol.parse_unparsed
+
+    def parse_and_note(self: connections.Protocol) -> None:
+        parse(self)
+        notes.pipelined.append(len(self.pipeline))
+        notes.body_parts.append(self._body_parts)
+        notes.unparsed.append(len(self.unparsed))
+
+    monkeypatch.setattr(connections.Protocol, "parse_unparsed", parse_and_note)
+    return notes
+
+
+@contextmanager
+def connected() -> Iterator[socket.socket]:
+    """Start a server in this process, and connect to it."""
+    with running_server(api_keys={KEY: "development"}) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port), timeout=30) as sock:
+            yield sock
+
+
+def read_in_background(sock: socket.socket) -> tuple[threading.Thread, bytearray]:
+    """Start a thread that reads until the server closes the connection."""
+    received = bytearray()
+
+    def read() -> None:
+        while data := sock.recv(65_536):
+            received.extend(data)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    return thread, received
+
+
+GET = b"GET /v1/events/none HTTP/1.1\r\n\r\n"  # a short request: it gets a 401
+
+
+@table("end", [b"GET /v1/events/none HTTP/1.1\r\nConnection: close\r\n\r\n", None], ids=["close", "end of file"])
+def test_pipelined_requests_are_all_answered_but_few_are_parsed_ahead(noted: Noted, end: bytes | None) -> None:
+    with connected() as sock:
+        thread, received = read_in_background(sock)
+        sock.sendall(GET * 5000 + (end or GET))
+        if end is None:
+            sock.shutdown(socket.SHUT_WR)
+        thread.join(30)
+    assert received.count(b"HTTP/1.1 401 ") == 5001
+    assert 0 < max(noted.pipelined) <= 4096 // len(GET) + 1
+    assert max(noted.unparsed) <= 65_536 + 256_000
+
+
+def test_of_a_client_that_reads_no_answer_few_pipelined_requests_are_parsed(noted: Noted) -> None:
+    with connected() as sock:
+        sock.settimeout(0.5)
+        with suppress(TimeoutError):
+            sock.sendall(GET * 500_000)  # 15 MB, more than the buffers of both sides
+        assert max(noted.pipelined) <= 4096 // len(GET) + 1
+        assert max(noted.unparsed) <= 65_536 + 256_000
+
+
+def test_a_pipeline_whose_client_resets_the_connection_ends_without_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    with connected() as sock:
+        sock.sendall(posting(BODY) * 200)
+        assert sock.recv(10)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_body_in_many_chunks_is_parsed_in_turns_and_stored(noted: Noted) -> None:
+    body = json.dumps(event("chunked", properties={"text": "x" * 100_000})).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    with connected() as sock:
+        sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+        assert answer_on(sock).status_code == 202
+        sock.sendall(posting(BODY))
+        assert answer_on(sock).status_code == 202
+    assert sum(noted.body_parts) >= len(body)
+    assert max(noted.body_parts) <= 1000 + 4096 // len(b"1\r\nx\r\n") + 1
 
 
 # ---------------------------------------------------------------------------------------------- inherited sockets
