@@ -13,10 +13,9 @@ import heapq
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from http import HTTPStatus
-from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -26,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, Caller, IdMaker, StartError, log, now_us, plural
+from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, ApiKey, Caller, IdMaker, StartError, log, now_us, plural
 
 __all__ = ["BODY_TIMEOUT_S", "HEADERS_TIMEOUT_S", "MAX_HEAD_BYTES", "WRITE_TIMEOUT_S", "Protocol", "Server",
            "inherited_socket", "raise_file_limit"]  # fmt: skip
@@ -44,6 +43,7 @@ _EOF_S = 1.0  # from the end of what a client sends until its queries are ended
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
 _STOP_S = 0.5  # when the server stops, time for an idle connection's request that may be on its way
 _MAX_CONNECTIONS = 10_000  # an idle one takes 10 KB
+_LISTENERS = 16  # uvloop accepts one connection for each of them in a round of the event loop
 _SPARE_FILES = 100  # of the limit on open files: for the database, the forward target, the modules
 _LOG_PAUSE_S = 60.0
 
@@ -134,7 +134,7 @@ class Protocol(HttpToolsProtocol):
     _unsent_bytes = 0  # size of the write buffer when _write_timer was set
     _write_timer: asyncio.TimerHandle | None = None
     _eof_timer: asyncio.TimerHandle | None = None
-    _idle_since_s = 0.0
+    waits_since_s = 0.0  # monotonic time of the last answer, else of the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -143,11 +143,11 @@ class Protocol(HttpToolsProtocol):
             self.server_state.turns = _Turns()  # type: ignore[attr-defined]
         self._turns: _Turns = self.server_state.turns  # type: ignore[attr-defined]
         self._responses = _WholeResponses(transport)
-        self._idle_since_s = time.monotonic()
+        self.waits_since_s = time.monotonic()
         self._gone: asyncio.Future[Exception] = self.loop.create_future()  # see Caller.until_gone
         self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
         room: _Room | None = getattr(self.server_state, "room", None)
-        if room is not None and len(self.connections) > room.limit and not room.close_idle(self):
+        if room is not None and len(self.connections) > room.limit and not room.close_some(self):
             self._end_with(ApiError("service_unavailable", "too many connections are open; try again later"))
         if getattr(self.server_state, "is_stopping", False):
             self.shutdown()
@@ -333,16 +333,27 @@ class Protocol(HttpToolsProtocol):
     # ---- Answering and closing
 
     @property
-    def idle_since_s(self) -> float | None:
-        """The monotonic time since which the connection waits for a request, or None while it has one."""
+    def is_idle(self) -> bool:
+        """True if the connection waits for a request."""
         waits = (self.cycle is None or self.cycle.response_complete) and not (self._framing_bytes or self._in_body)
-        return self._idle_since_s if waits and self._last_answer is None else None
+        return waits and self._last_answer is None
+
+    @property
+    def waits_for_client(self) -> bool:
+        """True if the client has not sent all of a request, or does not read an answer."""
+        return bool(self._framing_bytes) or self._in_body or self.flow.write_paused
+
+    @property
+    def key(self) -> bytes:
+        """The digest of the API key of the newest request; empty if it had none."""
+        key: ApiKey | None = self.cycle.scope.get("api_key") if self.cycle else None  # type: ignore[assignment]
+        return key.digest if key else b""
 
     def on_response_complete(self) -> None:
         was_last = self._last_answer is not None and not self.pipeline
         self._responses.flush()
         HttpToolsProtocol.on_response_complete(self)
-        self._idle_since_s = time.monotonic()
+        self.waits_since_s = time.monotonic()
         if was_last:
             self._close()
         elif self.unparsed and not self.pipeline:
@@ -427,23 +438,29 @@ class _Room:
             if files != resource.RLIM_INFINITY:
                 self.limit = min(_MAX_CONNECTIONS, files - _SPARE_FILES)
 
-    def close_idle(self, newest: Protocol) -> bool:
-        """Close a hundredth of the connections, and log it: first those that never had a request, then those that have
-        been idle for longest. Return False if all have requests."""
+    def close_some(self, newest: Protocol) -> bool:
+        """Close a hundredth of the connections, and log it. Return False if none may be closed.
+
+        Idle ones are closed first, then those that wait for their client if one key has more than half of all
+        connections: first those of the key that has the most, and of these the ones that have waited for longest.
+        """
         now_s = newest.loop.time()
         if now_s >= self._logged_s + _LOG_PAUSE_S:
             self._logged_s = now_s
             log.warning("%s are open, the limit; idle ones are closed for new ones", plural(self.limit, "connection"))
-        others = (
+        others = [
             each
             for each in self._connections
             if each is not newest and isinstance(each, Protocol) and not each.transport.is_closing()
-        )
-        idle = [(each.cycle is not None, each.idle_since_s, each) for each in others if each.idle_since_s is not None]
+        ]
+        of_key = Counter(each.key for each in others)
+        idle = [each for each in others if each.is_idle]
+        waiting = [each for each in others if each.waits_for_client and of_key[each.key] > self.limit // 2]
         # To look at 10,000 connections for each new one would occupy the event loop.
-        for _, _, each in heapq.nsmallest(max(1, self.limit // 100), idle, key=itemgetter(0, 1)):
+        number = self.limit // 100 if not idle else max(1, self.limit // 100)
+        for each in heapq.nsmallest(number, idle or waiting, key=lambda each: (-of_key[each.key], each.waits_since_s)):
             each.transport.abort()
-        return bool(idle)
+        return bool(number and (idle or waiting))
 
 
 class Server(uvicorn.Server):
@@ -452,10 +469,14 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config) -> None:
         config.http = Protocol
         super().__init__(config)
+        self._copies: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on several copies of each socket: with one, a client that connects again and again fills the queue of
+        new connections, and others wait there for seconds."""
         self.server_state.room = _Room(self)  # type: ignore[attr-defined]  # now that raise_file_limit() was called
-        await super().startup(sockets)
+        self._copies = [each.dup() for each in sockets or () for _ in range(1, _LISTENERS)]
+        await super().startup([*(sockets or ()), *self._copies] or None)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop; on a second SIGINT drop all connections, for which uvicorn would wait."""
@@ -465,7 +486,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.server_state.is_stopping = True  # type: ignore[attr-defined]
-        await super().shutdown(sockets)
+        await super().shutdown([*(sockets or ()), *self._copies])
 
 
 def raise_file_limit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -153,6 +155,32 @@ def test_a_connection_above_the_limit_is_answered_with_503_if_none_is_idle(tmp_p
             refused(answer_on(sock), 503, "service_unavailable")
 
 
+@table("kind", ["idle", "body", "head"])
+def test_the_connections_of_the_key_that_has_the_most_are_closed_first(tmp_path: Path, kind: str) -> None:
+    keys = ("--api-key", KEY, "--api-key", "other-key")
+    with (
+        Live(tmp_path, *keys, command=limited(_MAX_CONNECTIONS=100), PYTHONPATH=str(ROOT)) as live,
+        ExitStack() as stack,
+    ):
+        other = stack.enter_context(live.connect())
+        other.sendall(posting(BODY).replace(KEY.encode(), b"other-key"))
+        assert answer_on(other).status_code == 202
+        for _ in range(120):
+            sock = stack.enter_context(live.connect())
+            if kind == "idle":
+                sock.sendall(posting(BODY))
+                assert answer_on(sock).status_code == 202
+            elif kind == "body":
+                sock.sendall(CONTINUED)
+                assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+            else:
+                sock.sendall(b"POST /v1")
+        new = stack.enter_context(live.connect())
+        for sock in (new, other) if kind == "idle" else (new,):
+            sock.sendall(posting(BODY).replace(KEY.encode(), b"other-key"))
+            assert answer_on(sock).status_code == 202
+
+
 # ---------------------------------------------------------------------------------------------- pipelines, chunks
 
 
@@ -244,6 +272,44 @@ def test_a_body_in_many_chunks_is_parsed_in_turns_and_stored(noted: Noted) -> No
         assert answer_on(sock).status_code == 202
     assert sum(noted.body_parts) >= len(body)
     assert max(noted.body_parts) <= 1000 + 4096 // len(b"1\r\nx\r\n") + 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs uvloop")
+def test_several_connections_are_accepted_in_a_round_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted: Counter[int] = Counter()  # by round
+    rounds = 0
+    loops: list[asyncio.AbstractEventLoop] = []
+    connection_made = connections.Protocol.connection_made
+
+    def next_round() -> None:
+        nonlocal rounds
+        rounds += 1
+        if accepted.total() < 101:
+            loops[0].call_soon(next_round)
+
+    def note(self: connections.Protocol, transport: asyncio.Transport) -> None:
+        connection_made(self, transport)
+        accepted[rounds] += 1
+        if not loops:
+            loops.append(self.loop)
+            next_round()
+
+    monkeypatch.setattr(connections.Protocol, "connection_made", note)
+    with running_server(api_keys={KEY: "development"}) as server, ExitStack() as stack:
+        url = httpx.URL(server.url)
+        release = threading.Event()
+
+        def connect() -> None:
+            stack.enter_context(socket.create_connection((url.host, url.port), timeout=30))
+
+        connect()
+        eventually(lambda: loops)
+        loops[0].call_soon_threadsafe(release.wait, 30)
+        for _ in range(100):
+            connect()
+        release.set()
+        eventually(lambda: accepted.total() == 101)
+    assert max(accepted.values()) >= 16
 
 
 # ---------------------------------------------------------------------------------------------- inherited sockets
