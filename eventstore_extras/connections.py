@@ -84,7 +84,7 @@ class _Flow(FlowControl):
     """uvicorn's flow control, except that it does not read more while many bytes are not parsed."""
 
     def __init__(self, protocol: Protocol) -> None:
-        super().__init__(protocol.transport)  # type: ignore[arg-type]
+        super().__init__(protocol.transport)
         self._protocol = protocol
 
     def resume_reading(self) -> None:
@@ -319,11 +319,16 @@ class Protocol(HttpToolsProtocol):
         """Drop the connection if its client does not read."""
         unsent = self.transport.get_write_buffer_size()
         if self._unsent_bytes - unsent < _MIN_BYTES:
-            log.warning("%s does not read its answer: %d bytes are dropped", (self.client or ["?"])[0], unsent)
-            self.transport.abort()
+            self._drop_unread()
         else:
             self._unsent_bytes = unsent
             self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._check_write)
+
+    def _drop_unread(self) -> None:
+        if self.flow.write_paused:
+            unsent = self.transport.get_write_buffer_size()
+            log.warning("%s does not read its answer: %d bytes are dropped", (self.client or ["?"])[0], unsent)
+            self.transport.abort()
 
     def _close_transport(self) -> None:
         self.transport.close()
@@ -368,6 +373,8 @@ class Protocol(HttpToolsProtocol):
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
+            grace_s = self.config.timeout_graceful_shutdown or 0
+            self.loop.call_later(max(0, grace_s - _STOP_S), self._drop_unread)  # before uvicorn cancels the request
         elif not self._framing_bytes:
             self._set_timer(_STOP_S, self.timeout_keep_alive_handler)
 

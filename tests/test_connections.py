@@ -462,6 +462,21 @@ def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
         assert ids(client) == ["a"]
 
 
+@pytest.mark.slow
+@table("requests", [1, 5])
+def test_answers_that_nobody_reads_are_dropped_when_the_server_stops(tmp_path: Path, requests: int) -> None:
+    with Live(tmp_path, "--api-key", KEY) as live, socket.socket() as sock:
+        with live.client() as client:
+            store(client, *[event(properties={"text": "x" * 200_000}) for _ in range(50)])
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", int(live.port)))
+        sock.sendall((b"GET /v1/events HTTP/1.1\r\n" + HEAD + b"\r\n") * requests)
+        assert sock.recv(10)
+        assert live.stop() == 0
+        assert "does not read its answer: " in live.log
+        assert "Traceback" not in live.log
+
+
 def test_connections_that_never_had_a_request_are_closed_first(tmp_path: Path) -> None:
     with (
         Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=5), PYTHONPATH=str(ROOT)) as live,
