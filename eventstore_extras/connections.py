@@ -88,7 +88,7 @@ class _Flow(FlowControl):
         self._protocol = protocol
 
     def resume_reading(self) -> None:
-        if len(self._protocol.unparsed) <= _MAX_UNPARSED_BYTES:
+        if self.read_paused and len(self._protocol.unparsed) <= _MAX_UNPARSED_BYTES:
             super().resume_reading()
 
 
@@ -107,7 +107,7 @@ class _Turns:
     def _continue(self) -> None:
         connection = self._waiting[0]
         connection.waits_to_parse = False
-        connection.parse_unparsed()  # it may wait again, behind the others
+        connection.parse_more()  # it may wait again, behind the others
         self._waiting.popleft()
         if self._waiting:
             connection.loop.call_soon(self._continue)
@@ -166,35 +166,33 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._last_answer is None:
             self.unparsed += data
-            self.parse_unparsed()
+            if not self.waits_to_parse:
+                self.parse_unparsed()
+            if self.flow.read_paused or self.unparsed:
+                self._pause_or_resume()
 
-    def parse_unparsed(self) -> None:
-        """Parse what was received, as far as possible, and read more unless too much of it remains."""
-        if self._last_answer is not None or self.transport.is_closing():
-            return
-        if not self.waits_to_parse:
-            try:
-                self._parse_part()
-            except (httptools.HttpParserError, ApiError) as error:
-                self._refuse(error)
-                return
+    def _pause_or_resume(self) -> None:
         if len(self.unparsed) > _MAX_UNPARSED_BYTES:
             self.flow.pause_reading()
-        elif self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+        elif len(self.cycle.body) <= HIGH_WATER_LIMIT:
             self.flow.resume_reading()  # paused for a pipelined request; otherwise the client's end is not seen
 
-    def _parse_part(self) -> None:
+    def parse_unparsed(self) -> None:
         """Parse what was received. Keep the rest as bytes while requests wait in the pipeline, because a parsed request
         takes a hundred times as much memory, and after many parts of a body, so that other connections get a turn.
         """
         if not (self._framing_bytes or self._in_body):
             self._unset_keepalive_if_required()
         data, self.unparsed, parsed, self._body_parts = self.unparsed, b"", 0, 0
-        while parsed < len(data) and not self.pipeline and self._body_parts < _MAX_BODY_PARTS:
-            self._parse(data[parsed : parsed + _PIECE_BYTES])
-            parsed += _PIECE_BYTES
-        self.unparsed = data[parsed:]
-        if self.unparsed:
+        try:
+            while parsed < len(data) and not self.pipeline and self._body_parts < _MAX_BODY_PARTS:
+                self._parse(data[parsed : parsed + _PIECE_BYTES])
+                parsed += _PIECE_BYTES
+        except (httptools.HttpParserError, ApiError) as error:
+            self._refuse(error)
+            return
+        if parsed < len(data):
+            self.unparsed = data[parsed:]
             self._unset_keepalive_if_required()
             if not self.pipeline:
                 self._turns.add(self)
@@ -205,6 +203,12 @@ class Protocol(HttpToolsProtocol):
                 self._set_body_timer()
             elif self._framing_bytes:
                 self._set_timer(HEADERS_TIMEOUT_S, self.timeout_keep_alive_handler)
+
+    def parse_more(self) -> None:
+        """Parse what was left unparsed, and then read more."""
+        if self._last_answer is None and not self.waits_to_parse and not self.transport.is_closing():
+            self.parse_unparsed()
+            self._pause_or_resume()
 
     def _parse(self, piece: bytes) -> None:
         """Feed a piece to the parser. The parser stops after the head of a request to upgrade: feed that head to a new
@@ -223,8 +227,9 @@ class Protocol(HttpToolsProtocol):
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
-            raise self._head_too_long()
+        if self._framing_bytes > _MAX_HEADERS:  # a header has more than a byte
+            if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
+                raise self._head_too_long()
 
     def _head_too_long(self) -> ApiError:
         part, code = "headers", "headers_too_large"
@@ -234,12 +239,10 @@ class Protocol(HttpToolsProtocol):
         return ApiError(code, f"the request's {part} must be shorter: a head may have {limits}")
 
     def on_headers_complete(self) -> None:
-        if self._framing_bytes > MAX_HEAD_BYTES - _PIECE_BYTES:  # the count includes the end of the request before
+        if self._framing_bytes > _MAX_HEADERS:
             length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-            if length > MAX_HEAD_BYTES:
+            if length > MAX_HEAD_BYTES or len(self.headers) > _MAX_HEADERS:
                 raise self._head_too_long()
-        if len(self.headers) > _MAX_HEADERS:
-            raise self._head_too_long()
         if not self.parser.should_upgrade():
             if self.timeout_keep_alive_task is not None:
                 self._unset_keepalive_if_required()
@@ -362,7 +365,7 @@ class Protocol(HttpToolsProtocol):
         if was_last:
             self._close()
         elif self.unparsed and not self.pipeline:
-            self.parse_unparsed()
+            self.parse_more()
         elif self._in_body and not self.pipeline and not self.transport.is_closing():
             self._set_body_timer()  # the rest of a body that is already answered must still arrive in time
 
