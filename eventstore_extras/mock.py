@@ -21,6 +21,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
+from email.utils import format_datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
@@ -63,6 +64,7 @@ from eventstore import (
     plural,
     quoted,
     read_body,
+    to_datetime,
     uvicorn_server,
 )
 from eventstore_extras import analytics
@@ -201,6 +203,24 @@ def _later_for_readers(clock: Callable[[], int]) -> Callable[[], int]:
     By default aggregations end before now: while a test's clock stands still, they would miss the event just sent.
     """
     return lambda: clock() + _reads_events.get()
+
+
+def _dated(app: ASGIApp, clock: Callable[[], int]) -> ASGIApp:
+    """Wrap an application in middleware that adds the clock's time to each answer as `Date`.
+
+    The event debugger computes its ranges from that header.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = format_datetime(to_datetime(clock()), usegmt=True)
+                message["headers"] = [*message["headers"], (b"date", date.encode())]
+            await send(message)
+
+        await app(scope, receive, send_dated)
+
+    return answer
 
 
 # ---------------------------------------------------------------------------------------------- recording requests
@@ -613,7 +633,8 @@ def _closed_at_exit(store: Store) -> Iterator[None]:
 @contextmanager
 def _serving_in_thread(app: ASGIApp, reserved: socket.socket, service: Service) -> Iterator[_Port]:
     """Serve until the block ends."""
-    server = uvicorn_server(app, shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
+    server = uvicorn_server(_dated(app, service.settings.clock), shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
+    server.config.date_header = False  # uvicorn's would be the real time
     service.is_stopping = lambda: server.should_exit
     port = _Port(server, reserved)
     port.start()

@@ -13,11 +13,13 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
+from freezegun import freeze_time
 
-from eventstore import EVENT_FILTERS, ApiError, Settings
+from eventstore import EVENT_FILTERS, ApiError, Settings, Store, to_us
 from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
 from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
@@ -232,6 +234,39 @@ def test_with_a_clock_that_stands_still_the_event_just_sent_counts_everywhere() 
         assert usage["value"] == 2
         assert len(client.get("/events").json()["events"]) == 2
         assert client.get(f"/meters/{feature['meter_id']}").json()["created_at"] == "2025-10-15T11:38:47.962Z"
+
+
+@table("now", ["2025-10-15T11:38:47.962Z", "2040-01-01T00:00:00Z", "1970-01-01T00:00:00Z", "1969-07-20T20:17:40Z"])
+def test_every_answer_has_one_date_which_comes_from_the_clock(now: str) -> None:
+    time = datetime.fromisoformat(now)
+    with running_server(clock=lambda: to_us(time)) as server, calling(server) as client:
+        server.fail(status=503, method="POST")
+        answers = [send(client), send(client), client.post("/events", content=b"{"), client.get("/nowhere"),
+                   client.get("/events"), client.head("/events"), client.put("/events"), client.options("/events"),
+                   client.get("/events", headers={"x-api-key": "wrong"}), client.get("/events", headers={"Host": "x.org"}),
+                   client.get(server.url.removesuffix("v1")), client.get(server.url.replace("v1", "health"))]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "insert", Mock(side_effect=ZeroDivisionError))
+            answers.append(send(client))
+        statuses = [answer.status_code for answer in answers]
+        assert statuses == [503, 202, 400, 404, 200, 200, 405, 200, 401, 403, 200, 200, 500]
+        dates = {value for answer in answers for value in answer.headers.get_list("date")}
+        assert dates == {time.strftime("%a, %d %b %Y %H:%M:%S GMT")}
+        assert all(len(answer.headers.get_list("date")) == 1 for answer in answers)
+
+
+def test_the_date_of_answers_follows_a_clock_that_moves() -> None:
+    times = [NOW]
+    with running_server(clock=lambda: times[-1]) as server, calling(server) as client:
+        before = client.get("/events").headers["date"]
+        times.append(NOW + DAY_US)
+        after = client.get("/events").headers["date"]
+    assert (before, after) == ("Wed, 15 Oct 2025 11:38:47 GMT", "Thu, 16 Oct 2025 11:38:47 GMT")
+
+
+def test_the_date_of_answers_is_frozen_with_the_time() -> None:
+    with running_server() as server, calling(server) as client, freeze_time("2031-05-06 07:08:09.25"):
+        assert client.get("/events").headers.get_list("date") == ["Tue, 06 May 2031 07:08:09 GMT"]
 
 
 def test_a_server_can_be_unreachable_for_a_while_and_keeps_its_events() -> None:
