@@ -1943,9 +1943,11 @@ def _with_headers(scope: Scope, response: Response) -> Response:
     return response
 
 
-def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
-    answer = f"{error.status} {error.code}: {error.message}"
+def error_response(
+    request: Request, error: ApiError, headers: Mapping[str, str] | None = None, logged: str = ""
+) -> Response:
+    """Answer with the error body (API: Common rules). Log one line with the message, or with a shorter one."""
+    answer = f"{error.status} {error.code}: {logged or error.message}"
     request.scope["status"] = error.status  # logs.py adds it to the line
     log.warning("%s: %s", _name_of(request.scope), answer)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
@@ -2283,17 +2285,21 @@ def query_of_parameters(
     return parsed
 
 
-def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
-    """Make the 404 for an unknown path: a hint at the likely cause, and the list of the routes."""
+def _no_route(operations: Sequence[Operation], path: str) -> str:
+    """Say that an unknown path has no route, and hint at the likely cause."""
+    paths = [operation.public_path for operation in operations]
+    similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
     if any(operation.serves(f"/v1{path}") for operation in operations):
         hint = f"the base URL ends in /v1, so {quoted('/v1' + path)}? "
-    elif path.startswith("/_mock"):
+    elif path.startswith("/_mock") and not any(each.startswith("/_mock") for each in paths):
         hint = "it is there when the server is started with --mock. "
+    elif similar:
+        methods = " or ".join(operation.method for operation in operations if operation.public_path == similar)
+        hint = f"did you mean {methods} {similar}? "
     elif not _has_extras():
         hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
-    served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    return ApiError("not_found", f"no route {quoted(path)}: {hint}this server has {served}")
+    return f"no route {quoted(path)}: {hint}"
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
@@ -2303,7 +2309,11 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     matched = next((route.path for route in routes if route.path_regex.match(path)), "")
     # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
     if error.status_code != 405 or (request.method == "POST" and ":anything}" in matched):
-        return error_response(request, _no_route(request.app.state.service.operations, path))
+        operations = request.app.state.service.operations
+        problem = _no_route(operations, path)
+        served = ", ".join(dict.fromkeys(operation.public_path for operation in operations))
+        answer = ApiError("not_found", f"{problem}this server has {served}")
+        return error_response(request, answer, logged=f"{problem}the answer lists the routes")
     methods = {method for route in routes if route.path == matched for method in route.methods or ()}
     allowed = ", ".join(sorted(methods))
     refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")

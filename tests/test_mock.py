@@ -482,7 +482,8 @@ def test_without_the_flag_the_mock_routes_are_404(client: httpx.Client, method: 
 def test_mock_routes_need_a_key_and_a_known_path(mock: MockServer, caller: httpx.Client) -> None:
     refused(httpx.delete(mock.url.replace("/v1", "/_mock/events")), 401, "unauthorized")
     refused(caller.get("../_mock/events"), 405, "method_not_allowed", "allowed: DELETE")
-    refused(caller.get("../_mock/nothing"), 404, "not_found", "POST /_mock/faults")
+    refused(caller.get("../_mock/nothing"), 404, "not_found", "this server has /v1/events,")
+    refused(caller.get("../_mock/fault"), 404, "not_found", "did you mean POST or GET or DELETE /_mock/faults?")
     assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
 
 
