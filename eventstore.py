@@ -130,7 +130,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "spans_of_windows", "utc_windows",
     # Serving
     "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "find_api_keys",
-    "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
+    "listen", "listen_error", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
 __version__ = "0.2.0"
@@ -3252,6 +3252,21 @@ def create_app(
 _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while a proxy uses it causes a 502
 
 
+def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -> StartError:
+    """Return the error for an address on which the server cannot listen; it says which flag to change."""
+    reasons = {
+        errno.EADDRINUSE: f"it is taken; choose another with {port_flag} (0 takes a free one)",
+        errno.EACCES: f"ports below 1024 need more rights; choose another with {port_flag}",
+        errno.EADDRNOTAVAIL: f"this machine does not have that address; choose another with {host_flag}",
+    }
+    reason = reasons.get(getattr(error, "errno", None) or 0, f"{error}; check {host_flag}")
+    if isinstance(error, socket.gaierror | UnicodeError):
+        reason = (
+            f"the name cannot be resolved; {host_flag} takes a name or an address of this machine, without a scheme"
+        )
+    return StartError(f"cannot listen on {printable(where)}: {reason}")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Open the listening socket. Raises StartError."""
     if not 0 <= port <= 65_535:
@@ -3259,11 +3274,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        reasons = {errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
-                   errno.EACCES: "ports below 1024 need more rights; choose another with --port"}  # fmt: skip
-        reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
-        raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
+    except (OSError, UnicodeError) as error:
+        raise listen_error(error, f"--host {host} --port {port}", "--host", "--port") from error
 
 
 def uvicorn_server(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -95,6 +97,29 @@ def test_serve_says_in_one_line_why_it_cannot_start_and_exits_with_2(tmp_path: P
     assert part in done.stderr
     assert "secret" not in done.stderr
     assert sizes_in(tmp_path) == before
+
+
+@table(("host", "reason"), [
+    ("127.0.0.1", "it is taken; choose another with --port (0 takes a free one)"),
+    ("192.0.2.1", "this machine does not have that address; choose another with --host"),
+    ("no host", "the name cannot be resolved; --host takes a name or an address of this machine, without a scheme"),
+    ("http://localhost", "the name cannot be resolved; --host takes"), ("127.0.0.1:8080", "the name cannot be resolved; "),
+    ("a..b", "the name cannot be resolved; "), ("x" * 70, "the name cannot be resolved; "), ("", "the name cannot be"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_used_is_named_with_its_flags_and_what_to_do(host: str, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(eventstore.StartError) as raised:
+            eventstore.listen(host, port)
+    assert str(raised.value).startswith(f"cannot listen on --host {host} --port {port}: {reason}")
+
+
+def test_a_privileged_port_is_refused_with_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_server", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(
+        eventstore.StartError, match=r"--port 80: ports below 1024 need more rights; choose another with"
+    ):
+        eventstore.listen("127.0.0.1", 80)
 
 
 @pytest.mark.slow
