@@ -249,7 +249,7 @@ class _Importer:
         return True
 
     def _stopped_by(self, entry: Entry, faults: list[Fault], unknown: list[str]) -> InputError:
-        """Return the error for a bad entry. If none was good before it, the file may have no events at all."""
+        """Return the error for a bad entry. Without a good one before it, the file may hold no events."""
         problem, advice = _problem(entry, faults), None
         if unknown:
             problem += f"; it has the unknown fields {', '.join(map(quoted, unknown[:_MAX_NAMED]))}"
