@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -19,7 +21,7 @@ import httpx
 import pytest
 from freezegun import freeze_time
 
-from eventstore import EVENT_FILTERS, ApiError, Settings, Store, to_us
+from eventstore import EVENT_FILTERS, ApiError, Settings, StartError, Store, to_us
 from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
 from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
@@ -131,9 +133,17 @@ def test_a_running_server_accepts_keys_and_settings(tmp_path: Path) -> None:
 
 @table(("arguments", "part"), [
     ({"colour": "red"}, r"running_server\(\) does not take colour; it takes listener, forward_to, api_keys, db, "),
+    ({"api_keys": "key"}, "api_keys must map keys to the names of environments, such as .*, got 'key'"),
+    ({"api_keys": ["key"]}, r"api_keys must map keys to the names of environments, .*, got \['key'\]"),
+    ({"api_keys": {"key": None}}, "api_keys must map keys to the names of environments"),
+    ({"api_keys": {"key": ""}}, "api_keys must map keys to the names of environments"),
+    ({"allowed_hosts": "eventstore"}, "allowed_hosts must be a list of names, got 'eventstore'"),
+    ({"clock": 1760528327962000}, "clock must be a function that returns microseconds since 1970 as an int, got 1760528327962000"),
+    ({"clock": time.time}, r"clock must be a function that returns microseconds since 1970 as an int, got \d+\.\d+"),
+    ({"clock": lambda: None}, "clock must be a function .*, got None"),
     ({"forward_to": "http://127.0.0.1:1"}, "forward_to must be another server, or have a url and an api_key, got 'http:"),
-], ids=str)  # fmt: skip
-def test_an_unknown_argument_is_an_error_that_lists_the_known_ones(arguments: dict[str, Any], part: str) -> None:
+])  # fmt: skip
+def test_an_argument_of_an_unknown_name_or_a_wrong_type_is_an_error(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(TypeError, match=part), running_server(**arguments):
         pass
 
@@ -156,14 +166,45 @@ def test_events_returns_dicts_oldest_first_and_takes_filters(mock: MockServer, c
     ({"colour": "red"}, TypeError, "no filter colour: it takes external_customer_id, "),
     ({"page_size": 5}, TypeError, "no filter page_size"),
     ({"start_time": "yesterday"}, ApiError, "start_time must be RFC 3339"),
-    ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
-    ({"event_name": 5}, ApiError, "Expected `str"),
+    ({"property_filters": {"status": "12"}}, ApiError, r'property_filters must be an object of string arrays, got \{"status":"12"\}'),
+    ({"event_name": 5}, ApiError, "event_name must be a string, got 5"),
+    ({"environment": "stagin"}, ApiError, 'environment must be one of "development", got "stagin"'),
+    ({"environment": ""}, ApiError, 'environment must be one of "development", got ""'),
 ], ids=str)  # fmt: skip
 def test_events_rejects_bad_filters(
     mock: MockServer, filters: dict[str, Any], error: type[Exception], part: str
 ) -> None:
     with pytest.raises(error, match=part):
         mock.events(**filters)
+
+
+def test_a_key_that_no_header_can_carry_is_refused() -> None:
+    with (
+        pytest.raises(StartError, match="api_keys: an API key is empty, or has a space"),
+        running_server(api_keys={"a b": "c"}),
+    ):
+        pass
+
+
+@table(("fault", "part"), [
+    ({"status": "500"}, 'status must be an integer, got "500"'), ({"status": True}, "status must be an integer, got true"),
+    ({"status": 500, "stored": "yes"}, 'stored must be true or false, got "yes"'),
+    ({"status": 429, "retry_after_s": "soon"}, 'retry_after_s must be an integer, got "soon"'),
+    ({"delay_ms": 0.5}, "delay_ms must be an integer, got 0.5"), ({"status": 500, "path": 5}, "path must be a string, got 5"),
+])  # fmt: skip
+def test_a_fault_with_a_value_of_a_wrong_type_names_field_and_value(
+    mock: MockServer, fault: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(ApiError, match=re.escape(part)):
+        mock.fail(**fault)
+    assert mock.faults() == []
+
+
+def test_meters_of_an_unknown_environment_are_an_error_that_lists_the_known_ones() -> None:
+    with running_server(api_keys={"a": "one", "b": "two"}) as server:
+        assert server.meters(environment="two") == []
+        with pytest.raises(ApiError, match='environment must be one of "one", "two", got "three"'):
+            server.meters(environment="three")
 
 
 def test_a_misspelt_keyword_is_an_error_at_run_time_and_for_mypy(mock: MockServer) -> None:
