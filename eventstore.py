@@ -129,7 +129,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
     "spans_of_windows", "utc_windows",
     # Serving
-    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "find_api_keys",
+    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "check_name", "create_app", "find_api_keys",
     "listen", "listen_error", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
@@ -401,6 +401,8 @@ class Faults:
             meant = "" if isinstance(why, str) else _similar(name, why)
             if name[: name.rfind(".") + 1] + meant in missing:
                 hints.append(f"{quoted(name)} is unknown: did you mean {meant}?")
+        if "events" in self.ignored and "event_name" in missing:
+            hints.append("a batch of events goes to POST /v1/events/bulk")
         return hints
 
 
@@ -3307,6 +3309,13 @@ def check_key(key: str, where: str = "") -> str:
     return key
 
 
+def check_name(name: str, where: str) -> None:
+    """Raise StartError if the name of an environment, or a label, cannot be shown in a log or a header."""
+    if not name.isprintable() or name[:1] in ("'", '"') or name[-1:] in ("'", '"') or len(name) > 255:
+        problem = "is longer than 255 characters, in quotes, or has a control character"
+        raise StartError(f"{where} {quoted(name)} {problem}")
+
+
 def _parse_api_key(source: str, text: str) -> ApiKey:
     first, *attributes = (part.strip() for part in text.split(";"))
     key, separator, environment = (part.strip() for part in first.partition("="))
@@ -3319,9 +3328,7 @@ def _parse_api_key(source: str, text: str) -> ApiKey:
         raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
     check_key(key, f"{source}: ")
     for name, value in {"environment": environment, **given}.items():
-        if not value.isprintable() or value[:1] in ("'", '"') or value[-1:] in ("'", '"') or len(value) > 255:
-            problem = "is longer than 255 characters, in quotes, or has a control character"
-            raise StartError(f"{source}: the {name} {quoted(value)} {problem}")
+        check_name(value, f"{source}: the {name}")
     if (role := given.get("role", "")) not in ("", *ROLES):
         raise StartError(f"{source}: the role must be {' or '.join(ROLES)}, got {quoted(role)}")
     parsed = ApiKey.hashed(key, environment or "development", given.get("label", ""), role)

@@ -565,6 +565,11 @@ def test_an_application_cannot_be_created_without_a_key(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@table("body", [{"events": [event()]}, {"events": []}, {"events": 1, "source": "x"}])
+def test_a_batch_that_is_sent_to_the_route_for_one_event_gets_a_hint(shared: httpx.Client, body: Json) -> None:
+    refused(shared.post("/v1/events", json=body), part="; a batch of events goes to POST /v1/events/bulk")
+
+
 @table(("method", "path", "part"), [
     ("POST", "/v1/events/xyz", 'no route "/v1/events/xyz"'), ("POST", "/v1/events/x/", 'no route "/v1/events/x/"'),
     ("GET", "/v1/events/query", "if you mean /v1/events/query, use POST"), ("GET", "/v1/events/bulk", "use POST"),

@@ -29,6 +29,7 @@ from eventstore import (
     Settings,
     StartError,
     add_db_flag,
+    check_name,
     check_path,
     connect,
     environment_number,
@@ -479,6 +480,9 @@ def _say_imported(
 def _import_events(arguments: argparse.Namespace) -> int:
     """Store the events of a file. Raises StartError, StopError."""
     started_s = time.monotonic()
+    check_name(arguments.environment, "--environment")
+    if not arguments.environment:
+        raise StartError("--environment must not be empty: name an environment, or leave the flag out")
     with ExitStack() as stack:
         signals = _Signals()
         stack.enter_context(signals.handled())

@@ -515,7 +515,7 @@ class MockServer:
         return [msgspec.to_builtins(stored.meter) for stored in found]
 
     def _environment(self, name: str | None) -> str:
-        """Return the name, by default that of `api_key`'s environment. Raises ApiError if there is no such one."""
+        """Return the name, by default that of `api_key`'s environment. Raises ApiError if it is unknown."""
         if name is None:
             return self.api_keys[self.api_key]
         with closing(connect_reader(self._store.path)) as conn:

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 
 import eventstore
+from eventstore_extras.serving import prepare
 from helpers import (
     KEY,
     SCRIPT,
@@ -153,6 +154,14 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
             assert total(client) == 1001
         assert key not in live.log
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
+
+
+@table("flag", ["--forward-environment x", "--forward-everything", "--delete-unforwarded"])
+def test_a_flag_of_forwarding_needs_a_target(flag: str) -> None:
+    name, *value = flag.split()
+    arguments = eventstore.parse_arguments(["serve", name, *value])
+    with pytest.raises(eventstore.StartError, match=f"{name} has no effect without --forward-to: add that"):
+        prepare(arguments)
 
 
 def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:

@@ -363,6 +363,13 @@ CANNOT_START = [  # arguments, what the message names
     ("import folder", "folder"),
     ("import in --db :memory:", ":memory:"),
     ("import in --db text.db", "not a SQLite database"),
+    ("import in --environment=", "--environment must not be empty: name an environment"),
+    ("import in --environment 'production'", "--environment \"'production'\" is longer than 255 characters, in quotes"),
+    (
+        "import in --environment prod\x07",
+        '--environment "prod\\u0007" is longer than 255 characters, in quotes, or has a control',
+    ),
+    ("import in --environment " + "x" * 256, "is longer than 255 characters"),
     ("import in --skip-invalid in", "overwrite"),
     ("import in --skip-invalid missing/rejects", "--skip-invalid"),
     ("import in --skip-invalid rejects --db missing/new.db", "the folder"),
