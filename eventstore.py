@@ -2288,7 +2288,7 @@ def query_of_parameters(
 
 
 def _no_route(operations: Sequence[Operation], path: str) -> str:
-    """Say that an unknown path has no route, and hint at the likely cause."""
+    """Say that a path is unknown, and hint at the likely cause."""
     paths = [operation.public_path for operation in operations]
     similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
@@ -3269,14 +3269,23 @@ def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -
     return StartError(f"cannot listen on {printable(where)}: {reason}")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket. Raises StartError."""
+def _resolve(host: str, port: int) -> tuple[int, Any]:
+    """Return the family and the address to listen on. Raises StartError."""
     if not 0 <= port <= 65_535:
         raise StartError(f"--port must be 0 to 65535, got {port}")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError) as error:
+        raise listen_error(error, f"--host {host} --port {port}", "--host", "--port") from error
+    return family, address[:2]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket. Raises StartError."""
+    family, address = _resolve(host, port)
+    try:
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
         raise listen_error(error, f"--host {host} --port {port}", "--host", "--port") from error
 
 
@@ -3430,6 +3439,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
+    _resolve(arguments.host, arguments.port)  # if the host is wrong, do not complain about a missing key first
     found = find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)

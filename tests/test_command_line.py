@@ -30,6 +30,7 @@ from helpers import (
     python,
     refusal,
     refused,
+    refused_in_one_line,
     run,
     serving,
     sizes_in,
@@ -57,7 +58,8 @@ def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, s
 
 
 CANNOT_START = [  # flags, what the message names
-    ("--port {taken}", "--port"),
+    ("--port {taken}", "it is taken; choose another with --port"),
+    ("--mock --port {taken}", "it is taken; choose another with --port"),
     ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
     ("--db text.db", "not a SQLite database"),
     ("--db other.db", "other program"),
@@ -154,6 +156,15 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
             assert total(client) == 1001
         assert key not in live.log
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
+
+
+@table("mode", [[], ["--mock"]], ids=str)
+@table("host", ["no host", "http://localhost", "localhost:8080"])
+def test_a_wrong_host_is_named_even_if_there_is_no_api_key(
+    capsys: pytest.CaptureFixture[str], host: str, mode: list[str]
+) -> None:
+    message = refused_in_one_line(capsys, "serve", "--host", host, "--port", "0", *mode)
+    assert f"cannot listen on --host {host} --port 0: the name cannot be resolved; --host takes a name" in message
 
 
 @table("flag", ["--forward-environment x", "--forward-everything", "--delete-unforwarded"])
