@@ -340,11 +340,13 @@ def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
 
 def _check_arguments(api_keys: object, allowed_hosts: object) -> None:
     """Raise TypeError if an argument of running_server() has a type that would fail later, or mean something else."""
-    if not isinstance(api_keys, Mapping) or not all(isinstance(each, str) and each for each in api_keys.values()):
-        example = '{"key": "development"}'
-        raise TypeError(f"api_keys must map keys to the names of environments, such as {example}, got {api_keys!r}")
-    for key in api_keys:
+    rule = 'api_keys must map keys to names of environments, such as {"key": "development"}'
+    if not isinstance(api_keys, Mapping):
+        raise TypeError(f"{rule}, got {type(api_keys).__name__}")  # not the value, which may be a key
+    for key, environment in api_keys.items():
         check_key(key, "api_keys: ")
+        if not isinstance(environment, str) or not environment:
+            raise TypeError(f"{rule}, got the name {environment!r}")
     if isinstance(allowed_hosts, str):
         raise TypeError(f"allowed_hosts must be a list of names, got {allowed_hosts!r}")
 
