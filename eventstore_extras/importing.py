@@ -83,8 +83,8 @@ def _read_entries(
         form = arguments.format
         if form == "auto":
             form = detect_format(stream.peek(1))
-        elif not (form == "ndjson" and arguments.skip_invalid):  # the first line may be bad, and others good
-            check_format(form, stream.peek(1))
+        else:
+            check_format(form, stream.peek(1), may_start_badly=form == "ndjson" and bool(arguments.skip_invalid))
         if form == "parquet" and (packed is not file or not file.seekable()):
             raise InputError(None, "Parquet is read from its end: name a file that is not gzipped, not a pipe")
         if arguments.assume_utc and form != "parquet":

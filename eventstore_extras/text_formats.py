@@ -56,8 +56,11 @@ def detect_format(head: bytes) -> str:
     return "ndjson" if head.lstrip()[:1] in (b"{", b"", _RECORD_SEPARATOR) else "csv"
 
 
-def check_format(form: str, head: bytes) -> None:
-    """Raise InputError if a file that starts like this certainly has another format than --format says."""
+def check_format(form: str, head: bytes, may_start_badly: bool) -> None:
+    """Raise InputError if a file that starts like this certainly has another format than --format says.
+
+    NDJSON may start badly with --skip-invalid: the first line may be rubbish, and others good.
+    """
     looks_like, line = detect_format(head), head.strip().partition(b"\n")[0]
     if looks_like == form or not line:
         return
@@ -68,7 +71,9 @@ def check_format(form: str, head: bytes) -> None:
             return
         if names.keys() & {"event", "events"}:
             return
-    is_known = looks_like != "csv" or b"event_name" in line
+    is_known = looks_like != "csv" or re.search(rb'(^|,)"?event_name"?\s*(,|$)', line)
+    if may_start_badly and not is_known:
+        return
     shown = _NAMES[looks_like] if is_known else "no file of events"
     start = quoted(line[:40].decode(errors="replace"))
     advice = f"leave out --format, or give --format {looks_like}" if is_known else "name a file of events"

@@ -169,12 +169,22 @@ def test_a_file_of_another_format_than_the_flag_says_is_refused_with_both(
     assert sorted(sizes_in(tmp_path)) == ["in"]
 
 
+@table("actual", ["json", "csv", "parquet"])
+def test_lines_of_another_format_are_not_rejected_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], actual: str
+) -> None:
+    imported(tmp_path, OF_ONE_EVENT[actual], "--format", "ndjson", "--skip-invalid", tmp_path / "rejects", status=1)
+    assert f"--format is ndjson, but it looks like {SHOWN[actual]}: it starts " in capsys.readouterr().err
+
+
 @table(("form", "content"), [
     ("json", b'{"has_more": false, "total": 1, "events": [' + GOOD % 1 + b"]}"),
     ("json", b'{"total": 1,\n"events": [' + GOOD % 1 + b"]}"),
     ("json", b"[7," + GOOD % 1 + b"]"),
     ("ndjson", b"\n\n" + GOOD % 1),
     ("ndjson", b"# a comment\n" + GOOD % 1),
+    ("ndjson", b'"event_name": "cut off", "external_customer_id": "cust"}\n' + GOOD % 1),
+    ("ndjson", b"[2026-11-28 12:00] started\n" + GOOD % 1),
     ("csv", b"\n\n ,\nevent_id,event_name,external_customer_id\n1,call,cust\n"),
 ])  # fmt: skip
 def test_a_flag_for_the_format_is_believed_where_the_beginning_does_not_tell(
