@@ -2313,11 +2313,11 @@ def _no_route(operations: Sequence[Operation], path: str) -> str:
         hint = f"the base URL ends in /v1, so {quoted('/v1' + path)}? "
     elif path.startswith("/_mock") and not any(each.startswith("/_mock") for each in paths):
         hint = "it is there when the server is started with --mock. "
+    elif not _has_extras():
+        hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     elif similar:
         methods = " or ".join(operation.method for operation in operations if operation.public_path == similar)
         hint = f"did you mean {methods} {similar}? "
-    elif not _has_extras():
-        hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     return f"no route {quoted(path)}: {hint}"
 
 
