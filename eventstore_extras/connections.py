@@ -189,7 +189,7 @@ class Protocol(HttpToolsProtocol):
                 self._parse(data[parsed : parsed + _PIECE_BYTES])
                 parsed += _PIECE_BYTES
         except (httptools.HttpParserError, ApiError) as error:
-            self._refuse(error)
+            self._refuse(error, data)
             return
         if parsed < len(data):
             self.unparsed = data[parsed:]
@@ -227,9 +227,8 @@ class Protocol(HttpToolsProtocol):
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > _MAX_HEADERS:  # a header has more than a byte
-            if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
-                raise self._head_too_long()
+        if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
+            raise self._head_too_long()
 
     def _head_too_long(self) -> ApiError:
         part, code = "headers", "headers_too_large"
@@ -381,13 +380,15 @@ class Protocol(HttpToolsProtocol):
         elif not self._framing_bytes:
             self._set_timer(_STOP_S, self.timeout_keep_alive_handler)
 
-    def _refuse(self, error: BaseException) -> None:
+    def _refuse(self, error: BaseException, data: bytes = b"") -> None:
         """Log the error. After the answers to earlier requests, send its JSON body and close the connection."""
         if isinstance(error, httptools.HttpParserCallbackError):
             error = error.__context__ or error  # what the callback raised
         if not isinstance(error, ApiError):
             hint = f"the request is not valid HTTP/1.1: {error}"
-            if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
+            if data.startswith(b"\x16\x03"):  # a TLS handshake
+                hint = "the request is not HTTP but TLS: use http://, or a proxy with TLS in front of this server"
+            elif isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
                 hint += "; spaces and characters outside ASCII in a URL must be percent-encoded: %20, and %C3%BC for ü"
             error = ApiError("validation_error", hint)
         self._end_with(error)
