@@ -183,7 +183,9 @@ class Protocol(HttpToolsProtocol):
         """
         if not (self._framing_bytes or self._in_body):
             self._unset_keepalive_if_required()
-        data, self.unparsed, parsed, self._body_parts = self.unparsed, b"", 0, 0
+        data = self.unparsed
+        self.unparsed = b""
+        parsed = self._body_parts = 0
         try:
             while parsed < len(data) and not self.pipeline and self._body_parts < _MAX_BODY_PARTS:
                 self._parse(data[parsed : parsed + _PIECE_BYTES])
@@ -227,7 +229,8 @@ class Protocol(HttpToolsProtocol):
                 lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
-        if self._framing_bytes > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS:
+        length = self._framing_bytes
+        if length > _MAX_HEADERS and (length > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS):
             raise self._head_too_long()
 
     def _head_too_long(self) -> ApiError:
