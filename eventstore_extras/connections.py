@@ -62,11 +62,9 @@ class _WholeResponses:
         self.is_closing = transport.is_closing
 
     def write(self, data: bytes) -> None:
-        if self.is_closing():  # uvicorn notices it only for the newest of pipelined requests
-            return
         if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
             self._head = data
-        else:
+        elif not self.is_closing():  # uvicorn notices it only for the newest of pipelined requests
             self._transport.write(self._head + data)
             self._head = b""
 
@@ -241,7 +239,7 @@ class Protocol(HttpToolsProtocol):
         return ApiError(code, f"the request's {part} must be shorter: a head may have {limits}")
 
     def on_headers_complete(self) -> None:
-        if self._framing_bytes > _MAX_HEADERS:
+        if self._framing_bytes > MAX_HEAD_BYTES - 2 * _PIECE_BYTES or len(self.headers) > _MAX_HEADERS:
             length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if length > MAX_HEAD_BYTES or len(self.headers) > _MAX_HEADERS:
                 raise self._head_too_long()
