@@ -30,7 +30,7 @@ A map of this file. Each part uses only the parts above it:
                 Health, page              /health, and the event debugger at /
     Serving     Application               the route table and create_app
                 Listening                 the socket, and uvicorn's protocol with this server's limits
-                API keys                  from flags, a file or the environment
+                API keys                  from a flag or the environment
                 Command line              serve; the other commands are in eventstore_extras
 
 Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
@@ -129,8 +129,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
     "spans_of_windows", "utc_windows",
     # Serving
-    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "find_api_keys",
-    "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
+    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "listen", "main",
+    "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
 __version__ = "0.2.0"
@@ -791,11 +791,11 @@ def property_parameters(name: str, key: str) -> dict[str, object]:
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
-def property_sql(function: str, name: str, key: str) -> Sql:
+def property_sql(read_as: str, name: str, key: str) -> Sql:
     """Build the expression for a top-level property; `name` is a unique prefix for the parameters' names.
 
-    With the function "property_text" its value is the text that `property_text` returns. With "property_value" it is
-    what `->>` returns, in 0.7 times the time: numbers stay numbers, true is 1 and false is 0.
+    Read as "text", a property is what `property_text` returns. Read as "value", it is what `->>` returns, in 0.7 times
+    the time: numbers stay numbers, true is 1 and false is 0.
 
     Both avoid calling into Python unless the properties contain a backslash: a key in them may then be escaped, and
     before 3.45 SQLite compares the path with the escaped form. A path cannot contain a quote at all.
@@ -803,7 +803,7 @@ def property_sql(function: str, name: str, key: str) -> Sql:
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
         plain = "NULL"
-    elif function == "property_text":  # v is JSON; only a string, which begins with '"', sorts before '#'
+    elif read_as == "text":  # v is JSON; only a string, which begins with '"', sorts before '#'
         is_shortest = "length(v) < 16 AND v NOT GLOB '*[^0-9.]*' AND v NOT GLOB '*.*0' AND v NOT GLOB '0.00000*'"
         plain = f"""(SELECT CASE WHEN v < '#' THEN trim(v, '"')
             WHEN v IN ('true', 'false') OR {is_shortest} THEN v
@@ -813,17 +813,17 @@ def property_sql(function: str, name: str, key: str) -> Sql:
 
 
 def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return the functions of `property_sql` that a filter calls, and the options: each must return one of them.
+    """Return how a filter reads its property (see `property_sql`), and the options: each reading must be one of them.
 
-    The last function decides. If "property_value" comes before it, it excludes most events in less time.
+    The last reading decides. If "value" comes before "text", it excludes most events in less time.
     """
     numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
     is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
     if is_long or any(text.startswith(("{", "[")) for text in values):
-        return ["property_text"], [*values]
+        return ["text"], [*values]
     bits = [float(text == "true") for text in values if text in ("true", "false")]
-    exact = ["property_text"] if bits or {0.0, 1.0} & {*numbers.values()} else []
-    return ["property_value", *exact], [*values, *numbers.values(), *bits]
+    exact = ["text"] if bits or {0.0, 1.0} & {*numbers.values()} else []
+    return ["value", *exact], [*values, *numbers.values(), *bits]
 
 
 class View(NamedTuple):
@@ -851,10 +851,9 @@ def matching(selection: Selection) -> Sql:
         clauses.append(sql("ingested_at_us <= :visible_us", visible_us=selection.view.visible_us))
     clauses += [sql(f"{column} = :{column}", **{column: value}) for column, value in selection.filters.items()]
     for number, (key, values) in enumerate(selection.property_filters.items()):
-        functions, options = filter_options(values)
-        clauses += [
-            is_in(property_sql(each, f"filter{number}", key), options, f"filter{number}_") for each in functions
-        ]
+        name = f"filter{number}"
+        readings, options = filter_options(values)
+        clauses += [is_in(property_sql(read_as, name, key), options, f"{name}_") for read_as in readings]
     return all_of(clauses)
 
 
@@ -2727,6 +2726,10 @@ class EventQuery(Selection, frozen=True, kw_only=True):
     count: bool | None  # None: leave total_count out of the answer
 
     @property
+    def cursor(self) -> Cursor | None:
+        return self.after or self.before
+
+    @property
     def spans_names(self) -> bool:
         """True if sorting by name differs from sorting by time."""
         return self.by_name and "event_name" not in self.filters
@@ -2822,9 +2825,8 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
 
     Each row holds an event as JSON and the total count, which is NULL unless the query asks for it.
     """
-    cursor = query.after or query.before
     descending = query.descending and not query.reads_back
-    where = all_of([matching(query), after_cursor(query, cursor, cursor_name, descending)])
+    where = all_of([matching(query), after_cursor(query, query.cursor, cursor_name, descending)])
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
     order = ", ".join(f"{column} {direction}" for column in columns)
@@ -2834,7 +2836,7 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     text = f"""SELECT {_EVENT_JSON} AS event, ({total}) AS total FROM events {index}
         WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
-    return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if cursor else query.offset)
+    return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if query.cursor else query.offset)
 
 
 def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str:
@@ -2903,8 +2905,7 @@ def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Pa
 
 
 def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
-    cursor = query.after or query.before
-    cursor_name = _name_at(conn, query, cursor) if cursor and query.by_name else ""
+    cursor_name = _name_at(conn, query, query.cursor) if query.cursor and query.by_name else ""
     page = _fetch_page(conn, _page_statement(query, cursor_name), query.page_size)
     if query.reads_back:
         page.events.reverse()
@@ -2921,7 +2922,7 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     return EventPage(
         events=Raw(f"[{','.join(events)}]"), has_more=has_more, iter_first_key=first, iter_last_key=last,
         total_count=UNSET if query.count is None else total,
-        offset=None if query.after or query.before else query.offset + page_size,
+        offset=None if query.cursor else query.offset + page_size,
     )  # fmt: skip
 
 
@@ -3272,7 +3273,6 @@ def uvicorn_server(
 # ---------------------------------------------------------------------------------------------- API keys
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine can reach
-_HASHED_KEY = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 def check_key(key: str, where: str = "") -> str:
@@ -3285,44 +3285,6 @@ def check_key(key: str, where: str = "") -> str:
     return key
 
 
-def _parse_api_key(source: str, text: str) -> ApiKey:
-    first, *attributes = (part.strip() for part in text.split(";"))
-    key, separator, environment = (part.strip() for part in first.partition("="))
-    given = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in attributes)}
-    if given.keys() - {"label", "role"} or "=" in environment or "," in text:
-        problem = "an API key has a ',', a second '=', or a ';' without label= or role= behind it"
-        several = "EVENTSTORE_API_KEYS has commas between them, a file has each on a line"
-        raise StartError(f"{source}: {problem}: are several keys meant? {several}")
-    if separator and not environment:
-        raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
-    check_key(key, f"{source}: ")
-    for name, value in {"environment": environment, **given}.items():
-        if not value.isprintable() or value[:1] in ("'", '"') or value[-1:] in ("'", '"') or len(value) > 255:
-            problem = "is longer than 255 characters, in quotes, or has a control character"
-            raise StartError(f"{source}: the {name} {quoted(value)} {problem}")
-    if (role := given.get("role", "")) not in ("", *ROLES):
-        raise StartError(f"{source}: the role must be {' or '.join(ROLES)}, got {quoted(role)}")
-    parsed = ApiKey.hashed(key, environment or "development", given.get("label", ""), role)
-    hashed = _HASHED_KEY.fullmatch(key)
-    return msgspec.structs.replace(parsed, digest=bytes.fromhex(hashed[1])) if hashed else parsed
-
-
-def parse_api_keys(texts: Iterable[tuple[str, str]]) -> tuple[ApiKey, ...]:
-    """Parse pairs of a source and `KEY[=ENVIRONMENT][; label=LABEL][; role=ROLE]`. KEY may be `sha256:` and its hash.
-
-    Raises StartError naming the source (flag, file line, variable), never the key.
-    """
-    keys: dict[bytes, tuple[ApiKey, str]] = {}
-    for source, text in texts:
-        parsed = _parse_api_key(source, text)
-        if parsed.digest in keys:
-            known_source = keys[parsed.digest][1]
-            again = "twice" if known_source == source else f"as {known_source}"
-            raise StartError(f"{source} names the same key {again}: a key is bound to one environment")
-        keys[parsed.digest] = parsed, source
-    return tuple(key for key, _ in keys.values())
-
-
 class FoundKeys(NamedTuple):
     """The API keys of `serve`, and where they were found."""
 
@@ -3331,26 +3293,24 @@ class FoundKeys(NamedTuple):
     made: str | None = None  # the key in clear text, if it was made for this run
 
 
-def find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys:
+def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys | None:
+    """Do what keys.find_api_keys does, for keys without an environment, a label, a role or a hash."""
+    given = [("--api-key", flags.api_key)]
+    given += [(name, [environ[name]]) for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY") if name in environ]
+    for source, texts in given:
+        if any(re.search("^sha256:|[=;,]", text) for text in texts):
+            _extra("keys", f"{source} with more than a key in it")  # raises StartError
+        if texts:
+            return FoundKeys(tuple(ApiKey.hashed(check_key(text, f"{source}: ")) for text in texts), source)
+    return None
+
+
+def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys:
     """Return the keys of the flags, else those of the environment variables, else a new one. Raises StartError."""
-    path = getattr(flags, "api_key_file", None)  # a flag of eventstore_extras
-    if flags.api_key or path:
-        sources = {"--api-key": flags.api_key, "--api-key-file": path}
-        texts = [("--api-key", text) for text in flags.api_key]
-        if path:
-            texts += _extra("keys", "--api-key-file").read_key_file(path)
-        return FoundKeys(parse_api_keys(texts), " and ".join(flag for flag, given in sources.items() if given))
-    for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"):
-        value = environ.get(name)
-        if value is None:
-            continue
-        if name == "FLEXPRICE_API_KEY" and "=" in value:
-            raise StartError("FLEXPRICE_API_KEY has a '=' in it: a key with its environment is for EVENTSTORE_API_KEYS")
-        parts = value.split(",") if name == "EVENTSTORE_API_KEYS" else [value]
-        texts = [(name, text) for text in parts if text.strip()]
-        if not texts:
-            raise StartError(f"{name} is set, but holds no key: write a key into it, or unset it")
-        return FoundKeys(parse_api_keys(texts), name)
+    find = _extra("keys", "serve").find_api_keys if _has_extras() else _plain_keys
+    found: FoundKeys | None = find(flags, environ)
+    if found:
+        return found
     if flags.host not in _LOOPBACK:
         problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
         raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
@@ -3401,7 +3361,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    found = find_api_keys(arguments, os.environ)
+    found = _find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
     # Set the handlers before the port is open: a signal may arrive as soon as it is. Keep them after uvicorn has ended:

@@ -285,7 +285,7 @@ def unique_sql(name: str, key: str) -> Sql:
 
     This bounds the memory for each value. The function `text_hash` must exist: see `add_text_hash`.
     """
-    text = property_sql("property_text", name, key)
+    text = property_sql("text", name, key)
     return sql(f"(SELECT iif(length(v) > {_MAX_TEXT_CHARS}, text_hash(v), v) FROM (SELECT {text} AS v))", text)
 
 
@@ -320,7 +320,7 @@ def _cell_sql(query: UsageQuery) -> Sql:
         "COUNT_UNIQUE": f"count(DISTINCT {text})",
         "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
     }.get(query.aggregation, sum_of(number))  # fmt: skip
-    group = property_sql("property_text", "group", query.group_property)
+    group = property_sql("text", "group", query.group_property)
     if query.group_property:
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
     if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
