@@ -22,7 +22,7 @@ A map of this file. Each part uses only the parts above it:
                 Store: connections        pragmas, the file's checks, the tables
                 Store: inserting          the statements that store events
                 Store: threads            Writer, ReaderPool, and Store, which joins them
-                HTTP                      Operation, Service, authentication, bodies, parameters, error answers
+                HTTP                      Operation, Service, authentication, bodies, parameters, routes, error answers
     Features    Ingest                    POST /v1/events, POST /v1/events/bulk
                 Queries                   GET /v1/events, POST /v1/events/query
                 Lookup                    GET /v1/events/lookup, GET /v1/events/{id}
@@ -82,11 +82,10 @@ import uvicorn
 from msgspec import UNSET, Raw, Struct, UnsetType
 from starlette.applications import Starlette
 from starlette.convertors import PathConvertor, register_url_convertor
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match, Route, compile_path
+from starlette.routing import BaseRoute, Match, compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 # The names that other modules may use, by section; all other names begin with an underscore.
@@ -114,8 +113,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "start_errors",
     # HTTP
     "CORS_HEADERS", "EXCEPTION_HANDLERS", "MAX_OFFSET", "PARAMETER_PARSERS", "JsonResponse", "Operation", "Outbox",
-    "Retention", "Service", "error_response", "one_of", "parse_int", "parse_parameters", "parse_property_filters",
-    "query_of_parameters", "read_body", "read_fields", "whole_within",
+    "Retention", "Routes", "Service", "error_response", "one_of", "parse_int", "parse_parameters",
+    "parse_property_filters", "query_of_parameters", "read_body", "read_fields", "whole_within",
     # Ingest
     "MAX_BATCH", "MAX_FIELD_CHARS", "MAX_PROPERTY_DEPTH", "BulkAccepted", "BulkIn", "EventAccepted", "EventIn",
     "check_properties", "decode_batch", "event_row", "event_rows", "ingest_event", "ingest_events_bulk",
@@ -288,7 +287,7 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.details = details or ErrorDetails()
-        self.retry_after_s = retry_after_s
+        self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
 
     @property
     def status(self) -> int:
@@ -1942,74 +1941,12 @@ def _with_headers(scope: Scope, response: Response) -> Response:
     return response
 
 
-def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(request: Request, error: ApiError) -> Response:
     """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
     answer = f"{error.status} {error.code}: {error.message}"
     request.scope["status"] = error.status  # logs.py adds it to the line
     log.warning("%s: %s", _name_of(request.scope), answer)
-    retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return _with_headers(request.scope, JsonResponse(error.body, error.status, {**(headers or {}), **retry_after}))
-
-
-class _Endpoint:
-    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
-
-    def __init__(self, service: Service, handler: _Handler, operation: Operation | None = None) -> None:
-        """Without an operation, the endpoint is public and ignores its parameters."""
-        self._service = service
-        self._handler = handler
-        self.path = operation.public_path if operation else "/"
-        self._parameters = tuple(operation.parameters) if operation else None
-        self._role = operation.needed_role if operation else ""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, parameters = self._service, self._parameters
-        request = Request(scope, receive)
-        key: ApiKey | None = scope.get("api_key")
-        if key and key.role and key.role != self._role:
-            needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
-            raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
-        if parameters is not None and scope["query_string"]:
-            sent = urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace"), keep_blank_values=True)
-            if unknown := [name for name, _ in sent if name not in parameters]:
-                faults = service.faults(request)
-                faults.ignore(unknown, parameters)
-                faults.raise_any()
-        try:
-            response = await self._handler(service, request)
-        except asyncio.CancelledError:
-            if not service.is_stopping():  # cancelled by the caller, such as by asyncio.timeout() in a test
-                raise
-            # Otherwise uvicorn would answer 500 in plain text.
-            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:
-            service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
-        await self._send(_with_headers(scope, response), scope, receive, send)
-
-    async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer. A long one counts towards the key's share until the client has read most of it."""
-        size = len(response.body)
-        if size < _LONG_ANSWER_BYTES:
-            await response(scope, receive, send)
-            return
-        shares, key = self._service.shares, CALLER.get().key
-        if not shares.take(key, size):
-            reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
-            raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
-        try:
-            await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-            await send({"type": "http.response.body", "body": response.body, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})  # uvicorn waits here until the client reads
-        finally:
-            shares.give_back(key, size)
-
-
-class _Route(Route):
-    """A route that matches whole paths. Starlette's pattern ends in $, which also matches before a line break."""
-
-    def __init__(self, path: str, method: str, app: ASGIApp) -> None:
-        super().__init__(path, app, methods=[method])
-        self.path_regex = re.compile(self.path_regex.pattern.removesuffix("$") + r"\Z")
+    return _with_headers(request.scope, JsonResponse(error.body, error.status, error.headers))
 
 
 class Operation(NamedTuple):
@@ -2042,9 +1979,6 @@ class Operation(NamedTuple):
 
     def serves(self, path: str) -> bool:
         return compile_path(self.path)[0].fullmatch(path) is not None
-
-    def route(self, service: Service) -> Route:
-        return _Route(self.path, self.method, _Endpoint(service, self.handler, self))
 
 
 class Outbox(Struct):
@@ -2282,6 +2216,58 @@ def query_of_parameters(
     return parsed
 
 
+class _Endpoint:
+    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
+
+    def __init__(self, service: Service, operation: Operation) -> None:
+        self._service = service
+        self.operation = operation
+        self._parameters = tuple(operation.parameters)
+        self._role = operation.needed_role
+        self.path = operation.public_path  # for metrics.py and logs.py
+        self.methods = ("GET", "HEAD") if operation.method == "GET" else (operation.method,)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, request = self._service, Request(scope, receive)
+        key: ApiKey | None = scope.get("api_key")
+        if key and key.role and key.role != self._role:
+            needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
+            raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
+        if scope["query_string"] and self.path != "/":  # the page's script reads parameters of its own
+            sent = urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace"), keep_blank_values=True)
+            if unknown := [name for name, _ in sent if name not in self._parameters]:
+                faults = service.faults(request)
+                faults.ignore(unknown, self._parameters)
+                faults.raise_any()
+        try:
+            response = await self.operation.handler(service, request)
+        except asyncio.CancelledError:
+            if not service.is_stopping():  # cancelled by the caller, such as by asyncio.timeout() in a test
+                raise
+            # Otherwise uvicorn would answer 500 in plain text.
+            raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
+        finally:
+            service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
+        await self._send(_with_headers(scope, response), scope, receive, send)
+
+    async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer. A long one counts towards the key's share until the client has read most of it."""
+        size = len(response.body)
+        if size < _LONG_ANSWER_BYTES:
+            await response(scope, receive, send)
+            return
+        shares, key = self._service.shares, CALLER.get().key
+        if not shares.take(key, size):
+            reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
+            raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
+        try:
+            await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+            await send({"type": "http.response.body", "body": response.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})  # uvicorn waits here until the client reads
+        finally:
+            shares.give_back(key, size)
+
+
 def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
     """Make the 404 for an unknown path: a hint at the likely cause, and the list of the routes."""
     hint = ""
@@ -2295,18 +2281,47 @@ def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
     return ApiError("not_found", f"no route {quoted(path)}: {hint}this server has {served}")
 
 
-async def _on_http_exception(request: Request, error: HTTPException) -> Response:
-    """Answer a request for which Starlette found no route, or no method of the route."""
-    path = request["path"]
-    routes = [route for route in request.app.routes if isinstance(route, Route)]
-    matched = next((route.path for route in routes if route.path_regex.match(path)), "")
-    # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
-    if error.status_code != 405 or (request.method == "POST" and ":anything}" in matched):
-        return error_response(request, _no_route(request.app.state.service.operations, path))
-    methods = {method for route in routes if route.path == matched for method in route.methods or ()}
-    allowed = ", ".join(sorted(methods))
-    refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
-    return error_response(request, refusal, {"Allow": allowed})
+class Routes(BaseRoute):
+    """The operations of a service. A dictionary finds those without parameters in their path.
+
+    Trying their patterns one after another would take 5 % of the time of a single event.
+    """
+
+    def __init__(self, service: Service, operations: Iterable[Operation]) -> None:
+        self._service = service
+        matching_all_last = sorted(operations, key=lambda operation: ":anything}" in operation.path)
+        self._endpoints = [(compile_path(each.path)[0], _Endpoint(service, each)) for each in matching_all_last]
+        fixed = [endpoint for pattern, endpoint in self._endpoints if not pattern.groups]
+        self._fixed = {(method, endpoint.path): endpoint for endpoint in fixed for method in endpoint.methods}
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.FULL if scope["type"] == "http" else Match.NONE), {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of a program that mounts the application
+        scope["path_params"] = {}
+        scope["endpoint"] = self._fixed.get((scope["method"], path)) or self._match(scope, path)
+        await scope["endpoint"](scope, receive, send)
+
+    def _match(self, scope: Scope, path: str) -> _Endpoint:
+        """Return the first endpoint whose pattern and method match. Raises ApiError."""
+        method = scope["method"]
+        matches = [(endpoint, found) for pattern, endpoint in self._endpoints if (found := pattern.fullmatch(path))]
+        for endpoint, found in matches:
+            if method in endpoint.methods:
+                scope["path_params"] = found.groupdict()
+                return endpoint
+        if not matches:
+            raise _no_route(self._service.operations, path)
+        scope["endpoint"] = nearest = matches[0][0]
+        # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
+        if method == "POST" and ":anything}" in nearest.operation.path:
+            raise _no_route(self._service.operations, path)
+        methods = {each for other, _ in matches if other.path == nearest.path for each in other.methods}
+        allowed = ", ".join(sorted(methods))
+        refusal = ApiError("method_not_allowed", f"{method} is not allowed here; allowed: {allowed}")
+        refusal.headers["Allow"] = allowed
+        raise refusal
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:
@@ -2347,8 +2362,9 @@ class _App(Starlette):
             CALLER.reset(before)  # for a program that calls the application directly
 
 
-EXCEPTION_HANDLERS: dict[Any, Any] = {HTTPException: _on_http_exception, ClientDisconnect: _on_disconnect,
-                                      ApiError: _on_exception, Exception: _on_exception}  # fmt: skip
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    ClientDisconnect: _on_disconnect, ApiError: _on_exception, Exception: _on_exception
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- Ingest
 
@@ -3140,8 +3156,8 @@ async def health(service: Service, request: Request) -> Response:
     return JsonResponse(Health(forwarding=forwarding))
 
 
-def _debugger_handler() -> _Handler:
-    """Make the handler of GET /: the event debugger, a page that calls this API as any other client does."""
+def _debugger() -> Operation:
+    """Make GET /: the event debugger, a page that calls this API as any other client does."""
     page = _data_file("debugger.html")  # with \n for every line end, as browsers have it before they hash
     policy = "default-src 'none'; connect-src 'self'; "  # run only the page's own script: events may contain HTML
     for tag in ("script", "style"):
@@ -3156,7 +3172,7 @@ def _debugger_handler() -> _Handler:
     async def show_debugger(service: Service, request: Request) -> Response:
         return Response(page, headers=headers, media_type="text/html")
 
-    return show_debugger
+    return Operation("GET", "/", show_debugger, None)
 
 
 # ---------------------------------------------------------------------------------------------- Application
@@ -3197,21 +3213,6 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-class _FixedRoutes(BaseRoute):
-    """The routes without parameters. Trying one pattern after another takes 5 % of the time of a single event."""
-
-    def __init__(self, routes: Iterable[BaseRoute]) -> None:
-        fixed = [route for route in routes if isinstance(route, Route) and not route.param_convertors]
-        self._apps = {(method, route.path): route.app for route in fixed for method in route.methods or ()}
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        app = self._apps.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        return (Match.NONE, {}) if app is None else (Match.FULL, {"endpoint": app, "path_params": {}})
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await scope["endpoint"](scope, receive, send)
-
-
 def create_app(
     settings: Settings, *, operations: Sequence[Operation] = (), middleware: Sequence[Middleware] = ()
 ) -> Starlette:
@@ -3223,15 +3224,12 @@ def create_app(
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
-    show_debugger = _debugger_handler()  # before the store starts threads: the file may be missing
+    debugger = _debugger()  # before the store starts threads: the file may be missing
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
     service = Service(settings, [*OPERATIONS, *operations])
-    matching_all_last = sorted(service.operations, key=lambda operation: ":anything}" in operation.path)
-    routes: list[BaseRoute] = [operation.route(service) for operation in matching_all_last]
-    routes.append(_Route("/", "GET", _Endpoint(service, show_debugger)))
-    routes.insert(0, _FixedRoutes(routes))
+    routes = [Routes(service, [*service.operations, debugger])]
     app = _App(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
     app.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
     app.state.service = service
