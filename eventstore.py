@@ -415,10 +415,14 @@ def _has_extras() -> bool:
     return importlib.util.find_spec("eventstore_extras") is not None
 
 
+def _no_extras(purpose: str) -> StartError:
+    return StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
+
+
 def _extra(name: str, purpose: str) -> ModuleType:
     """Import a module of eventstore_extras. Raises StartError if that folder is missing."""
     if not _has_extras():
-        raise StartError(f"{purpose} needs the folder eventstore_extras beside {__file__}")
+        raise _no_extras(purpose)
     return importlib.import_module(f"eventstore_extras.{name}")
 
 
@@ -676,8 +680,6 @@ def parse_cursor(text: str) -> Cursor:
 
 # ---------------------------------------------------------------------------------------------- Events in SQL
 
-_APPLICATION_ID = 0x45565354
-_SCHEMA_VERSION = 2
 _SELECT_ENVIRONMENT = "SELECT id FROM environments WHERE name = :environment"
 IN_ENVIRONMENT = f"environment = ({_SELECT_ENVIRONMENT})"
 DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -885,9 +887,8 @@ WRITER_PRAGMAS = (
 )
 READER_PRAGMAS = ("PRAGMA query_only = ON",)
 WRITE_LOCK_TIMEOUT_S = 5.0
-_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
-_QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
-_PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
+_APPLICATION_ID = 0x45565354
+_SCHEMA_VERSION = 2
 _PROBLEMS: dict[int, tuple[str, ...]] = {  # SQLite's error code -> what is wrong, and what to do about it
     sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
     sqlite3.SQLITE_IOERR: ("the disk answered with an error", "look at the system's log"),
@@ -1132,7 +1133,10 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 READER_THREADS = 4  # for each API key
 _MAX_READER_THREADS = 16
-_LONG_PROPERTIES = 10_000
+_PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
+_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
+_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
+_QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
 # Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
 # with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
 # of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
@@ -1753,16 +1757,13 @@ def _remove_folder(folder: str | None, process: int) -> None:
 
 
 class StoreState(NamedTuple):
-    """The store's load, and the sizes of its files."""
+    """The store's load, and what has failed in it."""
 
-    waiting_events: int = 0
-    failed_commits: int = 0
-    running_queries: int = 0
-    waiting_queries: int = 0
-    query_timeouts: int = 0
-    database_bytes: int = 0
-    wal_bytes: int = 0
-    free_bytes: int = 0
+    waiting_events: int
+    failed_commits: int
+    running_queries: int
+    waiting_queries: int
+    query_timeouts: int
 
 
 class Store:
@@ -1781,7 +1782,6 @@ class Store:
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
         self.environments: dict[str, int] = {}  # name -> id in rows
-        self._query_timeout_s = settings.query_timeout_s
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
@@ -1826,25 +1826,9 @@ class Store:
                 return self._quick_reader.run(operation, _QUICK_S)
         return await self._readers.run(operation)
 
-    async def read_all(
-        self, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
-    ) -> list[T]:
-        """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
-        turns = asyncio.Semaphore(at_once)
-
-        async def read(operation: Callable[[sqlite3.Connection], T]) -> T:
-            async with turns:
-                return await self.read(operation, quick=False)
-
-        tasks = [asyncio.ensure_future(read(operation)) for operation in operations]
-        try:
-            async with asyncio.timeout(self._query_timeout_s):
-                return await asyncio.gather(*tasks)
-        except TimeoutError:
-            raise self._readers.too_long() from None
-        finally:
-            for task in tasks:
-                task.cancel()
+    def too_long(self) -> ApiError:
+        """Count a query that took longer than query_timeout_s, and return its error."""
+        return self._readers.too_long()
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
@@ -1856,14 +1840,10 @@ class Store:
 
     def state(self) -> StoreState:
         """Return numbers for metrics. Any thread may call it."""
-        sizes = [status.st_size for status in _files_of(self.path)]
-        with suppress(AttributeError, OSError):  # Windows lacks statvfs
-            disk = os.statvfs(os.path.dirname(self.path))
-            free_bytes = disk.f_bavail * disk.f_frsize
-            writer, readers = self._writer, self._readers
-            return StoreState(writer.waiting_events, writer.failed_commits, readers.running, readers.waiting,
-                              readers.timeouts, sizes[0], sum(sizes[1:]), free_bytes)  # fmt: skip
-        return StoreState()
+        writer, readers = self._writer, self._readers
+        return StoreState(
+            writer.waiting_events, writer.failed_commits, readers.running, readers.waiting, readers.timeouts
+        )
 
     def observe_commits(self, on_commit: Callable[[int, float], object]) -> None:
         """Call a function with the events and the seconds of each commit, in the writer's thread."""
@@ -2418,25 +2398,10 @@ _BULK = msgspec.json.Decoder(BulkIn)
 _TOO_LARGE = "holds a number that no 64-bit float can hold"
 
 
-def _containers_in(value: object) -> Iterator[dict[str, Any] | list[Any]]:
-    """Yield the value and all objects and arrays in it. It does not recurse: there may be 500 levels."""
-    found = [value]
-    for each in found:
-        if isinstance(each, dict | list):
-            yield each
-            inside = each.values() if isinstance(each, dict) else each
-            found += [item for item in inside if isinstance(item, dict | list)]
-
-
-def _check_integers(value: object) -> None:
-    """Raises FieldError if an integer is too large for a double; msgspec accepts up to 4,300 digits."""
-    for each in _containers_in(value):
-        for item in each.values() if isinstance(each, dict) else each:
-            try:
-                if isinstance(item, int):
-                    float(item)
-            except OverflowError:
-                raise FieldError("out_of_range", _TOO_LARGE) from None
+def _check_integer(digits: str) -> None:
+    """Raises FieldError if the integer is too large for a double; msgspec accepts up to 4,300 digits."""
+    if math.isinf(float(digits)):
+        raise FieldError("out_of_range", _TOO_LARGE)
 
 
 def _without_repeated_keys(text: str) -> str:
@@ -2506,7 +2471,7 @@ def check_properties(raw: bytes) -> str:
             raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
         every_30th = bytes(memoryview(raw)[::30]).translate(_DIGITS_AS_ZEROS)  # 309 digits contain ten of them
         if b"0" * 10 in every_30th and b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
-            _check_integers(value)
+            json.loads(ENCODER.encode(value), parse_int=_check_integer)
     # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
     # members with a repeated name. A string can also spell a colon as \u003a.
     colons = text.count(":")
@@ -3297,7 +3262,7 @@ def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundK
     given += [(name, [environ[name]]) for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY") if name in environ]
     for source, texts in given:
         if any(re.search("^sha256:|[=;,]", text) for text in texts):
-            _extra("keys", f"{source} with more than a key in it")  # raises StartError
+            raise _no_extras(f"{source} with more than a key in it")
         if texts:
             return FoundKeys(tuple(ApiKey.hashed(check_key(text, f"{source}: ")) for text in texts), source)
     return None
@@ -3458,7 +3423,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
         if not similar and not _has_extras():
-            _extra("", unknown[0].partition("=")[0])  # raises StartError: it is probably a flag of the extras
+            raise _no_extras(unknown[0].partition("=")[0])  # it is probably a flag of the extras
         hint = f"; is {similar[0]} meant?" if similar else ""
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
