@@ -163,7 +163,7 @@ def now_us() -> int:
 
 
 def monotonic_s(clock: Callable[[], float] = time.monotonic) -> float:
-    """Return seconds for measuring durations. The default keeps the real clock when a user's test calls freezegun."""
+    """Return seconds for measuring durations. freezegun in a user's test cannot replace a default that is bound now."""
     return clock()
 
 
@@ -177,7 +177,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     queue_events: int = 100_000  # events that may wait for the writer
     wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
     warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of the disk, at most 1 GB (API: Health)
-    queue_bytes: int = 256 * 1024 * 1024  # limit on all request bodies in memory; one alone may be larger
+    queue_bytes: int = 256 * 1024 * 1024  # limit on all bodies and unread answers in memory; one alone may be larger
     rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
     strict: bool = False  # refuse requests with unknown fields or parameters, or known ones without effect
@@ -196,7 +196,7 @@ STATUS_OF_CODE = {
 
 MAX_ECHO_CHARS = 100  # of a caller's value in a message
 _MAX_IGNORED = 20  # ignored names that an answer lists
-_MAX_FAULTS = 100  # that an answer lists
+_MAX_FAULTS = 100  # faults that an answer lists
 # Fields in which FlexPrice refuses ""; in all others it means the same as an absent field.
 _NEVER_EMPTY = {"timestamp", "start_time", "end_time", "sort", "order", "billing_anchor", "multiplier"}
 
@@ -233,8 +233,8 @@ def _similar(name: str, known: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-def _problem_of(name: str, why: Iterable[str] | str) -> str:
-    """Say why a name is ignored, and what was probably meant."""
+def _why_ignored(name: str, why: Iterable[str] | str) -> str:
+    """Return a predicate for an ignored name. `why` is the reason, or for an unknown name the names that are known."""
     if isinstance(why, str):
         return why
     similar = _similar(name, why)
@@ -300,6 +300,10 @@ class ApiError(Exception):
         )
 
 
+def _internal_error() -> ApiError:
+    return ApiError("internal_error", "an internal error; the server's log has its cause")
+
+
 class FieldError(ValueError):
     """A field does not accept its value. Its text is a predicate: callers put the field's name before it."""
 
@@ -324,8 +328,7 @@ class Faults:
     ) -> None:
         self.index = index  # position in the batch of the event being checked
         self.whole = whole  # what faults call the object whose fields are being checked: "body", "event", or a path
-        # Unknown name -> the names that are known there. Known name without effect -> why it is ignored.
-        self.ignored = {} if ignored is None else ignored
+        self.ignored = {} if ignored is None else ignored  # name -> why (see `ignore`)
         self._strict = strict  # whether ignored names are faults
         self._path = ""  # prefix of the field names of an object inside the body
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # at most 100
@@ -376,7 +379,9 @@ class Faults:
         for (index, field), (code, message) in self._found.items():
             event_id = events[index or 0].event_id if events else None
             faults.append(Fault(index, event_id and event_id[:MAX_ECHO_CHARS], field, code, message))
-        unknown = self._unknown_names() if self._strict else []
+        ignored = self.ignored.items() if self._strict else ()
+        unknown = [Fault(None, None, printable(name), "invalid_format", f"{quoted(name)} {_why_ignored(name, why)}")
+                   for name, why in ignored]  # fmt: skip
         if not faults and not unknown:
             return
         messages = [fault.message for fault in faults]
@@ -387,10 +392,6 @@ class Faults:
         rejected = len(self._bad) if events and faults else UNSET
         details = ErrorDetails(rejected, self._truncated, [*faults, *unknown][:_MAX_FAULTS])
         raise ApiError("validation_error", "; ".join(messages), details)
-
-    def _unknown_names(self) -> list[Fault]:
-        return [Fault(None, None, printable(name), "invalid_format", f"{quoted(name)} {_problem_of(name, why)}")
-                for name, why in self.ignored.items()]  # fmt: skip
 
     def _hints(self, faults: Iterable[Fault]) -> list[str]:
         """Return a hint for each unknown name that resembles a missing required field, such as eventName."""
@@ -477,7 +478,7 @@ def _batch_of(item: Any) -> Any:
 
 
 def _items_of(batch: Any) -> list[Any]:
-    """Return the items of a `_batch_of`; none if it is None."""
+    """Return the items of a `_batch_of`; [] if decoding it has failed."""
     return [] if batch is None else [item for item in msgspec.structs.astuple(batch) if item is not None]
 
 
@@ -1361,7 +1362,7 @@ def _files_of(path: str) -> list[os.stat_result]:
     return files
 
 
-def _is_databases(error: Exception) -> bool:
+def _is_database_failure(error: Exception) -> bool:
     """Return whether the database or its disk failed; otherwise the error is a bug or a refusal."""
     is_wrong_call = isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError)
     return isinstance(error, sqlite3.Error | OSError) and not is_wrong_call
@@ -1502,13 +1503,13 @@ class Writer:
         try:
             outcome = operation(self._conn)
         except Exception as error:
-            if _is_databases(error):
+            if _is_database_failure(error):
                 raise
             self._conn.execute("ROLLBACK TO operation")
             outcome = error
             if not isinstance(error, ApiError):
                 log.error("a bug in an operation; nothing of its request was stored", exc_info=error)
-                outcome = ApiError("internal_error", "an internal error; the server's log has its cause")
+                outcome = _internal_error()
         self._conn.execute("RELEASE operation")
         return outcome
 
@@ -1524,9 +1525,9 @@ class Writer:
 
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
         self.failed_commits += 1
-        if not _is_databases(error):
+        if not _is_database_failure(error):
             log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
-            return [ApiError("internal_error", "an internal error; the server's log has its cause") for _ in group]
+            return [_internal_error() for _ in group]
         # Anyone may read the reason in /health, so it contains no path.
         reason = "the database file was removed or replaced, or cannot be looked at"
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -1871,11 +1872,6 @@ class Store:
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 _REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
-_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
-_MAX_FIELDS_BYTES = 1024 * 1024  # longest body of a request that sends no events
-# Starlette's `path` convertor stops at a line break; ids may contain one.
-register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
-_Handler = Callable[["Service", Request], Awaitable[Response]]
 
 
 class JsonResponse(Response):
@@ -1887,7 +1883,7 @@ class JsonResponse(Response):
         return content if isinstance(content, bytes) else ENCODER.encode(content)
 
 
-def _name_of(scope: Scope) -> str:
+def _request_line(scope: Scope) -> str:
     """Return the request's method and path for the log. Some ASGI servers send a raw path that is not encoded."""
     return printable(f"{scope['method']} {scope.get('raw_path', b'').decode('latin-1')}")
 
@@ -1925,7 +1921,7 @@ def error_response(request: Request, error: ApiError) -> Response:
     """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
     answer = f"{error.status} {error.code}: {error.message}"
     request.scope["status"] = error.status  # logs.py adds it to the line
-    log.warning("%s: %s", _name_of(request.scope), answer)
+    log.warning("%s: %s", _request_line(request.scope), answer)
     return _with_headers(request.scope, JsonResponse(error.body, error.status, error.headers))
 
 
@@ -1934,7 +1930,7 @@ class Operation(NamedTuple):
 
     method: str
     path: str
-    handler: _Handler
+    handler: Callable[[Service, Request], Awaitable[Response]]
     answer: Any
     body: Any = None
     parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
@@ -2051,10 +2047,10 @@ class Service:
         if minute != self._logged_minute:
             self._logged_minute, self._logged_names = minute, set()
         for name, why in scope["ignored"].items():
-            line = f"{_name_of(scope)}: {quoted(name)}"
+            line = f"{_request_line(scope)}: {quoted(name)}"
             if line not in self._logged_names and len(self._logged_names) < _MAX_IGNORED:
                 self._logged_names.add(line)
-                log.warning("%s is ignored, it %s", line, _problem_of(name, why))
+                log.warning("%s is ignored, it %s", line, _why_ignored(name, why))
 
 
 def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | None:
@@ -2088,7 +2084,7 @@ async def read_body(service: Service, request: Request, limit: float = math.inf)
         if not service.shares.take(caller.key, len(chunks[-1]), own=size - len(chunks[-1])):
             reason = f"{service.shares.total} bytes of requests are under way, the limit is {service.shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; nothing was stored, try again", retry_after_s=1)
-        request.scope["held_bytes"] = size  # _Endpoint gives it back
+        request.scope["held_bytes"] = size  # _Endpoint gives these shares back when the request ends
         if size <= limit and not message.get("more_body"):
             body = b"".join(chunks)
             if (body[:1] != b"{" or body[1:2] == b"\0") and _has_extras():
@@ -2096,6 +2092,9 @@ async def read_body(service: Service, request: Request, limit: float = math.inf)
             return body
     got = max(size, announced)
     raise ApiError("validation_error", f"the body may be {limit} bytes long, got at least {got}; nothing was stored")
+
+
+_MAX_FIELDS_BYTES = 1024 * 1024  # longest body of a request that sends no events
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
@@ -2196,6 +2195,9 @@ def query_of_parameters(
     return parsed
 
 
+_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
+
+
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
 
@@ -2261,6 +2263,10 @@ def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
     return ApiError("not_found", f"no route {quoted(path)}: {hint}this server has {served}")
 
 
+# Starlette's `path` convertor stops at a line break; ids may contain one.
+register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {"regex": "(?s:.*)"})())
+
+
 class Routes(BaseRoute):
     """The operations of a service. A dictionary finds those without parameters in their path.
 
@@ -2306,12 +2312,11 @@ class Routes(BaseRoute):
 
 async def _on_exception(request: Request, error: Exception) -> Response:
     # After this answer Starlette raises any exception except an ApiError again, and uvicorn logs the traceback.
-    internal = ApiError("internal_error", "an internal error; the server's log has its cause")
-    return error_response(request, error if isinstance(error, ApiError) else internal)
+    return error_response(request, error if isinstance(error, ApiError) else _internal_error())
 
 
 async def _on_disconnect(request: Request, error: Exception) -> None:
-    log.warning("%s: the client went away before its request was complete", _name_of(request.scope))
+    log.warning("%s: the client went away before its request was complete", _request_line(request.scope))
 
 
 class _App(Starlette):
@@ -2508,7 +2513,7 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
 def event_rows(
     service: Service, events: list[Any], environment: str, faults: Faults, *, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
-    """Make the rows of EventIns, or Raws if they are unusual. Raises ApiError with all faults (API: Sending events)."""
+    """Make the rows of events, some of them still Raw. Raises ApiError with all faults (API: Sending events)."""
     number, now = service.store.environments[environment], service.settings.clock()
     make_id = make_id or service.make_id
     rows = []
@@ -2838,12 +2843,9 @@ class _Position(Struct):
     timestamp: datetime
 
 
-_POSITION = msgspec.json.Decoder(_Position)
-
-
 def _cursor_of(event: str) -> str:
     """Return the text of the cursor of an event, given as JSON."""
-    position = _POSITION.decode(event)
+    position = decoder_of(_Position).decode(event)
     return Cursor(to_us(position.timestamp), position.id).text
 
 
@@ -3333,7 +3335,8 @@ def serve(arguments: argparse.Namespace) -> int:
         signal.signal(number, server.handle_exit)
     if hasattr(signal, "SIGHUP"):  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with (extras and extras.prepare(arguments)) or listen(arguments.host, arguments.port) as listener:
+    inherited: socket.socket | None = extras.prepare(arguments) if extras else None
+    with inherited or listen(arguments.host, arguments.port) as listener:
         chosen = {name: value for name, value in vars(arguments).items() if name in Settings.__struct_fields__}
         additions = extras.additions(arguments) if extras else {}
         app: Any = create_app(Settings(api_keys=found.keys, **chosen), **additions)
