@@ -475,7 +475,7 @@ def _bucket_steps(scan: Scan, columns: _Columns) -> dict[str, Sql]:
     the buckets.
     """
     keys, key = _group_and_window(scan), _bucket_group(scan)
-    group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
+    group = f"ifnull({columns.properties[_Property('text', key)]}, '')" if key else "''"
     maximum = _value(scan, scan.meters[0], columns, "")
     return {
         "by_group": sql(f"""SELECT {keys}, bucket, count(*) AS n, {maximum} AS v
