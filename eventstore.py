@@ -9,8 +9,8 @@ It runs as one process on one machine.
 
 Copied alone with schema.sql and debugger.html, this file serves ingest, queries, lookup, monitoring, health and the
 debugger page. It then lacks usage, meters, analytics, the OpenAPI document, rate limits, all other commands, limits on
-a connection's sizes and times, and upgrades of older files. These are in the folder eventstore_extras; a module there
-is imported when a command, a flag or a request needs it.
+a connection's sizes and times, API keys with environments, roles, labels or hashes, and upgrades of older files. These
+are in the folder eventstore_extras; a module there is imported when a command, a flag or a request needs it.
 
 A map of this file. Each part uses only the parts above it:
 
@@ -2228,7 +2228,7 @@ class _Endpoint:
                 raise
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:
+        finally:  # read_body has taken these shares
             service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
         await self._send(_with_headers(scope, response), scope, receive, send)
 
@@ -2284,7 +2284,7 @@ class Routes(BaseRoute):
         return (Match.FULL if scope["type"] == "http" else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of a program that mounts the application
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # set if a program mounts the application
         scope["path_params"] = {}
         scope["endpoint"] = self._fixed.get((scope["method"], path)) or self._match(scope, path)
         await scope["endpoint"](scope, receive, send)
@@ -2297,11 +2297,9 @@ class Routes(BaseRoute):
             if method in endpoint.methods:
                 scope["path_params"] = found.groupdict()
                 return endpoint
-        if not matches:
-            raise _no_route(self._service.operations, path)
-        scope["endpoint"] = nearest = matches[0][0]
+        scope["endpoint"] = nearest = matches[0][0] if matches else None  # metrics.py and logs.py name its path
         # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
-        if method == "POST" and ":anything}" in nearest.operation.path:
+        if nearest is None or (method == "POST" and ":anything}" in nearest.operation.path):
             raise _no_route(self._service.operations, path)
         methods = {each for other, _ in matches if other.path == nearest.path for each in other.methods}
         allowed = ", ".join(sorted(methods))
@@ -2356,9 +2354,9 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-_MANY_BYTES, _MAX_COLLECTIONS = 1_000_000, 500_000  # longer properties are limited in their number of values
+_MANY_BYTES, _MAX_COLLECTIONS = 1_000_000, 500_000  # limit on objects and arrays in properties longer than that
 _COMMAS_PER_COLLECTION = 5  # an empty object takes five times the memory of a number
-_LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decoded in a thread; the usual ones are smaller
+_LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decode longer bodies in a thread
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
@@ -2592,7 +2590,8 @@ def decode_batch(body: bytes, faults: Faults) -> list[Any]:
     return events or [decode(_EVENT, bytes(raw)) or raw for raw in _split_batch(body, faults)]
 
 
-async def _store(service: Service, rows: list[Row], answer: object) -> Response:
+async def _insert(service: Service, rows: list[Row], answer: object) -> Response:
+    """Store the rows, and answer with 202 and the numbers of new and of known events."""
     inserted = await service.store.insert(rows)
     response = JsonResponse(answer, 202)
     duplicates = len(rows) - inserted
@@ -2626,7 +2625,7 @@ async def ingest_event(service: Service, request: Request) -> Response:
         rows = await _large_body_rows(service, request, body, bulk=False)
     else:
         rows = _body_rows(service, request, body, bulk=False)
-    return await _store(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
+    return await _insert(service, rows, EventAccepted("Event accepted for processing", rows[0].id))
 
 
 async def ingest_events_bulk(service: Service, request: Request) -> Response:
@@ -2638,7 +2637,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
         async with service.batch_turn:
             await asyncio.sleep(0)  # let other requests run between two batches
             rows = _body_rows(service, request, body, bulk=True)
-    return await _store(service, rows, BulkAccepted("Events accepted for processing"))
+    return await _insert(service, rows, BulkAccepted("Events accepted for processing"))
 
 
 # ---------------------------------------------------------------------------------------------- Queries
