@@ -598,9 +598,8 @@ def parse_time(text: str) -> int:
     Raises FieldError if the time has another format or lies outside the years 1 to 9999 (API: Times).
     """
     if not RFC_3339.fullmatch(text):
-        example = "2026-11-01T00:00:00Z"
-        problem = f"must be RFC 3339 with a zone, got {quoted(text)}; write it like {example}"
-        raise FieldError("invalid_format", problem)
+        hint = "write it like 2026-11-01T00:00:00Z"
+        raise FieldError("invalid_format", f"must be RFC 3339 with a zone, got {quoted(text)}; {hint}")
     try:
         if text.startswith("0000"):  # the local time can lie in the year 0, which datetime lacks
             time_us = to_us(datetime.fromisoformat(f"0400{text[4:].upper()}")) - _400_YEARS_US
@@ -994,6 +993,7 @@ def check_format(conn: sqlite3.Connection, path: str) -> int | None:
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
+    """Check the file, create or upgrade its tables, and make sure that it can be written. Raises StartError."""
     version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
@@ -1457,7 +1457,7 @@ class Writer:
             return group
 
     def _next_events(self) -> list[_Task]:
-        """Return small requests, then batches: at least one, because small requests may never end."""
+        """Return small requests, then batches: at least one batch, even if small requests never stop arriving."""
         now_s = monotonic_s()
         if self._few:
             self._short_until_s = now_s + 1
@@ -2215,7 +2215,7 @@ class _Endpoint:
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
-        if scope["query_string"] and self.path != "/":  # the page's script reads parameters of its own
+        if scope["query_string"] and self.path != "/":  # the script of the page reads its parameters
             sent = urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace"), keep_blank_values=True)
             if unknown := [name for name, _ in sent if name not in self._parameters]:
                 faults = service.faults(request)
