@@ -924,7 +924,10 @@ def connect_reader(path: str) -> sqlite3.Connection:
 def execute_writing(
     conn: sqlite3.Connection, timeout_s: float, statement: str, values: Sequence[object] | Mapping[str, object] = ()
 ) -> sqlite3.Cursor:
-    """Execute a statement that needs the write lock; retry every 5 ms: other writers release it only briefly."""
+    """Execute a statement that needs the write lock; retry it until the timeout.
+
+    Each try waits for 5 ms (WRITER_PRAGMAS), because other writers release the lock only briefly.
+    """
     deadline = monotonic_s() + timeout_s
     while True:
         try:
@@ -1524,6 +1527,7 @@ class Writer:
             self._failed_rows = []
 
     def _outcomes_of_failure(self, group: list[_Task], error: Exception) -> list[object]:
+        """Return the error of each task after a failed commit, and remember the reason."""
         self.failed_commits += 1
         if not _is_database_failure(error):
             log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
@@ -1560,8 +1564,8 @@ class Writer:
 
         SQLite's automatic checkpoint restarts the WAL only at a moment without readers. If reads always overlap, such
         as four clients' sums over 100,000 events, the WAL grows by 40 MB a second. Here the writer waits until the
-        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. The
-        size is the one before the last commit.
+        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. It
+        looks at the size from before the last commit.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1652,7 +1656,7 @@ class ReaderPool:
         self.timeouts = 0
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        """Return the operation's result. If the client goes away, interrupt it and raise what ends it."""
+        """Return the operation's result. If the client goes away, interrupt the operation (see Caller)."""
         task = _Task(operation, monotonic_s() + self._timeout_s)
         with self._lock:
             if self._is_closed:
@@ -2025,11 +2029,10 @@ class Service:
         return "GET" in methods if method in ("GET", "HEAD") else bool(methods)
 
     def request_id(self, sent: bytes | None) -> str:
-        """Return the X-Request-ID that was sent, or a new ULID. Its time is in seconds: IdMaker reuses more digits."""
+        """Return the X-Request-ID that was sent, or a new ULID."""
         if sent is not None and _REQUEST_ID.fullmatch(sent):
             return sent.decode()
-        now = now_us()
-        return self._make_request_id(now - now % 1_000_000, "")
+        return self._make_request_id(now_us(), "")
 
     def view(self, request: Request) -> View:
         now = self.settings.clock()
@@ -2037,7 +2040,7 @@ class Service:
         return View(request["environment"], now, now - lag_us if lag_us else None)
 
     def faults(self, request: Request, index: int | None = None, whole: str = "body") -> Faults:
-        """Make the Faults of a request. The names that they ignore are listed in its answer and in the log."""
+        """Make the Faults of a request. Names noted there as ignored appear in the answer and in the log."""
         ignored = request.scope.setdefault("ignored", {})
         return Faults(index, whole, ignored, self.settings.strict and "environment" in request.scope)
 
