@@ -2804,9 +2804,9 @@ def in_range(query: Selection) -> Sql:
     return sql(f"{_SINCE_START} AND {_UNTIL_END}", start_us=query.start_us, end_us=query.end_us)
 
 
-def after_cursor(query: EventQuery, cursor: Cursor | None, cursor_name: str, descending: bool) -> Sql:
+def after_cursor(query: EventQuery, cursor_name: str, descending: bool) -> Sql:
     """Build the condition for the range of time and the cursor. `descending` is the direction of reading."""
-    whole = in_range(query)
+    whole, cursor = in_range(query), query.cursor
     if cursor is None:
         return whole
     comparison = "<" if descending else ">"
@@ -2832,7 +2832,7 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     Each row holds an event as JSON and the total count, which is NULL unless the query asks for it.
     """
     descending = query.descending and not query.reads_back
-    where = all_of([matching(query), after_cursor(query, query.cursor, cursor_name, descending)])
+    where = all_of([matching(query), after_cursor(query, cursor_name, descending)])
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
     order = ", ".join(f"{column} {direction}" for column in columns)
@@ -2929,7 +2929,7 @@ def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
     )  # fmt: skip
 
 
-async def _list(service: Service, request: Request, sent: EventQueryIn, faults: Faults) -> Response:
+async def _page_response(service: Service, request: Request, sent: EventQueryIn, faults: Faults) -> Response:
     query = event_query(sent, service.view(request), faults)
     is_quick = query.page_size <= _QUICK_PAGE_SIZE
     return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query)), is_quick))
@@ -2942,7 +2942,7 @@ async def list_events_by_parameters(service: Service, request: Request) -> Respo
     sent = query_of_parameters(EventQueryIn, parameters, EventQueryIn.__struct_fields__, faults)
     sent.count_total = sent.count_total or None
     sent.page_size = min(sent.page_size or 0, _GET_PAGE_SIZE)
-    return await _list(service, request, sent, faults)
+    return await _page_response(service, request, sent, faults)
 
 
 async def query_events(service: Service, request: Request) -> Response:
@@ -2950,7 +2950,7 @@ async def query_events(service: Service, request: Request) -> Response:
     faults = service.faults(request)
     sent = await read_fields(service, request, _EVENT_QUERY, faults)
     sent.count_total = sent.count_total is not False
-    return await _list(service, request, sent, faults)
+    return await _page_response(service, request, sent, faults)
 
 
 # ---------------------------------------------------------------------------------------------- Lookup
@@ -2982,7 +2982,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
 
     def find(conn: sqlite3.Connection) -> bytes:
         events = _select_page(conn, query).events
-        if not events:  # bulk, query and usage can be ids, but are more often a GET instead of a POST
+        if not events:  # GET /v1/events/bulk looks for the event with the id bulk, but probably a POST was meant
             methods = {operation.method for operation in service.operations if operation.path == request["path"]}
             is_post = "POST" in methods and "GET" not in methods
             hint = f"; if you mean {request['path']}, use POST" if is_post else ""
