@@ -99,6 +99,6 @@ def test_a_mounted_application_finds_its_routes(tmp_path: Path, method: str, pat
         answer = client.request(method, f"/below/v1/{path}")
     finally:
         app.state.service.store.close()
-    assert (answer.status_code, part in answer.text) == (status, True)
+    assert (answer.status_code, part in answer.text.replace("\\", "")) == (status, True)
     if status == 405:
         assert part == f"allowed: {answer.headers['allow']}"
