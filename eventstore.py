@@ -1138,7 +1138,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 READER_THREADS = 4  # for each API key
 _MAX_READER_THREADS = 16
-_MAX_QUERIES = 1000  # that run or wait
+_MAX_QUERIES = 1000  # of a key, that run or wait
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
 _LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
 _QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
@@ -1593,7 +1593,7 @@ class Reader:
     """A read-only connection that interrupts a query at its deadline, or when nobody waits for it."""
 
     def __init__(self, path: str) -> None:
-        self.conn = connect_reader(path)
+        self.conn = connect(path, READER_PRAGMAS)
         self.conn.set_progress_handler(self._is_over, _PROGRESS_STEPS)
         for function, arguments in _SQL_FUNCTIONS:  # one call may take longer than many steps
             checking = self._checking(function)
@@ -2504,19 +2504,15 @@ def check_properties(raw: bytes) -> str:
     return _without_repeated_keys(text)
 
 
-def _check_lengths(event: EventIn, faults: Faults) -> None:
-    for field in ("event_name", "external_customer_id", "event_id", "customer_id", "source"):
-        length = len(getattr(event, field) or "")
-        if length > MAX_FIELD_CHARS:
-            faults.add(field, "out_of_range", f"may have {MAX_FIELD_CHARS:,} characters, got {length:,}")
-
-
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
     """Make the row of an event. If this records a fault, the row is not valid."""
     sent_name, customer, event_id = event.event_name or "", event.external_customer_id or "", event.event_id or ""
     customer_id, source = event.customer_id or "", event.source or ""
     if len(sent_name) + len(customer) + len(event_id) + len(customer_id) + len(source) > MAX_FIELD_CHARS:
-        _check_lengths(event, faults)
+        for field in ("event_name", "external_customer_id", "event_id", "customer_id", "source"):
+            length = len(getattr(event, field) or "")
+            if length > MAX_FIELD_CHARS:
+                faults.add(field, "out_of_range", f"may have {MAX_FIELD_CHARS:,} characters, got {length:,}")
     event_name = sent_name.strip()
     if not event_name:
         faults.add("event_name", "required", "is required")
