@@ -16,7 +16,20 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from eventstore import ROLES, AddFlag, ApiKey, FoundKeys, Service, StartError, check_key, log, plural, quoted, say
+from eventstore import (
+    ROLES,
+    AddFlag,
+    ApiKey,
+    FoundKeys,
+    Service,
+    StartError,
+    check_key,
+    check_name,
+    log,
+    plural,
+    quoted,
+    say,
+)
 
 __all__ = ["add_flags", "find_api_keys", "read_again", "run"]
 
@@ -43,9 +56,7 @@ def _parse_api_key(source: str, text: str) -> ApiKey:
     key, values = _split(source, text)
     check_key(key, f"{source}: ")
     for name, value in values.items():
-        if not value.isprintable() or value[:1] in ("'", '"') or value[-1:] in ("'", '"') or len(value) > 255:
-            problem = "is longer than 255 characters, in quotes, or has a control character"
-            raise StartError(f"{source}: the {name} {quoted(value)} {problem}")
+        check_name(value, f"{source}: the {name}")
     if (role := values.get("role", "")) not in ("", *ROLES):
         raise StartError(f"{source}: the role must be {' or '.join(ROLES)}, got {quoted(role)}")
     parsed = ApiKey.hashed(key, values["environment"] or "development", values.get("label", ""), role)
@@ -136,6 +147,8 @@ def add_flags(_: str, add: AddFlag) -> None:
 
 def _make(arguments: Namespace) -> int:
     """Print a new key's line for the file. Raises StartError if a flag cannot be written into such a line."""
+    if not arguments.environment.strip():
+        raise StartError("--environment must not be empty: name an environment, or leave the flag out")
     key = f"evs_{secrets.token_urlsafe(24)}"
     shown = key if arguments.clear else f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     line = f"{shown}={arguments.environment}"
