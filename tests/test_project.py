@@ -155,6 +155,8 @@ def test_a_command_imports_only_the_extras_that_it_needs_and_one_copy_of_the_ser
             ".hosts",
             ".rate_limits",
             ".mock",
+            ".mock_clock",
+            ".stored",
         )
         assert imported(live.log) == {f"eventstore_extras{room}" for room in served}
     for command, needed in (("import -", {"job", "entries", "files", "stored", "text_formats", "importing"}), ("export", {"job", "entries", "files", "stored", "exporting"}),
