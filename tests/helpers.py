@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import io
@@ -243,6 +244,13 @@ def eventually(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.005)
+
+
+async def becomes(condition: Callable[[], object]) -> None:
+    """Wait in an event loop until the condition is true."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.001)
 
 
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:

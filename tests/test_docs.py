@@ -33,7 +33,7 @@ import pytest
 import eventstore
 from eventstore_extras import analytics, features, meters, usage
 from eventstore_extras.mock import MockServer, running_server
-from helpers import free_port
+from helpers import eventually, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -544,15 +544,19 @@ def test_a_key_can_be_changed_without_losing_a_request(tmp_path: Path) -> None:
             if over.wait(0.01):
                 return
 
+    def wait_for_more() -> None:
+        before = len(sent)
+        eventually(lambda: len(sent) > before + 3)
+
     thread = threading.Thread(target=application)
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production"):
         thread.start()
-        time.sleep(0.2)
+        wait_for_more()
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production,new-key=production"):
         key = "new-key"
-        time.sleep(0.2)
+        wait_for_more()
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="new-key=production"):
-        time.sleep(0.2)
+        wait_for_more()
         over.set()
         thread.join()
         assert {status for _, status in sent} == {202}

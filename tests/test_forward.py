@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -36,7 +37,6 @@ from fake_target import (
     accept,
     answer_413,
     answering,
-    becomes,
     cut,
     cut_after_status,
     forwarding,
@@ -47,9 +47,11 @@ from fake_target import (
 from helpers import (
     KEY,
     NOW,
+    ROOT,
     SCRIPT,
     Json,
     Live,
+    becomes,
     database,
     event,
     eventually,
@@ -687,23 +689,36 @@ def test_after_a_kill_at_most_the_batches_of_half_a_second_are_sent_again(tmp_pa
     assert saved_progress(tmp_path)["last_id"] == "1-29999"
 
 
+TELLS_WHEN_IT_STOPS = """
+import sys, eventstore
+from eventstore_extras import forward
+run = forward.Forwarder.run
+async def told(self):
+    stop = self._stopping.set
+    self._stopping.set = lambda: (stop(), print("the forwarder stops", file=sys.stderr, flush=True))
+    await run(self)
+forward.Forwarder.run = told
+sys.exit(eventstore.main())
+"""
+
+
 @table(("trick", "accepted"), [("hangs", 0), ("slow", 2000), ("refuses", 1000), ("is down", 0)])
 @pytest.mark.slow
 def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     tmp_path: Path, trick: str, accepted: int
 ) -> None:
     filled(tmp_path, 3000)
-    stopping = threading.Event()
+    environ = FORWARDING | {"PYTHONPATH": str(ROOT)}
 
     def slow(*_: object) -> bool:
-        stopping.wait(30)
-        time.sleep(1.5)  # until the forwarder stops as well: the server gives idle connections half a second
+        eventually(lambda: live.log_has("the forwarder stops"))
         return False
 
     tricks: dict[str, list[Trick]] = {"slow": [accept, slow], "refuses": [accept, answering(401)]}
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, FakeTarget(*tricks.get(trick, [])) as target:
         port = {"hangs": silent.getsockname()[1], "is down": 1}.get(trick, target.port)
-        with Live(tmp_path, "--forward-to", f"http://127.0.0.1:{port}", **FORWARDING) as live, live.client() as client:
+        flags, command = ("--forward-to", f"http://127.0.0.1:{port}"), (sys.executable, "-c", TELLS_WHEN_IT_STOPS)
+        with Live(tmp_path, *flags, command=command, **environ) as live, live.client() as client:
             if trick == "hangs":
                 silent.accept()
             elif trick != "is down":
@@ -711,7 +726,6 @@ def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
             assert store(client, event("meanwhile")).status_code == 202
             started = time.monotonic()
             live.begin_to_stop()
-            stopping.set()
             assert live.process.wait(30) == 0
             assert time.monotonic() - started < 10
             assert KEY not in live.log + live.banner

@@ -28,7 +28,6 @@ import eventstore
 from eventstore import Row, Settings, create_app
 from eventstore_extras import forward, retention, sending
 from eventstore_extras.mock import running_server
-from fake_target import becomes
 from helpers import (
     DAY_US,
     EVER,
@@ -39,6 +38,7 @@ from helpers import (
     SCRIPT,
     Live,
     at,
+    becomes,
     command_line,
     counts,
     database,
