@@ -52,6 +52,7 @@ def _clean_environment() -> Iterator[None]:
         patch.setenv("no_proxy", "127.0.0.1")
         patch.delenv("FLEXPRICE_API_KEY", raising=False)
         patch.delenv("EVENTSTORE_API_KEYS", raising=False)
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each server would compile all modules again
         yield
 
 

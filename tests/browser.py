@@ -51,7 +51,14 @@ class Debugger:
         options = webdriver.ChromeOptions()
         options.binary_location = shutil.which("chromium") or ""
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "no-proxy-server"):
+        for flag in (
+            "headless=new",
+            "no-sandbox",
+            "disable-dev-shm-usage",
+            "disable-gpu",
+            "no-proxy-server",
+            "disable-features=BackForwardCache,ProactivelySwapBrowsingInstance",
+        ):  # keeps no page that was left
             options.add_argument(f"--{flag}")
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         self.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kabul"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -215,7 +216,7 @@ def test_a_socket_unit_of_systemd_passes_its_socket(tmp_path: Path) -> None:
     """systemd sets LISTEN_PID to the process it starts, and passes the socket as file descriptor 3."""
     code = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        wrapped = f'exec 3<&{listener.fileno()}; exec {sys.executable} -c "{code}" {sys.executable} {SCRIPT[1]}'
+        wrapped = f'exec 3<&{listener.fileno()}; exec {sys.executable} -c "{code}" {shlex.join(SCRIPT)}'
         command = ["bash", "-c", f'{wrapped} "$@"', "bash"]
         process = subprocess.Popen([*command, "serve", "--api-key", KEY], cwd=tmp_path, text=True,
                                    pass_fds=[listener.fileno()], stdout=subprocess.PIPE,

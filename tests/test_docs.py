@@ -44,7 +44,7 @@ DEPLOYING, RELIABILITY, OUTBOX, MOVING, REFERENCE, API, ANALYTICS, METERS, FIDEL
     for name in ("deploying", "reliability", "outbox", "moving", "reference", "api", "analytics", "meters", "fidelity")
 )
 API_PAGES = tuple(PAGES[f"docs/{name}.md"] for name in ("api", "sending", "querying", "usage", "meters", "analytics"))
-EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
+EVENTSTORE = (sys.executable, "-m", "eventstore")
 KEY = "key-of-the-pages"
 EVENT = {"event_name": "call", "external_customer_id": "cust"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
