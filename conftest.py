@@ -26,14 +26,17 @@ SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite with one xdist worker per core, and files or tests named on the command line in one process.
+    """Run the whole suite with one xdist worker per core, two if it includes slow tests, and files or tests named on the
+    command line in one process.
 
     `-n 0` and `-p no:xdist` turn this off. With `-n` in addopts, `-p no:xdist` would fail with an unknown option.
     """
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
     if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = "auto"
+        is_fast = "not slow" in config.option.markexpr
+        # Slow tests often wait, for a browser or another process.
+        config.option.numprocesses = "auto" if is_fast else 2 * (os.cpu_count() or 1)
         config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 
 
@@ -44,6 +47,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that none of them begins when the other workers have finished."""
+
+    def seconds(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("slow")
+        return marker.args[0] if marker and marker.args else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

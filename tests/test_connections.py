@@ -161,10 +161,13 @@ def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(command, cwd=folder, pass_fds=[fd], stdout=log, stderr=log, text=True)
 
 
+RESTARTS = int(os.environ.get("EVENTSTORE_TEST_STORM", "8"))
+
+
 @pytest.mark.slow
 @table("keeps_alive", [False, True], ids=["a connection for each request", "one connection"])
 def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_alive: bool) -> None:
-    """Clients that never retry, on a socket that stays open while the process behind it is replaced eight times."""
+    """Clients that never retry, on a socket that stays open while the process behind it is replaced."""
     over = threading.Event()
     stored: list[str] = []
     problems: list[object] = []
@@ -194,7 +197,7 @@ def test_restarts_refuse_no_connection_and_lose_no_answer(tmp_path: Path, keeps_
         clients = [threading.Thread(target=send, args=[f"client {number}"]) for number in range(4)]
         for client in clients:
             client.start()
-        for _ in range(20):
+        for _ in range(RESTARTS):
             enough = len(stored) + 20
             eventually(partial(served_or_failed, enough))
             process.terminate()
