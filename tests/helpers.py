@@ -23,6 +23,7 @@ from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -267,11 +268,13 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
 
 def command_line(*arguments: object) -> int:
     """Run `eventstore` in this process and return its exit status."""
-    handler = signal.getsignal(signal.SIGTERM)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = [signal.getsignal(number) for number in numbers]
     try:
         return main([*map(str, arguments)])
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -287,9 +290,11 @@ def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) 
 def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
     output, errors = io.StringIO(), io.StringIO()
+    server = Mock()
+    server.run = lambda **_: pytest.fail("it started")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.chdir(folder)
-        patch.setattr("eventstore.uvicorn_server", lambda *_: pytest.fail("it started"))
+        patch.setattr("eventstore.uvicorn_server", lambda *_: server)
         for name, value in environ.items():
             patch.setenv(name, value)
         try:

@@ -56,6 +56,7 @@ from helpers import (
     event,
     eventually,
     python,
+    refusal,
     rows_of,
     run,
     serving,
@@ -753,7 +754,6 @@ def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> N
             assert received == [10 + 20, 10 + 20]  # from the client, and all that the other server has
 
 
-@pytest.mark.slow
 @table(
     ("flags", "environ", "part"),
     [
@@ -778,7 +778,7 @@ def test_serve_does_not_start_with_a_target_that_cannot_work(
     with eventstore.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     flags = [flag.format(port=port) for flag in flags]
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert part in done.stderr
     assert "secret" not in done.stderr
@@ -811,12 +811,10 @@ def test_the_environment_with_a_key_can_be_chosen_among_several(tmp_path: Path) 
             eventually(lambda: target.ids == ["this one"])
 
 
-@pytest.mark.slow
 def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     flags = ("--forward-to", "http://host", "--forward-environment", "development", "--api-key", "k=production")
-    environ = os.environ | {"EVENTSTORE_FORWARD_API_KEY": KEY}
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, EVENTSTORE_FORWARD_API_KEY=KEY)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         '--forward-environment is "development", but no API key writes to it: they are of "production"' in done.stderr

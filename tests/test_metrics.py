@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refused, run, store, table
+from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refusal, refused, run, store, table
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -136,7 +136,6 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
         assert value(samples, "eventstore_retention_deleted_events_total") == 0
 
 
-@pytest.mark.slow
 @table(("flag", "message"), [
     ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, got '9100'"),
     ("127.0.0.1:x", "--metrics must be ADDRESS:PORT"),
@@ -144,7 +143,7 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
     ("192.0.2.1:9100", "cannot listen on --metrics 192.0.2.1:9100"),
 ])  # fmt: skip
 def test_an_address_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path, flag: str, message: str) -> None:
-    done = run(*SCRIPT, "serve", "--port", "0", "--metrics", flag, cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--port", "0", "--metrics", flag)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
 
