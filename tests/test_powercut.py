@@ -459,7 +459,7 @@ retention.checkpoint = lambda _: None  # it would sync so soon that little is lo
 """
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow
 @table(
     ("lines", "says"),
     [
