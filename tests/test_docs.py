@@ -241,7 +241,8 @@ def run_program(name: str, program: str, folder: Path) -> str:
     is_test_file = name == "docs/testing.md"
     path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
     path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
-    pytest_if_so = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] * is_test_file
+    plugins = ("no:cacheprovider", "no:schemathesis", "no:hypothesispytest")
+    pytest_if_so = ["-m", "pytest", "-q", *(f"-p{plugin}" for plugin in plugins)] * is_test_file
     done = run(folder, sys.executable, *pytest_if_so, path)
     assert done.returncode == 0, done.stdout
     assert not is_test_file or "6 passed" in done.stdout
