@@ -26,17 +26,18 @@ SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite with one xdist worker per core, two if it includes slow tests, and files or tests named on the
-    command line in one process.
+    """Run the whole suite with xdist, and files or tests named on the command line in one process.
+
+    There is one worker per core. If the run includes slow tests, which often wait, there are twice as many, up to 8.
 
     `-n 0` and `-p no:xdist` turn this off. With `-n` in addopts, `-p no:xdist` would fail with an unknown option.
     """
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
     if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        is_fast = "not slow" in config.option.markexpr
-        # Slow tests often wait, for a browser or another process.
-        config.option.numprocesses = "auto" if is_fast else 2 * (os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        many = max(cores, min(2 * cores, 8))
+        config.option.numprocesses = "auto" if "not slow" in config.option.markexpr else many
         config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 
 
