@@ -1134,6 +1134,7 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 READER_THREADS = 4  # for each API key
 _MAX_READER_THREADS = 16
+_MAX_QUERIES = 1000  # that run or wait
 _LONG_PROPERTIES = 10_000
 # Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
 # with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
@@ -1639,6 +1640,7 @@ class ReaderPool:
     def __init__(self, path: str, timeout_s: float) -> None:
         self._path = path
         self._timeout_s = timeout_s
+        self._shares = Shares(_MAX_QUERIES)
         self._lock = threading.Lock()  # guards the next five attributes
         self._waiting = _Turns()
         self._running: Counter[bytes] = Counter()
@@ -1649,20 +1651,35 @@ class ReaderPool:
         self.timeouts = 0
 
     async def run(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        """Return the operation's result. If the client goes away, interrupt it and raise what ends it."""
+        """Return the operation's result. If the client goes away, interrupt it and raise what ends it.
+
+        Raises ApiError if too many queries wait (see Shares).
+        """
         task = _Task(operation, monotonic_s() + self._timeout_s)
+        if not self._shares.take(task.key, 1):
+            reason = f"{self._shares.total} queries run or wait, the limit is {self._shares.limit}"
+            raise ApiError("service_unavailable", f"{reason}; try again", retry_after_s=1)
+        try:
+            answer: T = await self._answer(task)
+            return answer
+        finally:
+            self._shares.give_back(task.key, 1)
+
+    async def _answer(self, task: _Task) -> Any:
         with self._lock:
             if self._is_closed:
                 raise _shutting_down()
-            self._waiting.add(task.key, task)
-            self._threads.submit(self._run_waiting)
+            if self._may_run(task.key) and self._running.total() < _MAX_READER_THREADS:
+                self._running[task.key] += 1
+                self._threads.submit(self._run_tasks, task)
+            else:
+                self._waiting.add(task.key, task)
         gone = asyncio.create_task(CALLER.get().until_gone())
         try:
             await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if not task.answer.done():
                 raise gone.result() if gone.done() else TimeoutError
-            answer: T = task.answer.result()
-            return answer
+            return task.answer.result()
         except TimeoutError:
             raise self.too_long() from None
         finally:
@@ -1691,20 +1708,20 @@ class ReaderPool:
         for reader in self._readers:
             reader.conn.close()
 
-    def _run_waiting(self) -> None:
-        """Run waiting tasks until none may run. There is one call of this for each task."""
-        while task := self._next():
+    def _may_run(self, key: bytes) -> bool:
+        return self._running[key] < READER_THREADS
+
+    def _run_tasks(self, task: _Task | None) -> None:
+        """Run the task, then waiting ones until none may run."""
+        while task:
             outcome = self._outcome(task)
             with self._lock:
                 self._running[task.key] -= 1
+                following: _Task | None = self._waiting.next(self._may_run)
+                if following:
+                    self._running[following.key] += 1
             task.settle(outcome)
-
-    def _next(self) -> _Task | None:
-        with self._lock:
-            task: _Task | None = self._waiting.next(lambda key: self._running[key] < READER_THREADS)
-            if task:
-                self._running[task.key] += 1
-            return task
+            task = following
 
     @contextmanager
     def _reader(self) -> Iterator[Reader]:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -315,6 +316,44 @@ def test_a_query_of_one_key_does_not_wait_for_those_of_another(tmp_path: Path) -
     with pool(tmp_path) as queries:
         asyncio.run(flood(queries))
     assert order == ["b"] * 5 + ["a"] * 20
+
+
+def test_queries_of_a_key_that_has_too_many_are_refused_and_those_of_another_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eventstore, "_MAX_QUERIES", 20)
+    release = threading.Event()
+
+    async def flood(queries: ReaderPool) -> None:
+        waiting = [asyncio.create_task(of_key(b"a", partial(queries.run, lambda conn: release.wait(30))))
+                   for _ in range(20)]  # fmt: skip
+        await wait_until(lambda: queries.waiting == 20 - eventstore.READER_THREADS)
+        with pytest.raises(ApiError, match="20 queries run or wait, the limit is 20; try again") as refusal:
+            await of_key(b"a", partial(queries.run, lambda conn: "a"))
+        assert (refusal.value.code, refusal.value.retry_after_s) == ("service_unavailable", 1)
+        assert await of_key(b"b", partial(queries.run, lambda conn: "b")) == "b"
+        release.set()
+        await asyncio.gather(*waiting)
+        assert await of_key(b"a", partial(queries.run, lambda conn: "a")) == "a"
+
+    with pool(tmp_path) as queries:
+        asyncio.run(flood(queries))
+
+
+def test_threads_are_woken_only_for_queries_that_may_run(tmp_path: Path) -> None:
+    release = threading.Event()
+
+    async def flood(queries: ReaderPool) -> int:
+        with patch.object(queries._threads, "submit", wraps=queries._threads.submit) as submit:
+            waiting = [asyncio.create_task(of_key(b"a", partial(queries.run, lambda conn: release.wait(30))))
+                       for _ in range(60)]  # fmt: skip
+            await wait_until(lambda: queries.waiting == 60 - eventstore.READER_THREADS)
+            release.set()
+            await asyncio.gather(*waiting)
+            return submit.call_count
+
+    with pool(tmp_path) as queries:
+        assert asyncio.run(flood(queries)) == eventstore.READER_THREADS
 
 
 def test_a_query_whose_client_is_gone_is_not_run(tmp_path: Path) -> None:
