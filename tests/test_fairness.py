@@ -327,7 +327,7 @@ def test_queries_of_a_key_that_has_too_many_are_refused_and_those_of_another_are
     async def flood(queries: ReaderPool) -> None:
         waiting = [asyncio.create_task(of_key(b"a", partial(queries.run, lambda conn: release.wait(30))))
                    for _ in range(20)]  # fmt: skip
-        await wait_until(lambda: queries.waiting == 20 - eventstore.READER_THREADS)
+        await becomes(lambda: queries.waiting == 20 - eventstore.READER_THREADS)
         with pytest.raises(ApiError, match="20 queries run or wait, the limit is 20; try again") as refusal:
             await of_key(b"a", partial(queries.run, lambda conn: "a"))
         assert (refusal.value.code, refusal.value.retry_after_s) == ("service_unavailable", 1)
@@ -347,7 +347,7 @@ def test_threads_are_woken_only_for_queries_that_may_run(tmp_path: Path) -> None
         with patch.object(queries._threads, "submit", wraps=queries._threads.submit) as submit:
             waiting = [asyncio.create_task(of_key(b"a", partial(queries.run, lambda conn: release.wait(30))))
                        for _ in range(60)]  # fmt: skip
-            await wait_until(lambda: queries.waiting == 60 - eventstore.READER_THREADS)
+            await becomes(lambda: queries.waiting == 60 - eventstore.READER_THREADS)
             release.set()
             await asyncio.gather(*waiting)
             return submit.call_count
