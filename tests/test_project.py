@@ -274,7 +274,7 @@ def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) ->
         done = run(*command, timeout=600, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    # The editable install below is built in an environment of its own; here that would only take time.
+    # The editable install below uses an isolated build; a second one here would only take time.
     works(sys.executable, "-m", "build", "--no-isolation", "--outdir", wheel.parent, tmp_path / "checkout")
     works(sys.executable, "-m", "venv", tmp_path / "venv")
     works(programs / "python", "-m", "pip", "install", wheel)
