@@ -129,8 +129,8 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "MonitoringPoint", "Span", "check_window_size", "health", "monitor_events", "select_per_span",
     "spans_of_windows", "utc_windows",
     # Serving
-    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "create_app", "find_api_keys",
-    "listen", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
+    "OPERATIONS", "AddFlag", "FoundKeys", "add_db_flag", "check_key", "check_name", "create_app", "find_api_keys",
+    "listen", "listen_error", "main", "parse_api_keys", "parse_arguments", "positive", "say", "serve", "uvicorn_server",
 ]  # fmt: skip
 
 __version__ = "0.2.0"
@@ -401,6 +401,8 @@ class Faults:
             meant = "" if isinstance(why, str) else _similar(name, why)
             if name[: name.rfind(".") + 1] + meant in missing:
                 hints.append(f"{quoted(name)} is unknown: did you mean {meant}?")
+        if "events" in self.ignored and "event_name" in missing:
+            hints.append("a batch of events goes to POST /v1/events/bulk")
         return hints
 
 
@@ -1960,9 +1962,11 @@ def _with_headers(scope: Scope, response: Response) -> Response:
     return response
 
 
-def error_response(request: Request, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
-    answer = f"{error.status} {error.code}: {error.message}"
+def error_response(
+    request: Request, error: ApiError, headers: Mapping[str, str] | None = None, logged: str = ""
+) -> Response:
+    """Answer with the error body (API: Common rules). Log one line with the message, or with a shorter one."""
+    answer = f"{error.status} {error.code}: {logged or error.message}"
     request.scope["status"] = error.status  # logs.py adds it to the line
     log.warning("%s: %s", _name_of(request.scope), answer)
     retry_after = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
@@ -2300,17 +2304,21 @@ def query_of_parameters(
     return parsed
 
 
-def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
-    """Make the 404 for an unknown path: a hint at the likely cause, and the list of the routes."""
+def _no_route(operations: Sequence[Operation], path: str) -> str:
+    """Say that a path is unknown, and hint at the likely cause."""
+    paths = [operation.public_path for operation in operations]
+    similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
     if any(operation.serves(f"/v1{path}") for operation in operations):
         hint = f"the base URL ends in /v1, so {quoted('/v1' + path)}? "
-    elif path.startswith("/_mock"):
+    elif path.startswith("/_mock") and not any(each.startswith("/_mock") for each in paths):
         hint = "it is there when the server is started with --mock. "
     elif not _has_extras():
         hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
-    served = ", ".join(f"{operation.method} {operation.public_path}" for operation in operations)
-    return ApiError("not_found", f"no route {quoted(path)}: {hint}this server has {served}")
+    elif similar:
+        methods = " or ".join(operation.method for operation in operations if operation.public_path == similar)
+        hint = f"did you mean {methods} {similar}? "
+    return f"no route {quoted(path)}: {hint}"
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
@@ -2320,7 +2328,11 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     matched = next((route.path for route in routes if route.path_regex.match(path)), "")
     # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
     if error.status_code != 405 or (request.method == "POST" and ":anything}" in matched):
-        return error_response(request, _no_route(request.app.state.service.operations, path))
+        operations = request.app.state.service.operations
+        problem = _no_route(operations, path)
+        served = ", ".join(dict.fromkeys(operation.public_path for operation in operations))
+        answer = ApiError("not_found", f"{problem}this server has {served}")
+        return error_response(request, answer, logged=f"{problem}the answer lists the routes")
     methods = {method for route in routes if route.path == matched for method in route.methods or ()}
     allowed = ", ".join(sorted(methods))
     refusal = ApiError("method_not_allowed", f"{request.method} is not allowed here; allowed: {allowed}")
@@ -3259,18 +3271,39 @@ def create_app(
 _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while a proxy uses it causes a 502
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Open the listening socket. Raises StartError."""
+def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -> StartError:
+    """Return the error for an address on which the server cannot listen; it says which flag to change."""
+    reasons = {
+        errno.EADDRINUSE: f"it is taken; choose another with {port_flag} (0 takes a free one)",
+        errno.EACCES: f"ports below 1024 need more rights; choose another with {port_flag}",
+        errno.EADDRNOTAVAIL: f"this machine does not have that address; choose another with {host_flag}",
+    }
+    reason = reasons.get(getattr(error, "errno", None) or 0, f"{error}; check {host_flag}")
+    if isinstance(error, socket.gaierror | UnicodeError):
+        reason = (
+            f"the name cannot be resolved; {host_flag} takes a name or an address of this machine, without a scheme"
+        )
+    return StartError(f"cannot listen on {printable(where)}: {reason}")
+
+
+def _resolve(host: str, port: int) -> tuple[int, Any]:
+    """Return the family and the address to listen on. Raises StartError."""
     if not 0 <= port <= 65_535:
         raise StartError(f"--port must be 0 to 65535, got {port}")
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError) as error:
+        raise listen_error(error, f"--host {host} --port {port}", "--host", "--port") from error
+    return family, address[:2]
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the listening socket. Raises StartError."""
+    family, address = _resolve(host, port)
+    try:
+        return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        reasons = {errno.EADDRINUSE: "it is taken; choose another with --port (0 takes a free one)",
-                   errno.EACCES: "ports below 1024 need more rights; choose another with --port"}  # fmt: skip
-        reason = reasons.get(error.errno or 0, f"{error.strerror or error}; check --host")
-        raise StartError(f"cannot listen on {host} port {port}: {reason}") from error
+        raise listen_error(error, f"--host {host} --port {port}", "--host", "--port") from error
 
 
 def uvicorn_server(
@@ -3302,6 +3335,13 @@ def check_key(key: str, where: str = "") -> str:
     return key
 
 
+def check_name(name: str, where: str) -> None:
+    """Raise StartError if the name of an environment, or a label, cannot be shown in a log or a header."""
+    if not name.isprintable() or name[:1] in ("'", '"') or name[-1:] in ("'", '"') or len(name) > 255:
+        problem = "is longer than 255 characters, in quotes, or has a control character"
+        raise StartError(f"{where} {quoted(name)} {problem}")
+
+
 def _parse_api_key(source: str, text: str) -> ApiKey:
     first, *attributes = (part.strip() for part in text.split(";"))
     key, separator, environment = (part.strip() for part in first.partition("="))
@@ -3314,9 +3354,7 @@ def _parse_api_key(source: str, text: str) -> ApiKey:
         raise StartError(f"{source}: an API key ends in '=' with no environment after it: write KEY=ENVIRONMENT")
     check_key(key, f"{source}: ")
     for name, value in {"environment": environment, **given}.items():
-        if not value.isprintable() or value[:1] in ("'", '"') or value[-1:] in ("'", '"') or len(value) > 255:
-            problem = "is longer than 255 characters, in quotes, or has a control character"
-            raise StartError(f"{source}: the {name} {quoted(value)} {problem}")
+        check_name(value, f"{source}: the {name}")
     if (role := given.get("role", "")) not in ("", *ROLES):
         raise StartError(f"{source}: the role must be {' or '.join(ROLES)}, got {quoted(role)}")
     parsed = ApiKey.hashed(key, environment or "development", given.get("label", ""), role)
@@ -3418,6 +3456,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
+    _resolve(arguments.host, arguments.port)  # if the host is wrong, do not complain about a missing key first
     found = find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)

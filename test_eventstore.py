@@ -470,12 +470,33 @@ def test_health_needs_no_key(shared: httpx.Client, method: str, key: str) -> Non
 
 @table("path", ["/v1/customers", "/v1/meters/1", "/v1/meters/search", "/v1/invoices", "/v1", "/v2/events",
                 "/index.html", "/v1/a%0Ab"])  # fmt: skip
-def test_an_unknown_route_gets_404_and_a_list_of_the_routes(shared: httpx.Client, path: str) -> None:
+def test_an_unknown_route_gets_404_and_a_list_of_the_routes(
+    shared: httpx.Client, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for method in ("GET", "POST", "DELETE"):
         response = shared.request(method, path)
-        refused(response, 404, "not_found", "this server has POST /v1/events,")
-        message = response.json()["message"]
-        assert [one.public_path for one in eventstore.OPERATIONS if one.public_path not in message] == []
+        refused(response, 404, "not_found", "this server has /v1/events,")
+        routes = response.json()["message"].partition("this server has ")[2].split(", ")
+        assert sorted(routes) == sorted({operation.public_path for operation in eventstore.OPERATIONS})
+    said = [record.message for record in caplog.records]
+    assert [line.partition("no route ")[2].endswith("the answer lists the routes") for line in said] == [True] * 3
+    assert "/v1/events/bulk" not in caplog.text
+
+
+@table(("path", "meant"), [
+    ("/v1/evnts", "POST or GET /v1/events"), ("/v1/event", "POST or GET /v1/events"), ("/V1/Events", "POST or GET /v1/events"),
+    ("/v1//events", "POST or GET /v1/events"), ("/v2/events", "POST or GET /v1/events"), ("/v1/v1/events/bulk", "POST /v1/events/bulk"),
+    ("/api/v1/events/query", "POST /v1/events/query"), ("/v1/analytics/usage", None), ("/v1/events.bulk", "POST /v1/events/bulk"),
+    ("/healthz", "GET or POST /health"), ("/v1/openapi.json", "GET /openapi.json"), ("/v1/customers", None), ("/metrics", None),
+    ("/" + "v1/events" * 2000, None),
+])  # fmt: skip
+def test_a_route_that_resembles_another_gets_404_and_a_suggestion(
+    shared: httpx.Client, path: str, meant: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = shared.post(path)
+    refused(response, 404, "not_found", f"did you mean {meant}? this server has /v1/events," if meant else "no route")
+    assert ("did you mean" in response.json()["message"]) is bool(meant)
+    assert (f"did you mean {meant}?" in caplog.text) is bool(meant)
 
 
 @table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
@@ -543,6 +564,11 @@ def test_an_application_cannot_be_created_without_a_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="API key"):
         create_app(Settings(db=str(tmp_path / "events.db")))
     assert list(tmp_path.iterdir()) == []
+
+
+@table("body", [{"events": [event()]}, {"events": []}, {"events": 1, "source": "x"}])
+def test_a_batch_that_is_sent_to_the_route_for_one_event_gets_a_hint(shared: httpx.Client, body: Json) -> None:
+    refused(shared.post("/v1/events", json=body), part="; a batch of events goes to POST /v1/events/bulk")
 
 
 @table(("method", "path", "part"), [

@@ -128,7 +128,7 @@ class Protocol(HttpToolsProtocol):
                 for start in range(0, len(data), _PIECE_BYTES):
                     self._parse(data[start : start + _PIECE_BYTES])
         except (httptools.HttpParserError, ApiError) as error:
-            self._refuse(error)
+            self._refuse(error, data)
         else:
             if self.timeout_keep_alive_task is None:
                 if self._in_body:
@@ -284,13 +284,15 @@ class Protocol(HttpToolsProtocol):
         elif not self._framing_bytes:
             self._set_timer(_STOP_S, self.timeout_keep_alive_handler)
 
-    def _refuse(self, error: BaseException) -> None:
+    def _refuse(self, error: BaseException, data: bytes = b"") -> None:
         """Log the error. After the answers to earlier requests, send its JSON body and close the connection."""
         if isinstance(error, httptools.HttpParserCallbackError):
             error = error.__context__ or error  # what the callback raised
         if not isinstance(error, ApiError):
             hint = f"the request is not valid HTTP/1.1: {error}"
-            if isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
+            if data.startswith(b"\x16\x03"):  # a TLS handshake
+                hint = "the request is not HTTP but TLS: use http://, or a proxy with TLS in front of this server"
+            elif isinstance(error, httptools.HttpParserInvalidURLError) or "Expected HTTP/" in hint:
                 hint += "; spaces and characters outside ASCII in a URL must be percent-encoded: %20, and %C3%BC for ü"
             error = ApiError("validation_error", hint)
         self._end_with(error)

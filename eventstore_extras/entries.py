@@ -34,8 +34,9 @@ from eventstore import (
 )
 
 __all__ = [
-    "EXPORTED_COLUMNS", "PROPERTY_PREFIX", "CheckedRow", "Entry", "ExportedEvent", "InputError", "TableRow",
-    "check_columns", "checked_row", "csv_cell", "csv_values", "exported_event", "shown_content",
+    "EXPORTED_COLUMNS", "NO_EVENTS", "PROPERTY_PREFIX", "CheckedRow", "Entry", "ExportedEvent", "InputError",
+    "TableRow", "check_columns", "checked_row", "csv_cell", "csv_values", "exported_event", "no_events",
+    "shown_content",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------- exported events
@@ -104,16 +105,23 @@ class Entry(NamedTuple):
 class InputError(Exception):
     """The import cannot continue beyond `location`, which is text to append to the file's name."""
 
-    def __init__(self, location: str | int | None, problem: str) -> None:
-        """An integer location is the number of a line; None stands for the whole file."""
+    def __init__(self, location: str | int | None, problem: str, advice: str | None = None) -> None:
+        """An integer location is the number of a line; None stands for the whole file.
+
+        `advice` says what to do with a file in which no event was found; it may be "" if the problem says so.
+        """
         super().__init__(problem)
         self.location = f":{location}" if isinstance(location, int) else location or ""
+        self.advice = advice
 
 
 # ---------------------------------------------------------------------------------------------- columns
 
 PROPERTY_PREFIX = "properties."
 EXPORTED_COLUMNS = ("id", "ingested_at", "tenant_id", "environment_id", "environment")  # only exports have these
+NO_EVENTS = (
+    f"no events were found: name another file, or rename its fields or columns ({', '.join(EventIn.__struct_fields__)})"
+)
 _KNOWN_COLUMNS = (*EventIn.__struct_fields__, *EXPORTED_COLUMNS)
 
 
@@ -124,6 +132,12 @@ def _is_property(column: str) -> bool:
 def _printable(text: str) -> str:
     """Replace bytes that are not UTF-8. They were escaped when the CSV file was read."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def no_events(line: int, start: str) -> InputError:
+    """Return the error for a file that starts like no known format."""
+    problem = f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {quoted(start[:40])}"
+    return InputError(line, problem, NO_EVENTS)
 
 
 def check_columns(columns: list[str], line: int | None = None) -> None:
@@ -138,8 +152,7 @@ def check_columns(columns: list[str], line: int | None = None) -> None:
     if line and separated:
         problem = f"its columns are separated by {quoted(separated[0][-1])}: write commas"
     elif line and len(unknown) == len(columns):
-        start = quoted(_printable(",".join(columns))[:40])
-        problem = f"is neither NDJSON nor JSON nor CSV with known columns and commas: it starts {start}"
+        raise no_events(line, _printable(",".join(columns)))
     elif unknown:
         names, known = ", ".join(map(quoted, unknown[:10])), ", ".join(_KNOWN_COLUMNS)
         problem = f"{table} has unknown columns: {names}; known are {known}, properties.NAME"

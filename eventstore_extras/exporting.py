@@ -180,7 +180,10 @@ def _export_events(arguments: argparse.Namespace) -> int:
             done += len(page)
             advance(len(page))
 
-    with closing(open_stored(arguments.db)) as conn, _open_output(arguments.output, arguments.db) as output:
+    with (
+        closing(open_stored(arguments.db, arguments.environment)) as conn,
+        _open_output(arguments.output, arguments.db) as output,
+    ):
         among_data = arguments.output is None
         with progress_bar(lambda: list_events(conn, query).total_count or 0, "event", among_data) as advance:
             write(pages(), output)

@@ -29,6 +29,7 @@ from eventstore import (
     Settings,
     StartError,
     add_db_flag,
+    check_name,
     check_path,
     connect,
     environment_number,
@@ -40,11 +41,11 @@ from eventstore import (
     quoted,
     say,
 )
-from eventstore_extras.entries import CheckedRow, Entry, InputError, checked_row, shown_content
+from eventstore_extras.entries import NO_EVENTS, CheckedRow, Entry, InputError, checked_row, shown_content
 from eventstore_extras.files import Stream, as_utf8, explain_missing_parquet, private_opener, progress_bar, unpacked
 from eventstore_extras.job import StopError, run_job
 from eventstore_extras.stored import environment_names, open_stored
-from eventstore_extras.text_formats import check_known, detect_format, read_csv, read_json, read_ndjson
+from eventstore_extras.text_formats import check_format, check_known, detect_format, read_csv, read_json, read_ndjson
 
 __all__ = ["add_flags", "run"]
 
@@ -76,13 +77,16 @@ def _read_entries(
     """
     try:
         packed = unpacked(file, before_read)
-        head = packed.peek(1)
-        check_known(head)
-        is_parquet = arguments.format == "parquet" or (arguments.format == "auto" and detect_format(head) == "parquet")
-        if is_parquet and (packed is not file or not file.seekable()):
+        check_known(packed.peek(1))
+        is_text = "parquet" not in (arguments.format, detect_format(packed.peek(1)))
+        stream = as_utf8(packed) if is_text else packed
+        form = arguments.format
+        if form == "auto":
+            form = detect_format(stream.peek(1))
+        else:
+            check_format(form, stream.peek(1), may_start_badly=form == "ndjson" and bool(arguments.skip_invalid))
+        if form == "parquet" and (packed is not file or not file.seekable()):
             raise InputError(None, "Parquet is read from its end: name a file that is not gzipped, not a pipe")
-        stream = packed if is_parquet else as_utf8(packed)
-        form = detect_format(stream.peek(1)) if arguments.format == "auto" else arguments.format
         if arguments.assume_utc and form != "parquet":
             raise InputError(None, f"--assume-utc is for Parquet, this is {form}: write its times with a zone")
         yield from _READERS[form](stream, arguments)
@@ -230,7 +234,7 @@ class _Importer:
             event = checked_row(entry, self._now, self._make_id, faults)
         except ApiError as error:
             if self._rejects is None:
-                raise InputError(entry.location, _problem(entry, _faults(error))) from error
+                raise self._stopped_by(entry, _faults(error), sorted(faults.ignored)) from error
             self._bytes += self._rejects.add(entry, _faults(error))
         else:
             self._events.append(event)
@@ -244,6 +248,15 @@ class _Importer:
             return False
         self.commit()
         return True
+
+    def _stopped_by(self, entry: Entry, faults: list[Fault], unknown: list[str]) -> InputError:
+        """Return the error for a bad entry. Without a good one before it, the file may hold no events."""
+        problem, advice = _problem(entry, faults), None
+        if unknown:
+            problem += f"; it has the unknown fields {', '.join(map(quoted, unknown[:_MAX_NAMED]))}"
+            is_event = len({fault.field for fault in faults} & {"event_name", "external_customer_id"}) < 2
+            advice = None if is_event or self.stored or self._events else NO_EVENTS
+        return InputError(entry.location, problem, advice)
 
     def wait(self, has_input: Callable[[float | None], bool]) -> None:
         """Wait for input, but store events that have waited for more input for a second. Raises StopError."""
@@ -453,19 +466,23 @@ def _say_imported(
     ignored = f"; ignored unknown fields: {', '.join(map(quoted, sorted(importer.ignored)))}"[:500]
     taken_s = f"{time.monotonic() - started_s:.1f} s{ignored if importer.ignored else ''}"
     events = plural(importer.stored, "event")
-    without_id = _without_id_note(importer.without_id)
+    is_empty = not importer.stored and not (rejects and rejects.number)
+    notes = "; the input had no events" if is_empty else _without_id_note(importer.without_id)
     if arguments.dry_run:
-        notes = without_id + _dry_run_note(arguments, is_new)
+        notes += _dry_run_note(arguments, is_new)
         say(f"would import {events} into {arguments.db}{rejected}; nothing was stored{notes}; {taken_s}")
     else:
         known = f"{importer.new:,} new, {importer.stored - importer.new:,} already stored{rejected}"
         made = " (created)" if is_new else ""
-        say(f"imported {events} into {arguments.db}{made}: {known}{importer.notes}{without_id}; {taken_s}")
+        say(f"imported {events} into {arguments.db}{made}: {known}{importer.notes}{notes}; {taken_s}")
 
 
 def _import_events(arguments: argparse.Namespace) -> int:
     """Store the events of a file. Raises StartError, StopError."""
     started_s = time.monotonic()
+    check_name(arguments.environment, "--environment")
+    if not arguments.environment:
+        raise StartError("--environment must not be empty: name an environment, or leave the flag out")
     with ExitStack() as stack:
         signals = _Signals()
         stack.enter_context(signals.handled())
@@ -491,8 +508,10 @@ def _import_events(arguments: argparse.Namespace) -> int:
             if signals.is_stopping or not isinstance(error, InputError):
                 again = f"to continue, import {name} again from its start: nothing is stored twice"
                 raise StopError(f"interrupted; {importer.so_far}; {again}") from None
-            problem = f"{name}{error.location}: {error}; {importer.so_far}"
-            raise StopError(f"{problem}; correct it and import the file again") from error
+            outcome = f"{importer.so_far}; correct it and import the file again"
+            if error.advice is not None:
+                outcome = "; ".join(filter(None, ["nothing was stored", error.advice]))
+            raise StopError(f"{name}{error.location}: {error}; {outcome}") from error
     _say_imported(arguments, importer, rejects, is_new, started_s)
     return 0
 

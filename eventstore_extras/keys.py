@@ -52,6 +52,8 @@ def add_flags(_: str, add: AddFlag) -> None:
 
 def _make(arguments: Namespace) -> int:
     """Print a new key's line for the file. Raises StartError if a flag cannot be written into such a line."""
+    if not arguments.environment.strip():
+        raise StartError("--environment must not be empty: name an environment, or leave the flag out")
     key = f"evs_{secrets.token_urlsafe(24)}"
     shown = key if arguments.clear else f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
     line = f"{shown}={arguments.environment}"

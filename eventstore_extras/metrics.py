@@ -19,7 +19,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from eventstore import Service, StartError, __version__
+from eventstore import Service, StartError, __version__, listen_error, quoted
 
 try:
     import prometheus_client
@@ -188,7 +188,9 @@ class Metrics:
 def _parse_address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65_535:
-        raise StartError(f"--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, got {text!r}")
+        raise StartError(
+            f"--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, with a port of 0 to 65535, got {quoted(text)}"
+        )
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
@@ -201,7 +203,8 @@ def attach(service: Service, arguments: Namespace, address: Any) -> None:
     prometheus_client.ProcessCollector(registry=registry)
     try:
         server, _ = prometheus_client.start_http_server(port, host, registry)
-    except OSError as error:
-        raise StartError(f"cannot listen on --metrics {arguments.metrics}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        raise listen_error(error, f"--metrics {arguments.metrics}", "--metrics", "--metrics") from error
     service.wrappers.append(metrics.around)
-    service.notices.append(f"metrics      http://{host}:{server.server_port}/metrics")
+    shown = f"[{host}]" if ":" in host else host
+    service.notices.append(f"metrics      http://{shown}:{server.server_port}/metrics")

@@ -19,7 +19,6 @@ import urllib.parse
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from contextvars import ContextVar
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
@@ -53,9 +52,11 @@ from eventstore import (
     Store,
     T,
     View,
+    check_key,
     connect,
     connect_reader,
     create_app,
+    decode_fields,
     event_query,
     execute_writing,
     list_events,
@@ -65,10 +66,9 @@ from eventstore import (
     read_body,
     uvicorn_server,
 )
-from eventstore_extras import analytics
+from eventstore_extras import analytics, mock_clock
 from eventstore_extras.faults import (
     FIELDS,
-    INGEST_PATHS,
     FaultFields,
     FaultInjection,
     FaultQueue,
@@ -78,6 +78,7 @@ from eventstore_extras.faults import (
 )
 from eventstore_extras.hosts import AllowedHosts, check_hosts, hosts_of_flags
 from eventstore_extras.meters import all_meters
+from eventstore_extras.stored import environment_names
 
 if TYPE_CHECKING:
     from eventstore_extras.forward import Forwarder
@@ -185,24 +186,6 @@ def attach(service: Service, _arguments: object, _address: object) -> None:
     service.notices.append("mock         /_mock/events, /_mock/meters and /_mock/faults are open")
 
 
-# ---------------------------------------------------------------------------------------------- the clock
-
-_reads_events: ContextVar[bool] = ContextVar("reads_events", default=False)  # True in a request that reads events
-
-
-def _wall_clock_us() -> int:
-    """Return the wall clock, rounded: under freezegun time_ns() is off by up to 128 ns, and cutting could lose 1 us."""
-    return (time.time_ns() + 500) // 1000
-
-
-def _later_for_readers(clock: Callable[[], int]) -> Callable[[], int]:
-    """Return a clock that is a microsecond ahead for requests that read events.
-
-    By default aggregations end before now: while a test's clock stands still, they would miss the event just sent.
-    """
-    return lambda: clock() + _reads_events.get()
-
-
 # ---------------------------------------------------------------------------------------------- recording requests
 
 
@@ -243,8 +226,6 @@ class _Recorder:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_ingest = scope["method"] == "POST" and scope["path"].rstrip("/") in INGEST_PATHS
-        _reads_events.set(scope["path"].startswith("/v1/events") and not is_ingest)
         body = bytearray()
         status: int | None = None
 
@@ -349,11 +330,25 @@ def _as_text(value: object) -> str:
 
 
 def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
-    """Convert Python values to a wire type, as if they came as JSON. Raises ApiError if a value has the wrong type."""
-    try:
-        return msgspec.convert(msgspec.to_builtins(arguments, enc_hook=_as_text), kind)
-    except msgspec.ValidationError as error:
-        raise ApiError("validation_error", str(error)) from None
+    """Convert Python values to a wire type, as if they came as JSON. Raises ApiError naming values of a wrong type."""
+    faults = Faults()
+    body = ENCODER.encode(msgspec.to_builtins(arguments, enc_hook=_as_text))
+    converted = decode_fields(msgspec.json.Decoder(kind), body, faults)
+    faults.raise_any()
+    return converted
+
+
+def _check_arguments(api_keys: object, allowed_hosts: object) -> None:
+    """Raise TypeError if an argument of running_server() has a type that would fail later, or mean something else."""
+    rule = 'api_keys must map keys to names of environments, such as {"key": "development"}'
+    if not isinstance(api_keys, Mapping):
+        raise TypeError(f"{rule}, got {type(api_keys).__name__}")  # not the value, which may be a key
+    for key, environment in api_keys.items():
+        check_key(key, "api_keys: ")
+        if not isinstance(environment, str) or not environment:
+            raise TypeError(f"{rule}, got the name {environment!r}")
+    if isinstance(allowed_hosts, str):
+        raise TypeError(f"allowed_hosts must be a list of names, got {allowed_hosts!r}")
 
 
 def _has_threads() -> bool:
@@ -503,7 +498,7 @@ class MockServer:
         _check_names("events() has no filter {}: it takes", filters, EVENT_FILTERS)
         everything = {"start_time": EARLIEST, "end_time": LATEST, "order": "asc", "page_size": 1000}
         sent = _convert({**everything, **filters}, EventQueryIn)
-        view = View(environment or self.api_keys[self.api_key], 0)
+        view = View(self._environment(environment), 0)
         query = event_query(sent, view, Faults())
         reader = Reader(self._store.path)
         found: list[dict[str, Any]] = []
@@ -518,8 +513,19 @@ class MockServer:
     def meters(self, environment: str | None = None) -> list[dict[str, Any]]:
         """Return all meters, oldest first, including those made with a feature, as GET /v1/meters returns them."""
         with closing(connect_reader(self._store.path)) as conn:
-            found = all_meters(conn, environment or self.api_keys[self.api_key])
+            found = all_meters(conn, self._environment(environment))
         return [msgspec.to_builtins(stored.meter) for stored in found]
+
+    def _environment(self, name: str | None) -> str:
+        """Return the name, by default that of `api_key`'s environment. Raises ApiError if it is unknown."""
+        if name is None:
+            return self.api_keys[self.api_key]
+        with closing(connect_reader(self._store.path)) as conn:
+            known = environment_names(conn)
+        if name not in known:
+            problem = f"environment must be one of {', '.join(map(quoted, known))}, got {quoted(name)}"
+            raise ApiError("validation_error", problem)
+        return name
 
     def reset(self) -> None:
         """Forget all events, meters, features, faults and requests."""
@@ -613,7 +619,8 @@ def _closed_at_exit(store: Store) -> Iterator[None]:
 @contextmanager
 def _serving_in_thread(app: ASGIApp, reserved: socket.socket, service: Service) -> Iterator[_Port]:
     """Serve until the block ends."""
-    server = uvicorn_server(app, shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
+    server = uvicorn_server(mock_clock.timed(app, service.settings.clock), shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S)
+    server.config.date_header = False  # uvicorn's would be the real time
     service.is_stopping = lambda: server.should_exit
     port = _Port(server, reserved)
     port.start()
@@ -650,9 +657,10 @@ def running_server(
         raise TypeError(f"forward_to must be another server, or have a url and an api_key, got {forward_to!r}")
     _require_threads()
     api_keys = api_keys or {_DEFAULT_API_KEY: "development"}
+    _check_arguments(api_keys, allowed_hosts)
     hashed = tuple(ApiKey.hashed(key, environment) for key, environment in api_keys.items())
     chosen: dict[str, Any] = {"api_keys": hashed, "db": ":memory:", **settings}
-    chosen["clock"] = _later_for_readers(chosen.get("clock", _wall_clock_us))
+    chosen["clock"] = mock_clock.checked(settings.get("clock", mock_clock.wall_clock_us))
     fault_queue = FaultQueue()
     additions = _additions(fault_queue, check_hosts(allowed_hosts, "allowed_hosts"))
     with listener or _bound() as reserved:

@@ -322,7 +322,7 @@ def _replay_events(arguments: argparse.Namespace) -> int:
     started_s = time.monotonic()
     url, query = target_url(arguments.to, "--to"), flag_query(arguments)
     require_httpx("replay")
-    with closing(open_stored(arguments.db)) as conn:
+    with closing(open_stored(arguments.db, arguments.environment)) as conn:
         target = None if arguments.dry_run else _target(arguments, url)
         file = _open_progress(arguments, conn, url)
         if target is None:

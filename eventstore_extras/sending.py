@@ -426,16 +426,17 @@ def _error_message(content: bytes, hider: Hider) -> str:
 class Key(NamedTuple):
     value: str
     source: str  # the flag or variable that it came from
+    setting: str = ""  # the flag or variable that sets this key and nothing else, if it is another one
 
 
 def find_key(sources: Mapping[str, str | None], missing: str) -> Key:
-    """Return the first key that a source has.
+    """Return the first key that a source has. The first source must set this key and nothing else.
 
     Raises StartError if the key is invalid, or with the message `missing` if no source has one.
     """
     for source, value in sources.items():
         if key := (value or "").strip():
-            return Key(check_key(key, f"{source}: "), source)
+            return Key(check_key(key, f"{source}: "), source, next(iter(sources)))
     raise StartError(missing)
 
 
@@ -510,10 +511,13 @@ class Target:
         printable = "".join(char if char.isprintable() else " " for char in hidden)
         return f"{self.bulk_url} {' '.join(printable.split())}"
 
-    def _refusal(self, status: int, headers: Mapping[str, str], message: str) -> str:
+    def _refusal(self, status: int, headers: Mapping[str, str], start: bytes) -> str:
         """Describe an answer other than 202, with what it says about the settings."""
+        message, is_own = _error_message(start, self._hider), _is_api_error(start)
+        if status == 401 and (is_own or not message):  # an eventstore's message is about the settings over there
+            message = f"it does not accept the key; give a key of that API as {self._key.setting or self._key.source}"
         problem = f"answered {status}{': ' if message else ''}{message}"
-        if status == 401:
+        if status == 401 or (status == 403 and is_own):
             problem += f" (the key came from {self._key.source})"
         if status < 400:
             location = headers.get("location", "")
@@ -533,7 +537,7 @@ class Target:
         is_foreign = outcome in (Outcome.REFUSED, Outcome.TOO_LARGE) and not _is_api_error(start)
         if is_foreign and outcome is Outcome.REFUSED:
             outcome = Outcome.BLOCKED
-        problem = self._refusal(status, headers, _error_message(start, self._hider))
+        problem = self._refusal(status, headers, start)
         if is_foreign:
             problem += f" - not an error of the API: does a proxy or firewall refuse this request of {size:,} bytes?"
         wait_s = retry_after_s(headers.get("retry-after", ""))

@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from eventstore import AddFlag, Service, log, positive
+from eventstore import AddFlag, Service, StartError, log, positive
 from eventstore_extras.connections import inherited_socket, raise_file_limit
 from eventstore_extras.logs import set_up
 
@@ -26,6 +26,7 @@ __all__ = ["add_flags", "additions", "attach", "prepare"]
 _MODULES = {  # flag -> the module that it starts
     "mock": "mock", "forward_to": "forward", "retain_days": "retention", "metrics": "metrics"
 }  # fmt: skip
+_OF_FORWARDING = ("forward_environment", "forward_everything", "delete_unforwarded")  # flags that need --forward-to
 
 
 def _module(name: str) -> ModuleType:
@@ -82,6 +83,10 @@ def _stop_counting_memory() -> None:
 
 def prepare(arguments: Namespace) -> socket.socket | None:
     """Prepare the process, and return the listening socket if another process has opened it. Raises StartError."""
+    unused = [name for name in _OF_FORWARDING if getattr(arguments, name)]
+    if unused and not arguments.forward_to:
+        flag = f"--{unused[0].replace('_', '-')}"
+        raise StartError(f"{flag} has no effect without --forward-to: add that flag, or leave {flag} out")
     set_up(arguments)
     _stop_counting_memory()
     raise_file_limit()

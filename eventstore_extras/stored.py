@@ -42,6 +42,7 @@ from eventstore import (
     index_of,
     matching,
     parse_property_filters,
+    quoted,
     real_path,
     sql,
     start_errors,
@@ -125,6 +126,9 @@ class OwnReader:
             self._reader.conn.close()
 
 
+_MAX_NAMED = 20  # environments that a message names
+
+
 def _connect_uri(path: str, mode: str) -> sqlite3.Connection:
     uri = f"{Path(path).as_uri()}?mode={mode}"
     conn = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
@@ -150,8 +154,19 @@ def _connect_for_reading(path: str) -> sqlite3.Connection:
     return _connect_uri(path, "ro&immutable=1")  # otherwise SQLite would create a -shm
 
 
-def open_stored(path: str) -> sqlite3.Connection:
-    """Open an existing database for reading, even on a read-only disk. Raises StartError."""
+def _check_environment(conn: sqlite3.Connection, path: str, name: str) -> None:
+    """Raise StartError, listing the known names, unless the database has the environment."""
+    if name not in (names := environment_names(conn)):
+        known = ", ".join(map(quoted, names[:_MAX_NAMED])) + ", ..." * (len(names) > _MAX_NAMED)
+        has = f"has only {known}" if known else "has no environment yet"
+        raise StartError(f"--environment is {quoted(name)}, but the database {path} {has}")
+
+
+def open_stored(path: str, environment: str | None = None) -> sqlite3.Connection:
+    """Open an existing database for reading, even on a read-only disk.
+
+    Raises StartError, also if an environment is given that the database does not have.
+    """
     if not os.path.exists(path):
         raise StartError(f"there is no database {path}: name one with --db")
     if not os.access(path, os.R_OK):
@@ -164,6 +179,8 @@ def open_stored(path: str) -> sqlite3.Connection:
         for pragma in READER_PRAGMAS:
             conn.execute(pragma)
         add_functions(conn)
+        if environment is not None:
+            _check_environment(conn, path, environment)
         stack.pop_all()
         return conn
 

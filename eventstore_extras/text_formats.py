@@ -10,14 +10,15 @@ from itertools import islice
 import msgspec
 from msgspec import Raw
 
-from eventstore import plural
-from eventstore_extras.entries import Entry, InputError, check_columns, csv_values
+from eventstore import MEMBERS, plural, quoted
+from eventstore_extras.entries import Entry, InputError, check_columns, csv_values, no_events
 from eventstore_extras.files import LineReader, Stream
 
-__all__ = ["check_known", "detect_format", "read_csv", "read_json", "read_ndjson"]
+__all__ = ["check_format", "check_known", "detect_format", "read_csv", "read_json", "read_ndjson"]
 
 # ---------------------------------------------------------------------------------------------- which format
 
+_NAMES = {"ndjson": "NDJSON", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
 _UNPACK = "unpack it first, or compress it with gzip"
 _OTHER_FORMATS = {  # the first bytes of files that are often mistaken for text
     b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save it as CSV",
@@ -29,6 +30,10 @@ _OTHER_FORMATS = {  # the first bytes of files that are often mistaken for text
     b"ARROW1": "is an Arrow file: write it as Parquet",
     b"Obj\x01": "is an Avro file: write it as Parquet or NDJSON",
 }
+_JSON_START = re.compile(  # an array, unlike a line of a log or a TOML file; a bulk body; an answer of the API
+    rb'\s*(\[\s*([\[\]{"]|null|true|false|[\d.eE+-]+\s*[,\]]|$)'
+    rb'|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))'
+)
 _RECORD_SEPARATOR = b"\x1e"  # before each record of a JSON text sequence (RFC 7464)
 
 
@@ -36,16 +41,43 @@ def check_known(head: bytes) -> None:
     """Raise InputError if a file starts like one of another format."""
     for start, problem in _OTHER_FORMATS.items():
         if head.startswith(start):
-            raise InputError(None, problem)
+            raise InputError(None, problem, "")
 
 
 def detect_format(head: bytes) -> str:
     """Name the format of a file by its first bytes."""
     if head.startswith((b"PAR1", b"PARE")):  # PARE marks an encrypted file
         return "parquet"
-    if re.match(rb'\s*(\[|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))', head):
+    if re.match(
+        rb'\s*(\[\s*([\[\]{"]|null|true|false|[\d.eE+-]+\s*[,\]]|$)|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))',
+        head,
+    ):
         return "json"
     return "ndjson" if head.lstrip()[:1] in (b"{", b"", _RECORD_SEPARATOR) else "csv"
+
+
+def check_format(form: str, head: bytes, may_start_badly: bool) -> None:
+    """Raise InputError if a file that starts like this certainly has another format than --format says.
+
+    NDJSON may start badly with --skip-invalid: the first line may be rubbish, and others good.
+    """
+    looks_like, line = detect_format(head), head.strip().partition(b"\n")[0]
+    if looks_like == form or not line:
+        return
+    if (form, looks_like) == ("json", "ndjson"):  # the first line may also be a document, or its beginning
+        try:
+            names = MEMBERS.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
+        if names.keys() & {"event", "events"}:
+            return
+    is_known = looks_like != "csv" or re.search(rb'(^|,)"?event_name"?\s*(,|$)', line)
+    if may_start_badly and not is_known:
+        return
+    shown = _NAMES[looks_like] if is_known else "no file of events"
+    start = quoted(line[:40].decode(errors="replace"))
+    advice = f"leave out --format, or give --format {looks_like}" if is_known else "name a file of events"
+    raise InputError(None, f"--format is {form}, but it looks like {shown}: it starts {start}", advice)
 
 
 def _line_end(stream: Stream) -> bytes:
@@ -329,6 +361,7 @@ class _CsvLines:
 def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
     """Yield the rows of a CSV file without the cells that are empty or NULL. Blank rows are skipped."""
     csv.field_size_limit(limit_bytes)
+    first_line = stream.peek(1).strip().partition(b"\n")[0]
     lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
     reader = csv.reader(lines, strict=True)
     columns: list[str] = []
@@ -336,7 +369,10 @@ def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
         lines.begin_row()
         try:
             cells = next(reader, None)
-        except csv.Error as error:  # an open quote includes the lines that follow, so none of them can be read
+        except csv.Error as error:
+            if not columns and b"event_name" not in first_line:
+                raise no_events(lines.row_line, first_line[:40].decode(errors="replace")) from error
+            # An open quote includes the lines that follow, so none of them can be read.
             raise InputError(lines.row_line, f"cannot be read as CSV: {_csv_problem(str(error))}") from error
         if cells is None:
             return

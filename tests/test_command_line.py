@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 import eventstore
+from eventstore_extras.serving import prepare
 from helpers import (
     KEY,
     SCRIPT,
@@ -27,6 +30,7 @@ from helpers import (
     python,
     refusal,
     refused,
+    refused_in_one_line,
     run,
     serving,
     sizes_in,
@@ -54,7 +58,8 @@ def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, s
 
 
 CANNOT_START = [  # flags, what the message names
-    ("--port {taken}", "--port"),
+    ("--port {taken}", "it is taken; choose another with --port"),
+    ("--mock --port {taken}", "it is taken; choose another with --port"),
     ("--host 192.0.2.1 --api-key secret", "192.0.2.1"),
     ("--db text.db", "not a SQLite database"),
     ("--db other.db", "other program"),
@@ -97,6 +102,29 @@ def test_serve_says_in_one_line_why_it_cannot_start_and_exits_with_2(tmp_path: P
     assert sizes_in(tmp_path) == before
 
 
+@table(("host", "reason"), [
+    ("127.0.0.1", "it is taken; choose another with --port (0 takes a free one)"),
+    ("192.0.2.1", "this machine does not have that address; choose another with --host"),
+    ("no host", "the name cannot be resolved; --host takes a name or an address of this machine, without a scheme"),
+    ("http://localhost", "the name cannot be resolved; --host takes"), ("127.0.0.1:8080", "the name cannot be resolved; "),
+    ("a..b", "the name cannot be resolved; "), ("x" * 70, "the name cannot be resolved; "), ("", "the name cannot be"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_used_is_named_with_its_flags_and_what_to_do(host: str, reason: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(eventstore.StartError) as raised:
+            eventstore.listen(host, port)
+    assert str(raised.value).startswith(f"cannot listen on --host {host} --port {port}: {reason}")
+
+
+def test_a_privileged_port_is_refused_with_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "create_server", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(
+        eventstore.StartError, match=r"--port 80: ports below 1024 need more rights; choose another with"
+    ):
+        eventstore.listen("127.0.0.1", 80)
+
+
 @pytest.mark.slow
 def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path: Path) -> None:
     version = run(*SCRIPT, "--version", cwd=tmp_path)
@@ -128,6 +156,23 @@ def test_the_banner_says_what_is_served_where_with_a_key_made_for_the_run(tmp_pa
             assert total(client) == 1001
         assert key not in live.log
         assert f"  debugger     {live.url}/#key={key}\n" in live.banner
+
+
+@table("mode", [[], ["--mock"]], ids=str)
+@table("host", ["no host", "http://localhost", "localhost:8080"])
+def test_a_wrong_host_is_named_even_if_there_is_no_api_key(
+    capsys: pytest.CaptureFixture[str], host: str, mode: list[str]
+) -> None:
+    message = refused_in_one_line(capsys, "serve", "--host", host, "--port", "0", *mode)
+    assert f"cannot listen on --host {host} --port 0: the name cannot be resolved; --host takes a name" in message
+
+
+@table("flag", ["--forward-environment x", "--forward-everything", "--delete-unforwarded"])
+def test_a_flag_of_forwarding_needs_a_target(flag: str) -> None:
+    name, *value = flag.split()
+    arguments = eventstore.parse_arguments(["serve", name, *value])
+    with pytest.raises(eventstore.StartError, match=f"{name} has no effect without --forward-to: add that"):
+        prepare(arguments)
 
 
 def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from browser import Debugger, Proxy, ago, bars_of, environment_of, needs_browser, places, some
-from helpers import Live, database, event, eventually, store, table
+from eventstore_extras.mock import running_server
+from helpers import NOW, Live, at, database, event, eventually, store, table
 
 
 @contextmanager
@@ -93,6 +95,21 @@ def test_a_clock_that_is_set_while_the_page_is_open_changes_nothing(debugger: De
             debugger.gives("document.querySelector('.row .id')?.textContent", event_id)
         debugger.opens("#matches", "2 events")
         assert debugger.text("#notice") == ""
+
+
+@needs_browser
+@table("now_us", [NOW, 0])
+def test_the_clock_of_a_mock_decides_what_the_last_minutes_are(browser: Debugger, now_us: int) -> None:
+    browser.look()
+    with running_server(clock=lambda: now_us) as server:
+        headers = {"x-api-key": server.api_key}
+        sent = [event("now"), event("an hour ago", timestamp=at(now_us - NOW - 3_600_000_000))]
+        httpx.post(f"{server.url}/events/bulk", headers=headers, json={"events": sent}).raise_for_status()
+        browser.open(f"{server.url.removesuffix('v1')}?range=15m#key={server.api_key}")
+        browser.shows("now")
+        browser.opens("#matches", "1 event")
+        browser.open("about:blank")
+    browser.complaints()
 
 
 @needs_browser

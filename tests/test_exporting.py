@@ -151,9 +151,43 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
         assert b'"00000"' in process.stdout.readline()
         process.stdout.close()
         assert (process.stderr.read(), process.wait(30)) == (b"", 1)
+    imported(tmp_path, b"", "--environment", "production")
     elsewhere = run(*SCRIPT, "export", "--environment", "production", cwd=tmp_path)
     assert (elsewhere.returncode, elsewhere.stdout) == (0, "")
     assert "the database also has events of development" in elsewhere.stderr
+
+
+@table("command", [
+    "export", "export -o out", "export -o out.parquet", "export --format csv --event-name call",
+    "replay --to http://127.0.0.1:9 --api-key x", "replay --to http://127.0.0.1:9 --dry-run",
+])  # fmt: skip
+@table(("present", "asked", "message"), [
+    (["development"], "prodution", '"prodution", but the database events.db has only "development"'),
+    (["development", "production"], "Production", 'has only "development", "production"'),
+    (["production"], None, '--environment is "development", but the database events.db has only "production"'),
+    (["development"], "", '--environment is "", but'),
+    (["development"], "a\nb", '--environment is "a\\nb", but'),
+    ([f"e{number}" for number in range(22)], "e", '"e18", "e19", ...'),
+    ([], "development", "has no environment yet"),
+], ids=str)  # fmt: skip
+def test_an_unknown_environment_is_refused_with_the_known_ones(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    present: list[str],
+    asked: str | None,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    eventstore.prepare_file("events.db")
+    with database(tmp_path) as conn:
+        conn.executemany("INSERT INTO environments (name) VALUES (?)", [(name,) for name in present])
+        conn.commit()
+    before = sizes_in(tmp_path)
+    flags = [] if asked is None else ["--environment", asked]
+    assert message in refused_in_one_line(capsys, *command.split(), *flags)
+    assert sizes_in(tmp_path) == before
 
 
 @pytest.mark.slow

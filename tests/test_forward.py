@@ -484,7 +484,10 @@ def hang(*_: object) -> bool:
         ([answering(503)] * 3, "answered 503; trying again"),
         ([answering(500)] * 2, "answered 500; trying again"),
         ([answering(429, retry_after="0")] * 2, "answered 429; trying again"),
-        ([answering(401)] * 2, "answered 401 (the key came from forward_to); nothing is forwarded until"),
+        (
+            [answering(401)] * 2,
+            "answered 401: it does not accept the key; give a key of that API as forward_to (the key",
+        ),
         ([answering(403)] * 2, "answered 403; nothing is forwarded until"),
         ([answering(400, b"<html>")] * 2, "not an error of the API"),
         ([cut], "broke off a request of"),
@@ -662,6 +665,20 @@ def test_an_incomplete_line_left_by_a_power_cut_does_not_damage_the_next_one(tmp
 # ---------------------------------------------------------------------------------------------- start and end
 
 FORWARDING = {"EVENTSTORE_FORWARD_API_KEY": KEY, "EVENTSTORE_API_KEYS": KEY}
+
+
+@pytest.mark.slow
+def test_a_key_of_this_server_that_the_target_refuses_is_named_with_the_variable_to_set(tmp_path: Path) -> None:
+    filled(tmp_path, 1)
+    with (
+        running_server(api_keys={"other": "development"}) as target,
+        Live(tmp_path, "--forward-to", target.url, FLEXPRICE_API_KEY=KEY) as live,
+    ):
+        eventually(lambda: "answered 401" in live.log)
+        problem = "it does not accept the key; give a key of that API as EVENTSTORE_FORWARD_API_KEY"
+        assert f"{target.url}/events/bulk answered 401: {problem} (the key came from FLEXPRICE_API_KEY)" in live.log
+        assert "banner" not in live.log
+        assert KEY not in live.log
 
 
 @pytest.mark.slow

@@ -443,6 +443,13 @@ MALFORMED = {
 }
 
 
+@table("hello", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"\x16\x03\x03\x00\xb1\x01\x00\x00\xad\x03\x03"])
+def test_a_client_that_speaks_tls_is_told_so(live: Live, hello: bytes) -> None:
+    (answer,) = answers_to(live, hello)
+    refused(answer, part="the request is not HTTP but TLS: use http://, or a proxy with TLS in front of this server")
+    eventually(lambda: "is not HTTP but TLS" in live.log)
+
+
 @table("name", MALFORMED)
 def test_a_malformed_request_is_refused_after_earlier_requests_are_answered(live: Live, name: str) -> None:
     sent, part = MALFORMED[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import gzip
+import itertools
 import json
 import os
 import re
@@ -103,14 +104,135 @@ def test_the_format_is_detected_by_the_content(tmp_path: Path, content: bytes, w
     assert second["timestamp"] == at(1).replace("+00:00", "Z")
 
 
-@table("content", [b"\x89PNG\r\n\x1a\n", b"# Read me\n"], ids=["PNG", "text"])
-def test_a_file_of_no_known_format_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+NO_EVENTS = {  # content, what the message says
+    "PNG": (b"\x89PNG\r\n\x1a\n", ':1: is neither NDJSON nor JSON nor CSV with known columns and commas: it starts "'),
+    "Markdown": (b"# Read me\n\nHello, world\n", ': it starts "# Read me"; '),
+    "HTML": (b'<!doctype html>\n<html lang="en">\n', ': it starts "<!doctype html>"; '),
+    "Python": (b'"""Counts events, such as "call"."""\n\nimport os\n', ': it starts "\\"\\"\\"Counts events, such as'),
+    "a program": (b"\x7fELF\x02\x01\r\x01\n\x00", ': it starts "\\u007fELF\\u0002\\u0001'),
+    "TOML": (b'[project]\nname = "x"\n', ': it starts "[project]"; '),
+    "a log": (b"[2026-11-28 12:00:00] started, at last\n", ': it starts "[2026-11-28 12:00:00] started'),
+    "another table": (b"name,city\na,b\n", ': it starts "name,city"; '),
+    "a JSON text": (b'"event"\n', ': it starts "event"; '),
+    "an error": (b'{"code": "unauthorized", "message": "x"}\n',
+                 ':1: event_name: is required; external_customer_id: is required; it has the unknown fields "code", "message"; '),
+    "other objects": (b'[{"name": "x"},\n{"name": "y"}]\n', 'events[0].external_customer_id: is required; it has the unknown fields "name"'),
+}  # fmt: skip
+
+
+@table(("content", "part"), NO_EVENTS.values(), ids=NO_EVENTS)
+def test_a_file_without_any_event_is_refused_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, part: str
 ) -> None:
     imported(tmp_path, content, status=1)
+    message = capsys.readouterr().err
+    assert part in message
+    assert "; nothing was stored; no events were found: name another file, or rename its fields or columns (" in message
+    assert message.count("\n") == 1
+    assert sorted(sizes_in(tmp_path)) == ["in"]
+
+
+def test_after_a_good_event_a_bad_one_is_to_be_corrected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imported(tmp_path, GOOD % 1 + b'\n{"name": "x"}\n', status=1)
+    message = capsys.readouterr().err
     assert (
-        "in:1: is neither NDJSON nor JSON nor CSV with known columns and commas: it starts" in capsys.readouterr().err
+        'in:2: event_name: is required; external_customer_id: is required; it has the unknown fields "name"; '
+        in message
     )
+    assert message.endswith("; stored before it: 1 event, 1 of them new; correct it and import the file again\n")
+
+
+OF_ONE_EVENT = {
+    "ndjson": GOOD % 1 + b"\n", "json": b"[\n" + GOOD % 1 + b"\n]\n", "csv": b"event_name,external_customer_id\ncall,cust\n",
+    "parquet": b"PAR1" + b"\0" * 100, "text": b"# Read me\n"}  # fmt: skip
+SHOWN = {"ndjson": "NDJSON", "json": "JSON", "csv": "CSV", "parquet": "Parquet", "text": "no file of events"}
+
+
+@table("way", ["plain", "gzip", "utf-16"])
+@table(
+    ("form", "actual"),
+    [pair for pair in itertools.product(SHOWN, SHOWN) if pair[0] not in (pair[1], "text") and pair != ("csv", "text")],
+)
+def test_a_file_of_another_format_than_the_flag_says_is_refused_with_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, actual: str, way: str
+) -> None:
+    content = OF_ONE_EVENT[actual]
+    if way == "gzip":
+        content = gzip.compress(content)
+    elif way == "utf-16" and "parquet" not in (form, actual):
+        content = content.decode().encode("utf-16")
+    imported(tmp_path, content, "--format", form, status=1)
+    message = capsys.readouterr().err
+    assert f"{tmp_path}/in: --format is {form}, but it looks like {SHOWN[actual]}: it starts " in message
+    advice = "name a file of events" if actual == "text" else f"leave out --format, or give --format {actual}"
+    assert message.endswith(f"; nothing was stored; {advice}\n")
+    assert sorted(sizes_in(tmp_path)) == ["in"]
+
+
+@table("actual", ["json", "csv", "parquet"])
+def test_lines_of_another_format_are_not_rejected_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], actual: str
+) -> None:
+    imported(tmp_path, OF_ONE_EVENT[actual], "--format", "ndjson", "--skip-invalid", tmp_path / "rejects", status=1)
+    assert f"--format is ndjson, but it looks like {SHOWN[actual]}: it starts " in capsys.readouterr().err
+
+
+@table(("form", "content"), [
+    ("json", b'{"has_more": false, "total": 1, "events": [' + GOOD % 1 + b"]}"),
+    ("json", b'{"total": 1,\n"events": [' + GOOD % 1 + b"]}"),
+    ("json", b"[7," + GOOD % 1 + b"]"),
+    ("ndjson", b"\n\n" + GOOD % 1),
+    ("ndjson", b"# a comment\n" + GOOD % 1),
+    ("ndjson", b'"event_name": "cut off", "external_customer_id": "cust"}\n' + GOOD % 1),
+    ("ndjson", b"[2026-11-28 12:00] started\n" + GOOD % 1),
+    ("csv", b"\n\n ,\nevent_id,event_name,external_customer_id\n1,call,cust\n"),
+])  # fmt: skip
+def test_a_flag_for_the_format_is_believed_where_the_beginning_does_not_tell(
+    tmp_path: Path, form: str, content: bytes
+) -> None:
+    imported(tmp_path, content, "--format", form, "--skip-invalid", tmp_path / "rejects")
+    assert stored_ids(tmp_path) == ["1"]
+
+
+EMPTY = {
+    "nothing": b"", "blank lines": b"\n \r\n\n", "a mark": b"\xef\xbb\xbf", "gzip": gzip.compress(b""), "array": b"[]", "bulk": b'{"events": []}',
+    "null": b'{"events": []}\n{"events": []}', "header": b"event_name,external_customer_id\n", "sequence": b"\x1e\n"}  # fmt: skip
+
+
+@table("flags", [(), ("--dry-run",), ("--skip-invalid", "rejects")], ids=str)
+@table("content", EMPTY.values(), ids=EMPTY)
+def test_an_input_without_events_is_a_success_that_says_so(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    flags: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    imported(tmp_path, content, *flags)
+    assert "import" in (message := capsys.readouterr().err)
+    assert "; the input had no events; " in message
+    assert message.count("\n") == 1
+
+
+@table("name", ["/dev/null", "-"])
+def test_the_null_device_and_an_empty_pipe_have_no_events(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert command_line("import", "--db", tmp_path / "events.db", name) == 0
+    assert "imported 0 events into" in (message := capsys.readouterr().err)
+    assert "; the input had no events; " in message
+
+
+def test_a_summary_of_rejects_alone_does_not_call_the_input_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported(tmp_path, b"{}\n", "--skip-invalid", tmp_path / "rejects")
+    assert "imported 0 events" in (message := capsys.readouterr().err)
+    assert "1 rejected" in message
+    assert "no events" not in message
 
 
 NAMED = {  # content, problem
@@ -218,8 +340,6 @@ def test_a_value_that_does_not_fit_into_memory_is_refused(
 
 
 BAD_FROM_THE_START = {
-    "a text": b"Dear all,\n",
-    "a csv of something else": b"name,city\na,b\n",
     "a bad event": b'{"event_name": "call"}\n' + GOOD % 1,
     "an array that ends at once": b"[",
     "an object that ends at once": b'{"events": [{"event_name": ',
@@ -253,6 +373,13 @@ CANNOT_START = [  # arguments, what the message names
     ("import folder", "folder"),
     ("import in --db :memory:", ":memory:"),
     ("import in --db text.db", "not a SQLite database"),
+    ("import in --environment=", "--environment must not be empty: name an environment"),
+    ("import in --environment 'production'", "--environment \"'production'\" is longer than 255 characters, in quotes"),
+    (
+        "import in --environment prod\x07",
+        '--environment "prod\\u0007" is longer than 255 characters, in quotes, or has a control',
+    ),
+    ("import in --environment " + "x" * 256, "is longer than 255 characters"),
     ("import in --skip-invalid in", "overwrite"),
     ("import in --skip-invalid missing/rejects", "--skip-invalid"),
     ("import in --skip-invalid rejects --db missing/new.db", "the folder"),

@@ -182,7 +182,8 @@ def test_a_new_keys_line_goes_into_the_file_and_the_key_itself_only_to_the_termi
     (["new", "--environment", "a=b"], '--environment must not contain "=", got "a=b"'),
     (["new", "--label", "a;b"], '--label must not contain ";", got "a;b"'),
     (["new", "--label", "a\nb"], "has a control character"),
-    (["new", "--environment", ""], "no environment after it"),
+    (["new", "--environment", ""], "--environment must not be empty: name an environment"),
+    (["new", "--environment", " "], "--environment must not be empty: name an environment"),
 ])  # fmt: skip
 def test_the_command_keys_refuses_bad_values(tmp_path: Path, flags: list[str], message: str) -> None:
     done = refusal(tmp_path, "keys", *flags)

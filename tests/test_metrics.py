@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
+from eventstore import Service, StartError
+from eventstore_extras import metrics
 from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refusal, refused, run, store, table
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -28,6 +36,12 @@ def scraped(port: int) -> tuple[str, Samples]:
         (each.name, tuple(sorted(each.labels.items()))): each.value for family in families for each in family.samples
     }
     return answer.text, samples
+
+
+def service_of(client: httpx.Client) -> Service:
+    app: Any = cast(TestClient, client).app
+    service: Service = app.state.service
+    return service
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:
@@ -137,7 +151,7 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
 
 
 @table(("flag", "message"), [
-    ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, got '9100'"),
+    ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, with a port of 0 to 65535, got \"9100\""),
     ("127.0.0.1:x", "--metrics must be ADDRESS:PORT"),
     ("127.0.0.1:99999", "--metrics must be ADDRESS:PORT"),
     ("192.0.2.1:9100", "cannot listen on --metrics 192.0.2.1:9100"),
@@ -146,6 +160,41 @@ def test_an_address_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path, 
     done = refusal(tmp_path, "serve", "--port", "0", "--metrics", flag)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
+
+
+@table(("flag", "reason"), [
+    ("127.0.0.1:{taken}", "it is taken; choose another with --metrics (0 takes a free one)"),
+    ("192.0.2.1:9100", "this machine does not have that address; choose another with --metrics"),
+    ("no host:9100", "the name cannot be resolved; --metrics takes a name or an address"),
+    ("a..b:9100", "the name cannot be resolved; --metrics takes"),
+    ("http://127.0.0.1:9100", "the name cannot be resolved; --metrics takes"),
+])  # fmt: skip
+def test_a_second_listener_that_cannot_listen_names_flag_address_and_reason(
+    client: httpx.Client, flag: str, reason: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flag = flag.format(taken=taken.getsockname()[1])
+        with pytest.raises(StartError) as raised:
+            metrics.attach(service_of(client), Namespace(metrics=flag), None)
+    assert str(raised.value).startswith(f"cannot listen on --metrics {flag}: {reason}")
+    assert service_of(client).notices == []
+
+
+def test_a_second_listener_on_a_privileged_port_says_that_it_needs_rights(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))
+    monkeypatch.setattr("prometheus_client.start_http_server", refuse)
+    with pytest.raises(StartError, match=r"--metrics 127.0.0.1:80: ports below 1024 need more rights; choose another"):
+        metrics.attach(service_of(client), Namespace(metrics="127.0.0.1:80"), None)
+
+
+def test_the_banner_shows_an_ipv6_address_of_metrics_in_brackets(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prometheus_client.start_http_server", Mock(return_value=(Mock(server_port=9100), None)))
+    metrics.attach(service_of(client), Namespace(metrics="[::1]:9100"), None)
+    assert service_of(client).notices == ["metrics      http://[::1]:9100/metrics"]
 
 
 @pytest.mark.slow

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
+from freezegun import freeze_time
 
-from eventstore import EVENT_FILTERS, ApiError, Settings
+from eventstore import EVENT_FILTERS, ApiError, Settings, StartError, Store, to_us
 from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
 from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
@@ -129,9 +133,17 @@ def test_a_running_server_accepts_keys_and_settings(tmp_path: Path) -> None:
 
 @table(("arguments", "part"), [
     ({"colour": "red"}, r"running_server\(\) does not take colour; it takes listener, forward_to, api_keys, db, "),
+    ({"api_keys": "key"}, "api_keys must map keys to names of environments, such as .*, got str$"),
+    ({"api_keys": ["key"]}, "api_keys must map keys to names of environments, .*, got list$"),
+    ({"api_keys": {"key": None}}, "api_keys must map keys to names of environments, .*, got the name None"),
+    ({"api_keys": {"key": ""}}, "api_keys must map keys to names of environments, .*, got the name ''"),
+    ({"allowed_hosts": "eventstore"}, "allowed_hosts must be a list of names, got 'eventstore'"),
+    ({"clock": 1760528327962000}, "clock must be a function that returns microseconds since 1970 as an int, got 1760528327962000"),
+    ({"clock": time.time}, r"clock must be a function that returns microseconds since 1970 as an int, got \d+\.\d+"),
+    ({"clock": lambda: None}, "clock must be a function .*, got None"),
     ({"forward_to": "http://127.0.0.1:1"}, "forward_to must be another server, or have a url and an api_key, got 'http:"),
-], ids=str)  # fmt: skip
-def test_an_unknown_argument_is_an_error_that_lists_the_known_ones(arguments: dict[str, Any], part: str) -> None:
+])  # fmt: skip
+def test_an_argument_of_an_unknown_name_or_a_wrong_type_is_an_error(arguments: dict[str, Any], part: str) -> None:
     with pytest.raises(TypeError, match=part), running_server(**arguments):
         pass
 
@@ -154,14 +166,45 @@ def test_events_returns_dicts_oldest_first_and_takes_filters(mock: MockServer, c
     ({"colour": "red"}, TypeError, "no filter colour: it takes external_customer_id, "),
     ({"page_size": 5}, TypeError, "no filter page_size"),
     ({"start_time": "yesterday"}, ApiError, "start_time must be RFC 3339"),
-    ({"property_filters": {"status": "12"}}, ApiError, r"Expected `array \| null`, got `str` - at `\$.property_filters"),
-    ({"event_name": 5}, ApiError, "Expected `str"),
+    ({"property_filters": {"status": "12"}}, ApiError, r'property_filters must be an object of string arrays, got \{"status":"12"\}'),
+    ({"event_name": 5}, ApiError, "event_name must be a string, got 5"),
+    ({"environment": "stagin"}, ApiError, 'environment must be one of "development", got "stagin"'),
+    ({"environment": ""}, ApiError, 'environment must be one of "development", got ""'),
 ], ids=str)  # fmt: skip
 def test_events_rejects_bad_filters(
     mock: MockServer, filters: dict[str, Any], error: type[Exception], part: str
 ) -> None:
     with pytest.raises(error, match=part):
         mock.events(**filters)
+
+
+def test_a_key_that_no_header_can_carry_is_refused() -> None:
+    with (
+        pytest.raises(StartError, match="api_keys: an API key is empty, or has a space"),
+        running_server(api_keys={"a b": "c"}),
+    ):
+        pass
+
+
+@table(("fault", "part"), [
+    ({"status": "500"}, 'status must be an integer, got "500"'), ({"status": True}, "status must be an integer, got true"),
+    ({"status": 500, "stored": "yes"}, 'stored must be true or false, got "yes"'),
+    ({"status": 429, "retry_after_s": "soon"}, 'retry_after_s must be an integer, got "soon"'),
+    ({"delay_ms": 0.5}, "delay_ms must be an integer, got 0.5"), ({"status": 500, "path": 5}, "path must be a string, got 5"),
+])  # fmt: skip
+def test_a_fault_with_a_value_of_a_wrong_type_names_field_and_value(
+    mock: MockServer, fault: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(ApiError, match=re.escape(part)):
+        mock.fail(**fault)
+    assert mock.faults() == []
+
+
+def test_meters_of_an_unknown_environment_are_an_error_that_lists_the_known_ones() -> None:
+    with running_server(api_keys={"a": "one", "b": "two"}) as server:
+        assert server.meters(environment="two") == []
+        with pytest.raises(ApiError, match='environment must be one of "one", "two", got "three"'):
+            server.meters(environment="three")
 
 
 def test_a_misspelt_keyword_is_an_error_at_run_time_and_for_mypy(mock: MockServer) -> None:
@@ -232,6 +275,39 @@ def test_with_a_clock_that_stands_still_the_event_just_sent_counts_everywhere() 
         assert usage["value"] == 2
         assert len(client.get("/events").json()["events"]) == 2
         assert client.get(f"/meters/{feature['meter_id']}").json()["created_at"] == "2025-10-15T11:38:47.962Z"
+
+
+@table("now", ["2025-10-15T11:38:47.962Z", "2040-01-01T00:00:00Z", "1970-01-01T00:00:00Z", "1969-07-20T20:17:40Z"])
+def test_every_answer_has_one_date_which_comes_from_the_clock(now: str) -> None:
+    time = datetime.fromisoformat(now)
+    with running_server(clock=lambda: to_us(time)) as server, calling(server) as client:
+        server.fail(status=503, method="POST")
+        answers = [send(client), send(client), client.post("/events", content=b"{"), client.get("/nowhere"),
+                   client.get("/events"), client.head("/events"), client.put("/events"), client.options("/events"),
+                   client.get("/events", headers={"x-api-key": "wrong"}), client.get("/events", headers={"Host": "x.org"}),
+                   client.get(server.url.removesuffix("v1")), client.get(server.url.replace("v1", "health"))]  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "insert", Mock(side_effect=ZeroDivisionError))
+            answers.append(send(client))
+        statuses = [answer.status_code for answer in answers]
+        assert statuses == [503, 202, 400, 404, 200, 200, 405, 200, 401, 403, 200, 200, 500]
+        dates = {value for answer in answers for value in answer.headers.get_list("date")}
+        assert dates == {time.strftime("%a, %d %b %Y %H:%M:%S GMT")}
+        assert all(len(answer.headers.get_list("date")) == 1 for answer in answers)
+
+
+def test_the_date_of_answers_follows_a_clock_that_moves() -> None:
+    times = [NOW]
+    with running_server(clock=lambda: times[-1]) as server, calling(server) as client:
+        before = client.get("/events").headers["date"]
+        times.append(NOW + DAY_US)
+        after = client.get("/events").headers["date"]
+    assert (before, after) == ("Wed, 15 Oct 2025 11:38:47 GMT", "Thu, 16 Oct 2025 11:38:47 GMT")
+
+
+def test_the_date_of_answers_is_frozen_with_the_time() -> None:
+    with running_server() as server, calling(server) as client, freeze_time("2031-05-06 07:08:09.25"):
+        assert client.get("/events").headers.get_list("date") == ["Tue, 06 May 2031 07:08:09 GMT"]
 
 
 def test_a_server_can_be_unreachable_for_a_while_and_keeps_its_events() -> None:
@@ -447,7 +523,8 @@ def test_without_the_flag_the_mock_routes_are_404(client: httpx.Client, method: 
 def test_mock_routes_need_a_key_and_a_known_path(mock: MockServer, caller: httpx.Client) -> None:
     refused(httpx.delete(mock.url.replace("/v1", "/_mock/events")), 401, "unauthorized")
     refused(caller.get("../_mock/events"), 405, "method_not_allowed", "allowed: DELETE")
-    refused(caller.get("../_mock/nothing"), 404, "not_found", "POST /_mock/faults")
+    refused(caller.get("../_mock/nothing"), 404, "not_found", "this server has /v1/events,")
+    refused(caller.get("../_mock/fault"), 404, "not_found", "did you mean POST or GET or DELETE /_mock/faults?")
     assert {"/_mock/events", "/_mock/faults"} < set(caller.get("../openapi.json").json()["paths"])
 
 

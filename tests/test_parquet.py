@@ -493,7 +493,6 @@ def nested(depth: int) -> bytes:
 
 GOOD = parquet_of({"source": ["x"] * 3})
 BAD_FILES = {  # the content, or what makes it if that takes long; the problem, the flags
-    "no Parquet": (b'{"event_name": "call"}\n', "is not Parquet: it does not start with PAR1", "--format", "parquet"),
     "an empty one": (b"", "is not Parquet: it does not start with PAR1", "--format", "parquet"),
     "its mark alone": (b"PAR1", "is cut off: a Parquet file has its table of contents at its end"),
     "cut off": (GOOD[:-10], "is cut off: a Parquet file has its table of contents at its end"),
@@ -624,7 +623,7 @@ def test_an_export_to_a_terminal_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @table(
     "arguments",
-    ["import in --db new.db", "import lines --format parquet --db new.db", "export --db old.db -o out.parquet"],
+    ["import in --db new.db", "import in --format parquet --db new.db", "export --db old.db -o out.parquet"],
 )
 def test_without_arro3_the_message_says_what_to_install_and_other_formats_work(tmp_path: Path, arguments: str) -> None:
     code = "import sys; sys.modules['arro3'] = None; import eventstore; sys.exit(eventstore.main())"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from eventstore_extras import sending
-from fake_target import Handler, StoringTarget, accept, answer_413, answering, cut, refusing, reset
+from fake_target import FakeTarget, Handler, StoringTarget, accept, answer_413, answering, cut, refusing, reset
 from helpers import (
     EVER,
     KEY,
@@ -87,6 +88,31 @@ def test_replay_retries_429_500_and_broken_connections(tmp_path: Path, source: P
     assert exported(tmp_path / "target") == exported(source)
 
 
+REFUSED_KEY = "answered 401: it does not accept the key; give a key of that API"
+OWN_ERROR = {"code": "permission_denied", "message": "this key has the role event_reader", "details": {}}
+UNAUTHORIZED = {"code": "unauthorized", "message": "its banner says where its keys came from", "details": {}}
+
+
+@table(("status", "body", "part"), [
+    (401, json.dumps(UNAUTHORIZED), f"{REFUSED_KEY} as --api-key (the key came from FLEXPRICE_API_KEY)"),
+    (401, '{"error": "Unauthorized"}', f"{REFUSED_KEY} as --api-key (the key came from FLEXPRICE_API_KEY)"),
+    (401, '{"success": false, "error": {"message": "no"}}', f"{REFUSED_KEY} as --api-key (the key came from"),
+    (401, "", f"{REFUSED_KEY} as --api-key (the key came from FLEXPRICE_API_KEY)"),
+    (401, "<p>Log in first</p>", "answered 401: <p>Log in first</p> (the key came from FLEXPRICE_API_KEY)"),
+    (403, json.dumps(OWN_ERROR), "answered 403: this key has the role event_reader (the key came from FLEXPRICE_API_KEY)"),
+    (403, "<p>Forbidden</p>", "answered 403: <p>Forbidden</p>; this is the batch"),
+], ids=str)  # fmt: skip
+def test_a_refused_key_is_named_by_its_flag_or_variable(
+    source: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, status: int, body: str, part: str
+) -> None:
+    monkeypatch.setenv("FLEXPRICE_API_KEY", KEY)
+    with FakeTarget(answering(status, body.encode())) as target:
+        assert command_line("replay", "--db", source / "events.db", "--to", target.url) == 1
+    message = capsys.readouterr().err
+    assert f"{target.url}/events/bulk {part}" in message
+    assert "banner" not in message
+
+
 def test_a_refused_batch_stops_replay_and_the_same_command_continues_there(
     tmp_path: Path, source: Path, capsys: Captured
 ) -> None:
@@ -94,8 +120,8 @@ def test_a_refused_batch_stops_replay_and_the_same_command_continues_there(
     with StoringTarget(tmp_path / "target") as target:
         assert replayed(source, target.url, *flags, key="wrong") == 1
         message = capsys.readouterr().err
-        assert "answered 401: the header x-api-key holds a key" in message
-        assert "(the key came from --api-key)" in message
+        assert f"{target.url}/events/bulk {REFUSED_KEY} as --api-key (the key came from --api-key); this is" in message
+        assert "banner" not in message
         target.tricks = [refusing(400, "00045")]
         assert replayed(source, target.url, *flags) == 1
         message = capsys.readouterr().err
