@@ -40,7 +40,7 @@ from eventstore_extras.features import Feature, NamedMeter, ReportingUnit, named
 from eventstore_extras.meters import OPERATIONS as METER_OPERATIONS
 from eventstore_extras.meters import Meter
 from eventstore_extras.resources import decimal_text, plain_decimal, time_text
-from eventstore_extras.usage import shares_of
+from eventstore_extras.usage import read_all, shares_of
 
 __all__ = ["OPERATIONS", "Analytics", "AnalyticsIn", "AnalyticsItem", "AnalyticsPoint"]
 
@@ -236,7 +236,7 @@ async def compute_analytics(service: Service, request: Request) -> Response:
     shares = [scan._replace(spans=spans) for scan in scans for spans in shares_of(scan.spans)]
     cells: list[list[Cell]] = []
     selects = [partial(run_scan, query=query, scan=share, found=cells) for share in shares]
-    found = await service.store.read_all(selects, READER_THREADS - 1)  # leave one thread for the key's other requests
+    found = await read_all(service, selects, READER_THREADS - 1)  # leave one thread for the key's other requests
     return JsonResponse(await read(lambda _: _answer(query, meters, zip(shares, found, strict=True))))
 
 

@@ -136,7 +136,7 @@ class _Aggregate(NamedTuple):
     """How analytics computes an aggregation: SQL returns a value for each part of the range, Python merges them."""
 
     sql: Callable[[str, str], str]  # (column of the property, FILTER clause) -> aggregate
-    reads: str = ""  # how the column is read: _Property.function; empty if no column is needed
+    read_as: str = ""  # as in _Property; empty if no column is needed
     merge: Callable[[float, float], float] | None = operator.add  # of an earlier and a later part of a range
     finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
     event_columns: Sequence[str] = ()  # other columns in the aggregate: keys of _EVENT_COLUMNS
@@ -302,9 +302,9 @@ Group = tuple[str | None, ...]  # the values of the dimensions
 
 
 class _Property(NamedTuple):
-    """A column: what `function` returns for the property `key`."""
+    """A column with the values of a property."""
 
-    function: str  # of property_sql, number or unique
+    read_as: str  # text or value, as in property_sql; number or unique, as in number_sql and unique_sql
     key: str
 
 
@@ -318,10 +318,10 @@ def _properties_of(scan: Scan, named: NamedMeter) -> list[_Property]:
     """Return the properties that a meter needs: for its filters, its aggregate and the groups in its buckets."""
     filters = filters_in_both({}, named.meter)
     properties = [_Property(filter_options(values)[0][-1], key) for key, values in filters.items()]
-    if function := scan.aggregate(named).reads:
-        properties.append(_Property(function, named.aggregation.field or ""))
+    if read_as := scan.aggregate(named).read_as:
+        properties.append(_Property(read_as, named.aggregation.field or ""))
     if scan.is_bucketed and (key := _bucket_group(scan)):
-        properties.append(_Property("property_text", key))
+        properties.append(_Property("text", key))
     return properties
 
 
@@ -356,13 +356,13 @@ def _property_column(each: _Property, columns: _Columns) -> Sql:
     Reading it from every event would take 1.3 times as long with 20 event names.
     """
     name = columns.properties[each]
-    if each.function == "number":
+    if each.read_as == "number":
         number = number_sql(name, each.key)
         value = sql(f"max({number}, 0.0)", number)  # negative numbers count as 0
-    elif each.function == "unique":
+    elif each.read_as == "unique":
         value = unique_sql(name, each.key)
     else:
-        value = property_sql(each.function, name, each.key)
+        value = property_sql(each.read_as, name, each.key)
     if each in columns.event_names:
         is_needed = is_any_of("event_name", columns.event_names[each], f"{name}_event_names")
         value = sql(f"iif({is_needed}, {value}, NULL)", is_needed, value)
@@ -372,7 +372,7 @@ def _property_column(each: _Property, columns: _Columns) -> Sql:
 def _dimension(name: str, column: str) -> Sql:
     if name in DIMENSIONS:
         return sql(f"{DIMENSIONS[name]} AS {column}")
-    value = property_sql("property_text", column, name.removeprefix("properties."))
+    value = property_sql("text", column, name.removeprefix("properties."))
     return sql(f"{value} AS {column}", value)
 
 
@@ -414,8 +414,8 @@ def _condition(flag: str, named: NamedMeter, columns: _Columns) -> Sql:
     if named.archived_at_us is not None:
         clauses.append(sql(f"ingested_at_us < :{flag}_archived_us", **{f"{flag}_archived_us": named.archived_at_us}))
     for number, (key, values) in enumerate(filters_in_both({}, named.meter).items()):
-        functions, options = filter_options(values)
-        column = columns.properties[_Property(functions[-1], key)]
+        readings, options = filter_options(values)
+        column = columns.properties[_Property(readings[-1], key)]
         clauses.append(is_any_of(column, options, f"{flag}_values{number}"))
     return all_of(clauses)
 
@@ -431,7 +431,7 @@ def _flagged(scan: Scan, columns: _Columns) -> Sql:
 def _value(scan: Scan, named: NamedMeter, columns: _Columns, when: str) -> str:
     """Build the meter's aggregate over flagged events."""
     aggregate = scan.aggregate(named)
-    column = columns.properties.get(_Property(aggregate.reads, named.aggregation.field or ""), "")
+    column = columns.properties.get(_Property(aggregate.read_as, named.aggregation.field or ""), "")
     return aggregate.sql(column, when)
 
 
@@ -475,7 +475,7 @@ def _bucket_steps(scan: Scan, columns: _Columns) -> dict[str, Sql]:
     the buckets.
     """
     keys, key = _group_and_window(scan), _bucket_group(scan)
-    group = f"ifnull({columns.properties[_Property('property_text', key)]}, '')" if key else "''"
+    group = f"ifnull({columns.properties[_Property('text', key)]}, '')" if key else "''"
     maximum = _value(scan, scan.meters[0], columns, "")
     return {
         "by_group": sql(f"""SELECT {keys}, bucket, count(*) AS n, {maximum} AS v

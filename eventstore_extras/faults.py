@@ -29,6 +29,7 @@ from eventstore import (
     Caller,
     Faults,
     FieldError,
+    Routes,
     Row,
     Service,
     Store,
@@ -288,7 +289,7 @@ def _losing_ingest(service: Service) -> ASGIApp:
     losing = copy.copy(service)
     losing.store = cast(Store, _LosingStore(service.store.environments))
     ingest = [each for each in _API_OPERATIONS if each.method == "POST" and each.path in INGEST_PATHS]
-    return Starlette(routes=[each.route(losing) for each in ingest], exception_handlers=EXCEPTION_HANDLERS)
+    return Starlette(routes=[Routes(losing, ingest)], exception_handlers=EXCEPTION_HANDLERS)
 
 
 async def _discard_body(_: Scope, receive: Receive, __: Send) -> None:

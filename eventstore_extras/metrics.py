@@ -7,7 +7,9 @@ take a lock at each step, which would cost 5 % of the single events. docs/monito
 from __future__ import annotations
 
 import itertools
+import os
 import platform
+import shutil
 import sqlite3
 import sys
 import time
@@ -15,6 +17,7 @@ from argparse import Namespace
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -65,6 +68,12 @@ def _gauge(name: str, text: str, value: float | Mapping[str, float]) -> GaugeMet
     for environment, each in value.items() if isinstance(value, Mapping) else [(None, value)]:
         metric.add_metric([] if environment is None else [environment], each)
     return metric
+
+
+def _size_of(path: str) -> int:
+    with suppress(FileNotFoundError):
+        return os.path.getsize(path)
+    return 0
 
 
 class Metrics:
@@ -126,6 +135,7 @@ class Metrics:
             found = {(name,): number for (kind, name), number in list(self._events.items()) if kind == what}
             yield _counter(f"eventstore_events_{what}", f"Events {text}.", found, ["environment"])
         yield from self._store_metrics()
+        yield from self._file_metrics()
         yield from self._outbox_metrics()
         yield from self._retention_metrics()
         build = {"version": __version__, "sqlite": sqlite3.sqlite_version, "python": platform.python_version()}
@@ -155,9 +165,14 @@ class Metrics:
         yield _gauge("eventstore_queries_running", "Queries in reader threads.", state.running_queries)
         yield _gauge("eventstore_queries_waiting", "Queries that wait for a reader thread.", state.waiting_queries)
         yield _counter("eventstore_query_timeouts", "Queries that took too long.", {(): state.query_timeouts})
-        yield _gauge("eventstore_database_bytes", "Size of the database file.", state.database_bytes)
-        yield _gauge("eventstore_wal_bytes", "Size of the write-ahead log.", state.wal_bytes)
-        yield _gauge("eventstore_disk_free_bytes", "Free bytes of the database's disk.", state.free_bytes)
+
+    def _file_metrics(self) -> Iterator[Metric]:
+        path = self._service.store.path
+        yield _gauge("eventstore_database_bytes", "Size of the database file.", _size_of(path))
+        yield _gauge("eventstore_wal_bytes", "Size of the write-ahead log.", _size_of(f"{path}-wal"))
+        with suppress(OSError):  # the folder was removed
+            free_bytes = shutil.disk_usage(os.path.dirname(path)).free
+            yield _gauge("eventstore_disk_free_bytes", "Free bytes of the database's disk.", free_bytes)
 
     def _outbox_metrics(self) -> Iterator[Metric]:
         outboxes = dict(self._service.outboxes)

@@ -81,7 +81,7 @@ def stored_events(conn: sqlite3.Connection, query: EventQuery) -> Iterator[list[
     No statement stays open between pages: it would keep a server's write-ahead log from being checkpointed.
     """
     while True:
-        where = all_of([matching(query), after_cursor(query, query.after, "", descending=False)])
+        where = all_of([matching(query), after_cursor(query, "", descending=False)])
         page = select_rows(conn, sql(f"{index_of(query.filters)} WHERE {where} ORDER BY timestamp_us, id", where))
         if not page:
             return

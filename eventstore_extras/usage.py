@@ -6,6 +6,7 @@ the handler. The modules meters and analytics use this one.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import math
@@ -81,7 +82,7 @@ from eventstore_extras.openapi import (
 __all__ = [
     "AGGREGATIONS", "AGGREGATION_ENUMS", "AGGREGATION_SCHEMA", "OPERATIONS", "WEIGHT", "Usage", "UsageIn",
     "UsageQuery", "Windows", "add_text_hash", "aggregate", "check_aggregation", "check_positive", "number_sql",
-    "select_cells", "shares_of", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
+    "read_all", "select_cells", "shares_of", "sum_of", "unique_sql", "usage_answer", "usage_query", "usage_value",
 ]  # fmt: skip
 
 AGGREGATIONS = ("COUNT", "SUM", "AVG", "MAX", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "WEIGHTED_SUM")
@@ -285,7 +286,7 @@ def unique_sql(name: str, key: str) -> Sql:
 
     This bounds the memory for each value. The function `text_hash` must exist: see `add_text_hash`.
     """
-    text = property_sql("property_text", name, key)
+    text = property_sql("text", name, key)
     return sql(f"(SELECT iif(length(v) > {_MAX_TEXT_CHARS}, text_hash(v), v) FROM (SELECT {text} AS v))", text)
 
 
@@ -320,7 +321,7 @@ def _cell_sql(query: UsageQuery) -> Sql:
         "COUNT_UNIQUE": f"count(DISTINCT {text})",
         "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
     }.get(query.aggregation, sum_of(number))  # fmt: skip
-    group = property_sql("property_text", "group", query.group_property)
+    group = property_sql("text", "group", query.group_property)
     if query.group_property:
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
     if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
@@ -422,6 +423,27 @@ def select_cells(conn: sqlite3.Connection, query: UsageQuery, spans: Sequence[Sp
     return select_per_span(conn, _cell_sql(query), spans)
 
 
+async def read_all(
+    service: Service, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
+) -> list[T]:
+    """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
+    turns = asyncio.Semaphore(at_once)
+
+    async def read(operation: Callable[[sqlite3.Connection], T]) -> T:
+        async with turns:
+            return await service.store.read(operation, quick=False)
+
+    tasks = [asyncio.ensure_future(read(operation)) for operation in operations]
+    try:
+        async with asyncio.timeout(service.settings.query_timeout_s):
+            return await asyncio.gather(*tasks)
+    except TimeoutError:
+        raise service.store.too_long() from None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def aggregate(
     service: Service, query: UsageQuery, answer: Callable[[UsageQuery, Sequence[Span], Sequence[Any]], object]
 ) -> bytes:
@@ -432,7 +454,7 @@ async def aggregate(
     """
     read = partial(service.store.read, quick=False)
     spans = await read(lambda _: _spans(query))
-    shares = await service.store.read_all(partial(select_cells, query=query, spans=part) for part in shares_of(spans))
+    shares = await read_all(service, [partial(select_cells, query=query, spans=part) for part in shares_of(spans)])
     cells = list(itertools.chain.from_iterable(shares))
     return await read(lambda _: ENCODER.encode(answer(query, spans, cells)))
 

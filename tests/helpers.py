@@ -29,7 +29,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Settings, Store, create_app, main
+from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +70,15 @@ def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any)
     return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
 
 
-def store_of(client: httpx.Client) -> Store:
-    """Return the store of an application in this process."""
+def service_of(client: httpx.Client) -> Service:
+    """Return the service of an application in this process."""
     app: Any = cast(TestClient, client).app
-    store: Store = app.state.service.store
-    return store
+    service: Service = app.state.service
+    return service
+
+
+def store_of(client: httpx.Client) -> Store:
+    return service_of(client).store
 
 
 def metering(folder: Path, **settings: Any) -> TestClient:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,3 +79,26 @@ def test_added_operations_and_middleware_are_served_and_described_like_the_built
     schemas = document["components"]["schemas"]
     assert (schemas["Name"]["required"], schemas["Name"]["properties"]["name"]["maxLength"]) == (["name"], 9)
     assert schemas["Greeting"]["properties"] == {"text": {"type": "string"}}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "part"),
+    [
+        ("GET", "events", 200, ""),
+        ("HEAD", "events", 200, ""),
+        ("PUT", "events", 405, "allowed: GET, HEAD, POST"),
+        ("DELETE", "events/x", 405, "allowed: GET, HEAD"),
+        ("POST", "events/x", 404, 'no route "/v1/events/x"'),
+        ("GET", "nowhere", 404, 'no route "/v1/nowhere"'),
+    ],
+)
+def test_a_mounted_application_finds_its_routes(tmp_path: Path, method: str, path: str, status: int, part: str) -> None:
+    app = create_app(Settings(db=str(tmp_path / "events.db"), api_keys=KEYS))
+    client = TestClient(Starlette(routes=[Mount("/below", app)]), headers={"x-api-key": STAGING_KEY})
+    try:
+        answer = client.request(method, f"/below/v1/{path}")
+    finally:
+        app.state.service.store.close()
+    assert (answer.status_code, part in answer.text.replace("\\", "")) == (status, True)
+    if status == 405:
+        assert part == f"allowed: {answer.headers['allow']}"

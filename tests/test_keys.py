@@ -47,6 +47,27 @@ def test_keys_come_from_the_first_source_that_has_any_and_are_not_shown(
         assert [key for key in ("a-b", "one=", "two=", "app-key", "evs_") if key in shown] == []
 
 
+@table(
+    ("source", "text"),
+    [
+        ("--api-key", "key=production"),
+        ("--api-key", "key; role=event_reader"),
+        ("--api-key", "sha256:" + "0" * 64),
+        ("EVENTSTORE_API_KEYS", "one, two"),
+        ("FLEXPRICE_API_KEY", "key; label=app"),
+    ],
+)
+def test_the_service_alone_refuses_keys_that_need_the_extras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, text: str
+) -> None:
+    monkeypatch.setattr("eventstore._has_extras", lambda: False)
+    flags, environ = ([source, text], {}) if source == "--api-key" else ([], {source: text})
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, **environ)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"eventstore: {source} with more .* needs the folder eventstore_extras .*\n", done.stderr)
+    assert text not in done.stderr
+
+
 @table("text", ["k1=production;k2=staging", "a=b=prod", "a,b", "a=b,c"])
 @table("source", ["--api-key", "--api-key-file", "EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY"])
 def test_a_key_that_contains_a_separator_is_refused_with_the_likely_reason(

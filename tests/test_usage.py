@@ -43,6 +43,7 @@ from helpers import (
     page,
     random_value,
     refused,
+    service_of,
     serving,
     store,
     store_of,
@@ -296,7 +297,7 @@ def test_operations_of_one_request_share_its_time_limit(tmp_path: Path) -> None:
 
     with serving(tmp_path, query_timeout_s=0.3) as client:
         with pytest.raises(ApiError, match="took longer"):
-            asyncio.run(store_of(client).read_all([read] * 10_000))
+            asyncio.run(usage_module.read_all(service_of(client), [read] * 10_000))
         assert len(ran) < 10_000
 
 
@@ -305,10 +306,10 @@ def test_if_one_operation_of_a_request_fails_the_others_end(tmp_path: Path) -> N
         raise ZeroDivisionError
 
     with serving(tmp_path, query_timeout_s=3600) as client:
-        store_ = store_of(client)
+        service = service_of(client)
         with pytest.raises(ZeroDivisionError):
-            asyncio.run(store_.read_all([lambda conn: conn.execute(FOREVER).fetchall(), fail]))
-        eventually(lambda: store_._readers.running == 0)
+            asyncio.run(usage_module.read_all(service, [lambda conn: conn.execute(FOREVER).fetchall(), fail]))
+        eventually(lambda: service.store._readers.running == 0)
 
 
 @table("kind", AGGREGATIONS)
