@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ pytest.register_assert_rewrite("browser", "helpers", "oracle")  # before they ar
 from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
 from helpers import KEY, NOW, Live, at, event, metering, run, serving, store  # noqa: E402
+
+# Without cached bytecode each server would compile its modules again, and each worker all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
@@ -66,7 +71,6 @@ def _clean_environment() -> Iterator[None]:
         patch.setenv("no_proxy", "127.0.0.1")
         patch.delenv("FLEXPRICE_API_KEY", raising=False)
         patch.delenv("EVENTSTORE_API_KEYS", raising=False)
-        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # each server would compile all modules again
         yield
 
 

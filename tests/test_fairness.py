@@ -645,20 +645,20 @@ def test_a_body_without_events_may_have_one_megabyte(live: Live, path: str) -> N
         assert store(client, event(properties={"text": "x" * 2_000_000})).status_code == 202
 
 
-LARGE = {
-    "empty objects": b'{"a": [%b]}' % b",".join([b"{}"] * 450_000),
-    "empty arrays": b'{"a": [%b]}' % b",".join([b"[]"] * 450_000),
-    "numbers": b'{"a": [%b]}' % b",".join([b"1"] * 2_600_000),
-    "members": b"{%b}" % b",".join(b'"k%d":1' % number for number in range(2_600_000)),
-    "deep arrays": b'{"a": [%b]}' % b",".join([b"[" * 400 + b"]" * 400] * 2000),
-    "text with commas": b'{"a": "%b"}' % (b", " * 2_600_000),
+LARGE: dict[str, Callable[[], bytes]] = {  # made on demand: they are large
+    "empty objects": lambda: b'{"a": [%b]}' % b",".join([b"{}"] * 450_000),
+    "empty arrays": lambda: b'{"a": [%b]}' % b",".join([b"[]"] * 450_000),
+    "numbers": lambda: b'{"a": [%b]}' % b",".join([b"1"] * 2_600_000),
+    "members": lambda: b"{%b}" % b",".join(b'"k%d":1' % number for number in range(2_600_000)),
+    "deep arrays": lambda: b'{"a": [%b]}' % b",".join([b"[" * 400 + b"]" * 400] * 2000),
+    "text with commas": lambda: b'{"a": "%b"}' % (b", " * 2_600_000),
 }
 
 
 @table("bulk", [False, True], ids=["single", "batch"])
-@table("properties", LARGE.values(), ids=LARGE)
-def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, properties: bytes, bulk: bool) -> None:
-    body = b'{"event_name": "e", "external_customer_id": "c", "properties": %b}' % properties
+@table("name", LARGE)
+def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, name: str, bulk: bool) -> None:
+    body = b'{"event_name": "e", "external_customer_id": "c", "properties": %b}' % LARGE[name]()
     with serving(tmp_path) as client:
         path, sent = ("/v1/events/bulk", b'{"events": [%b]}' % body) if bulk else ("/v1/events", body)
         response = client.post(path, content=sent)
