@@ -9,8 +9,8 @@ It runs as one process on one machine.
 
 Copied alone with schema.sql and debugger.html, this file serves ingest, queries, lookup, monitoring, health and the
 debugger page. It then lacks usage, meters, analytics, the OpenAPI document, rate limits, all other commands, limits on
-a connection's sizes and times, API keys with environments, roles, labels or hashes, and upgrades of older files. These
-are in the folder eventstore_extras; a module there is imported when a command, a flag or a request needs it.
+a connection's sizes and times, API keys with roles, labels or hashes, and upgrades of older files. These are in the
+folder eventstore_extras; a module there is imported when a command, a flag or a request needs it.
 
 A map of this file. Each part uses only the parts above it:
 
@@ -3313,14 +3313,22 @@ class FoundKeys(NamedTuple):
 
 
 def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys | None:
-    """Do what keys.find_api_keys does, for keys without an environment, a label, a role or a hash."""
+    """Do what keys.find_api_keys does, for keys without a label, a role or a hash, and one key in a variable."""
     given = [("--api-key", flags.api_key)]
     given += [(name, [environ[name]]) for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY") if name in environ]
     for source, texts in given:
-        if any(re.search("^sha256:|[=;,]", text) for text in texts):
-            raise _no_extras(f"{source} with more than a key in it")
-        if texts:
-            return FoundKeys(tuple(ApiKey.hashed(check_key(text, f"{source}: ")) for text in texts), source)
+        keys = []
+        for key, separator, environment in (text.partition("=") for text in texts):
+            if (
+                re.search("^sha256:|[;,]", f"{key}{environment}")
+                or "=" in environment
+                or (separator and not environment)
+            ):
+                raise _no_extras(f"{source} with more than KEY or KEY=ENVIRONMENT in it")
+            check_name(environment, f"{source}: the environment")
+            keys.append(ApiKey.hashed(check_key(key, f"{source}: "), environment or "development"))
+        if keys:
+            return FoundKeys(tuple(keys), source)
     return None
 
 

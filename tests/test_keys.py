@@ -50,7 +50,8 @@ def test_keys_come_from_the_first_source_that_has_any_and_are_not_shown(
 @table(
     ("source", "text"),
     [
-        ("--api-key", "key=production"),
+        ("--api-key", "key=production=x"),
+        ("--api-key", "key="),
         ("--api-key", "key; role=event_reader"),
         ("--api-key", "sha256:" + "0" * 64),
         ("EVENTSTORE_API_KEYS", "one, two"),
@@ -64,7 +65,10 @@ def test_the_service_alone_refuses_keys_that_need_the_extras(
     flags, environ = ([source, text], {}) if source == "--api-key" else ([], {source: text})
     done = refusal(tmp_path, "serve", "--port", "0", *flags, **environ)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(rf"eventstore: {source} with more .* needs the folder eventstore_extras .*\n", done.stderr)
+    assert re.fullmatch(
+        rf"eventstore: {source} with more than KEY or KEY=ENVIRONMENT in it needs the folder eventstore_extras .*\n",
+        done.stderr,
+    )
     assert text not in done.stderr
 
 

@@ -105,19 +105,22 @@ def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: P
         shutil.copy(ROOT / name, tmp_path)
     alone = (sys.executable, "-S", tmp_path / "eventstore.py")  # without the links of site-packages to this checkout
     libraries = {"PYTHONPATH": os.pathsep.join(sysconfig.get_path(name) for name in ("purelib", "platlib"))}
-    with Live(tmp_path, "--api-key", KEY, command=alone, **libraries) as live, live.client() as client:
+    keys = ("--api-key", KEY, "--api-key", "other=staging")
+    with Live(tmp_path, *keys, command=alone, **libraries) as live, live.client() as client:
         store(client, event("alone"))
         assert ids(client) == ["alone"]
+        with live.client("other") as other:
+            assert ids(other) == []
         refused(client.post("/v1/events", content=gzip.compress(b"{}")), part="the body is not valid JSON")
         assert client.get("/").text == DEBUGGER
         assert live.stop() == 0
     for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "prune --before now",
-                    "serve --port 0 --api-key KEY=prod", "serve --port 0 --mock", "serve --port 0 --forward-to http://host", "serve --port 0 --retain-days 1"):  # fmt: skip
+                    "serve --port 0 --api-key KEY;role=event_reader", "serve --port 0 --mock", "serve --port 0 --forward-to http://host", "serve --port 0 --retain-days 1"):  # fmt: skip
         done = run(*alone, *command.split(), cwd=tmp_path, env=os.environ | libraries)
         assert (done.returncode, done.stdout) == (2, "")
         needing = command.split()[3] if command.startswith("serve") else command.split()[0]
         beside = re.escape(str(tmp_path / "eventstore.py"))
-        needing += "( with more than a key in it)?"
+        needing += "( with more than KEY or KEY=ENVIRONMENT in it)?"
         assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
 
 
