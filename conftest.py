@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,27 @@ from browser import Debugger, environment_of  # noqa: E402
 from eventstore import Operation  # noqa: E402
 from helpers import KEY, NOW, Live, at, event, metering, run, serving, store  # noqa: E402
 
+# Without cached bytecode each server would compile its modules again, and each worker all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Run the whole suite with one xdist worker per core, and files or tests named on the command line in one process.
+    """Run the whole suite with xdist, and files or tests named on the command line in one process.
+
+    There is one worker per core. If the run includes slow tests, which often wait, there are twice as many, up to 8.
 
     `-n 0` and `-p no:xdist` turn this off. With `-n` in addopts, `-p no:xdist` would fail with an unknown option.
     """
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
     if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = "auto"
+        cores = os.cpu_count() or 1
+        many = max(cores, min(2 * cores, 8))
+        config.option.numprocesses = "auto" if "not slow" in config.option.markexpr else many
         config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 
 
@@ -44,6 +53,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # not on Windows
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that none of them begins when the other workers have finished."""
+
+    def seconds(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("slow")
+        return marker.args[0] if marker and marker.args else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

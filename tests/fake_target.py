@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import socketserver
@@ -218,10 +217,3 @@ def lag(client: httpx.Client, key: str = KEY) -> tuple[int, str | None]:
     """Return how many events of the key's environment wait to be forwarded, and the target's host."""
     answer = client.get("/v1/events/monitoring", headers={"x-api-key": key})
     return answer.json()["post_processing_lag"], answer.headers.get("X-Forward-To")
-
-
-async def becomes(condition: Callable[[], bool]) -> None:
-    """Wait in an event loop until the condition is true."""
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - another thread makes it true
-            await asyncio.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import io
@@ -22,6 +23,7 @@ from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -243,10 +245,19 @@ def request_bytes(
 
 
 def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    """Wait until the condition is true, asking less often the longer it takes."""
+    deadline, pause_s = time.monotonic() + 60, 0.002
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(pause_s * 1.2, 0.05)
+
+
+async def becomes(condition: Callable[[], object]) -> None:
+    """Wait in an event loop until the condition is true."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - another thread makes it true
+            await asyncio.sleep(0.001)
 
 
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -261,11 +272,13 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
 
 def command_line(*arguments: object) -> int:
     """Run `eventstore` in this process and return its exit status."""
-    handler = signal.getsignal(signal.SIGTERM)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handlers = [signal.getsignal(number) for number in numbers]
     try:
         return main([*map(str, arguments)])
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -281,9 +294,11 @@ def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) 
 def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
     output, errors = io.StringIO(), io.StringIO()
+    server = Mock()
+    server.run = lambda **_: pytest.fail("it started")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
         patch.chdir(folder)
-        patch.setattr("eventstore.uvicorn_server", lambda *_: pytest.fail("it started"))
+        patch.setattr("eventstore.uvicorn_server", lambda *_: server)
         for name, value in environ.items():
             patch.setenv(name, value)
         try:
@@ -360,7 +375,12 @@ def nasty_folder(folder: Path) -> Path:
 
 # ---------------------------------------------------------------------------------------------- a server in a process
 
-SCRIPT = (sys.executable, ROOT / "eventstore.py")
+# Runs the module of this checkout. It starts faster than the script, which Python compiles each time.
+SCRIPT = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eventstore; sys.exit(eventstore.main())",
+)
 
 
 class Live:

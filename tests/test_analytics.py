@@ -911,12 +911,11 @@ def random_range(choose: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@table("queries", [4, pytest.param(12, marks=pytest.mark.slow)])
 @table("group_by", DIMENSIONS, ids=[f"{number} {'+'.join(names)}" for number, names in enumerate(DIMENSIONS)])
-def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any], queries: int) -> None:
+def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any]) -> None:
     client, meters, _, countable = ledger
     choose, compared = random.Random(f"analytics {group_by}"), 0
-    for number in range(queries):
+    for number in range(12):
         query = random_range(choose) | {"group_by": group_by}
         if number % 3:
             query["window_size"] = SIZES[number % len(SIZES)]
@@ -935,17 +934,16 @@ def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any], querie
                     for group, item in expected_analytics(meter, countable[meter["id"]], query).items()}  # fmt: skip
         check_items(items, query, expected)
         compared += sum(item.usage > 0 for item in expected.values())
-    assert compared * 12 > 50 * queries
+    assert compared > 50
 
 
 @pytest.mark.slow
-@table("queries", [12, pytest.param(40, marks=pytest.mark.slow)])
 @table("kind", AGGREGATIONS)
-def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str, queries: int) -> None:
+def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str) -> None:
     client, meters, events, _ = ledger
     choose, compared = random.Random(f"usage {kind}"), 0
     for meter in (one for one in meters if one["aggregation"]["type"] == kind):
-        for number in range(queries // len(HOW[kind])):
+        for number in range(40 // len(HOW[kind])):
             query = random_range(choose) | {"timezone": choose.choice(ZONES)}
             if number % 3:
                 query["window_size"] = choose.choice(SIZES)
@@ -969,7 +967,7 @@ def test_usage_of_a_meter_matches_plain_python(ledger: Any, kind: str, queries: 
                 [each for _, each in results[skipped:]], rel=1e-9, abs=1e-9
             ), query
             compared += value > 0
-    assert compared * 40 > (5 if kind == "LATEST" else 25) * queries
+    assert compared > (5 if kind == "LATEST" else 25)
 
 
 def starts_in_a_bucket(query: dict[str, Any], bucket: str) -> bool:

@@ -134,11 +134,11 @@ def test_help_and_version_are_printed_and_nothing_else_happens(tmp_path: Path) -
              "--access-log", "--log-level", "127.0.0.1", "8080", "events.db", "33554432", "30", "100000")  # fmt: skip
     assert (shown.returncode, [flag for flag in flags if flag not in shown.stdout]) == (0, [])
     for command in ("import", "export", "replay"):
-        shown = run(*SCRIPT, command, "--help", cwd=tmp_path)
+        shown = refusal(tmp_path, command, "--help")
         assert (shown.returncode, "--environment" in shown.stdout, "None" in shown.stdout) == (0, True, False)
     for bad_flags in ([], ["serve", "--port", "70000"], ["serve", "--queue-events", "0"], ["serve", "--max-body-bytes", "1" + "0" * 20], ["import"],
                       ["replay", "--to", "http://x", "--batch-size", "1001"]):  # fmt: skip
-        assert run(*SCRIPT, *bad_flags, cwd=tmp_path).returncode == 2
+        assert refusal(tmp_path, *bad_flags).returncode == 2
     imported = python("import eventstore", cwd=tmp_path)
     assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from helpers import (
     KEY,
     KEYS,
     Live,
+    becomes,
     command_line,
     counts,
     event,
@@ -326,13 +327,13 @@ def test_a_timeout_around_an_in_process_client_is_its_own(tmp_path: Path, monkey
                 async with asyncio.timeout(0.05):
                     await client.post("/v1/events", json=event("a"))
             task = asyncio.create_task(client.post("/v1/events", json=event("b")))
-            await asyncio.sleep(0.05)
+            await becomes(lambda: service.store.state().waiting_events == 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             service.is_stopping = lambda: True
             task = asyncio.create_task(client.post("/v1/events", json=event("c")))
-            await asyncio.sleep(0.05)
+            await becomes(lambda: service.store.state().waiting_events == 1)
             task.cancel()
             refused(await task, 503, "service_unavailable", "shutting down")
             assert service.shares.total == 0

@@ -33,7 +33,7 @@ import pytest
 import eventstore
 from eventstore_extras import analytics, features, meters, usage
 from eventstore_extras.mock import MockServer, running_server
-from helpers import free_port
+from helpers import eventually, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -44,7 +44,7 @@ DEPLOYING, RELIABILITY, OUTBOX, MOVING, REFERENCE, API, ANALYTICS, METERS, FIDEL
     for name in ("deploying", "reliability", "outbox", "moving", "reference", "api", "analytics", "meters", "fidelity")
 )
 API_PAGES = tuple(PAGES[f"docs/{name}.md"] for name in ("api", "sending", "querying", "usage", "meters", "analytics"))
-EVENTSTORE = (sys.executable, str(ROOT / "eventstore.py"))
+EVENTSTORE = (sys.executable, "-m", "eventstore")
 KEY = "key-of-the-pages"
 EVENT = {"event_name": "call", "external_customer_id": "cust"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -241,7 +241,8 @@ def run_program(name: str, program: str, folder: Path) -> str:
     is_test_file = name == "docs/testing.md"
     path = folder / ("test_pasted.py" if is_test_file else "pasted.py")
     path.write_text(program + USES_THE_OTHER_FIXTURE * is_test_file)
-    pytest_if_so = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] * is_test_file
+    plugins = ("no:cacheprovider", "no:schemathesis", "no:hypothesispytest")
+    pytest_if_so = ["-m", "pytest", "-q", *(f"-p{plugin}" for plugin in plugins)] * is_test_file
     done = run(folder, sys.executable, *pytest_if_so, path)
     assert done.returncode == 0, done.stdout
     assert not is_test_file or "6 passed" in done.stdout
@@ -544,15 +545,19 @@ def test_a_key_can_be_changed_without_losing_a_request(tmp_path: Path) -> None:
             if over.wait(0.01):
                 return
 
+    def wait_for_more() -> None:
+        before = len(sent)
+        eventually(lambda: len(sent) > before + 3)
+
     thread = threading.Thread(target=application)
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production"):
         thread.start()
-        time.sleep(0.2)
+        wait_for_more()
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="old-key=production,new-key=production"):
         key = "new-key"
-        time.sleep(0.2)
+        wait_for_more()
     with serving(tmp_path, port, EVENTSTORE_API_KEYS="new-key=production"):
-        time.sleep(0.2)
+        wait_for_more()
         over.set()
         thread.join()
         assert {status for _, status in sent} == {202}

@@ -399,24 +399,28 @@ def test_a_batch_with_unknown_fields_is_stored_and_its_faults_are_found(
     assert [fault["index"] for fault in details["errors"]] == [*range(0, 900, 9)]
 
 
-MILLIONS = b",".join(b'"%d":1' % number for number in range(1_000_000))
-MANY: dict[str, tuple[str, bytes]] = {
-    "fields of an event": ("/v1/events", b'{"event_name":"call","external_customer_id":"cust",%b}' % MILLIONS),
-    "fields of an event in a batch": ("/v1/events/bulk", b'{"events":[{"event_name":"call","external_customer_id":"cust",%b}]}' % MILLIONS),
-    "fields of a batch": ("/v1/events/bulk", b'{"events":[{"event_name":"call","external_customer_id":"cust"}],%b}' % MILLIONS),
-    "empty events": ("/v1/events/bulk", b'{"events":[%b]}' % b",".join([b"{}"] * 4_000_000)),
-    "events with a brace": ("/v1/events/bulk", b'{"events":[%b]}' % b",".join([b'{"x":{}}'] * 400_000)),
-    "filters of a meter": ("/v1/meters", b'{"filters":[%b]}' % b",".join([b"{}"] * 150_000)),
-    "filters of a wrong type": ("/v1/meters", b'{"filters":[%b,1]}' % b",".join([b"{}"] * 150_000)),
-    "names to group by": ("/v1/events/analytics", b'{"group_by":[%b]}' % b",".join([b'"?"'] * 200_000)),
-    "a query of 2 MB": ("/v1/events/query", b'{"source":"%b"}' % (b"x" * 2_000_000)),
+def millions() -> bytes:
+    return b",".join(b'"%d":1' % number for number in range(1_000_000))
+
+
+MANY: dict[str, tuple[str, Callable[[], bytes]]] = {  # the bodies are made on demand: they are large
+    "fields of an event": ("/v1/events", lambda: b'{"event_name":"call","external_customer_id":"cust",%b}' % millions()),
+    "fields of an event in a batch": ("/v1/events/bulk", lambda: b'{"events":[{"event_name":"call","external_customer_id":"cust",%b}]}' % millions()),
+    "fields of a batch": ("/v1/events/bulk", lambda: b'{"events":[{"event_name":"call","external_customer_id":"cust"}],%b}' % millions()),
+    "empty events": ("/v1/events/bulk", lambda: b'{"events":[%b]}' % b",".join([b"{}"] * 4_000_000)),
+    "events with a brace": ("/v1/events/bulk", lambda: b'{"events":[%b]}' % b",".join([b'{"x":{}}'] * 400_000)),
+    "filters of a meter": ("/v1/meters", lambda: b'{"filters":[%b]}' % b",".join([b"{}"] * 150_000)),
+    "filters of a wrong type": ("/v1/meters", lambda: b'{"filters":[%b,1]}' % b",".join([b"{}"] * 150_000)),
+    "names to group by": ("/v1/events/analytics", lambda: b'{"group_by":[%b]}' % b",".join([b'"?"'] * 200_000)),
+    "a query of 2 MB": ("/v1/events/query", lambda: b'{"source":"%b"}' % (b"x" * 2_000_000)),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @table("name", MANY)
 def test_millions_of_names_or_items_take_little_memory(tmp_path: Path, name: str) -> None:
-    path, body = MANY[name]
+    path, make_body = MANY[name]
+    body = make_body()
     with metering(tmp_path) as client:
         tracemalloc.start()
         try:

@@ -18,7 +18,8 @@ pytest_plugins = "pytester"
 
 def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
     """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
-    return pytester.runpytest_subprocess("-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest", *flags)
+    plugins = ("-p", "no:schemathesis", "-p", "no:hypothesispytest", "-p", "no:anyio")
+    return pytester.runpytest_subprocess("-q", *plugins, *flags)
 
 
 @pytest.mark.slow

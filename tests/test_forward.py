@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -36,7 +37,6 @@ from fake_target import (
     accept,
     answer_413,
     answering,
-    becomes,
     cut,
     cut_after_status,
     forwarding,
@@ -47,13 +47,16 @@ from fake_target import (
 from helpers import (
     KEY,
     NOW,
+    ROOT,
     SCRIPT,
     Json,
     Live,
+    becomes,
     database,
     event,
     eventually,
     python,
+    refusal,
     rows_of,
     run,
     serving,
@@ -704,23 +707,36 @@ def test_after_a_kill_at_most_the_batches_of_half_a_second_are_sent_again(tmp_pa
     assert saved_progress(tmp_path)["last_id"] == "1-29999"
 
 
+TELLS_WHEN_IT_STOPS = """
+import sys, eventstore
+from eventstore_extras import forward
+run = forward.Forwarder.run
+async def told(self):
+    stop = self._stopping.set
+    self._stopping.set = lambda: (stop(), print("the forwarder stops", file=sys.stderr, flush=True))
+    await run(self)
+forward.Forwarder.run = told
+sys.exit(eventstore.main())
+"""
+
+
 @table(("trick", "accepted"), [("hangs", 0), ("slow", 2000), ("refuses", 1000), ("is down", 0)])
 @pytest.mark.slow
 def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     tmp_path: Path, trick: str, accepted: int
 ) -> None:
     filled(tmp_path, 3000)
-    stopping = threading.Event()
+    environ = FORWARDING | {"PYTHONPATH": str(ROOT)}
 
     def slow(*_: object) -> bool:
-        stopping.wait(30)
-        time.sleep(1.5)  # until the forwarder stops as well: the server gives idle connections half a second
+        eventually(lambda: live.log_has("the forwarder stops"))
         return False
 
     tricks: dict[str, list[Trick]] = {"slow": [accept, slow], "refuses": [accept, answering(401)]}
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, FakeTarget(*tricks.get(trick, [])) as target:
         port = {"hangs": silent.getsockname()[1], "is down": 1}.get(trick, target.port)
-        with Live(tmp_path, "--forward-to", f"http://127.0.0.1:{port}", **FORWARDING) as live, live.client() as client:
+        flags, command = ("--forward-to", f"http://127.0.0.1:{port}"), (sys.executable, "-c", TELLS_WHEN_IT_STOPS)
+        with Live(tmp_path, *flags, command=command, **environ) as live, live.client() as client:
             if trick == "hangs":
                 silent.accept()
             elif trick != "is down":
@@ -728,7 +744,6 @@ def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
             assert store(client, event("meanwhile")).status_code == 202
             started = time.monotonic()
             live.begin_to_stop()
-            stopping.set()
             assert live.process.wait(30) == 0
             assert time.monotonic() - started < 10
             assert KEY not in live.log + live.banner
@@ -756,7 +771,6 @@ def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> N
             assert received == [10 + 20, 10 + 20]  # from the client, and all that the other server has
 
 
-@pytest.mark.slow
 @table(
     ("flags", "environ", "part"),
     [
@@ -781,7 +795,7 @@ def test_serve_does_not_start_with_a_target_that_cannot_work(
     with eventstore.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
     flags = [flag.format(port=port) for flag in flags]
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=os.environ | environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert part in done.stderr
     assert "secret" not in done.stderr
@@ -814,12 +828,10 @@ def test_the_environment_with_a_key_can_be_chosen_among_several(tmp_path: Path) 
             eventually(lambda: target.ids == ["this one"])
 
 
-@pytest.mark.slow
 def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path: Path) -> None:
     filled(tmp_path, 3)
     flags = ("--forward-to", "http://host", "--forward-environment", "development", "--api-key", "k=production")
-    environ = os.environ | {"EVENTSTORE_FORWARD_API_KEY": KEY}
-    done = run(*SCRIPT, "serve", "--port", "0", *flags, cwd=tmp_path, env=environ)
+    done = refusal(tmp_path, "serve", "--port", "0", *flags, EVENTSTORE_FORWARD_API_KEY=KEY)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         '--forward-environment is "development", but no API key writes to it: they are of "production"' in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from eventstore import StartError
 from eventstore_extras.hosts import check_hosts, is_allowed
 from eventstore_extras.mock import MockServer, running_server
-from helpers import KEY, SCRIPT, Live, refused, run, table
+from helpers import KEY, Live, refusal, refused, table
 
 LOOPBACK = ["localhost", "LOCALHOST:80", "localhost.", "app.localhost:8080", "127.0.0.1", "127.0.0.1:1", "127.9.9.9",
             "[::1]", "[::1]:8080", "[0:0:0:0:0:0:0:1]"]  # fmt: skip
@@ -113,7 +113,7 @@ def test_only_a_mock_checks_the_host(tmp_path: Path, flags: Sequence[str], statu
 
 
 def test_serve_refuses_an_allowed_host_that_no_header_can_name(tmp_path: Path) -> None:
-    done = run(*SCRIPT, "serve", "--mock", "--port", "0", "--api-key", KEY, "--allow-host", "http://mock", cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--mock", "--port", "0", "--api-key", KEY, "--allow-host", "http://mock")
     problem = '--allow-host must be a name or an address without scheme and port, got "http://mock"'
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"eventstore: {problem}\n")
 

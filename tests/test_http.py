@@ -16,7 +16,6 @@ import time
 import urllib.parse
 import weakref
 import zlib
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from helpers import (
     ROOT,
     Live,
     answer_on,
+    becomes,
     counts,
     event,
     eventually,
@@ -475,9 +475,9 @@ def test_a_request_that_is_answered_before_it_ends_gets_no_second_answer(live: L
     head = request_bytes("POST", "/v1/events", headers="Transfer-Encoding: chunked\r\n", key="wrong")
     with live.connect() as sock:
         sock.sendall(head)
-        time.sleep(0.1)  # so that the answer is sent before the rest arrives
+        refused(answer_on(sock), 401, "unauthorized")
         sock.sendall(b"zz\r\n")
-        assert statuses(answers_in(b"".join(iter(lambda: sock.recv(65536), b"")))) == [401]
+        assert sock.recv(65536) == b""
 
 
 def test_the_answer_arrives_even_if_the_client_keeps_sending(live: Live) -> None:
@@ -512,7 +512,7 @@ def test_a_client_cannot_keep_a_connection_open_with_occasional_bytes(tmp_path: 
         drips = {name: (stack.enter_context(live.connect()), drip) for name, (_, drip) in DRIPS.items()}
         for name, (first, _) in DRIPS.items():
             drips[name][0].sendall(first)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while drips:
             assert time.monotonic() < deadline, f"open: {[*drips]}"
             drips = {name: (sock, drip) for name, (sock, drip) in drips.items() if takes(sock, drip)}
@@ -530,10 +530,6 @@ def takes(sock: socket.socket, data: bytes) -> bool:
 def test_a_lost_connection_leaves_no_timer_behind() -> None:
     """A port probe connects and leaves. Its protocol object must not be kept until the timer for headers expires."""
 
-    async def until(condition: Callable[[], object]) -> None:
-        while not condition():  # noqa: ASYNC110 - no event to wait for
-            await asyncio.sleep(0.001)
-
     async def probe() -> int:
         loop = asyncio.get_running_loop()
         config = eventstore.uvicorn_server(Starlette(), 1).config
@@ -545,13 +541,14 @@ def test_a_lost_connection_leaves_no_timer_behind() -> None:
         for sent in (b"", b"GET / HT", b"garbage\r\n"):
             with socket.create_connection(address) as sock:
                 sock.sendall(sent)
-                await until(lambda: state.connections)
+                await becomes(lambda: state.connections)
                 made.update(state.connections)
                 if sent.startswith(b"garbage"):
-                    await asyncio.sleep(0.05)  # wait for its answer
+                    sock.setblocking(False)
+                    await loop.sock_recv(sock, 1)  # wait for its answer
                 if sent:  # close with a reset
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            await until(lambda: not state.connections)
+            await becomes(lambda: not state.connections)
         listening.close()
         await asyncio.sleep(0.05)
         gc.collect()

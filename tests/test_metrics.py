@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from eventstore import Service, StartError
 from eventstore_extras import metrics
-from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refused, run, store, table
+from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refusal, refused, run, store, table
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -150,7 +150,6 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
         assert value(samples, "eventstore_retention_deleted_events_total") == 0
 
 
-@pytest.mark.slow
 @table(("flag", "message"), [
     ("9100", "--metrics must be ADDRESS:PORT, such as 127.0.0.1:9100, with a port of 0 to 65535, got \"9100\""),
     ("127.0.0.1:x", "--metrics must be ADDRESS:PORT"),
@@ -158,7 +157,7 @@ def test_an_outbox_and_retention_have_metrics(forwarding: tuple[Live, int]) -> N
     ("192.0.2.1:9100", "cannot listen on --metrics 192.0.2.1:9100"),
 ])  # fmt: skip
 def test_an_address_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path, flag: str, message: str) -> None:
-    done = run(*SCRIPT, "serve", "--port", "0", "--metrics", flag, cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--port", "0", "--metrics", flag)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert message in done.stderr
 

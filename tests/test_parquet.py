@@ -38,6 +38,7 @@ from helpers import (
     nasty_folder,
     page,
     python,
+    refusal,
     run,
     serving,
     sizes_in,
@@ -518,13 +519,7 @@ BAD_FILES = {  # the content, or what makes it if that takes long; the problem, 
 
 
 @pytest.mark.slow
-@table(
-    "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "1,500 levels"))
-        for name, case in BAD_FILES.items()
-    ],
-)
+@table("case", [pytest.param(case, id=name) for name, case in BAD_FILES.items()])
 def test_a_file_that_cannot_be_read_is_refused_with_one_message(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], case: tuple[Any, ...]
 ) -> None:
@@ -583,7 +578,6 @@ def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
     assert not (tmp_path / "new.db").exists()
 
 
-@pytest.mark.slow
 @table(("arguments", "part"), [
     ("--properties-column tokens", "must look like tokens:float64, TYPE one of string, float64, int64, bool; got 'tokens'"),
     ("--properties-column tokens:double", "got 'tokens:double'"),
@@ -596,7 +590,7 @@ def test_standard_input_may_be_a_file_but_not_a_pipe(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_flags_that_do_not_fit_the_format_are_refused(tmp_path: Path, arguments: str, part: str) -> None:
     imported(tmp_path, lines_of(event("a")))
-    done = run(*SCRIPT, "export", *arguments.split(), cwd=tmp_path)
+    done = refusal(tmp_path, "export", *arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert part in done.stderr
     assert sorted(sizes_in(tmp_path)) == ["events.db", "in"]

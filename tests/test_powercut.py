@@ -27,8 +27,8 @@ from powercut import Disk, Entry, Recording, strace
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 
-CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "50"))
-STARTS = 4  # disks on which a server is started as well
+CUTS = int(os.environ.get("EVENTSTORE_TEST_CUTS", "30"))
+STARTS = 3  # disks on which a server is started as well
 FEW_PAGES = "eventstore.PRAGMAS += ('PRAGMA wal_autocheckpoint = 60',)"  # causes many checkpoints
 OFTEN = """
 sending.SAVE_INTERVAL_S, sending.BACKOFF_CAP_S = 0, 0.1
@@ -418,7 +418,7 @@ def check_that_much_happened(a_run: Run) -> None:
     assert a_run.kept()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_acknowledged_requests_survive_a_power_cut_at_any_moment(
     tmp_path: Path, record: Callable[..., Run], target: PickyTarget, choose: random.Random
 ) -> None:
@@ -480,9 +480,10 @@ def test_power_cuts_reveal_each_deliberate_defect(
 ) -> None:
     """Break one of the server's promises on purpose: the checks above must report it."""
     a_run = record(lines)
-    found: Counter[str] = Counter()
+    missing = says
     for disk in a_run.recording.disks(50, choose):
         said = problems(a_run.cut(disk, tmp_path / f"disk{disk.number}", choose))
-        found.update(known for known in says if any(known in problem for problem in said))
-    print(found)
-    assert all(found[known] for known in says), found
+        missing = [known for known in missing if not any(known in problem for problem in said)]
+        if not missing:
+            break
+    assert missing == []

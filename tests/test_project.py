@@ -27,7 +27,7 @@ from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, refused, run,
 QUICK_BENCHMARK = (sys.executable, "-m", "benchmarks", "--quick", "--dir")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path: Path) -> None:
     done = run(*QUICK_BENCHMARK, tmp_path, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -39,7 +39,7 @@ def test_the_benchmark_fills_every_cell_and_cleans_up(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_the_benchmark_measures_another_version_beside_this_one(tmp_path: Path) -> None:
     done = run(*QUICK_BENCHMARK, tmp_path, "versions", ROOT, "--events", 1000, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -224,18 +224,15 @@ def test_the_packaging_folder_does_not_hide_the_library_of_that_name() -> None:
 
 # ---------------------------------------------------------------------------------------------- the tests themselves
 
-SENDING_SIGINT = (
-    "tests/test_project.py::test_an_interrupted_benchmark_leaves_no_files[SIGINT]",
-    "tests/test_replay.py::test_a_replay_that_is_killed_continues_after_the_last_saved_position",
-)
+SENDING_SIGINT = "tests/test_importing.py::test_a_signal_stores_what_was_read_from_a_pipe[SIGINT]"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("sh"), reason="needs sh")
 def test_tests_can_send_sigint_in_a_script_that_ignores_it() -> None:
-    pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *SENDING_SIGINT)
+    pytest_command = (sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", SENDING_SIGINT)
     done = run("sh", "-c", '"$@" & wait $!', "sh", *pytest_command, cwd=ROOT, timeout=300)
-    assert (done.returncode, "2 passed" in done.stdout) == (0, True), done.stdout
+    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout
 
 
 # ---------------------------------------------------------------------------------------------- the wheel
@@ -272,7 +269,7 @@ store.closed()  # type: ignore[attr-defined]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns(".*", "*venv*", "*.db*", "__pycache__", "build", "dist")
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
@@ -284,7 +281,8 @@ def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) ->
         done = run(*command, timeout=600, cwd=cwd)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    works(sys.executable, "-m", "build", "--outdir", wheel.parent, tmp_path / "checkout")
+    # The editable install below uses an isolated build; a second one here would only take time.
+    works(sys.executable, "-m", "build", "--no-isolation", "--outdir", wheel.parent, tmp_path / "checkout")
     works(sys.executable, "-m", "venv", tmp_path / "venv")
     works(programs / "python", "-m", "pip", "install", wheel)
     (package,) = (path.parent for path in (tmp_path / "venv").rglob("debugger.html"))

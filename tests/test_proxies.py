@@ -14,7 +14,7 @@ from eventstore import StartError
 from eventstore_extras import sending
 from eventstore_extras.proxies import Proxy, find_proxy
 from fake_target import FakeTarget, answering, answering_proxy, forwarding
-from helpers import KEY, SCRIPT, command_line, event, eventually, imported, lines_of, run, store, table
+from helpers import KEY, command_line, event, eventually, imported, lines_of, refusal, store, table
 
 Captured = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
@@ -170,11 +170,10 @@ def test_replay_does_not_start_with_a_proxy_that_cannot_work(
     assert "secret" not in line
 
 
-@pytest.mark.slow
 @table(("name", "value"), [("https_proxy", "socks://p"), ("ALL_PROXY", "http://p:port")])
 def test_serve_does_not_start_with_a_proxy_that_cannot_work(tmp_path: Path, name: str, value: str) -> None:
-    environ = os.environ | {name: value, "FLEXPRICE_API_KEY": KEY}
-    done = run(*SCRIPT, "serve", "--port", 0, "--forward-to", "https://events.example", cwd=tmp_path, env=environ)
+    environ = {name: value, "FLEXPRICE_API_KEY": KEY}
+    done = refusal(tmp_path, "serve", "--port", 0, "--forward-to", "https://events.example", **environ)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf'eventstore: {name} must .+, got "{value}"\n', done.stderr)
 

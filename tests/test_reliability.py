@@ -997,7 +997,8 @@ def test_a_signal_as_soon_as_the_port_answers_ends_the_server_cleanly(tmp_path: 
                 return True
             return False
 
-        eventually(answers)
+        while not answers():
+            assert process.poll() is None
         process.send_signal(number)
         assert (process.communicate(timeout=30)[1], process.returncode) == (b"", 0)
 

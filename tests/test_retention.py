@@ -28,7 +28,6 @@ import eventstore
 from eventstore import Row, Settings, create_app
 from eventstore_extras import forward, retention, sending
 from eventstore_extras.mock import running_server
-from fake_target import becomes
 from helpers import (
     DAY_US,
     EVER,
@@ -39,6 +38,7 @@ from helpers import (
     SCRIPT,
     Live,
     at,
+    becomes,
     command_line,
     counts,
     database,
@@ -46,6 +46,7 @@ from helpers import (
     eventually,
     ids,
     page,
+    refusal,
     rows_of,
     run,
     store,
@@ -553,11 +554,11 @@ def test_the_banner_says_how_long_events_are_kept_and_0_days_are_refused(tmp_pat
             assert f"\n  keeps        events for {said} after they were stored\n" in live.banner
             assert live.stop() == 0
     for days in ("0", "-1", "x"):
-        done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", days, cwd=tmp_path)
+        done = refusal(tmp_path, "serve", "--port", "0", "--retain-days", days)
         assert done.returncode == 2
         assert "--retain-days: must be a number greater than 0" in done.stderr
     Path(progress(str(tmp_path / "events.db"), "http://x", "development", 0)).write_text("{")
-    done = run(*SCRIPT, "serve", "--port", "0", "--retain-days", "1", cwd=tmp_path)
+    done = refusal(tmp_path, "serve", "--port", "0", "--retain-days", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot read the progress in" in done.stderr
     with Live(tmp_path / "long", "--retain-days", "1000000000", "--api-key", KEY) as live, live.client() as client:
@@ -586,7 +587,6 @@ def test_a_target_that_no_longer_receives_events_is_logged_because_events_are_ke
     assert "does not forward to" not in caplog.text
 
 
-@pytest.mark.slow
 @table(
     ("flags", "part"),
     [
@@ -598,7 +598,7 @@ def test_a_target_that_no_longer_receives_events_is_logged_because_events_are_ke
 )
 def test_prune_says_why_it_cannot_start(tmp_path: Path, flags: str, part: str) -> None:
     stored(tmp_path, [(1, NOW)])
-    done = run(*SCRIPT, "prune", *flags.split(), cwd=tmp_path)
+    done = refusal(tmp_path, "prune", *flags.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert part in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["events.db"]
