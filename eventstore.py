@@ -2869,9 +2869,12 @@ class _Position(Struct):
     timestamp: datetime
 
 
+_POSITION = msgspec.json.Decoder(_Position)  # made now: while freezegun replaces datetime, it would refuse every time
+
+
 def _cursor_of(event: str) -> str:
     """Return the text of the cursor of an event, given as JSON."""
-    position = decoder_of(_Position).decode(event)
+    position = _POSITION.decode(event)
     return Cursor(to_us(position.timestamp), position.id).text
 
 
