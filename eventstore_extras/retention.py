@@ -414,12 +414,13 @@ class _Retention:
         swept_us: int | None = None
         corrections = 0
         while True:
+            read_us = monotonic_us()
             now = clock.now()
             if clock.corrections > corrections:
                 corrections, self._is_trusted = clock.corrections, False
-            if swept_us is None or monotonic_us() - swept_us >= HOUR_US:
+            if swept_us is None or read_us - swept_us >= HOUR_US:
                 await self._sweep(now, thorough=swept_us is None)
-                swept_us = monotonic_us()
+                swept_us = read_us
             await asyncio.sleep(CLOCK_INTERVAL_S)
 
 

@@ -109,7 +109,8 @@ def _tune_interpreter() -> None:
 
     With 64 requests in progress the collector would run all the time: p99 of single events was 1.4 to 1.7 times as
     long. Each callback of the event loop waits for the reader threads, which run SQL functions in Python: beside 12
-    clients with COUNT_UNIQUE, a single event takes 0.6 times as long as with Python's interval of 5 ms.
+    clients with COUNT_UNIQUE, a single event takes 0.6 times as long as with Python's interval of 5 ms. 64 clients send
+    1.07 times as many single events, for 1.2 times the CPU.
     """
     gc.freeze()
     gc.set_threshold(10_000)
