@@ -90,7 +90,7 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class _Turns:
+class _ParsingTurns:
     """Connections with more data than can be parsed at once. In each round of the event loop one of them continues."""
 
     def __init__(self) -> None:
@@ -105,10 +105,12 @@ class _Turns:
     def _continue(self) -> None:
         connection = self._waiting[0]
         connection.waits_to_parse = False
-        connection.parse_more()  # it may wait again, behind the others
-        self._waiting.popleft()
-        if self._waiting:
-            connection.loop.call_soon(self._continue)
+        try:
+            connection.parse_more()  # it may wait again, behind the others
+        finally:
+            self._waiting.popleft()
+            if self._waiting:
+                connection.loop.call_soon(self._continue)
 
 
 class Protocol(HttpToolsProtocol):
@@ -123,7 +125,7 @@ class Protocol(HttpToolsProtocol):
 
     url = b""
     unparsed = b""  # received, and not parsed yet
-    waits_to_parse = False  # in _Turns
+    waits_to_parse = False  # in _ParsingTurns
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
     _in_body = False  # between the end of a request's head and the end of the request
     _body_bytes = 0  # of a body, received since its timer was set
@@ -138,8 +140,8 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self.flow = _Flow(self)
         if not hasattr(self.server_state, "turns"):
-            self.server_state.turns = _Turns()  # type: ignore[attr-defined]
-        self._turns: _Turns = self.server_state.turns  # type: ignore[attr-defined]
+            self.server_state.turns = _ParsingTurns()  # type: ignore[attr-defined]
+        self._turns: _ParsingTurns = self.server_state.turns  # type: ignore[attr-defined]
         self._responses = _WholeResponses(transport)
         self.waits_since_s = time.monotonic()
         self._gone: asyncio.Future[Exception] = self.loop.create_future()  # see Caller.until_gone

@@ -528,7 +528,7 @@ def test_with_times_replaced(flexprice, monkeypatch):
 
 @pytest.mark.slow
 def test_a_clock_that_is_frozen_during_a_query_does_not_end_it(tmp_path: Path) -> None:
-    code = """if True:  # in a process of its own: what is imported while time is frozen keeps the frozen classes
+    code = """if True:  # in another process: modules that are imported while time is frozen keep freezegun's classes
         from freezegun import freeze_time
         from eventstore import Reader, prepare_file
 

@@ -305,7 +305,7 @@ def test_the_date_of_answers_follows_a_clock_that_moves() -> None:
 
 
 def test_the_date_of_answers_is_frozen_with_the_time() -> None:
-    code = """if True:  # in a process of its own: what is imported while time is frozen keeps the frozen classes
+    code = """if True:  # in another process: modules that are imported while time is frozen keep freezegun's classes
         import httpx
         from eventstore_extras.mock import running_server
         from freezegun import freeze_time
