@@ -103,8 +103,9 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "DAY_US", "EARLIEST", "LATEST", "MAX_TIME_US", "MINUTE_US", "MIN_TIME_US", "RFC_3339", "Cursor", "IdMaker",
     "given_time", "parse_cursor", "parse_time", "time_range", "to_datetime", "to_us",
     # Events in SQL
-    "DECIMAL", "IN_ENVIRONMENT", "Row", "Selection", "Sql", "View", "all_of", "filter_options", "index_of", "is_in",
-    "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
+    "DECIMAL", "IN_ENVIRONMENT", "TEXT_OF_JSON", "Row", "Selection", "Sql", "View", "all_of", "filter_options",
+    "index_of", "is_in", "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql",
+    "value_text",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
     "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Turn", "Writer",
@@ -796,6 +797,13 @@ def property_parameters(name: str, key: str) -> dict[str, object]:
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
+# The `value_text` of v, which is JSON without backslashes. Only a string, which begins with '"', sorts before '#'.
+TEXT_OF_JSON = """CASE WHEN v < '#' THEN trim(v, '"')
+    WHEN v IN ('true', 'false') OR (length(v) < 16 AND v NOT GLOB '*[^0-9.]*' AND v NOT GLOB '*.*0'
+        AND v NOT GLOB '0.00000*') THEN v
+    WHEN v >= '#' THEN value_text(v) END"""
+
+
 def property_sql(read_as: str, name: str, key: str) -> Sql:
     """Build the expression for a top-level property; `name` is a unique prefix for the parameters' names.
 
@@ -808,11 +816,8 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
         plain = "NULL"
-    elif read_as == "text":  # v is JSON; only a string, which begins with '"', sorts before '#'
-        is_shortest = "length(v) < 16 AND v NOT GLOB '*[^0-9.]*' AND v NOT GLOB '*.*0' AND v NOT GLOB '0.00000*'"
-        plain = f"""(SELECT CASE WHEN v < '#' THEN trim(v, '"')
-            WHEN v IN ('true', 'false') OR {is_shortest} THEN v
-            WHEN v >= '#' THEN value_text(v) END FROM (SELECT properties -> :{name}_path AS v))"""
+    elif read_as == "text":
+        plain = f"(SELECT {TEXT_OF_JSON} FROM (SELECT properties -> :{name}_path AS v))"
     text = f"CASE WHEN properties LIKE '%\\%' THEN property_text(properties, :{name}_key) ELSE {plain} END"
     return Sql(text, property_parameters(name, key))
 

@@ -33,6 +33,7 @@ from eventstore import (
     MIN_TIME_US,
     MINUTE_US,
     READER_THREADS,
+    TEXT_OF_JSON,
     WINDOW_MINUTES,
     Faults,
     FieldError,
@@ -278,6 +279,7 @@ def number_sql(name: str, key: str) -> Sql:
 
 
 _MAX_UNIQUE = 1_000_000  # distinct values in a range without windows: they are held in memory
+_LONG_PROPERTIES = 500  # characters; bounds the temporary files with a million distinct values
 _MAX_TEXT_CHARS = 64  # UUIDs and hexadecimal hashes are shorter; texts that call into Python take 2.6 times as long
 
 
@@ -288,6 +290,22 @@ def unique_sql(name: str, key: str) -> Sql:
     """
     text = property_sql("text", name, key)
     return sql(f"(SELECT iif(length(v) > {_MAX_TEXT_CHARS}, text_hash(v), v) FROM (SELECT {text} AS v))", text)
+
+
+def _distinct_sql(key: str, rows: str) -> Sql:
+    """Build a SELECT that returns each value of `unique_sql` in these rows once, as v.
+
+    It compares the values' JSON first and converts only the distinct ones: this takes 0.5 to 0.7 times as long. Values
+    in long properties are hashed before they are compared, and marked with a '!', which sorts before all JSON.
+    """
+    text = unique_sql("property", key)
+    json = "NULL" if text.values["property_path"] == "$" else "properties -> :property_path"
+    is_short = f"properties NOT LIKE '%\\%' AND length(properties) < {_LONG_PROPERTIES}"
+    unmarked = "CAST(substr(CAST(v AS BLOB), 2) AS TEXT)"  # cut bytes, since a text may contain a NUL
+    converted = f"""CASE WHEN v < '"' THEN {unmarked}
+        WHEN length(v) > {_MAX_TEXT_CHARS} THEN text_hash({TEXT_OF_JSON}) ELSE {TEXT_OF_JSON} END"""
+    distinct = f"SELECT DISTINCT iif({is_short}, {json}, '!' || {text}) AS v {rows}"
+    return sql(f"SELECT DISTINCT {converted} AS v FROM ({distinct})", text)
 
 
 def _text_hash(text: str) -> str:
@@ -308,7 +326,6 @@ def sum_of(value: Sql | str, condition: str = "") -> str:
 
 def _cell_sql(query: UsageQuery) -> Sql:
     """Build the SELECT that returns one span's aggregate, NULL for a span without events."""
-    text = unique_sql("property", query.property_name)
     number = number_sql("number", query.property_name)
     where = matching(query)
     limits = sql("", start_us=query.start_us, end_us=query.end_us)
@@ -318,18 +335,19 @@ def _cell_sql(query: UsageQuery) -> Sql:
     aggregate = {
         "COUNT": "count(*)", "MAX": f"iif(max({number}) IS NULL, NULL, {exact})",
         "AVG": f"printf('%!.17g %d', {sum_of(number)}, count(*))",
-        "COUNT_UNIQUE": f"count(DISTINCT {text})",
+        "COUNT_UNIQUE": "count(v)" if query.windows else "json_group_array(v)",  # spans of one range may share texts
         "WEIGHTED_SUM": sum_of(f"{number} * {WEIGHT}"),
     }.get(query.aggregation, sum_of(number))  # fmt: skip
     group = property_sql("text", "group", query.group_property)
+    distinct = _distinct_sql(query.property_name, rows)
     if query.group_property:
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
-    if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
-        aggregate, rows = "json_group_array(v)", f"FROM (SELECT DISTINCT {text} AS v {rows} LIMIT {_MAX_UNIQUE + 1})"
+    if query.aggregation == "COUNT_UNIQUE":
+        rows = f"FROM ({distinct} LIMIT {-1 if query.windows else _MAX_UNIQUE + 1})"
     cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END {rows}"
     if query.aggregation == "LATEST":
         cell = f"SELECT {exact} {rows} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
-    return sql(cell, text, number, where, limits, group)
+    return sql(cell, distinct, number, where, limits, group)
 
 
 # ---------------------------------------------------------------------------------------------- Answer
