@@ -1495,8 +1495,9 @@ class Writer:
                 self._conn.execute("ROLLBACK")
             if callable(group[0].work):
                 execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
-                outcomes = [self._try_operation(task.work) for task in group]
-                self._conn.execute("COMMIT")
+                outcomes = [self._try_operation(task.work, len(group) == 1) for task in group]
+                if self._conn.in_transaction:
+                    self._conn.execute("COMMIT")
             else:
                 outcomes = list(insert_group(self._conn, [task.work for task in group]))
         except Exception as error:
@@ -1510,20 +1511,26 @@ class Writer:
             self.failure = None
         return outcomes
 
-    def _try_operation(self, operation: Callable[[sqlite3.Connection], object]) -> object:
-        """Return an operation's result or the error that undoes it alone. An error of the database ends the commit."""
-        self._conn.execute("SAVEPOINT operation")
+    def _try_operation(self, operation: Callable[[sqlite3.Connection], object], is_alone: bool) -> object:
+        """Return an operation's result or the error that undoes it alone. An error of the database ends the commit.
+
+        Only a group of several gets savepoints: SQLite copies each page that is changed after one. A deletion by
+        retention would take 2.5 times the CPU.
+        """
+        if not is_alone:
+            self._conn.execute("SAVEPOINT operation")
         try:
             outcome = operation(self._conn)
         except Exception as error:
             if _is_database_failure(error):
                 raise
-            self._conn.execute("ROLLBACK TO operation")
+            self._conn.execute("ROLLBACK" if is_alone else "ROLLBACK TO operation")
             outcome = error
             if not isinstance(error, ApiError):
                 log.error("a bug in an operation; nothing of its request was stored", exc_info=error)
                 outcome = _internal_error()
-        self._conn.execute("RELEASE operation")
+        if not is_alone:
+            self._conn.execute("RELEASE operation")
         return outcome
 
     async def try_again(self) -> None:
