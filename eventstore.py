@@ -2857,8 +2857,12 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
-    text = f"""SELECT {_EVENT_JSON} AS event, ({total}) AS total FROM events {index}
-        WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"""
+    page = f"FROM events {index} WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
+    if query.filters or query.spans_names:
+        # The index lacks the id. SQLite sorts the events of one microsecond, so choose the page's first: if it made the
+        # JSON of 5,000 such events, the page would take 4 times as long. CROSS JOIN keeps their order.
+        page = f"FROM (SELECT seq AS page_seq {page}) CROSS JOIN events ON seq = page_seq"
+    text = f"SELECT {_EVENT_JSON} AS event, ({total}) AS total {page}"
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
     return sql(text, where, total, end=end, limit=query.page_size + 1, offset=0 if query.cursor else query.offset)
 
