@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -128,7 +129,7 @@ def test_threads_switch_more_often_during_work_that_takes_long_and_as_before_aft
         during.append(await service.store.read(lambda conn: sys.getswitchinterval(), quick=False))
         return Response()
 
-    def see_rows(*arguments: object, **options: object) -> list[eventstore.Row]:
+    def see_rows(*arguments: Any, **options: Any) -> list[eventstore.Row]:
         during.append(sys.getswitchinterval())
         return event_rows(*arguments, **options)
 
