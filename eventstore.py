@@ -2385,7 +2385,7 @@ MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
 # Nothing interrupts msgspec. Within these limits one call takes up to about 50 ms, and the event loop runs after it.
-_MANY_BYTES = 1_000_000  # shorter properties and batches have no limit on their values
+_MANY_BYTES = 1_000_000  # shorter properties and batches may hold any number of values
 _MAX_WEIGHT = 5_000_000  # of an event's properties
 # A string weighs most, because names in an object take longest. An escaped quote begins no string.
 _WEIGHTS = {b"{": 10, b"[": 10, b",": 2, b"\\": 1, b'"': 15, b'\\"': -15, b'\\\\"': 15}
@@ -2653,12 +2653,13 @@ def _body_rows(
     service: Service, request: Request, body: bytes, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
     faults = service.faults(request, whole="event")
-    if bulk and len(body) > _MANY_BYTES and _count(_MARKS, body, _MAX_MARKS) > _MAX_MARKS:
-        limit = f"{_MAX_MARKS:,} commas and opening braces and brackets"
-        raise_fault("body", "out_of_range", f"may hold {limit} if longer than {_MANY_BYTES:,} bytes, got more")
-    if not bulk and b'"properties"' in body:
-        faults.check("properties", _check_number_of_values, body)
-        faults.raise_any()
+    if len(body) > _MANY_BYTES:
+        if bulk and _count(_MARKS, body, _MAX_MARKS) > _MAX_MARKS:
+            limit = f"{_MAX_MARKS:,} commas and opening braces and brackets if longer than {_MANY_BYTES:,} bytes"
+            raise_fault("body", "out_of_range", f"may hold {limit}, got more")
+        if not bulk and b'"properties"' in body:
+            faults.check("properties", _check_number_of_values, body)
+            faults.raise_any()
     events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
     request.scope["events"] = len(events)  # for metrics.py
     return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)
