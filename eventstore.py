@@ -107,7 +107,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Turn", "Writer",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "Turn", "Writer",
     "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
     "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
     "start_errors",
@@ -233,8 +233,11 @@ def _similar(name: str, known: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-def _why_ignored(name: str, why: Iterable[str] | str) -> str:
-    """Return the words that follow an ignored name in a message. `why` is these words, or the names that are known."""
+_Why = Iterable[str] | str  # what a message says after an ignored name; if the name is unknown, the known names
+
+
+def _why_ignored(name: str, why: _Why) -> str:
+    """Return the words that follow an ignored name in a message."""
     if isinstance(why, str):
         return why
     similar = _similar(name, why)
@@ -325,12 +328,12 @@ class Faults:
         self,
         index: int | None = None,
         whole: str = "body",
-        ignored: dict[str, Iterable[str] | str] | None = None,
+        ignored: dict[str, _Why] | None = None,
         strict: bool = False,
     ) -> None:
         self.index = index  # position in the batch of the event being checked
         self.whole = whole  # the name, in messages, of the object that is being checked: "body", "event", or a path
-        self.ignored = {} if ignored is None else ignored  # name -> why (see `ignore`)
+        self.ignored = {} if ignored is None else ignored
         self._strict = strict  # whether ignored names are faults
         self._path = ""  # prefix of the field names of an object inside the body
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # (index, field) -> (code, message)
@@ -348,8 +351,8 @@ class Faults:
         else:
             self._truncated = True
 
-    def ignore(self, names: Iterable[str], why: Iterable[str] | str = "has no effect in this request") -> None:
-        """Note ignored names. `why` is what a message says after each, or, if they are unknown, the known names."""
+    def ignore(self, names: Iterable[str], why: _Why = "has no effect in this request") -> None:
+        """Note names that are ignored."""
         for name in names:
             if len(self.ignored) > _MAX_IGNORED:
                 return
@@ -1421,6 +1424,7 @@ class Writer:
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self.failed_commits = 0
+        # Called in the writer's thread with the number of events and the seconds of each commit.
         self.on_commit: Callable[[int, float], object] = lambda events, seconds: None
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
@@ -1787,6 +1791,7 @@ class ReaderPool:
             return len(self._waiting)
 
     def too_long(self) -> ApiError:
+        """Count a query that took longer than query_timeout_s, and return its error."""
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
@@ -1808,16 +1813,6 @@ def _remove_folder(folder: str | None, process: int) -> None:
     """Remove a temporary database, except in a forked child of the process that made it."""
     if folder and os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class StoreState(NamedTuple):
-    """The store's load, and what has failed in it."""
-
-    waiting_events: int
-    failed_commits: int
-    running_queries: int
-    waiting_queries: int
-    query_timeouts: int
 
 
 _QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
@@ -1844,13 +1839,13 @@ class Store:
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
-            self._writer = Writer(self.path, self.writer_pragmas, settings)
+            self.writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop must not wait for a lock
             self._quick_reader.conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _QUICK_BYTES)
-            self._readers = ReaderPool(self.path, settings.query_timeout_s)
-        self._writer.start()
+            self.readers = ReaderPool(self.path, settings.query_timeout_s)
+        self.writer.start()
 
     def add_environments(self, names: Iterable[str]) -> None:
         """Create the environments that are new, and remember their ids. Raises sqlite3.Error.
@@ -1866,11 +1861,11 @@ class Store:
         Raises ApiError: service_unavailable if too many events wait or the store is closing, database_error if the
         commit failed.
         """
-        return int(await self._writer.run(rows))
+        return int(await self.writer.run(rows))
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
         """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
-        return self._writer.run(operation)
+        return self.writer.run(operation)
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
@@ -1883,34 +1878,15 @@ class Store:
         if quick and not self._is_closed:
             with suppress(TimeoutError, sqlite3.Error):
                 return self._quick_reader.run(operation, _QUICK_S)
-        return await self._readers.run(operation)
-
-    def too_long(self) -> ApiError:
-        """Count a query that took longer than query_timeout_s, and return its error."""
-        return self._readers.too_long()
+        return await self.readers.run(operation)
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
-        if self._writer.failure and monotonic_s() > self._trial_s + _TRIAL_PAUSE_S:
+        if self.writer.failure and monotonic_s() > self._trial_s + _TRIAL_PAUSE_S:
             self._trial_s = monotonic_s()
             with suppress(ApiError):
-                await self._writer.try_again()
-        return self._writer.failure
-
-    def state(self) -> StoreState:
-        """Return numbers for metrics. Any thread may call it."""
-        writer, readers = self._writer, self._readers
-        return StoreState(
-            writer.waiting_events, writer.failed_commits, readers.running, readers.waiting, readers.timeouts
-        )
-
-    def observe_commits(self, on_commit: Callable[[int, float], object]) -> None:
-        """Call a function with the events and the seconds of each commit, in the writer's thread."""
-        self._writer.on_commit = on_commit
-
-    def warning(self) -> str | None:
-        """Return a warning if the disk is nearly full; events can still be stored."""
-        return self._writer.space.warning()
+                await self.writer.try_again()
+        return self.writer.failure
 
     def close(self) -> None:
         """End running queries, commit waiting requests, checkpoint and close the file.
@@ -1920,9 +1896,9 @@ class Store:
         if self._is_closed or os.getpid() != self._process:
             return
         self._is_closed = True
-        self._readers.close()
+        self.readers.close()
         self._quick_reader.conn.close()
-        self._writer.close()  # last: the last connection to close removes the WAL
+        self.writer.close()  # last: the last connection to close removes the WAL
         self._remove_folder()
 
 
@@ -2240,14 +2216,10 @@ PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the
 
 
 def query_of_parameters(
-    struct: type[T],
-    sent: Mapping[str, str],
-    names: Iterable[str],
-    faults: Faults,
-    parsers: _Parsers = PARAMETER_PARSERS,
+    kind: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
 ) -> T:
     """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
-    parsed = struct()
+    parsed = kind()
     for name in names:
         if sent.get(name):  # in a URL an empty parameter is absent
             setattr(parsed, name, faults.check(name, parsers.get(name, str), sent[name]))
@@ -3200,7 +3172,7 @@ async def health(service: Service, request: Request) -> Response:
     forwarding = [Forwarding(name, outbox.host, outbox.put_aside or UNSET) for name, outbox in outboxes] or UNSET
     if reason := await service.store.failure():
         return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
-    if warning := service.store.warning():
+    if warning := service.store.writer.space.warning():
         return JsonResponse(Health("warning", reason=warning, forwarding=forwarding))
     return JsonResponse(Health(forwarding=forwarding))
 
