@@ -1616,7 +1616,7 @@ class Writer:
 
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
 _LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
-_running = threading.local()  # `reader` of the operation that this thread runs
+_this_thread = threading.local()  # `reader`: the one that runs an operation in this thread
 
 
 class Reader:
@@ -1650,7 +1650,7 @@ class Reader:
         """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
         self._task = task
         self._deadline_s = min(monotonic_s() + limit_s, task.deadline_s if task else math.inf)
-        _running.reader = self
+        _this_thread.reader = self
         try:
             return operation(self.conn)
         except sqlite3.OperationalError:
@@ -1658,12 +1658,12 @@ class Reader:
                 raise TimeoutError from None
             raise
         finally:
-            _running.reader = None
+            _this_thread.reader = None
 
 
 def check_time() -> None:
     """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
-    reader: Reader | None = getattr(_running, "reader", None)
+    reader: Reader | None = getattr(_this_thread, "reader", None)
     if reader and reader._is_over():
         raise TimeoutError
 
@@ -1728,15 +1728,12 @@ class ReaderPool:
         finally:
             gone.cancel()
             if not task.answer.done():
-                self._abandon(task)
+                task.answer.cancel()
+                task.is_abandoned = True  # interrupts it if it runs
+                with self._lock:
+                    self._waiting.remove(task.key, task)
             elif not task.answer.cancelled():
                 task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
-
-    def _abandon(self, task: _Task) -> None:
-        task.answer.cancel()
-        task.is_abandoned = True  # interrupts it if it runs
-        with self._lock:
-            self._waiting.remove(task.key, task)
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
