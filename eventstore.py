@@ -1228,8 +1228,8 @@ class _Task:
             self.answer.set_result(outcome)
 
 
-class _Turns:
-    """A queue for each API key; the keys take turns. Not safe for threads."""
+class _FairQueue:
+    """Holds a queue for each API key; the keys take turns. Not safe for threads."""
 
     def __init__(self) -> None:
         self._items: dict[bytes, deque[Any]] = {}  # by key; the first has the next turn
@@ -1276,7 +1276,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._is_taken = False
-        self._waiting = _Turns()
+        self._waiting = _FairQueue()
 
     async def __aenter__(self) -> None:
         if not self._is_taken:
@@ -1417,7 +1417,7 @@ class Writer:
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
         self._arrival = threading.Condition()  # guards the next four attributes
-        self._operations, self._few, self._many = _Turns(), _Turns(), _Turns()
+        self._operations, self._few, self._many = _FairQueue(), _FairQueue(), _FairQueue()
         self._is_closed = False
         self._short_until_s = 0.0
         self._events_are_next = False  # events and operations take turns
@@ -1685,7 +1685,7 @@ class ReaderPool:
         self._timeout_s = timeout_s
         self._shares = Shares(_MAX_QUERIES)
         self._lock = threading.Lock()  # guards the next five attributes
-        self._waiting = _Turns()
+        self._waiting = _FairQueue()
         self._running: Counter[bytes] = Counter()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
