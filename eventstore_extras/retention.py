@@ -88,10 +88,10 @@ SELECT coalesce(sum({}), 0), count(*), coalesce(max(ingested_at_us), 0)
 FROM events NOT INDEXED WHERE seq > :after AND seq <= :through
 """
 PLAUSIBLE_US = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()) * 1_000_000  # no eventstore is older
-_Kept = Counter[tuple[str, bool]]  # events by their environment and whether they were stored before PLAUSIBLE_US
+Kept = Counter[tuple[str, bool]]  # events by their environment and whether they were stored before PLAUSIBLE_US
 
 
-class _Database(Protocol):
+class Database(Protocol):
     """How a sweep reads and writes: through a server's store, or a DatabaseFile."""
 
     async def read(self, operation: Callable[[sqlite3.Connection], T]) -> T: ...
@@ -150,11 +150,11 @@ class Expired(NamedTuple):
         where = self._where()
         return Survey(*conn.execute(*sql(_COUNT_SPAN.format(where), where)).fetchone())
 
-    def kept(self, conn: sqlite3.Connection) -> _Kept:
+    def kept(self, conn: sqlite3.Connection) -> Kept:
         """Count the events that are old enough but may not be deleted."""
         old, allowed = self._old(), self._allowed()
         found = conn.execute(*sql(_COUNT_KEPT.format(old, allowed), old, allowed))
-        return _Kept({(name, bool(is_misdated)): count for name, is_misdated, count in found})
+        return Kept({(name, bool(is_misdated)): count for name, is_misdated, count in found})
 
     def delete(self, conn: sqlite3.Connection) -> float:
         """Delete the events. Returns the seconds it took, without the wait for a lock or for the disk."""
@@ -174,7 +174,7 @@ def checkpoint(path: str) -> None:
         conn.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
-def _expired_and_kept(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], _Kept]:
+def _expired_and_kept(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
     """Count the first events to delete in a span, and the old events before the last of these that must stay."""
     count, last = span.find(conn, rows)
     return (count, last), span._replace(through=last if count else span.through).kept(conn)
@@ -189,12 +189,12 @@ def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
 class Sweep:
     """Deletes expired events in order of arrival, in transactions so short that ingest requests are not delayed."""
 
-    def __init__(self, path: str, database: _Database, expired: Expired) -> None:
+    def __init__(self, path: str, database: Database, expired: Expired) -> None:
         self._path = path
         self._database = database
         self._expired = expired
         self.deleted = 0
-        self.kept = _Kept()
+        self.kept = Kept()
 
     def _span(self, after: int, newest: int) -> Expired:
         return self._expired._replace(after=after, through=min(after + SPAN, newest))
@@ -242,7 +242,7 @@ def _removal_advice(db: str, progress: ForwardProgress) -> str:
     return f"if nothing is forwarded there any more, remove {path}"
 
 
-def _kept_note(kept: _Kept, db: str, forwarded: Sequence[ForwardProgress]) -> str:
+def _kept_note(kept: Kept, db: str, forwarded: Sequence[ForwardProgress]) -> str:
     """Say how many old events were kept, and why."""
     numbers, misdated = Counter[str](), 0  # the numbers by environment
     for (environment, is_misdated), count in kept.items():
