@@ -438,7 +438,6 @@ def _extra(name: str, purpose: str) -> ModuleType:
 
 ENCODER = msgspec.json.Encoder()
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each as undecoded JSON
-_OBJECT = msgspec.json.Decoder(dict[str, Any])
 decoder_of = lru_cache(msgspec.json.Decoder)
 _fields_of = lru_cache(msgspec.structs.fields)  # 100 us without the cache
 PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; an empty list matches all
@@ -2393,13 +2392,19 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-_MANY_BYTES, _MAX_COLLECTIONS = 1_000_000, 500_000  # limit on objects and arrays in properties longer than that
-_COMMAS_PER_COLLECTION = 5  # an empty object takes five times the memory of a number
+# Nothing interrupts msgspec. Within these limits one call takes up to about 50 ms, and the event loop runs after it.
+_MANY_BYTES = 1_000_000  # shorter properties and batches may hold any number of values
+_MAX_WEIGHT = 5_000_000  # of an event's properties
+# A string weighs most, because names in an object take longest. An escaped quote begins no string.
+_WEIGHTS = {b"{": 10, b"[": 10, b",": 2, b"\\": 1, b'"': 15, b'\\"': -15, b'\\\\"': 15}
+_MAX_MARKS = 8_000_000  # of a batch
+_MARKS = {b",": 1, b"{": 1, b"[": 1}
 _LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decode longer bodies in a thread
+_LARGE_BATCH_COLLECTIONS = 20_000  # decode a batch with more objects and arrays in a thread: 1 MB takes up to 0.5 s
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
-_MAX_COMMAS = 2_000_000  # limit on commas before counting events; counting costs 64 bytes per event
+_MAX_COMMAS = 200_000  # in a batch with too many events, to count them: that takes 100 ns for each
 
 
 # forbid_unknown_fields makes msgspec report unknown fields: X-Ignored and the log list them.
@@ -2476,15 +2481,33 @@ def _is_deeper_than(value: object, limit: int) -> bool:
     return bool(level)
 
 
+def _count(marks: Mapping[bytes, int], raw: bytes, limit: int) -> int:
+    """Return the sum of the weights of the marks in the text, or any number above the limit."""
+    count = 0
+    for start in range(0, len(raw), _MANY_BYTES):
+        count += sum(raw.count(mark, start, start + _MANY_BYTES) * weight for mark, weight in marks.items())
+        if count > limit:
+            break
+    return count
+
+
 def _check_number_of_values(raw: bytes) -> None:
     """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
-    count = 0
-    for start in range(0, len(raw) if len(raw) > _MANY_BYTES else 0, _MANY_BYTES):
-        commas, *opening = (raw.count(mark, start, start + _MANY_BYTES) for mark in (b",", b"{", b"["))
-        count += commas // _COMMAS_PER_COLLECTION + sum(opening)
-        if count > _MAX_COLLECTIONS:
-            limit = f"{_MAX_COLLECTIONS:,} opening braces and brackets, each five commas count as one,"
-            raise FieldError("out_of_range", f"may hold {limit} if longer than {_MANY_BYTES:,} bytes, got more")
+    if len(raw) > _MANY_BYTES and _count(_WEIGHTS, raw, _MAX_WEIGHT) > _MAX_WEIGHT:
+        limit = f"{_MAX_WEIGHT // 10:,} objects and arrays, where a string counts as three"
+        limit = f"{limit} and five commas or ten backslashes as one, if longer than {_MANY_BYTES:,} bytes"
+        raise FieldError("out_of_range", f"may hold {limit}, got more")
+
+
+def _double(number: str) -> float:
+    """Parse a number with a fraction or an exponent. msgspec takes 10 us for each like 1e300: a second for 1 MB."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError("out of range")
+    return value
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=_double)
 
 
 def check_properties(raw: bytes) -> str:
@@ -2638,9 +2661,13 @@ def _body_rows(
     service: Service, request: Request, body: bytes, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
     faults = service.faults(request, whole="event")
-    if not bulk and len(body) > _MANY_BYTES and b'"properties"' in body:  # msgspec takes 0.1 s for ten million values
-        faults.check("properties", _check_number_of_values, body)
-        faults.raise_any()
+    if len(body) > _MANY_BYTES:
+        if bulk and _count(_MARKS, body, _MAX_MARKS) > _MAX_MARKS:
+            limit = f"{_MAX_MARKS:,} commas and opening braces and brackets if longer than {_MANY_BYTES:,} bytes"
+            raise_fault("body", "out_of_range", f"may hold {limit}, got more")
+        if not bulk and b'"properties"' in body:
+            faults.check("properties", _check_number_of_values, body)
+            faults.raise_any()
     events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
     request.scope["events"] = len(events)  # for metrics.py
     return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)
@@ -2668,7 +2695,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     """POST /v1/events/bulk (API: Sending events)."""
     body = await read_body(service, request)
     with _short_switches:
-        if len(body) > _LARGE_BATCH_BYTES:
+        if len(body) > _LARGE_BATCH_BYTES or body.count(b"{") + body.count(b"[") > _LARGE_BATCH_COLLECTIONS:
             rows = await _large_body_rows(service, request, body, bulk=True)
         else:
             async with service.batch_turn:
