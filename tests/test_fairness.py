@@ -151,7 +151,7 @@ def as_key(key: bytes, gone: asyncio.Event | None = None) -> None:
 async def taken_by_the_writer(made: Store) -> None:
     """Wait until the writer has taken all that was sent to it; with `locked`, it waits for the lock with these."""
     await asyncio.sleep(0)
-    await becomes(lambda: not (made._writer._few or made._writer._many or made._writer._operations))
+    await becomes(lambda: not (made.writer._few or made.writer._many or made.writer._operations))
 
 
 async def of_key(key: bytes, call: Callable[[], Any]) -> Any:
@@ -183,14 +183,14 @@ class Groups:
 
     def __init__(self, made: Store) -> None:
         self.sizes: list[int] = []
-        made.observe_commits(lambda events, seconds: self.sizes.append(events))
+        made.writer.on_commit = lambda events, seconds: self.sizes.append(events)
 
 
 async def while_locked(made: Store, tmp_path: Path, *calls: tuple[bytes, int, int]) -> None:
     """Store requests of (key, their number, events in each), which all wait when the writer takes the first group."""
     with locked(tmp_path):
         tasks = [asyncio.create_task(of_key(b"x", partial(made.insert, rows_of_batch(made, "x", 1))))]
-        await becomes(lambda: not made._writer._few and made.state().waiting_events == 1)
+        await becomes(lambda: not made.writer._few and made.writer.waiting_events == 1)
         for key, number, events in calls:
             batches = [rows_of_batch(made, f"{key!r} {events} {each}", events) for each in range(number)]
             tasks += [asyncio.create_task(of_key(key, partial(made.insert, batch))) for batch in batches]
@@ -215,7 +215,7 @@ def test_a_commit_is_short_if_its_events_are_long(tmp_path: Path) -> None:
     async def flood(made: Store) -> None:
         with locked(tmp_path):
             tasks = [asyncio.create_task(of_key(b"x", partial(made.insert, rows_of_batch(made, "x", 20))))]
-            await becomes(lambda: not made._writer._many and made.state().waiting_events == 20)
+            await becomes(lambda: not made.writer._many and made.writer.waiting_events == 20)
             tasks += [asyncio.create_task(send(made, number)) for number in range(6)]
             await asyncio.sleep(0)
         await asyncio.gather(*tasks)
@@ -417,7 +417,7 @@ def endless_queries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             finally:
                 noted.append("ended")
 
-        return await made._readers.run(count)
+        return await made.readers.run(count)
 
     monkeypatch.setattr(Store, "read", read)
     return noted
@@ -690,7 +690,7 @@ def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, name: 
         response = client.post(path, content=sent)
         refused(response)
         assert f"properties may hold {LIMIT_ON_VALUES}, got more" in response.text
-        assert store_of(client).state().waiting_events == 0
+        assert store_of(client).writer.waiting_events == 0
 
 
 @table("properties", [
@@ -806,7 +806,7 @@ def test_a_request_that_is_cancelled_or_fails_gives_its_shares_back(tmp_path: Pa
                             await client.post("/v1/events", content=body)
                     assert service.shares.total == 0
                     assert dict(service.shares._used) == {}
-                assert service.store.state().waiting_events == 0
+                assert service.store.writer.waiting_events == 0
                 assert CALLER.get().key == b""  # what the program does next is not done for this client
             eventually_stored = await client.post("/v1/events", content=BODY)
             assert eventually_stored.status_code == 202
