@@ -210,6 +210,42 @@ async def _write(store: eventstore.Store, operation: Callable[[sqlite3.Connectio
     await store.write(operation)
 
 
+def insert_environment(name: str, error: Exception | None = None) -> Callable[[sqlite3.Connection], str]:
+    def insert(conn: sqlite3.Connection) -> str:
+        conn.execute("INSERT INTO environments (name) VALUES (?)", (name,))
+        if error:
+            raise error
+        return name
+
+    return insert
+
+
+@table("error", [ApiError("conflict", "no"), ZeroDivisionError()], ids=["refusal", "bug"])
+@table("others", [[], ["x", "y"]], ids=["alone", "in a group"])
+def test_an_operation_that_fails_stores_nothing_and_the_others_of_its_commit_do(
+    tmp_path: Path, others: list[str], error: Exception
+) -> None:
+    async def write_all(store: eventstore.Store) -> list[Any]:
+        operations = [insert_environment("failed", error), *map(insert_environment, others)]
+        with write_lock(tmp_path):
+            first = asyncio.ensure_future(store.write(insert_environment("first")))
+            await becomes(lambda: store.writer.waiting_events == 1 and not store.writer._operations)
+            writes = [asyncio.ensure_future(store.write(operation)) for operation in operations]
+            await asyncio.sleep(0)
+        await first
+        return await asyncio.gather(*writes, return_exceptions=True)
+
+    with serving(tmp_path) as client:
+        refusal, *outcomes = asyncio.run(write_all(store_of(client)))
+        assert isinstance(refusal, ApiError)
+        assert outcomes == others
+        store(client, event("a"))
+        with closing(sqlite3.connect(tmp_path / "events.db")) as conn:
+            names = {name for (name,) in conn.execute("SELECT name FROM environments")}
+    assert names >= {"first", *others}
+    assert "failed" not in names
+
+
 # ---------------------------------------------------------------------------------------------- links and relative paths
 
 
