@@ -13,8 +13,6 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from flexprice import Flexprice
-from flexprice.models.errors import FlexpriceError
 
 from helpers import KEY, ROOT, Live, run
 
@@ -151,6 +149,9 @@ def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javas
 
 @pytest.mark.slow
 def test_with_one_python_client_customers_go_elsewhere_and_events_here(live: Live) -> None:
+    from flexprice import Flexprice
+    from flexprice.models.errors import FlexpriceError
+
     with other_server() as (url, came), Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
         with pytest.raises(FlexpriceError, match="from the other server"):
             sdk.customers.create_customer(external_id="cust_42", name="Ada", server_url=url)
