@@ -37,6 +37,8 @@ const later = setTimeout, waits = [500, 1000, 2000, 4000, 8000];
 globalThis.setTimeout = (call, ms, ...rest) => later(call, waits.includes(ms) ? ms / 4 : ms, ...rest);
 """
 
+ASK_EVERY_S = 0.03  # the driver, the browser and the page share the work of a question, some 10 ms
+
 
 class Debugger:
     """The page in a real browser, used as a person would. Its time zone is Kabul, 4.5 hours ahead of UTC."""
@@ -114,13 +116,13 @@ class Debugger:
         return self.texts(".row .id")
 
     def shows(self, *event_ids: str) -> None:
-        eventually(lambda: self.ids() == list(event_ids))
+        eventually(lambda: self.ids() == list(event_ids), ASK_EVERY_S)
 
     def gives(self, script: str, value: object) -> None:
-        eventually(lambda: self.ask(script) == value)
+        eventually(lambda: self.ask(script) == value, ASK_EVERY_S)
 
     def opens(self, selector: str, part: str) -> None:
-        eventually(lambda: part in self.text(selector))
+        eventually(lambda: part in self.text(selector), ASK_EVERY_S)
 
     def pasted(self) -> str:
         """Return the text in the clipboard, by pasting it into a field of the page."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import KEY, ROOT, Live, run
+from helpers import KEY, ROOT, Live, environ_to_download, run
 
 SDK = "@flexprice/sdk@^2.0.1"
 CLIENT = """
@@ -33,7 +33,8 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("needs node and npm")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
-    done = run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", SDK, cwd=folder, timeout=300)
+    install = ("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", SDK)
+    done = run(*install, cwd=folder, timeout=300, env=environ_to_download())
     if done.returncode != 0:
         pytest.skip(f"npm cannot install {SDK}: {done.stderr.strip()[-300:]}")
     return folder
