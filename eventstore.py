@@ -1322,6 +1322,39 @@ class Turn:
         self._is_taken = False
 
 
+_SWITCH_S = 0.0005  # longest time that a thread runs Python code while others wait
+
+
+class _ShortSwitches:
+    """Lets threads take turns every 0.5 ms, instead of Python's 5 ms, while any of them runs such a block.
+
+    The event loop and the other threads wait for each other at each of their steps. A single event beside 12 clients
+    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Where nothing
+    else runs it would only cost CPU: 1.2 times as much for a single event.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._usual_s = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                self._usual_s = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH_S, self._usual_s))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                sys.setswitchinterval(self._usual_s)
+
+
+_short_switches = _ShortSwitches()
+
+
 def _size_of(rows: Iterable[Row]) -> int:
     """Estimate what rows and their index entries add to the file, in bytes."""
     return sum(500 + len(row.properties) for row in rows)
@@ -1765,7 +1798,7 @@ class ReaderPool:
 
     def _outcome(self, task: _Task) -> object:
         try:
-            with self._reader() as reader:
+            with self._reader() as reader, _short_switches:
                 return None if task.is_abandoned else reader.run(task.work, task=task)
         except TimeoutError as error:
             return _shutting_down() if self._is_closed else error
@@ -2351,12 +2384,16 @@ async def _on_disconnect(request: Request, error: Exception) -> None:
 class _App(Starlette):
     """The application: it gives each request an id and finds the environment of its key."""
 
+    def __init__(self, service: Service, **options: Any) -> None:
+        super().__init__(exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan, **options)
+        self.state.service = self._service = service
+        self.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
             return
-        service: Service = self.state.service
-        caller = Caller(scope, receive)
+        service, caller = self._service, Caller(scope, receive)
         before = CALLER.set(caller)
         scope["request_id"] = service.request_id(caller.headers.get(b"x-request-id"))
         scope["start_s"] = time.perf_counter()
@@ -2642,7 +2679,8 @@ async def _large_body_rows(service: Service, request: Request, body: bytes, bulk
     """Decode and check in a thread, so that the event loop runs between msgspec's calls."""
     async with service.batch_turn:
         make_id = IdMaker()  # the service's own is not safe for threads
-        return await asyncio.to_thread(_body_rows, service, request, body, bulk, make_id)
+        with _short_switches:
+            return await asyncio.to_thread(_body_rows, service, request, body, bulk, make_id)
 
 
 async def ingest_event(service: Service, request: Request) -> Response:
@@ -2658,13 +2696,14 @@ async def ingest_event(service: Service, request: Request) -> Response:
 async def ingest_events_bulk(service: Service, request: Request) -> Response:
     """POST /v1/events/bulk (API: Sending events)."""
     body = await read_body(service, request)
-    if len(body) > _LARGE_BATCH_BYTES:
-        rows = await _large_body_rows(service, request, body, bulk=True)
-    else:
-        async with service.batch_turn:
-            await asyncio.sleep(0)  # let other requests run between two batches
-            rows = _body_rows(service, request, body, bulk=True)
-    return await _insert(service, rows, BulkAccepted("Events accepted for processing"))
+    with _short_switches:
+        if len(body) > _LARGE_BATCH_BYTES:
+            rows = await _large_body_rows(service, request, body, bulk=True)
+        else:
+            async with service.batch_turn:
+                await asyncio.sleep(0)  # let other requests run between two batches
+                rows = _body_rows(service, request, body, bulk=True)
+        return await _insert(service, rows, BulkAccepted("Events accepted for processing"))
 
 
 # ---------------------------------------------------------------------------------------------- Queries
@@ -3225,11 +3264,7 @@ def create_app(
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
     service = Service(settings, [*OPERATIONS, *operations])
-    routes = [Routes(service, [*service.operations, debugger])]
-    app = _App(routes=routes, middleware=layers, exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan)
-    app.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
-    app.state.service = service
-    return app
+    return _App(service, routes=[Routes(service, [*service.operations, debugger])], middleware=layers)
 
 
 # ---------------------------------------------------------------------------------------------- Listening

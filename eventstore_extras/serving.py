@@ -8,7 +8,6 @@ import gc
 import importlib
 import signal
 import socket
-import sys
 import threading
 from argparse import Namespace
 from contextlib import suppress
@@ -105,16 +104,13 @@ def additions(arguments: Namespace) -> dict[str, Any]:
 
 
 def _tune_interpreter() -> None:
-    """Run the garbage collector less often, exclude the modules' objects from it, and let threads take turns faster.
+    """Run the garbage collector less often, and exclude the modules' objects from it.
 
     With 64 requests in progress the collector would run all the time: p99 of single events was 1.4 to 1.7 times as
-    long. Each callback of the event loop waits for the reader threads, which run SQL functions in Python: beside 12
-    clients with COUNT_UNIQUE, a single event takes 0.6 times as long as with Python's interval of 5 ms. 64 clients send
-    1.07 times as many single events, for 1.2 times the CPU.
+    long.
     """
     gc.freeze()
     gc.set_threshold(10_000)
-    sys.setswitchinterval(0.0005)
 
 
 def _on_hangup(service: Service, arguments: Namespace, *_: object) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import eventstore
 from eventstore import Settings, create_app
-from helpers import KEYS, STAGING_KEY, event, refused, store
+from helpers import KEYS, STAGING_KEY, event, refused, store, table
 
 
 class Name(msgspec.Struct):
@@ -102,3 +105,40 @@ def test_a_mounted_application_finds_its_routes(tmp_path: Path, method: str, pat
     assert (answer.status_code, part in answer.text.replace("\\", "")) == (status, True)
     if status == 405:
         assert part == f"allowed: {answer.headers['allow']}"
+
+
+def _send_a_batch(client: TestClient) -> None:
+    store(client, event("a"), event("b"))
+
+
+def _send_a_large_event(client: TestClient) -> None:
+    client.post("/v1/events", json=event("a", properties={"text": "x" * eventstore._LARGE_EVENT_BYTES}))
+
+
+def _query(client: TestClient) -> None:
+    client.get("/v1/slow")
+
+
+@table("request_", [_send_a_batch, _send_a_large_event, _query])
+def test_threads_switch_more_often_during_work_that_takes_long_and_as_before_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: Callable[[TestClient], None]
+) -> None:
+    during = []
+
+    async def run_query(service: eventstore.Service, request: Request) -> Response:
+        during.append(await service.store.read(lambda conn: sys.getswitchinterval(), quick=False))
+        return Response()
+
+    def see_rows(*arguments: Any, **options: Any) -> list[eventstore.Row]:
+        during.append(sys.getswitchinterval())
+        return event_rows(*arguments, **options)
+
+    event_rows = eventstore.event_rows
+    monkeypatch.setattr(eventstore, "event_rows", see_rows)
+    before = sys.getswitchinterval()
+    operation = eventstore.Operation("GET", "/v1/slow", run_query, None)
+    with TestClient(create_app(Settings(db=str(tmp_path / "e.db"), api_keys=KEYS), operations=[operation])) as client:
+        client.headers["x-api-key"] = STAGING_KEY
+        request_(client)
+    assert during[0] < before
+    assert sys.getswitchinterval() == before
