@@ -57,14 +57,28 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest tests first, so that none of them begins when the other workers have finished."""
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that none of them begins when the other workers have finished.
+
+    xdist gives each worker consecutive tests, as many as the others; put a part of the longest at the start of each.
+    """
 
     def seconds(item: pytest.Item) -> float:
         marker = item.get_closest_marker("slow")
         return marker.args[0] if marker and marker.args else 0
 
-    items.sort(key=seconds, reverse=True)
+    workers: int = getattr(config, "workerinput", {}).get("workercount", 1)
+    longest = sorted(filter(seconds, items), key=seconds, reverse=True)
+    others = [item for item in items if not seconds(item)]
+    ordered: list[pytest.Item] = []
+    for number in range(workers):
+        share = (len(items) - len(ordered)) // (workers - number)
+        first = longest[number::workers]
+        count = max(share - len(first), 0)
+        ordered += [*first, *others[:count]]
+        del others[:count]
+    items[:] = [*ordered, *others]
 
 
 @pytest.fixture(autouse=True, scope="session")
