@@ -107,7 +107,7 @@ __all__ = [  # noqa: RUF022 - in the order of the file
     "matching", "property_number", "property_parameters", "property_sql", "property_text", "sql", "value_text",
     # Store
     "CALLER", "INSERT_ROWS", "PRAGMAS", "READER_PRAGMAS", "READER_THREADS", "SELECT_NEW_IDS", "WRITER_PRAGMAS",
-    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "StoreState", "Turn", "Writer",
+    "WRITE_LOCK_TIMEOUT_S", "Caller", "Reader", "ReaderPool", "Shares", "Store", "Turn", "Writer",
     "add_functions", "check_format", "check_path", "check_time", "connect", "connect_reader", "environment_number",
     "execute_writing", "insert_events", "insert_group", "insert_statement", "prepare_file", "real_path",
     "start_errors",
@@ -163,7 +163,7 @@ def now_us() -> int:
 
 
 def monotonic_s(clock: Callable[[], float] = time.monotonic) -> float:
-    """Return seconds for measuring durations. freezegun in a user's test cannot replace a default that is bound now."""
+    """Return seconds for measuring durations. The default is bound at import, so freezegun cannot replace it."""
     return clock()
 
 
@@ -197,7 +197,7 @@ STATUS_OF_CODE = {
 MAX_ECHO_CHARS = 100  # of a caller's value in a message
 _MAX_IGNORED = 20  # ignored names that an answer lists
 _MAX_FAULTS = 100  # faults that an answer lists
-# Fields in which FlexPrice refuses ""; in all others it means the same as an absent field.
+# Fields in which FlexPrice refuses ""; in all other fields "" means the same as an absent field.
 _NEVER_EMPTY = {"timestamp", "start_time", "end_time", "sort", "order", "billing_anchor", "multiplier"}
 
 
@@ -233,8 +233,11 @@ def _similar(name: str, known: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-def _why_ignored(name: str, why: Iterable[str] | str) -> str:
-    """Return a predicate for an ignored name. `why` is the reason, or for an unknown name the names that are known."""
+_Why = Iterable[str] | str  # what a message says after an ignored name; if the name is unknown, the known names
+
+
+def _why_ignored(name: str, why: _Why) -> str:
+    """Return the words that follow an ignored name in a message."""
     if isinstance(why, str):
         return why
     similar = _similar(name, why)
@@ -325,20 +328,20 @@ class Faults:
         self,
         index: int | None = None,
         whole: str = "body",
-        ignored: dict[str, Iterable[str] | str] | None = None,
+        ignored: dict[str, _Why] | None = None,
         strict: bool = False,
     ) -> None:
         self.index = index  # position in the batch of the event being checked
-        self.whole = whole  # what faults call the object whose fields are being checked: "body", "event", or a path
-        self.ignored = {} if ignored is None else ignored  # name -> why (see `ignore`)
+        self.whole = whole  # the name, in messages, of the object that is being checked: "body", "event", or a path
+        self.ignored = {} if ignored is None else ignored
         self._strict = strict  # whether ignored names are faults
         self._path = ""  # prefix of the field names of an object inside the body
-        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # at most 100
+        self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # (index, field) -> (code, message)
         self._bad: set[int | None] = set()  # the indexes of all events with faults
         self._truncated = False
 
     def add(self, field: str, code: str, problem: str) -> None:
-        """Record a fault, unless the field or its whole object has one already: a second one follows from the first."""
+        """Record a fault, unless the field or the object that contains it has one: one cause gives one fault."""
         name = field if field == self.whole else self._path + field
         if (self.index, self.whole) in self._found or (self.index, name) in self._found:
             return
@@ -348,8 +351,8 @@ class Faults:
         else:
             self._truncated = True
 
-    def ignore(self, names: Iterable[str], why: Iterable[str] | str = "has no effect in this request") -> None:
-        """Note names that are ignored. `why` is the reason, or for unknown names the names that are known."""
+    def ignore(self, names: Iterable[str], why: _Why = "has no effect in this request") -> None:
+        """Note names that are ignored."""
         for name in names:
             if len(self.ignored) > _MAX_IGNORED:
                 return
@@ -435,7 +438,6 @@ def _extra(name: str, purpose: str) -> ModuleType:
 
 ENCODER = msgspec.json.Encoder()
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each as undecoded JSON
-_OBJECT = msgspec.json.Decoder(dict[str, Any])
 decoder_of = lru_cache(msgspec.json.Decoder)
 _fields_of = lru_cache(msgspec.structs.fields)  # 100 us without the cache
 PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; an empty list matches all
@@ -467,7 +469,6 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-_MAX_UNKNOWN = 1000  # unknown members of an object; if it has more, only exact field names are found
 _MAX_ITEMS = 1000  # of an array of objects
 
 
@@ -489,8 +490,11 @@ def _items_of(batch: Any) -> list[Any]:
 _RAW_ITEMS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_batch_of(Raw))
 
 
+_MAX_UNKNOWN = 1000  # unknown members of an object; if it has more, a field's name must have the exact case
+
+
 class _Name(str):
-    """A member's name as msgspec decodes it: the field that it means, or "" for an unknown one."""
+    """The field that a member's name means, or "". msgspec passes `dec_hook` only names of a type of ours."""
 
     __slots__ = ()
 
@@ -531,6 +535,7 @@ def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | 
 
 
 def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
+    """Decode one field. If its type is an object or an array of objects, record the faults in these, else its own."""
     value = decode(decoder_of(field.type), raw)
     if value is not None or raw == b"null":
         return value
@@ -802,8 +807,8 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
     Read as "text", a property is what `property_text` returns. Read as "value", it is what `->>` returns, in 0.7 times
     the time: numbers stay numbers, true is 1 and false is 0.
 
-    Both avoid calling into Python unless the properties contain a backslash: a key in them may then be escaped, and
-    before 3.45 SQLite compares the path with the escaped form. A path cannot contain a quote at all.
+    Both call into Python only if the properties contain a backslash, which may escape the key: before 3.45 SQLite
+    compares the path with the escaped key. A path cannot contain a quote at all.
     """
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
@@ -818,9 +823,9 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
 
 
 def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return how a filter reads its property (see `property_sql`), and the options: each reading must be one of them.
+    """Return how a filter reads its property (see `property_sql`), and its options. Each reading must be one of them.
 
-    The last reading decides. If "value" comes before "text", it excludes most events in less time.
+    With both readings, "value" comes first: it excludes most events in less time, and "text" decides about the rest.
     """
     numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
     is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
@@ -860,18 +865,6 @@ def matching(selection: Selection) -> Sql:
         readings, options = filter_options(values)
         clauses += [is_in(property_sql(read_as, name, key), options, f"{name}_") for read_as in readings]
     return all_of(clauses)
-
-
-def _time_sql(column: str) -> str:
-    """Build the expression that formats a time as Go does: 2026-01-01T00:00:00.25Z.
-
-    Offset to year 1: integer division truncates toward zero and would round times before 1970 up. Formatting times is
-    half the cost of a page, and datetime() with replace() takes half as long as strftime().
-    """
-    since_year_1 = f"({column} - {MIN_TIME_US})"
-    seconds = f"{since_year_1} / 1000000 + {MIN_TIME_US // 1000000}"
-    digits = f"substr(1000000 + {since_year_1} % 1000000, 2)"
-    return f"replace(rtrim(rtrim(datetime({seconds}, 'unixepoch') || '.' || {digits}, '0'), '.') || 'Z', ' ', 'T')"
 
 
 # ---------------------------------------------------------------------------------------------- Store: connections
@@ -985,7 +978,8 @@ def start_errors(path: str) -> Iterator[None]:
 
 def check_format(conn: sqlite3.Connection, path: str) -> int | None:
     """Return the file's format, or None without tables. Raises StartError if this server cannot use the file."""
-    # Count the tables first. If another process created them after application_id was read, its 0 would be refused.
+    # Count the tables before reading application_id. In the other order, a file that another process creates in between
+    # would have tables and the id 0, like another program's.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
@@ -1139,23 +1133,6 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
 
 # ---------------------------------------------------------------------------------------------- Store: threads
 
-READER_THREADS = 4  # for each API key
-_MAX_READER_THREADS = 16
-_MAX_QUERIES = 1000  # of a key, that run or wait
-_PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
-_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
-_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
-_QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
-# Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
-# with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
-# of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
-_GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
-_GROUP_OPERATIONS = 100
-_EVENT_BYTES = 1000  # in a group, a longer event counts as several
-_FEW_EVENTS = 10  # a request with at most this many is small
-_TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
-_SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
-
 
 def _shutting_down() -> ApiError:
     return ApiError("service_unavailable", "the server is shutting down; nothing was done", retry_after_s=1)
@@ -1188,9 +1165,9 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B03
 
 
 class Shares:
-    """Divides a limit among API keys: one key may use all of it, less three quarters of what the others use.
+    """Divides a limit among API keys: a key may use the limit minus three quarters of what the other keys use.
 
-    All keys together use at most a third more than the limit, and a key that comes later still finds room. Call it from
+    This leaves room for a key that comes later. All keys together use at most a third more than the limit. Call it from
     the event loop only.
     """
 
@@ -1202,7 +1179,7 @@ class Shares:
     def take(self, key: bytes, amount: int, own: int = 0) -> bool:
         """Take an amount unless it exceeds the key's share; `own` is what the same request has already taken.
 
-        A request gets any amount while no other has taken one.
+        A request gets any amount if no other request holds one.
         """
         used = self._used.get(key, 0) + amount
         if key and self.total > own and used > self.limit - 0.75 * (self.total + amount - used):
@@ -1219,6 +1196,9 @@ class Shares:
                 del self._used[key]
 
 
+_EVENT_BYTES = 1000  # a longer event counts as several, because it is as much work
+
+
 class _Task:
     """Work for a thread of the store, and the future of its result."""
 
@@ -1229,7 +1209,6 @@ class _Task:
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         caller = CALLER.get()
         self.key = caller.key
-        # In a group of commits, a long event is as much work as several.
         self.size = 1 if callable(work) else max(len(work), caller.scope.get("held_bytes", 0) // _EVENT_BYTES)
         self.deadline_s = deadline_s  # monotonic_s() after which a query is interrupted
         self.is_abandoned = False  # nobody waits for the answer any more
@@ -1248,8 +1227,8 @@ class _Task:
             self.answer.set_result(outcome)
 
 
-class _Turns:
-    """A queue for each API key; the keys take turns. Not safe for threads."""
+class _FairQueue:
+    """Holds a queue for each API key; the keys take turns. Not safe for threads."""
 
     def __init__(self) -> None:
         self._items: dict[bytes, deque[Any]] = {}  # by key; the first has the next turn
@@ -1296,7 +1275,7 @@ class Turn:
 
     def __init__(self) -> None:
         self._is_taken = False
-        self._waiting = _Turns()
+        self._waiting = _FairQueue()
 
     async def __aenter__(self) -> None:
         if not self._is_taken:
@@ -1326,11 +1305,11 @@ _SWITCH_S = 0.0005  # longest time that a thread runs Python code while others w
 
 
 class _ShortSwitches:
-    """Lets threads take turns every 0.5 ms, instead of Python's 5 ms, while any of them runs such a block.
+    """While any thread is in a block `with _short_switches`, lets threads take turns every 0.5 ms, not every 5 ms.
 
     The event loop and the other threads wait for each other at each of their steps. A single event beside 12 clients
-    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Where nothing
-    else runs it would only cost CPU: 1.2 times as much for a single event.
+    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Single events
+    alone do without: they would cost 1.2 times the CPU.
     """
 
     def __init__(self) -> None:
@@ -1358,6 +1337,9 @@ _short_switches = _ShortSwitches()
 def _size_of(rows: Iterable[Row]) -> int:
     """Estimate what rows and their index entries add to the file, in bytes."""
     return sum(500 + len(row.properties) for row in rows)
+
+
+_SPACE_PAUSE_S = 1.0  # between two checks of the free space after commits
 
 
 class _FreeSpace:
@@ -1413,6 +1395,14 @@ def _rows_of(group: Iterable[_Task]) -> list[Row]:
     return [row for task in group if not callable(task.work) for row in task.work]
 
 
+# Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
+# with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
+# of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
+_GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
+_GROUP_OPERATIONS = 100
+_FEW_EVENTS = 10  # a request with at most this many is small
+
+
 class Writer:
     """A thread that owns the only writing connection and commits the waiting requests in groups.
 
@@ -1426,13 +1416,14 @@ class Writer:
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
         self._arrival = threading.Condition()  # guards the next four attributes
-        self._operations, self._few, self._many = _Turns(), _Turns(), _Turns()
+        self._operations, self._few, self._many = _FairQueue(), _FairQueue(), _FairQueue()
         self._is_closed = False
         self._short_until_s = 0.0
         self._events_are_next = False  # events and operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self.failed_commits = 0
+        # Called in the writer's thread with the number of events and the seconds of each commit.
         self.on_commit: Callable[[int, float], object] = lambda events, seconds: None
         self._failed_rows: list[Row] = []  # the largest commit that failed because of the disk
         self.space = _FreeSpace(path, settings.warn_free_bytes)
@@ -1602,8 +1593,8 @@ class Writer:
 
         SQLite's automatic checkpoint restarts the WAL only at a moment without readers. If reads always overlap, such
         as four clients' sums over 100,000 events, the WAL grows by 40 MB a second. Here the writer waits until the
-        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. It
-        looks at the size from before the last commit.
+        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. The
+        size is the one that _check_files read before the commit.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1622,7 +1613,9 @@ class Writer:
                 self._wal_limit_bytes = self._settings.wal_bytes
 
 
-_running = threading.local()  # `reader` of the operation that this thread runs
+_PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
+_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
+_this_thread = threading.local()  # `reader`: the one that runs an operation in this thread
 
 
 class Reader:
@@ -1636,7 +1629,7 @@ class Reader:
             self.conn.create_function(function.__name__, arguments, checking, deterministic=True)
         self._deadline_s = 0.0
         self._task: _Task | None = None
-        self.is_closing = False  # a deadline in the past would not do: the next query sets a new one
+        self.is_closing = False  # interrupts every query from now on; a deadline would interrupt only this one
 
     def _is_over(self) -> bool:
         is_abandoned = self._task is not None and self._task.is_abandoned
@@ -1656,7 +1649,7 @@ class Reader:
         """Return the operation's result. Raises TimeoutError after limit_s, and at the task's deadline."""
         self._task = task
         self._deadline_s = min(monotonic_s() + limit_s, task.deadline_s if task else math.inf)
-        _running.reader = self
+        _this_thread.reader = self
         try:
             return operation(self.conn)
         except sqlite3.OperationalError:
@@ -1664,14 +1657,19 @@ class Reader:
                 raise TimeoutError from None
             raise
         finally:
-            _running.reader = None
+            _this_thread.reader = None
 
 
 def check_time() -> None:
     """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
-    reader: Reader | None = getattr(_running, "reader", None)
+    reader: Reader | None = getattr(_this_thread, "reader", None)
     if reader and reader._is_over():
         raise TimeoutError
+
+
+READER_THREADS = 4  # for each API key
+_MAX_READER_THREADS = 16
+_MAX_QUERIES = 1000  # of a key, that run or wait
 
 
 class ReaderPool:
@@ -1686,7 +1684,7 @@ class ReaderPool:
         self._timeout_s = timeout_s
         self._shares = Shares(_MAX_QUERIES)
         self._lock = threading.Lock()  # guards the next five attributes
-        self._waiting = _Turns()
+        self._waiting = _FairQueue()
         self._running: Counter[bytes] = Counter()
         self._readers = [Reader(path) for _ in range(READER_THREADS)]
         self._free = list(self._readers)
@@ -1729,15 +1727,12 @@ class ReaderPool:
         finally:
             gone.cancel()
             if not task.answer.done():
-                self._abandon(task)
+                task.answer.cancel()
+                task.is_abandoned = True  # interrupts it if it runs
+                with self._lock:
+                    self._waiting.remove(task.key, task)
             elif not task.answer.cancelled():
                 task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
-
-    def _abandon(self, task: _Task) -> None:
-        task.answer.cancel()
-        task.is_abandoned = True  # interrupts it if it runs
-        with self._lock:
-            self._waiting.remove(task.key, task)
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
@@ -1792,6 +1787,7 @@ class ReaderPool:
             return len(self._waiting)
 
     def too_long(self) -> ApiError:
+        """Count a query that took longer than query_timeout_s, and return its error."""
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
@@ -1815,14 +1811,9 @@ def _remove_folder(folder: str | None, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class StoreState(NamedTuple):
-    """The store's load, and what has failed in it."""
-
-    waiting_events: int
-    failed_commits: int
-    running_queries: int
-    waiting_queries: int
-    query_timeouts: int
+_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
+_QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
+_TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 
 
 class Store:
@@ -1844,13 +1835,13 @@ class Store:
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
-            self._writer = Writer(self.path, self.writer_pragmas, settings)
+            self.writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
             self._quick_reader.conn.execute("PRAGMA busy_timeout = 0")  # the event loop must not wait for a lock
             self._quick_reader.conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _QUICK_BYTES)
-            self._readers = ReaderPool(self.path, settings.query_timeout_s)
-        self._writer.start()
+            self.readers = ReaderPool(self.path, settings.query_timeout_s)
+        self.writer.start()
 
     def add_environments(self, names: Iterable[str]) -> None:
         """Create the environments that are new, and remember their ids. Raises sqlite3.Error.
@@ -1866,11 +1857,11 @@ class Store:
         Raises ApiError: service_unavailable if too many events wait or the store is closing, database_error if the
         commit failed.
         """
-        return int(await self._writer.run(rows))
+        return int(await self.writer.run(rows))
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
         """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
-        return self._writer.run(operation)
+        return self.writer.run(operation)
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
@@ -1883,34 +1874,15 @@ class Store:
         if quick and not self._is_closed:
             with suppress(TimeoutError, sqlite3.Error):
                 return self._quick_reader.run(operation, _QUICK_S)
-        return await self._readers.run(operation)
-
-    def too_long(self) -> ApiError:
-        """Count a query that took longer than query_timeout_s, and return its error."""
-        return self._readers.too_long()
+        return await self.readers.run(operation)
 
     async def failure(self) -> str | None:
         """Return why events cannot be stored, or None if they can. After a failed commit, make a trial commit first."""
-        if self._writer.failure and monotonic_s() > self._trial_s + _TRIAL_PAUSE_S:
+        if self.writer.failure and monotonic_s() > self._trial_s + _TRIAL_PAUSE_S:
             self._trial_s = monotonic_s()
             with suppress(ApiError):
-                await self._writer.try_again()
-        return self._writer.failure
-
-    def state(self) -> StoreState:
-        """Return numbers for metrics. Any thread may call it."""
-        writer, readers = self._writer, self._readers
-        return StoreState(
-            writer.waiting_events, writer.failed_commits, readers.running, readers.waiting, readers.timeouts
-        )
-
-    def observe_commits(self, on_commit: Callable[[int, float], object]) -> None:
-        """Call a function with the events and the seconds of each commit, in the writer's thread."""
-        self._writer.on_commit = on_commit
-
-    def warning(self) -> str | None:
-        """Return a warning if the disk is nearly full; events can still be stored."""
-        return self._writer.space.warning()
+                await self.writer.try_again()
+        return self.writer.failure
 
     def close(self) -> None:
         """End running queries, commit waiting requests, checkpoint and close the file.
@@ -1920,16 +1892,15 @@ class Store:
         if self._is_closed or os.getpid() != self._process:
             return
         self._is_closed = True
-        self._readers.close()
+        self.readers.close()
         self._quick_reader.conn.close()
-        self._writer.close()  # last: the last connection to close removes the WAL
+        self.writer.close()  # last: the last connection to close removes the WAL
         self._remove_folder()
 
 
 # ---------------------------------------------------------------------------------------------- HTTP
 
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
 
 
 class JsonResponse(Response):
@@ -1962,9 +1933,9 @@ def _ignored_header(names: Iterable[str]) -> bytes:
 
 
 def _with_headers(scope: Scope, response: Response) -> Response:
-    """Add the headers that every answer has (API: Common rules). A middleware's own answers lack them.
+    """Add the headers that every answer has (API: Common rules), except those that a middleware makes itself.
 
-    Middleware that wraps `send` could add them as well: single events would take 3 % longer.
+    A middleware that wraps `send` could add them to those as well, but single events would take 3 % longer.
     """
     scope["status"] = response.status_code  # for the access log, see eventstore_extras/logs.py
     response.raw_headers += CORS_HEADERS
@@ -2018,7 +1989,7 @@ class Operation(NamedTuple):
 class Outbox(Struct):
     """The target to which an environment's events are forwarded, and what became of them.
 
-    `behind()` counts the waiting events in the database; the other fields are already up to date.
+    `behind()` counts the waiting events in the database. Forwarding keeps the other fields up to date.
     """
 
     host: str
@@ -2035,6 +2006,9 @@ class Retention(Struct):
 
     deleted: int = 0  # events
     swept_us: int = 0  # when it last looked for old events; 0 if it never finished
+
+
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
 
 
 class Service:
@@ -2144,7 +2118,7 @@ async def read_body(service: Service, request: Request, limit: float = math.inf)
         request.scope["held_bytes"] = size  # _Endpoint gives these shares back when the request ends
         if size <= limit and not message.get("more_body"):
             body = b"".join(chunks)
-            if (body[:1] != b"{" or body[1:2] == b"\0") and _has_extras():
+            if (body[:1] != b"{" or body[1:2] == b"\0") and _has_extras():  # UTF-16 begins with "{\0"
                 _extra("encodings", "a body").refuse_encoded(request, body)
             return body
     got = max(size, announced)
@@ -2238,14 +2212,10 @@ PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the
 
 
 def query_of_parameters(
-    struct: type[T],
-    sent: Mapping[str, str],
-    names: Iterable[str],
-    faults: Faults,
-    parsers: _Parsers = PARAMETER_PARSERS,
+    kind: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
 ) -> T:
     """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
-    parsed = struct()
+    parsed = kind()
     for name in names:
         if sent.get(name):  # in a URL an empty parameter is absent
             setattr(parsed, name, faults.check(name, parsers.get(name, str), sent[name]))
@@ -2407,7 +2377,7 @@ class _App(Starlette):
                 await error_response(Request(scope), refusal)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
-                if scope.get("ignored") and not service.settings.strict:  # otherwise they are refused
+                if scope.get("ignored") and not service.settings.strict:  # strict has refused the request
                     service.log_ignored(scope)
         finally:
             CALLER.reset(before)  # for a program that calls the application directly
@@ -2422,13 +2392,19 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-_MANY_BYTES, _MAX_COLLECTIONS = 1_000_000, 500_000  # limit on objects and arrays in properties longer than that
-_COMMAS_PER_COLLECTION = 5  # an empty object takes five times the memory of a number
+# Nothing interrupts msgspec. Within these limits one call takes up to about 50 ms, and the event loop runs after it.
+_MANY_BYTES = 1_000_000  # shorter properties and batches may hold any number of values
+_MAX_WEIGHT = 5_000_000  # of an event's properties
+# A string weighs most, because names in an object take longest. An escaped quote begins no string.
+_WEIGHTS = {b"{": 10, b"[": 10, b",": 2, b"\\": 1, b'"': 15, b'\\"': -15, b'\\\\"': 15}
+_MAX_MARKS = 8_000_000  # of a batch
+_MARKS = {b",": 1, b"{": 1, b"[": 1}
 _LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decode longer bodies in a thread
+_LARGE_BATCH_COLLECTIONS = 20_000  # decode a batch with more objects and arrays in a thread: 1 MB takes up to 0.5 s
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
 _MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
-_MAX_COMMAS = 2_000_000  # limit on commas before counting events; counting costs 64 bytes per event
+_MAX_COMMAS = 200_000  # in a batch with too many events, to count them: that takes 100 ns for each
 
 
 # forbid_unknown_fields makes msgspec report unknown fields: X-Ignored and the log list them.
@@ -2499,21 +2475,39 @@ def _is_deeper_than(value: object, limit: int) -> bool:
     level: list[Any] = [value]
     while level and limit >= 0:
         limit -= 1
-        # A generator: the collector would walk through a list of views again and again, which takes ten times as long.
+        # A generator takes a tenth of the time of a list of views, which the garbage collector would walk repeatedly.
         inside = (each.values() if type(each) is dict else each for each in level if type(each) in (dict, list))
         level = list(itertools.chain.from_iterable(inside))
     return bool(level)
 
 
+def _count(marks: Mapping[bytes, int], raw: bytes, limit: int) -> int:
+    """Return the sum of the weights of the marks in the text, or any number above the limit."""
+    count = 0
+    for start in range(0, len(raw), _MANY_BYTES):
+        count += sum(raw.count(mark, start, start + _MANY_BYTES) * weight for mark, weight in marks.items())
+        if count > limit:
+            break
+    return count
+
+
 def _check_number_of_values(raw: bytes) -> None:
     """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
-    count = 0
-    for start in range(0, len(raw) if len(raw) > _MANY_BYTES else 0, _MANY_BYTES):
-        commas, *opening = (raw.count(mark, start, start + _MANY_BYTES) for mark in (b",", b"{", b"["))
-        count += commas // _COMMAS_PER_COLLECTION + sum(opening)
-        if count > _MAX_COLLECTIONS:
-            limit = f"{_MAX_COLLECTIONS:,} opening braces and brackets, each five commas count as one,"
-            raise FieldError("out_of_range", f"may hold {limit} if longer than {_MANY_BYTES:,} bytes, got more")
+    if len(raw) > _MANY_BYTES and _count(_WEIGHTS, raw, _MAX_WEIGHT) > _MAX_WEIGHT:
+        limit = f"{_MAX_WEIGHT // 10:,} objects and arrays, where a string counts as three"
+        limit = f"{limit} and five commas or ten backslashes as one, if longer than {_MANY_BYTES:,} bytes"
+        raise FieldError("out_of_range", f"may hold {limit}, got more")
+
+
+def _double(number: str) -> float:
+    """Parse a number with a fraction or an exponent. msgspec takes 10 us for each like 1e300: a second for 1 MB."""
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError("out of range")
+    return value
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=_double)
 
 
 def check_properties(raw: bytes) -> str:
@@ -2543,8 +2537,8 @@ def check_properties(raw: bytes) -> str:
             raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
         if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
             json.loads(ENCODER.encode(value), parse_int=_check_integer)
-    # Count colons: the text has one for each member, plus those in strings. The decoded value has fewer if it lost
-    # members with a repeated name. A string can also spell a colon as \u003a.
+    # Decoding drops all but the last member of a repeated name, and their colons. So compare the numbers of colons in
+    # the text and in the value. Those in strings count in both, unless a string spells one as \u003a.
     colons = text.count(":")
     if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
         return text
@@ -2667,9 +2661,13 @@ def _body_rows(
     service: Service, request: Request, body: bytes, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
     faults = service.faults(request, whole="event")
-    if not bulk and len(body) > _MANY_BYTES and b'"properties"' in body:  # msgspec takes 0.1 s for ten million values
-        faults.check("properties", _check_number_of_values, body)
-        faults.raise_any()
+    if len(body) > _MANY_BYTES:
+        if bulk and _count(_MARKS, body, _MAX_MARKS) > _MAX_MARKS:
+            limit = f"{_MAX_MARKS:,} commas and opening braces and brackets if longer than {_MANY_BYTES:,} bytes"
+            raise_fault("body", "out_of_range", f"may hold {limit}, got more")
+        if not bulk and b'"properties"' in body:
+            faults.check("properties", _check_number_of_values, body)
+            faults.raise_any()
     events: list[Any] = decode_batch(body, faults) if bulk else [decode(_EVENT, body) or Raw(body)]
     request.scope["events"] = len(events)  # for metrics.py
     return event_rows(service, events, request["environment"], faults, bulk=bulk, make_id=make_id)
@@ -2697,7 +2695,7 @@ async def ingest_events_bulk(service: Service, request: Request) -> Response:
     """POST /v1/events/bulk (API: Sending events)."""
     body = await read_body(service, request)
     with _short_switches:
-        if len(body) > _LARGE_BATCH_BYTES:
+        if len(body) > _LARGE_BATCH_BYTES or body.count(b"{") + body.count(b"[") > _LARGE_BATCH_COLLECTIONS:
             rows = await _large_body_rows(service, request, body, bulk=True)
         else:
             async with service.batch_turn:
@@ -2837,6 +2835,18 @@ def event_query(sent: EventQueryIn, view: View, faults: Faults) -> EventQuery:
     )  # fmt: skip
 
 
+def _time_sql(column: str) -> str:
+    """Build the expression that formats a time as Go does: 2026-01-01T00:00:00.25Z.
+
+    Offset to year 1: integer division truncates toward zero and would round times before 1970 up. Formatting times is
+    half the cost of a page, and datetime() with replace() takes half as long as strftime().
+    """
+    since_year_1 = f"({column} - {MIN_TIME_US})"
+    seconds = f"{since_year_1} / 1000000 + {MIN_TIME_US // 1000000}"
+    digits = f"substr(1000000 + {since_year_1} % 1000000, 2)"
+    return f"replace(rtrim(rtrim(datetime({seconds}, 'unixepoch') || '.' || {digits}, '0'), '.') || 'Z', ' ', 'T')"
+
+
 # An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
 # the properties unchanged, this removes json_object's closing brace, appends them, and closes the object with :end.
 _EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
@@ -2908,7 +2918,7 @@ class _Position(Struct):
     timestamp: datetime
 
 
-_POSITION = msgspec.json.Decoder(_Position)  # made now: while freezegun replaces datetime, it would refuse every time
+_POSITION = msgspec.json.Decoder(_Position)  # made at import: under freezegun it would refuse every time
 
 
 def _cursor_of(event: str) -> str:
@@ -3186,14 +3196,14 @@ async def health(service: Service, request: Request) -> Response:
     forwarding = [Forwarding(name, outbox.host, outbox.put_aside or UNSET) for name, outbox in outboxes] or UNSET
     if reason := await service.store.failure():
         return JsonResponse(Health("failing", reason=reason, forwarding=forwarding), 503)
-    if warning := service.store.warning():
+    if warning := service.store.writer.space.warning():
         return JsonResponse(Health("warning", reason=warning, forwarding=forwarding))
     return JsonResponse(Health(forwarding=forwarding))
 
 
 def _debugger() -> Operation:
     """Make GET /: the event debugger, a page that calls this API as any other client does."""
-    page = _data_file("debugger.html")  # with \n for every line end, as browsers have it before they hash
+    page = _data_file("debugger.html")  # every line ends in \n here; browsers hash it in this form
     policy = "default-src 'none'; connect-src 'self'; "  # run only the page's own script: events may contain HTML
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -3281,9 +3291,8 @@ def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -
     }
     reason = reasons.get(getattr(error, "errno", None) or 0, f"{error}; check {host_flag}")
     if isinstance(error, socket.gaierror | UnicodeError):
-        reason = (
-            f"the name cannot be resolved; {host_flag} takes a name or an address of this machine, without a scheme"
-        )
+        takes = f"{host_flag} takes a name or an address of this machine, without a scheme"
+        reason = f"the name cannot be resolved; {takes}"
     return StartError(f"cannot listen on {printable(where)}: {reason}")
 
 
@@ -3351,18 +3360,15 @@ class FoundKeys(NamedTuple):
 
 
 def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys | None:
-    """Do what keys.find_api_keys does, for keys without a label, a role or a hash, and one key in a variable."""
+    """Find keys without eventstore_extras: flags in the form KEY or KEY=ENVIRONMENT, or one such key in a variable."""
     given = [("--api-key", flags.api_key)]
     given += [(name, [environ[name]]) for name in ("EVENTSTORE_API_KEYS", "FLEXPRICE_API_KEY") if name in environ]
     for source, texts in given:
         keys = []
-        for key, separator, environment in (text.partition("=") for text in texts):
-            if (
-                re.search("^sha256:|[;,]", f"{key}{environment}")
-                or "=" in environment
-                or (separator and not environment)
-            ):
+        for text in texts:
+            if re.search(r"(?s)^=?sha256:|[;,]|=.*=|=\Z", text):
                 raise _no_extras(f"{source} with more than KEY or KEY=ENVIRONMENT in it")
+            key, _, environment = text.partition("=")
             check_name(environment, f"{source}: the environment")
             keys.append(ApiKey.hashed(check_key(key, f"{source}: "), environment or "development"))
         if keys:
@@ -3430,7 +3436,7 @@ def serve(arguments: argparse.Namespace) -> int:
     found = _find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-    # Set the handlers before the port is open: a signal may arrive as soon as it is. Keep them after uvicorn has ended:
+    # Set the handlers before the port is open, because a signal may follow at once. Keep them after uvicorn has ended:
     # uvicorn raises the signal again, and the default handler would make the exit status -15.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)

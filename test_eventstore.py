@@ -1103,7 +1103,7 @@ def test_a_single_event_overtakes_queued_batches(tmp_path: Path) -> None:
         with write_lock(tmp_path):
             inserting = [insert("first")]
             await asyncio.sleep(0)  # let it be queued
-            await becomes(lambda: not store._writer._few)  # the writer has taken it and waits for the lock
+            await becomes(lambda: not store.writer._few)  # the writer has taken it and waits for the lock
             inserting += [insert(*(f"{batch}-{number}" for number in range(1000))) for batch in range(4)]
             inserting += [insert("single")]
             await asyncio.sleep(0)

@@ -75,7 +75,7 @@ def _check_copy(path: str, expected: tuple[int, ...]) -> None:
 
 
 def _positions(db: str) -> dict[str, bytes]:
-    """Return the contents of the files that record how far forwarding has come, by the ends of their names."""
+    """Return the files that record how far forwarding has come: the end of each name, and the content."""
     start = real_path(db)
     names = glob.glob(f"{glob.escape(start)}.forward-*.json")
     return {name.removeprefix(start): Path(name).read_bytes() for name in names}

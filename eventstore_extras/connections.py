@@ -36,6 +36,7 @@ WRITE_TIMEOUT_S = 30.0  # in each such period the client must take _MIN_BYTES of
 _MIN_BYTES = 10_000
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
 _MAX_HEADERS = 1_000  # of a request: each takes a hundred bytes of memory even if it is empty
+_MAX_CHUNK_OVERHEAD_BYTES = 16_384  # of a body beyond 16 bytes for each chunk and two for each byte of data, as in Go
 _PIECE_BYTES = 4_096  # parsed at a time, so a head may exceed the limit by this much before it is refused
 _MAX_UNPARSED_BYTES = 65_536  # received and not parsed; with more of them, the connection is not read
 _MAX_BODY_PARTS = 1_000  # then other connections get a turn: 256 KB received in chunks of one byte take 100 ms
@@ -129,6 +130,7 @@ class Protocol(HttpToolsProtocol):
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
     _in_body = False  # between the end of a request's head and the end of the request
     _body_bytes = 0  # of a body, received since its timer was set
+    _overhead_bytes = 0  # of a body in chunks: long sizes, extensions, trailers
     _body_parts = 0  # of bodies, parsed in this turn: chunks, or the pieces of what was received
     _last_answer: bytes | None = None  # set as soon as nothing more is read
     _unsent_bytes = 0  # size of the write buffer when _write_timer was set
@@ -188,7 +190,11 @@ class Protocol(HttpToolsProtocol):
         parsed = self._body_parts = 0
         try:
             while parsed < len(data) and not self.pipeline and self._body_parts < _MAX_BODY_PARTS:
-                self._parse(data[parsed : parsed + _PIECE_BYTES])
+                piece = data[parsed : parsed + _PIECE_BYTES]
+                if self._in_body:
+                    self._parse_body(piece)
+                else:
+                    self._parse(piece)
                 parsed += _PIECE_BYTES
         except (httptools.HttpParserError, ApiError) as error:
             self._refuse(error, data)
@@ -232,6 +238,18 @@ class Protocol(HttpToolsProtocol):
         length = self._framing_bytes
         if length > _MAX_HEADERS and (length > MAX_HEAD_BYTES or len(self.headers or ()) > _MAX_HEADERS):
             raise self._head_too_long()
+
+    def _parse_body(self, piece: bytes) -> None:
+        """Parse a piece of a body. Raises ApiError if it is in chunks whose sizes and extensions exceed their data."""
+        before_bytes, before_parts = self._body_bytes, self._body_parts
+        self._parse(piece)
+        data = 3 * (self._body_bytes - before_bytes) + 16 * (self._body_parts - before_parts)
+        self._overhead_bytes = max(0, self._overhead_bytes + len(piece) - data)
+        if not self._in_body:
+            self._overhead_bytes = 0
+        elif self._overhead_bytes > _MAX_CHUNK_OVERHEAD_BYTES:
+            limit = f"{_MAX_CHUNK_OVERHEAD_BYTES:,} bytes of long sizes, extensions and trailers"
+            raise ApiError("headers_too_large", f"the body's chunks may have {limit} more than data, got more")
 
     def _head_too_long(self) -> ApiError:
         part, code = "headers", "headers_too_large"

@@ -260,7 +260,7 @@ _TABLES = """features LEFT JOIN meters
 _IN_ENVIRONMENT = f"features.{IN_ENVIRONMENT}"
 _REPORTING_UNIT = msgspec.json.Decoder(ReportingUnit | None)
 _METADATA = msgspec.json.Decoder(dict[str, str])
-# A condition on a row of meters: a published feature has the meter.
+# A condition on a row of meters: a published feature uses the meter.
 _METER_IS_USED = f"""EXISTS (SELECT 1 FROM features WHERE {_IN_ENVIRONMENT} AND features.meter_id = meters.id
     AND features.archived_at_us IS NULL)"""
 
@@ -353,7 +353,7 @@ class NamedMeter(NamedTuple):
 def named_meters(conn: sqlite3.Connection, environment: str, feature_ids: Collection[str]) -> list[NamedMeter]:
     """Return the meters of these features; without ids, return all meters.
 
-    If several features have a meter, one of `feature_ids` names it, otherwise a published one, otherwise the oldest.
+    If several features use a meter, one of `feature_ids` names it, otherwise a published one, otherwise the oldest.
     """
     order = "features.archived_at_us IS NOT NULL, features.created_at_us, features.id"
     features = _select_features(conn, environment, sql(f"{_IN_ENVIRONMENT} ORDER BY {order}", environment=environment))
@@ -431,7 +431,7 @@ async def update_feature(service: Service, request: Request) -> Response:
 
 
 async def delete_feature(service: Service, request: Request) -> Response:
-    """DELETE /v1/features/{id}: archive a feature, and its meter unless another feature has it (API: Features)."""
+    """DELETE /v1/features/{id}: archive a feature, and its meter unless another feature uses it (API: Features)."""
     view, feature_id = service.view(request), request.path_params["id"]
 
     def archive(conn: sqlite3.Connection) -> None:

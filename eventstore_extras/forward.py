@@ -405,7 +405,7 @@ class Forwarder:
 
     async def _watch(self) -> None:
         while True:
-            with suppress(ApiError, sqlite3.Error):  # the server is stopping, or the task that sends says what is wrong
+            with suppress(ApiError, sqlite3.Error):  # the server is stopping, or `_work` logs the error
                 self._monitor.check(await self._measure())
             await asyncio.sleep(WATCH_INTERVAL_S)
 

@@ -44,7 +44,7 @@ class Hider:
         self._longest = max(map(len, found), default=0)
 
     def hide(self, text: str, max_chars: int) -> str:
-        """Return the start of a text without its secrets. Cuts it afterwards: a cut secret would not be recognized."""
+        """Replace the secrets, then cut the text to `max_chars`: half a secret would not be recognized."""
         # Enough characters even if the text is nothing but secrets in their longest spelling.
         enough_chars = 3 * (max_chars + 3) * (self._longest + 1)
         return self._pattern.sub("***", text[:enough_chars])[:max_chars]

@@ -21,7 +21,7 @@ __all__ = ["AllowedHosts", "check_hosts", "hosts_of_flags", "is_allowed"]
 
 _NAME = r"\[[0-9a-f:.]+\]|[^][:/@,\\\s]+"
 _AUTHORITY = re.compile(rf"(?:https?://)?({_NAME})(?::[0-9]*)?", re.IGNORECASE)  # `Host`, or `Origin` with a scheme
-_WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - a server that listens there has every address of this machine
+_WILDCARDS = {"0.0.0.0", "::"}  # noqa: S104 - such a server listens on every address of this machine
 
 
 def _normalized(name: str) -> str:

@@ -429,7 +429,7 @@ def _import_file(
                 done = position
 
         def before_read() -> None:
-            if size is not None:  # in a pipe, lines are not read again: store them before a signal ends the import
+            if size is not None:  # a pipe's events cannot be read again: store them before a signal ends the import
                 signals.check()
                 advance_to(file.tell())
 
@@ -486,7 +486,7 @@ def _import_events(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         signals = _Signals()
         stack.enter_context(signals.handled())
-        with signals.waiting():  # to open a named pipe takes until another process writes to it
+        with signals.waiting():  # a named pipe opens only when another process opens it for writing
             raw = stack.enter_context(_open_input(arguments.file))
         is_new = _check_database(arguments.db, arguments.dry_run)
         rejects = _open_rejects(arguments, stack) if arguments.skip_invalid else None

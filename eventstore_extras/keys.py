@@ -39,7 +39,7 @@ _HASHED_KEY = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 def _split(source: str, text: str) -> tuple[str, dict[str, str]]:
-    """Return a key, and the values that follow it by name. Raises StartError if the text has another form."""
+    """Return the key, and its environment, label and role by name. Raises StartError if the text has another form."""
     first, *attributes = (part.strip() for part in text.split(";"))
     key, separator, environment = (part.strip() for part in first.partition("="))
     given = {name.strip(): value.strip() for name, _, value in (part.partition("=") for part in attributes)}

@@ -84,7 +84,7 @@ class Metrics:
         self._requests: dict[tuple[str, str, str], _Histogram] = defaultdict(lambda: _Histogram(_SECONDS))
         self._events: Counter[tuple[str, str]] = Counter()  # (accepted, duplicate or refused; environment) -> number
         self._commit_seconds, self._commit_events = _Histogram(_SECONDS), _Histogram(_EVENTS)
-        service.store.observe_commits(self._on_commit)
+        service.store.writer.on_commit = self._on_commit
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """Wrap an application in middleware that counts its requests."""
@@ -151,8 +151,8 @@ class Metrics:
         return seconds
 
     def _store_metrics(self) -> Iterator[Metric]:
-        state, shares = self._service.store.state(), self._service.shares
-        yield _gauge("eventstore_writer_waiting_events", "Events that wait for their commit.", state.waiting_events)
+        writer, readers, shares = self._service.store.writer, self._service.store.readers, self._service.shares
+        yield _gauge("eventstore_writer_waiting_events", "Events that wait for their commit.", writer.waiting_events)
         yield _gauge("eventstore_held_bytes", "Bytes of bodies and unread answers in memory.", shares.total)
         for name, text, histogram in (
             ("duration_seconds", "Time of a commit.", self._commit_seconds),
@@ -161,10 +161,10 @@ class Metrics:
             metric = HistogramMetricFamily(f"eventstore_commit_{name}", text)
             metric.add_metric([], histogram.buckets(), histogram.sum)
             yield metric
-        yield _counter("eventstore_commit_failures", "Commits that failed.", {(): state.failed_commits})
-        yield _gauge("eventstore_queries_running", "Queries in reader threads.", state.running_queries)
-        yield _gauge("eventstore_queries_waiting", "Queries that wait for a reader thread.", state.waiting_queries)
-        yield _counter("eventstore_query_timeouts", "Queries that took too long.", {(): state.query_timeouts})
+        yield _counter("eventstore_commit_failures", "Commits that failed.", {(): writer.failed_commits})
+        yield _gauge("eventstore_queries_running", "Queries in reader threads.", readers.running)
+        yield _gauge("eventstore_queries_waiting", "Queries that wait for a reader thread.", readers.waiting)
+        yield _counter("eventstore_query_timeouts", "Queries that took too long.", {(): readers.timeouts})
 
     def _file_metrics(self) -> Iterator[Metric]:
         path = self._service.store.path

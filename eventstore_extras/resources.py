@@ -144,7 +144,7 @@ _DEFAULT_LIMIT, _MAX_LIMIT = 50, 1000
 _STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four find nothing
 _SORTS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name", "id": "id",
           "status": "archived_at_us IS NULL"}  # fmt: skip
-# By table, the SQL of each field that sorts it.
+# The fields by which each table can be sorted, with their SQL.
 SORTS = {
     "meters": _SORTS | {"event_name": "event_name", "reset_usage": "reset_usage"},
     "features": _SORTS | {"lookup_key": "lookup_key", "type": "type"},

@@ -294,7 +294,7 @@ class SteadyClock:
         self.corrections = 0  # jumps into the future that were believed, because the clock had been wrong before
 
     def _was_behind(self, now: int) -> bool:
-        """Return True if the clock was wrong before it jumped to this time: before 2024, or before stored events."""
+        """Return True if the jump to this time corrects a clock that was before 2024, or before stored events."""
         return self._said_us < PLAUSIBLE_US or self._said_us + DAY_US < self._newest_us <= now
 
     def now(self) -> int:
@@ -352,8 +352,8 @@ class _Retention:
         self._kept_us = int(days * DAY_US)
         self._outboxes = service.outboxes
         self._deletes_unforwarded = deletes_unforwarded
-        self._newest_us: int | None = None  # when the newest event was stored, when this server started
-        self._is_trusted = False  # the clock agrees with the events
+        self._newest_us: int | None = None  # when the newest event was stored, as the first sweep found it
+        self._is_trusted = False  # whether the clock agrees with the events
         self._note = ""
 
     async def _doubt(self, now: int, sweep: Sweep) -> str:

@@ -83,7 +83,7 @@ class PutAside(NamedTuple):
 
     row: StoredRow
     unfit: Unfit
-    before: int  # this many events of its batch come before it
+    before: int  # number of events in the batch that come before it and are sent
 
 
 class Batch(NamedTuple):
@@ -426,11 +426,11 @@ def _error_message(content: bytes, hider: Hider) -> str:
 class Key(NamedTuple):
     value: str
     source: str  # the flag or variable that it came from
-    setting: str = ""  # the flag or variable that sets this key and nothing else, if it is another one
+    setting: str = ""  # the flag or variable that sets only this key
 
 
 def find_key(sources: Mapping[str, str | None], missing: str) -> Key:
-    """Return the first key that a source has. The first source must set this key and nothing else.
+    """Return the key of the first source that has one. The first source must be the one that sets only this key.
 
     Raises StartError if the key is invalid, or with the message `missing` if no source has one.
     """

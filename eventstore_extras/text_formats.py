@@ -48,10 +48,7 @@ def detect_format(head: bytes) -> str:
     """Name the format of a file by its first bytes."""
     if head.startswith((b"PAR1", b"PARE")):  # PARE marks an encrypted file
         return "parquet"
-    if re.match(
-        rb'\s*(\[\s*([\[\]{"]|null|true|false|[\d.eE+-]+\s*[,\]]|$)|\{\s*"(events"\s*:|event"\s*:\s*\{|has_more"|debug_tracker"))',
-        head,
-    ):
+    if _JSON_START.match(head):
         return "json"
     return "ndjson" if head.lstrip()[:1] in (b"{", b"", _RECORD_SEPARATOR) else "csv"
 

@@ -438,7 +438,7 @@ async def read_all(
         async with asyncio.timeout(service.settings.query_timeout_s):
             return await asyncio.gather(*tasks)
     except TimeoutError:
-        raise service.store.too_long() from None
+        raise service.store.readers.too_long() from None
     finally:
         for task in tasks:
             task.cancel()

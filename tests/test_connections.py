@@ -277,6 +277,34 @@ def test_a_body_in_many_chunks_is_parsed_in_turns_and_stored(noted: Noted) -> No
     assert max(noted.body_parts) <= 1000 + 4096 // len(b"1\r\nx\r\n") + 1
 
 
+LONG = b"a" * 3000
+OVERHEAD = {  # one chunk with a byte of data
+    "extension": b"1;" + LONG + b"\r\nx\r\n", "extensions": b"1" + b";a" * 1500 + b"\r\nx\r\n",
+    "quoted extension": b'1;a="' + LONG + b'"\r\nx\r\n', "short extensions": b"1;a=12345678901234567890\r\nx\r\n",
+    "zeros": b"0" * 3000 + b"1\r\nx\r\n",
+}  # fmt: skip
+
+
+@table("kind", OVERHEAD)
+def test_a_body_whose_chunks_have_more_overhead_than_data_is_refused(kind: str) -> None:
+    with connected() as sock:
+        sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+        with suppress(OSError):
+            sock.sendall(OVERHEAD[kind] * (1 + 100_000 // len(OVERHEAD[kind]) * (4 if kind.startswith("short") else 1)))
+        refused(answer_on(sock), 431, "headers_too_large", "the body's chunks may have 16,384 bytes")
+
+
+@table("line", [b"%x;chunk-signature=" + b"a" * 64, b"%016x", b"%x;" + b"a" * 1000], ids=["signed", "zeros", "long"])
+def test_a_body_whose_chunks_have_less_overhead_than_data_is_stored(line: bytes) -> None:
+    body = json.dumps(event("chunked", properties={"text": "x" * 200_000})).encode()
+    pieces = [body[start : start + 1000] for start in range(0, len(body), 1000)]
+    chunks = b"".join(line % len(piece) + b"\r\n" + piece + b"\r\n" for piece in pieces)
+    with connected() as sock:
+        for _ in range(2):
+            sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+            assert answer_on(sock).status_code == 202
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs uvloop")
 def test_several_connections_are_accepted_in_a_round_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     accepted: Counter[int] = Counter()  # by round

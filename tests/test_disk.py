@@ -87,7 +87,7 @@ def test_a_trial_writes_all_pages_but_keeps_none(tmp_path: Path) -> None:
         store(client, event("known"))
         wal = tmp_path / "events.db-wal"
         before = wal.stat().st_size
-        writer: Any = store_of(client)._writer
+        writer: Any = store_of(client).writer
         environment = store_of(client).environments["development"]
         row = eventstore.Row(environment, "", "cust", "", "call", "", 0, 0, '{"a": "%s"}' % ("x" * 1000))
         writer._failed_rows = [row._replace(id=f"{number}") for number in range(1000)]
@@ -201,7 +201,7 @@ def test_a_failure_of_the_database_in_an_operation_makes_health_fail_until_a_com
     with serving(tmp_path) as client:
         with pytest.raises(ApiError):
             asyncio.run(_write(store_of(client), fail_with(error)))
-        assert store_of(client)._writer.failure
+        assert store_of(client).writer.failure
         store(client, event("a"))
         assert health(client) == (200, "ok")
 
@@ -247,7 +247,7 @@ def test_a_wal_behind_a_link_is_measured_by_its_own_size(linked: tuple[Path, Pat
     link, real = linked
     with serving(link.parent, db=str(link)) as client:
         store(client, event("a"))
-        writer: Any = store_of(client)._writer
+        writer: Any = store_of(client).writer
         store(client, event("b"))
         assert [status.st_ino for status in writer._files] == [
             os.stat(real).st_ino, os.stat(f"{real}-wal").st_ino]  # fmt: skip
@@ -327,13 +327,13 @@ def test_a_timeout_around_an_in_process_client_is_its_own(tmp_path: Path, monkey
                 async with asyncio.timeout(0.05):
                     await client.post("/v1/events", json=event("a"))
             task = asyncio.create_task(client.post("/v1/events", json=event("b")))
-            await becomes(lambda: service.store.state().waiting_events == 1)
+            await becomes(lambda: service.store.writer.waiting_events == 1)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             service.is_stopping = lambda: True
             task = asyncio.create_task(client.post("/v1/events", json=event("c")))
-            await becomes(lambda: service.store.state().waiting_events == 1)
+            await becomes(lambda: service.store.writer.waiting_events == 1)
             task.cancel()
             refused(await task, 503, "service_unavailable", "shutting down")
             assert service.shares.total == 0

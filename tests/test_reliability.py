@@ -121,7 +121,7 @@ def test_events_that_cannot_be_counted_after_their_commit_are_acknowledged(tmp_p
 
 def test_after_a_failed_rollback_no_event_joins_the_open_transaction(tmp_path: Path) -> None:
     with serving(tmp_path) as client:
-        writer: Any = store_of(client)._writer
+        writer: Any = store_of(client).writer
         writer._conn = FailsOnce(writer._conn, "ROLLBACK")
         refuse_to_write(tmp_path, "new.id = '200'")
         response = client.post("/v1/events/bulk", json={"events": [event(f"{number}") for number in range(300)]})

@@ -309,7 +309,7 @@ def test_if_one_operation_of_a_request_fails_the_others_end(tmp_path: Path) -> N
         service = service_of(client)
         with pytest.raises(ZeroDivisionError):
             asyncio.run(usage_module.read_all(service, [lambda conn: conn.execute(FOREVER).fetchall(), fail]))
-        eventually(lambda: service.store._readers.running == 0)
+        eventually(lambda: service.store.readers.running == 0)
 
 
 @table("kind", AGGREGATIONS)
