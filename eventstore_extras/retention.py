@@ -49,7 +49,7 @@ from eventstore import (
 )
 from eventstore_extras.forward import ForwardProgress, forward_progress_path, read_all_forward_progress
 from eventstore_extras.job import StopError, run_job, until_sigterm
-from eventstore_extras.sending import lasted
+from eventstore_extras.sending import lasted, newest_seq
 from eventstore_extras.stored import OwnReader, open_stored
 
 __all__ = [
@@ -77,7 +77,7 @@ __all__ = [
 SPAN = 100_000  # seqs that one query scans
 _FIRST_ROWS, MIN_ROWS, MAX_ROWS = 50, 10, 1000  # to delete in one transaction
 _TARGET_S = 0.005  # for one transaction: requests that store events wait for it and its commit
-_PAUSE_FACTOR = 2  # the pause after a transaction is this many times as long as the transaction
+_PAUSE_FACTOR = 2  # while events arrive, the pause after a transaction is this many times as long as the transaction
 _FIND_EXPIRED = "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {} ORDER BY seq LIMIT :rows)"
 _COUNT_KEPT = """
 SELECT (SELECT name FROM environments WHERE id = environment), ingested_at_us < :plausible_us, count(*)
@@ -174,10 +174,19 @@ def checkpoint(path: str) -> None:
         conn.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
-def _expired_and_kept(conn: sqlite3.Connection, span: Expired, rows: int) -> tuple[tuple[int, int], Kept]:
-    """Count the first events to delete in a span, and the old events before the last of these that must stay."""
+class _Found(NamedTuple):
+    """The first events to delete in a span."""
+
+    number: int
+    last: int  # seq of the last of them, 0 without any
+    kept: Kept  # the old events before the last one that must stay
+    newest: int  # seq of the last event of the table
+
+
+def _find_expired(conn: sqlite3.Connection, span: Expired, rows: int) -> _Found:
     count, last = span.find(conn, rows)
-    return (count, last), span._replace(through=last if count else span.through).kept(conn)
+    kept = span._replace(through=last if count else span.through).kept(conn)
+    return _Found(count, last, kept, newest_seq(conn))
 
 
 def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
@@ -187,7 +196,10 @@ def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
 
 
 class Sweep:
-    """Deletes expired events in order of arrival, in transactions so short that ingest requests are not delayed."""
+    """Deletes expired events in order of arrival, in short transactions: ingest requests wait for them.
+
+    It pauses between them while events arrive.
+    """
 
     def __init__(self, path: str, database: Database, expired: Expired) -> None:
         self._path = path
@@ -218,19 +230,20 @@ class Sweep:
         """
         read = self._database.read
         after, newest = await read(_seq_range)
-        rows = _FIRST_ROWS
+        rows, arrived = _FIRST_ROWS, 0
         while after < newest:
             span = self._span(after, newest)
-            (count, last), kept = await read(partial(_expired_and_kept, span=span, rows=rows))
-            self.kept += kept
-            if count:
-                taken_s = await self._database.write(span._replace(through=last).delete)
-                self.deleted += count
+            found = await read(partial(_find_expired, span=span, rows=rows))
+            self.kept += found.kept
+            if found.number:
+                taken_s = await self._database.write(span._replace(through=found.last).delete)
+                self.deleted += found.number
                 rows = round(max(MIN_ROWS, min(MAX_ROWS, 2 * rows, rows * _TARGET_S / taken_s)))
-                after = last
+                after = found.last
                 await asyncio.to_thread(checkpoint, self._path)
-                await asyncio.sleep(_PAUSE_FACTOR * taken_s)
-            elif thorough or kept:
+                await asyncio.sleep(_PAUSE_FACTOR * taken_s if found.newest > arrived else 0)
+                arrived = found.newest
+            elif thorough or found.kept:
                 after = span.through
             else:
                 return

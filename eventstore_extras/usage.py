@@ -33,6 +33,7 @@ from eventstore import (
     MIN_TIME_US,
     MINUTE_US,
     READER_THREADS,
+    TEXT_OF_JSON,
     WINDOW_MINUTES,
     Faults,
     FieldError,
@@ -278,6 +279,7 @@ def number_sql(name: str, key: str) -> Sql:
 
 
 _MAX_UNIQUE = 1_000_000  # distinct values in a range without windows: they are held in memory
+_LONG_PROPERTIES = 500  # characters; bounds the temporary files with a million distinct values
 _MAX_TEXT_CHARS = 64  # UUIDs and hexadecimal hashes are shorter; texts that call into Python take 2.6 times as long
 
 
@@ -288,6 +290,22 @@ def unique_sql(name: str, key: str) -> Sql:
     """
     text = property_sql("text", name, key)
     return sql(f"(SELECT iif(length(v) > {_MAX_TEXT_CHARS}, text_hash(v), v) FROM (SELECT {text} AS v))", text)
+
+
+def _unique_texts(key: str, rows: str) -> Sql:
+    """Build a SELECT that returns a JSON array with all values of `unique_sql` in these rows, some of them twice.
+
+    It compares the values' JSON and converts only the distinct ones: if values repeat, this takes 0.7 times as long.
+    Values in long properties are hashed before that, and marked with a '!', which sorts before all JSON.
+    """
+    text = unique_sql("property", key)
+    json = "NULL" if text.values["property_path"] == "$" else "properties -> :property_path"
+    is_short = f"properties NOT LIKE '%\\%' AND length(properties) < {_LONG_PROPERTIES}"
+    unmarked = "CAST(substr(CAST(v AS BLOB), 2) AS TEXT)"  # cut bytes, since a text may contain a NUL
+    converted = f"""CASE WHEN v < '"' THEN {unmarked}
+        WHEN length(v) > {_MAX_TEXT_CHARS} THEN text_hash({TEXT_OF_JSON}) ELSE {TEXT_OF_JSON} END"""
+    distinct = f"SELECT DISTINCT iif({is_short}, {json}, '!' || {text}) AS v {rows} LIMIT {_MAX_UNIQUE + 2}"
+    return sql(f"SELECT CASE WHEN count(*) > 0 THEN json_group_array({converted}) END FROM ({distinct})", text)
 
 
 def _text_hash(text: str) -> str:
@@ -324,11 +342,11 @@ def _cell_sql(query: UsageQuery) -> Sql:
     group = property_sql("text", "group", query.group_property)
     if query.group_property:
         aggregate, rows = sum_of("v"), f"FROM (SELECT max({number}) AS v {rows} GROUP BY ifnull({group}, ''))"
-    if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
-        aggregate, rows = "json_group_array(v)", f"FROM (SELECT DISTINCT {text} AS v {rows} LIMIT {_MAX_UNIQUE + 1})"
     cell = f"SELECT CASE WHEN count(*) > 0 THEN {aggregate} END {rows}"
     if query.aggregation == "LATEST":
         cell = f"SELECT {exact} {rows} ORDER BY timestamp_us DESC, id DESC LIMIT 1"
+    if query.aggregation == "COUNT_UNIQUE" and not query.windows:  # spans of one range may share texts
+        cell = str(_unique_texts(query.property_name, rows))
     return sql(cell, text, number, where, limits, group)
 
 
@@ -357,8 +375,9 @@ def _count_unique(spans: Iterable[str], field: str) -> int:
     """Count the distinct values in JSON arrays. If there are too many, raises ApiError for `field`."""
     values: set[str | None] = set()
     for span in spans:
-        values.update(_TEXTS.decode(span))
-        if len(values) > _MAX_UNIQUE + 1:  # one may be None
+        texts = _TEXTS.decode(span)
+        values.update(texts)
+        if max(len(texts), len(values)) > _MAX_UNIQUE + 1:  # one may be None; the rest may be cut off
             problem = f"has more than {_MAX_UNIQUE} distinct values in this range: take a shorter one, or a window_size"
             raise_fault(field, "out_of_range", problem)
     return len(values - {None})

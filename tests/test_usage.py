@@ -232,6 +232,11 @@ def test_unique_texts_of_any_length_are_told_apart(client: httpx.Client) -> None
         "é" * 65,
         "",
         "5",
+        "!5",
+        '"5"',
+        "\\",
+        "a\0b",
+        "a\0c",
     ]
     texts.append("#" + hashlib.blake2b(texts[2].encode(), digest_size=32).hexdigest())  # looks like the hash of another
     values: list[object] = [*texts, *texts, 5, None, {"a": "x" * 80}, {"a": "x" * 81}, {"a": "x" * 80}]
