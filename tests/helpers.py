@@ -40,6 +40,8 @@ NOW = 1_760_528_327_962_000  # 2025-10-15T11:38:47.962Z
 DAY_US = 86_400_000_000
 EVER = {"start_time": EARLIEST, "end_time": LATEST}
 
+_CERTIFICATES = os.environ.get("SSL_CERT_FILE")
+
 Json = dict[str, Any]  # an event, a query or an answer
 table = pytest.mark.parametrize
 is_root = not hasattr(os, "geteuid") or os.geteuid() == 0
@@ -244,9 +246,9 @@ def request_bytes(
     return f"{head}\r\n".encode() + body
 
 
-def eventually(condition: Callable[[], object]) -> None:
+def eventually(condition: Callable[[], object], pause_s: float = 0.002) -> None:
     """Wait until the condition is true, asking less often the longer it takes."""
-    deadline, pause_s = time.monotonic() + 60, 0.002
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(pause_s)
@@ -263,6 +265,12 @@ async def becomes(condition: Callable[[], object]) -> None:
 def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
     options = {"timeout": 60, "capture_output": True, "text": True} | options
     return subprocess.run([*map(str, command)], check=False, **options)
+
+
+def environ_to_download() -> dict[str, str]:
+    """Return the environment of a command that needs all certificates: the tests' own has a single one (conftest.py)."""
+    environ = {name: value for name, value in os.environ.items() if name != "SSL_CERT_FILE"}
+    return environ | ({"SSL_CERT_FILE": _CERTIFICATES} if _CERTIFICATES else {})
 
 
 def python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

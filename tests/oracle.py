@@ -271,24 +271,29 @@ def _group(values: Mapping[str, Any], dimensions: Iterable[str]) -> Group:
     return tuple((dimension, values.get(dimension)) for dimension in dimensions)
 
 
-def _is_counted(event: Json, meter: Json, query: Json) -> bool:
+def _counted(meter: Json, events: Iterable[Json], query: Json) -> list[Json]:
+    """Return the events of one meter that a query counts."""
     start, end = _time_range(query)
     conditions = [(each["key"], each["values"]) for each in meter["filters"]]
     conditions += [(key, values) for key, values in query.get("property_filters", {}).items() if values]
-    return (
-        event["event_name"] == meter["event_name"]
-        and start <= datetime.fromisoformat(event["timestamp"]) < end
+    return [
+        event
+        for event in events
+        if event["event_name"] == meter["event_name"]
         and query.get("external_customer_id") in (None, "", event["external_customer_id"])
         and ("sources" not in query or event["source"] in query["sources"])
+        and start <= datetime.fromisoformat(event["timestamp"]) < end
         and has_properties(event, conditions)
-    )
+    ]
 
 
 def _by_group(events: Iterable[Json], dimensions: Sequence[str]) -> dict[Group, list[Json]]:
     groups: dict[Group, list[Json]] = {}
     for event in events:
         values = {name: event[name] or None for name in ("source", "external_customer_id")}
-        values |= {f"properties.{key}": text_of(value) for key, value in event["properties"].items()}
+        for dimension in dimensions:
+            if dimension.startswith("properties."):
+                values[dimension] = text_of(event["properties"].get(dimension.removeprefix("properties.")))
         groups.setdefault(_group(values, dimensions), []).append(event)
     return groups
 
@@ -323,8 +328,7 @@ def _expected_item(meter: Json, events: Sequence[Json], query: Json) -> Item:
 
 def expected_analytics(meter: Json, events: Iterable[Json], query: Json) -> dict[Group, Item]:
     """Return the items of one meter by group (SPEC 14)."""
-    counted = [event for event in events if _is_counted(event, meter, query)]
-    groups = _by_group(counted, _dimensions(query))
+    groups = _by_group(_counted(meter, events, query), _dimensions(query))
     return {group: _expected_item(meter, members, query) for group, members in groups.items()}
 
 

@@ -13,10 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
-from flexprice import Flexprice
-from flexprice.models.errors import FlexpriceError
 
-from helpers import KEY, ROOT, Live, run
+from helpers import KEY, ROOT, Live, environ_to_download, run
 
 SDK = "@flexprice/sdk@^2.0.1"
 CLIENT = """
@@ -35,7 +33,8 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("needs node and npm")
     folder = tmp_path_factory.mktemp("node")
     (folder / "package.json").write_text('{"private": true}')
-    done = run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", SDK, cwd=folder, timeout=300)
+    install = ("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", SDK)
+    done = run(*install, cwd=folder, timeout=300, env=environ_to_download())
     if done.returncode != 0:
         pytest.skip(f"npm cannot install {SDK}: {done.stderr.strip()[-300:]}")
     return folder
@@ -151,6 +150,9 @@ def test_with_one_javascript_client_customers_go_elsewhere_and_events_here(javas
 
 @pytest.mark.slow
 def test_with_one_python_client_customers_go_elsewhere_and_events_here(live: Live) -> None:
+    from flexprice import Flexprice
+    from flexprice.models.errors import FlexpriceError
+
     with other_server() as (url, came), Flexprice(server_url=f"{live.url}/v1", api_key_auth=KEY) as sdk:
         with pytest.raises(FlexpriceError, match="from the other server"):
             sdk.customers.create_customer(external_id="cust_42", name="Ada", server_url=url)

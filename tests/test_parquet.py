@@ -18,8 +18,6 @@ from typing import Any
 from unittest.mock import Mock
 from uuid import UUID
 
-import duckdb
-import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -224,6 +222,9 @@ def test_an_export_to_a_full_disk_makes_no_file(tmp_path: Path, name: str) -> No
 
 
 def test_duckdb_and_pandas_compute_the_same_usage_as_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import duckdb
+    import pandas
+
     with serving(tmp_path) as client:
         for batch in range(3):
             store(client, *[event(f"{batch}-{number}", event_name=("call", "image")[number % 2], timestamp=at(batch * 1000 + number),

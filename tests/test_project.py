@@ -20,7 +20,7 @@ import pytest
 
 import eventstore
 from benchmarks import compare, measurements, soak
-from helpers import DEBUGGER, KEY, ROOT, Live, event, ids, python, refused, run, store, table
+from helpers import DEBUGGER, KEY, ROOT, Live, environ_to_download, event, ids, python, refused, run, store, table
 
 # ---------------------------------------------------------------------------------------------- benchmarks
 
@@ -278,7 +278,7 @@ def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) ->
     installed, elsewhere = [programs / "eventstore"], tmp_path / "elsewhere"
 
     def works(*command: object, cwd: Path = tmp_path) -> None:
-        done = run(*command, timeout=600, cwd=cwd)
+        done = run(*command, timeout=600, cwd=cwd, env=environ_to_download())
         assert done.returncode == 0, done.stdout + done.stderr
 
     # The editable install below uses an isolated build; a second one here would only take time.

@@ -458,7 +458,8 @@ class Change(NamedTuple):
     after: timedelta
 
     def wall(self, moment_s: float) -> datetime:
-        return datetime.fromtimestamp(moment_s, self.zone).replace(tzinfo=None)
+        """Return what the zone's clock shows. Python compares and subtracts two times of one zone as their clock shows them."""
+        return datetime.fromtimestamp(moment_s, self.zone)
 
 
 def seconds(naive_utc: datetime) -> int:
@@ -490,13 +491,15 @@ def starts_by_the_minute(change: Change, minutes: int, since_s: int, until_s: in
     A window starts when the clock first shows a time in it; one of up to an hour starts again whenever the clock shows
     its first minute.
     """
-    found, reached = [], datetime.min
+    found, sunday, length = [], A_SUNDAY.replace(tzinfo=change.zone), timedelta(minutes=minutes)
+    first = reached = datetime.min.replace(tzinfo=change.zone)
     for moment_s in range(since_s, until_s, 60):
         wall = change.wall(moment_s)
-        past = (wall - A_SUNDAY) % timedelta(minutes=minutes)
-        if wall - past > reached > datetime.min or (minutes <= 60 and not past):
+        past = (wall - sunday) % length
+        start = wall - past
+        if start > reached > first or (minutes <= 60 and not past):
             found.append(moment_s * 10**6)
-        reached = max(reached, wall - past)
+        reached = max(reached, start)
     return found
 
 
@@ -510,7 +513,8 @@ def test_short_windows_start_when_clocks_first_show_their_start_or_jump_over_it(
     """Try one change for each pair of offsets and time of day; the others have the same windows."""
     alike = {(change.before, change.after, change.moment_s % DAY_S): change for change in all_changes()}
     minutes = SHORT_SIZES[size]
-    hours = 2 if minutes == 1 else 4 if minutes <= 60 else 30
+    # At least one whole window on each side of the change.
+    hours = 2 if minutes == 1 else 4 if minutes <= 60 else minutes // 60 + 6
     for change in alike.values():
         since_s, until_s = change.moment_s - hours * HOUR_S, change.moment_s + hours * HOUR_S
         windows, end_us = Windows(size, change.zone), until_s * 10**6
