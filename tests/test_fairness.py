@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
 import sqlite3
@@ -837,3 +838,22 @@ def test_unread_answers_count_towards_the_share_of_their_key(tmp_path: Path) -> 
             sock.close()
         with live.client() as client:
             eventually(lambda: client.get("/v1/events").status_code == 200)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_only_threads_that_run_queries_have_a_lower_priority(tmp_path: Path) -> None:
+    def priority(_: object = None) -> int:
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
+    async def priorities(made: Store) -> list[int]:
+        return [
+            priority(),
+            await made.read(priority, quick=False),
+            await made.read(priority),
+            await made.write(priority),
+        ]
+
+    with opened(tmp_path) as made:
+        own, query, quick, write = asyncio.run(priorities(made))
+    assert query == min(19, own + 5)
+    assert (quick, write) == (own, own)
