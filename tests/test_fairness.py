@@ -669,15 +669,15 @@ LARGE: dict[str, Callable[[], bytes]] = {  # made on demand: they are large
     "members": lambda: b"{%b}" % b",".join(b'"k%d":1' % number for number in range(2_600_000)),
     "deep arrays": lambda: b'{"a": [%b]}' % b",".join([b"[" * 400 + b"]" * 400] * 2000),
     "text with commas": lambda: b'{"a": "%b"}' % (b", " * 2_600_000),
-    "names": lambda: b"{%b}" % b",".join(b'"k%d":1' % number for number in range(165_000)),
+    "names": lambda: b"{%b}" % b",".join(b'"k%d":1' % number for number in range(240_000)),
     "names that end with a backslash": lambda: (
-        b"{%b}" % b",".join(b'"k%d\\\\":1' % number for number in range(165_000))
+        b"{%b}" % b",".join(b'"k%d\\\\":1' % number for number in range(240_000))
     ),
-    "strings": lambda: b'{"a": [%b]}' % b",".join([b'"text"'] * 165_000),
+    "strings": lambda: b'{"a": [%b]}' % b",".join([b'"text"'] * 2_600_000),
     "escapes": lambda: b'{"a": "%b"}' % (b"\\n" * 5_100_000),
 }
 LIMIT_ON_VALUES = (
-    "500,000 objects and arrays, where a string counts as three and five commas or ten backslashes as one, "
+    "500,000 objects and arrays, where a name counts as two and five commas or ten backslashes as one, "
     "if longer than 1,000,000 bytes"
 )
 
@@ -699,7 +699,9 @@ def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, name: 
     b'{"a": [%b], "text": "%b"}' % (b",".join([b"1"] * 400_000), b"x" * 2_000_000),
     b'{"text": "%b"}' % (b"one, two " * 400_000),
     b'{"text": "%b"}' % (rb"a \"quoted\" word, " * 200_000),
-    b"{%b}" % b",".join(b'"k%d":1' % number for number in range(150_000)),
+    b"{%b}" % b",".join(b'"k%d":1' % number for number in range(220_000)),
+    b'{"a": [%b]}' % b",".join([b'"0123456789"'] * 2_000_000),
+    b'{"text": "%b"}' % (b"12:30:00 " * 1_000_000),
     b'{"a": [%b]}' % b",".join([b"1.5e300"] * 200_000),
 ])  # fmt: skip
 def test_properties_below_these_limits_are_stored_as_they_were_sent(tmp_path: Path, properties: bytes) -> None:
@@ -709,16 +711,17 @@ def test_properties_below_these_limits_are_stored_as_they_were_sent(tmp_path: Pa
         assert properties in client.get("/v1/events").content
 
 
-@table(("item", "weight"), [(b"{}", 1), (b"[]", 1), (b'"x"', 3)])
-def test_properties_may_hold_exactly_as_many_values_as_documented(item: bytes, weight: int) -> None:
-    number = int(499_000 / (weight + 0.2))
-    items = b",".join([item] * number)
-    # Counted in commas: each item with its comma, but the last one's; and {"a": [...], "b": "..."} itself.
-    rest = 5 * 500_000 - ((5 * weight + 1) * number - 1) - (5 + 5 + 3 * 15 + 1)
-    properties = b'{"a": [%b], "b": "%b"}' % (items, b"," * rest + b"x" * 1_000_000)
-    assert check_properties(properties) == properties.decode()
+@table(("item", "weight"), [("{}", 10), ("[]", 10), ('"x"', 0), ('"n%d":1', 20)])
+def test_properties_may_hold_exactly_as_many_values_as_documented(item: str, weight: int) -> None:
+    number = int(4_950_000 / (weight + 2))
+    items = ",".join(item % each if "%" in item else item for each in range(number))
+    items = f"{{{items}}}" if ":" in item else f"[{items}]"
+    others = 2 * 10 + 2 + 2 * 20  # of {"a": [...], "b": "..."} itself
+    rest = 5_000_000 - ((weight + 2) * number - 2) - others
+    properties = f'{{"a": {items}, "b": "{"," * (rest // 2)}{"x" * 1_000_000}"}}'
+    assert check_properties(properties.encode()) == properties
     with pytest.raises(FieldError, match=f"may hold {LIMIT_ON_VALUES}, got more"):
-        check_properties(properties.replace(b"xx", b",x", 1))
+        check_properties(properties.replace("xx", ",x", 1).encode())
 
 
 @table(("extra", "problem"), [(0, ""), (1, "may hold 8,000,000 commas and opening braces and brackets if longer than")])
