@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import sqlite3
 import struct
@@ -50,6 +51,7 @@ from helpers import (
     becomes,
     event,
     eventually,
+    free_port,
     posting,
     refused,
     request_bytes,
@@ -101,14 +103,23 @@ def held_back(live: Live, key: str, size: int) -> socket.socket:
 
 
 def test_only_the_key_that_holds_bodies_back_gets_a_503(tmp_path: Path) -> None:
-    with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "1000000") as live, ExitStack() as stack:
+    metrics = f"127.0.0.1:{free_port()}"
+    flags = ("--queue-bytes", "1000000", "--metrics", metrics)
+    with Live(tmp_path, *TWO_KEYS, *flags) as live, ExitStack() as stack:
         held = [stack.enter_context(held_back(live, KEY, 150_000)) for _ in range(6)]
-        eventually(lambda: status_of_large_event(live, KEY) == 503)
+        eventually(lambda: held_bytes(metrics) > 6 * 150_000)  # otherwise the next one could take their room
+        assert status_of_large_event(live, KEY) == 503
         with live.client(OTHER) as other:
             for number in range(20):
                 assert store(other, event(f"{number}", properties={"text": "x" * 50_000})).status_code == 202
         held[0].sendall(b"}")
         assert answer_on(held[0]).status_code == 202
+
+
+def held_bytes(metrics: str) -> float:
+    found = re.search(r"(?m)^eventstore_held_bytes (\S+)", httpx.get(f"http://{metrics}/metrics").text)
+    assert found
+    return float(found[1])
 
 
 def status_of_large_event(live: Live, key: str) -> int:
