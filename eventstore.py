@@ -2701,15 +2701,15 @@ async def _large_body_rows(service: Service, request: Request, body: bytes, bulk
     """Decode and check in a thread, so that the event loop runs between msgspec's calls."""
     async with service.batch_turn:
         make_id = IdMaker()  # the service's own is not safe for threads
-        with _short_switches:
-            return await asyncio.to_thread(_body_rows, service, request, body, bulk, make_id)
+        return await asyncio.to_thread(_body_rows, service, request, body, bulk, make_id)
 
 
 async def ingest_event(service: Service, request: Request) -> Response:
     """POST /v1/events (API: Sending events)."""
     body = await read_body(service, request)
     if len(body) > _LARGE_EVENT_BYTES:
-        rows = await _large_body_rows(service, request, body, bulk=False)
+        with _short_switches:
+            rows = await _large_body_rows(service, request, body, bulk=False)
     else:
         rows = _body_rows(service, request, body, bulk=False)
     return await _insert(service, rows, EventAccepted("Event accepted for processing", rows[0].id))

@@ -279,7 +279,7 @@ def number_sql(name: str, key: str) -> Sql:
 
 
 _MAX_UNIQUE = 1_000_000  # distinct values in a range without windows: they are held in memory
-_LONG_PROPERTIES = 500  # characters; bounds the temporary files with a million distinct values
+_MAX_COMPARED_CHARS = 500  # hash values of longer properties, so that a million different ones do not fill the disk
 _MAX_TEXT_CHARS = 64  # UUIDs and hexadecimal hashes are shorter; texts that call into Python take 2.6 times as long
 
 
@@ -300,7 +300,7 @@ def _unique_texts(key: str, rows: str) -> Sql:
     """
     text = unique_sql("property", key)
     json = "NULL" if text.values["property_path"] == "$" else "properties -> :property_path"
-    is_short = f"properties NOT LIKE '%\\%' AND length(properties) < {_LONG_PROPERTIES}"
+    is_short = f"properties NOT LIKE '%\\%' AND length(properties) < {_MAX_COMPARED_CHARS}"
     unmarked = "CAST(substr(CAST(v AS BLOB), 2) AS TEXT)"  # cut bytes, since a text may contain a NUL
     converted = f"""CASE WHEN v < '"' THEN {unmarked}
         WHEN length(v) > {_MAX_TEXT_CHARS} THEN text_hash({TEXT_OF_JSON}) ELSE {TEXT_OF_JSON} END"""
