@@ -143,8 +143,9 @@ class Cut(NamedTuple):
 PRESENCE = ((True,) * 8 + (False,), (False,) * 10 + (True,))
 
 
-def wait_for_line(file: Path, pattern: re.Pattern[str]) -> None:
-    eventually(lambda: pattern.search(file.read_text()))
+def wait_for_last_line(file: Path, pattern: re.Pattern[bytes]) -> None:
+    """Wait until a line near the end of the file matches; the file has megabytes."""
+    eventually(lambda: pattern.search(file.read_bytes()[-20_000:]))
 
 
 class Run:
@@ -168,14 +169,15 @@ class Run:
                 if last:
                     self.wait_until_nothing_is_due(live)
                 assert live.stop() == 0, live.log
-            ended = re.compile(rf"^{live.process.pid} +\+\+\+ exited", re.MULTILINE)
-            wait_for_line(trace, ended)
+            ended = re.compile(rb"^%d +\+\+\+ exited" % live.process.pid, re.MULTILINE)
+            wait_for_last_line(trace, ended)
             self.recording.add(trace)
             self.check_the_recording()
         self.accepted = list(target.accepted_batches)
 
     def wait_until_nothing_is_due(self, live: Live) -> None:
-        eventually(lambda: lag(live.client())[0] == 0 and not self.kept() & self.due[-1])
+        with live.client() as client:
+            eventually(lambda: lag(client)[0] == 0 and not self.kept() & self.due[-1])
 
     def check_the_recording(self) -> None:
         """Fail if the model of the disk is wrong: its files, rebuilt from the trace, must equal the real ones."""
