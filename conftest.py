@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -26,6 +27,7 @@ from helpers import KEY, NOW, Live, at, event, metering, run, serving, store  # 
 # Without cached bytecode each server would compile its modules again, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # otherwise Hypothesis imports trio
 
 END = "-----END CERTIFICATE-----\n"
 SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
@@ -79,6 +81,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ordered += [*first, *others[:count]]
         del others[:count]
     items[:] = [*ordered, *others]
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all modules and tests from garbage collections, each of which would look at them for 0.2 s."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

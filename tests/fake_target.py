@@ -207,7 +207,7 @@ def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer
     with (
         running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
         httpx.Client(
-            base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60, trust_env=False
+            base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60, verify=False
         ) as client,
     ):
         yield server, client

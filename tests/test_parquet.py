@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from itertools import chain
@@ -23,9 +24,12 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import encryption
 
+import eventstore
+from eventstore import Row
 from eventstore_extras import parquet
 from helpers import (
     EVER,
+    NOW,
     SCRIPT,
     at,
     command_line,
@@ -659,10 +663,11 @@ def test_import_and_export_need_no_more_memory_for_more_events(tmp_path: Path) -
     peaks = []
     for number in (20_000, 100_000):
         folder = tmp_path / str(number)
-        sent = [
-            event(f"{each}", timestamp=at(each), properties={"text": os.urandom(100).hex()}) for each in range(number)
-        ]
-        imported(folder, lines_of(*sent))
+        folder.mkdir()
+        rows = [Row(1, f"{each}", "cust", "", "call", "", NOW + each, NOW, f'{{"text": "{os.urandom(100).hex()}"}}')
+                for each in range(number)]  # fmt: skip
+        with serving(folder), closing(eventstore.connect(str(folder / "events.db"))) as conn:
+            assert eventstore.insert_events(conn, rows, 5) == number
         out = peak("export", "--db", folder / "events.db", "-o", folder / "out.parquet")
         read = pq.read_table(folder / "out.parquet")
         few = pa.array([f"{each % 100}" for each in range(number)])
