@@ -31,6 +31,7 @@ from starlette.testclient import TestClient
 
 from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
+from forked import ForkedServer
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
@@ -398,9 +399,13 @@ class Live:
         folder.mkdir(exist_ok=True)
         self.log_file, self.banner = folder / "stderr.txt", ""
         with self.log_file.open("w") as log:
-            arguments = [*map(str, command), "serve", "--port", "0", *flags]
-            self.process = subprocess.Popen(arguments, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=log,
-                                            env=os.environ | environ)  # fmt: skip
+            arguments = ["serve", "--port", "0", *flags]
+            self.process: subprocess.Popen[str] | ForkedServer
+            if command == SCRIPT and sys.platform == "linux":
+                self.process = ForkedServer(arguments, folder, log, os.environ | environ)
+            else:
+                self.process = subprocess.Popen([*map(str, command), *arguments], cwd=folder, text=True,
+                                                stdout=subprocess.PIPE, stderr=log, env=os.environ | environ)  # fmt: skip
         watchdog = threading.Timer(60, self.process.kill)  # ends the loop below
         watchdog.start()
         assert self.process.stdout
