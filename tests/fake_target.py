@@ -206,8 +206,13 @@ def forwarding(target: HasAddress, **settings: Any) -> Iterator[tuple[MockServer
     """Run a server that forwards to the target, and yield it with a client of it."""
     with (
         running_server(api_keys={KEY: "development", "other": "staging"}, forward_to=target, **settings) as server,
+        # Without trust_env, httpx would read all certificates for each client: 35 ms.
         httpx.Client(
-            base_url=server.url.removesuffix("/v1"), headers={"x-api-key": KEY}, timeout=60, verify=False
+            base_url=server.url.removesuffix("/v1"),
+            headers={"x-api-key": KEY},
+            timeout=60,
+            trust_env=False,
+            verify=False,
         ) as client,
     ):
         yield server, client
