@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
-# Debian's other build of the same browser, which has no windows or toolbars, needs half as much CPU time.
+# Debian's other build of the same browser, without windows and toolbars, needs a quarter less CPU time.
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium") or ""
 
 

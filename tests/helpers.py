@@ -395,16 +395,16 @@ SCRIPT = (
 class Live:
     """A context manager for `eventstore serve` in a new process, with `folder` as its working directory."""
 
-    def __init__(self, folder: Path, *flags: str, command: Sequence[object] = SCRIPT, **environ: str) -> None:
+    def __init__(self, folder: Path, *flags: str, command: Sequence[object] = (), **environ: str) -> None:
         folder.mkdir(exist_ok=True)
         self.log_file, self.banner = folder / "stderr.txt", ""
         with self.log_file.open("w") as log:
             arguments = ["serve", "--port", "0", *flags]
             self.process: subprocess.Popen[str] | ForkedServer
-            if command == SCRIPT and sys.platform == "linux":
+            if not command and sys.platform == "linux":
                 self.process = ForkedServer(arguments, folder, log, os.environ | environ)
             else:
-                self.process = subprocess.Popen([*map(str, command), *arguments], cwd=folder, text=True,
+                self.process = subprocess.Popen([*map(str, command or SCRIPT), *arguments], cwd=folder, text=True,
                                                 stdout=subprocess.PIPE, stderr=log, env=os.environ | environ)  # fmt: skip
         watchdog = threading.Timer(60, self.process.kill)  # ends the loop below
         watchdog.start()
