@@ -35,7 +35,7 @@ A map of this file. Each part uses only the parts above it:
 
 Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
 `ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries" in a
-docstring is the section of that name in docs/api.md, which describes what callers can rely on.
+docstring is a section of the documentation, which describes what callers can rely on; docs/api.md links to it.
 """
 
 from __future__ import annotations
