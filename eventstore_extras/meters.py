@@ -245,7 +245,7 @@ def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
 
 
 def filters_in_both(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
-    """Combine a request's filters with a meter's. If several have the same key, keep the values that all of them have."""
+    """Combine a request's filters with a meter's. For a key in several filters, keep the values that all have."""
     filters = dict(asked)
     for condition in meter.filters:
         values = filters.get(condition.key, condition.values)

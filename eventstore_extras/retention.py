@@ -178,7 +178,7 @@ class _Found(NamedTuple):
     """The first events to delete in a span."""
 
     number: int
-    last: int  # seq of the last of them; 0 if there are none
+    last: int  # seq of the last of them, or 0
     kept: Kept  # the old events before the last one that must stay
     newest: int  # seq of the last event of the table
 
@@ -295,7 +295,7 @@ def _lasted_us(duration_us: int) -> str:
 class SteadyClock:
     """The wall clock without jumps into the future, which it detects with the monotonic clock.
 
-    `newest_us` is the time when the newest event was stored; 0 if there are no events.
+    `newest_us` is the time when the newest event was stored; 0 without events.
     """
 
     def __init__(self, wall: Callable[[], int], newest_us: int) -> None:

@@ -177,7 +177,7 @@ class Progress(Struct, kw_only=True):
     target: str
     environment: str
     seq: int = 0  # sending in order of arrival continues after this event
-    last_seq: int = 0  # seq of the last event that was accepted or put aside; identifies the database with `last_id`
+    last_seq: int = 0  # seq of the last event that was accepted or not sent; identifies the database with `last_id`
     last_id: str = ""
     accepted: int = 0  # events
 
