@@ -239,7 +239,7 @@ class _JsonText:
         return taken
 
     def _read_more(self) -> bool:
-        """Read at least as much as the buffer has, since each call decodes an unfinished value anew. False at the end."""
+        """Read at least as much as the buffer has: each call decodes an unfinished value anew. False at the end."""
         rest = self._text[self._at :]
         if len(rest) > _MAX_VALUE_BYTES:
             raise InputError(self._line, f"a value is longer than {_MAX_VALUE_BYTES >> 20} MB")
