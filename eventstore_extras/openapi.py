@@ -265,7 +265,7 @@ def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
         described = paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation, names)
         names.add(described["operationId"])
     about = (
-        "FlexPrice's Events API on SQLite. \"API: Usage\" names a section of the documentation that docs/api.md links. "
+        'FlexPrice\'s Events API on SQLite. "API: Usage" names a section of the documentation: see docs/api.md. '
         "OPTIONS on any path answers a browser's preflight request, without a key."
     )
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}

@@ -834,7 +834,8 @@ def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path:
     done = refusal(tmp_path, "serve", "--port", "0", *flags, EVENTSTORE_FORWARD_API_KEY=KEY)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        '--forward-environment is "development", but no API key writes to it: the keys belong to "production"' in done.stderr
+        '--forward-environment is "development", but no API key writes to it: the keys belong to "production"'
+        in done.stderr
     )
 
 
