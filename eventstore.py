@@ -33,9 +33,9 @@ A map of this file. Each part uses only the parts above it:
                 API keys                  from a flag or the environment
                 Command line              serve; the other commands are in eventstore_extras
 
-Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
-`ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries" in a
-docstring is the section of that name in docs/api.md, which describes what callers can rely on.
+Each feature keeps its wire types, its checks, its SQL and its handler together. To get to know the file, follow one
+event from `ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries"
+in a docstring means the section "Queries" of docs/api.md, which describes what callers can rely on.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 100_000  # events that may wait for the writer
-    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
-    warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of the disk, at most 1 GB (API: Health)
-    queue_bytes: int = 256 * 1024 * 1024  # limit on all bodies and unread answers in memory; one alone may be larger
+    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if requests must wait for it
+    warn_free_bytes: int | None = None  # warn below this free space; None: 5 % of the disk, at most 1 GB (API: Health)
+    queue_bytes: int = 256 * 1024 * 1024  # bodies and unread answers in memory; a request alone may exceed it
     rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
     strict: bool = False  # refuse requests with unknown fields or parameters, or known ones without effect
@@ -195,7 +195,7 @@ STATUS_OF_CODE = {
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
-MAX_ECHO_CHARS = 100  # of a caller's value in a message
+MAX_ECHO_CHARS = 100  # quote at most this much of a caller's value in a message
 _MAX_IGNORED = 20  # ignored names that an answer lists
 _MAX_FAULTS = 100  # faults that an answer lists
 # Fields in which FlexPrice refuses ""; in all other fields "" means the same as an absent field.
@@ -229,16 +229,16 @@ def plural(number: int, noun: str) -> str:
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    """Return the known name that an unknown one resembles, or ""; externalCustomerId resembles external_customer_id."""
+    """Return the known name that resembles this one, such as external_customer_id for externalCustomerId, or ""."""
     snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[- ]", "_", name.rpartition(".")[2]).lower()
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-_Why = Iterable[str] | str  # what a message says after an ignored name; if the name is unknown, the known names
+_Why = Iterable[str] | str  # why a name is ignored: the words for the message, or for an unknown name the known ones
 
 
 def _why_ignored(name: str, why: _Why) -> str:
-    """Return the words that follow an ignored name in a message."""
+    """Return the words that follow an ignored name in a message, such as "is unknown: did you mean source?"."""
     if isinstance(why, str):
         return why
     similar = _similar(name, why)
@@ -246,7 +246,7 @@ def _why_ignored(name: str, why: _Why) -> str:
 
 
 class Fault(Struct, frozen=True):
-    """One thing that is wrong with a request; `index` and `event_id` say in which event (API: Errors)."""
+    """One thing that is wrong with a request. `index` and `event_id` name the event of a batch (API: Errors)."""
 
     index: int | None
     event_id: str | None
@@ -290,7 +290,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-        self.logged = message  # for the log, which may have a shorter text
+        self.logged = message  # the log's text; _no_route makes it shorter
         self.details = details or ErrorDetails()
         self.retry_after_s = retry_after_s
         self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
@@ -311,7 +311,7 @@ def _internal_error() -> ApiError:
 
 
 class FieldError(ValueError):
-    """A field does not accept its value. Its text is a predicate: callers put the field's name before it."""
+    """A field does not accept its value. The message has no subject: callers put the field's name before it."""
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
@@ -333,16 +333,16 @@ class Faults:
         strict: bool = False,
     ) -> None:
         self.index = index  # position in the batch of the event being checked
-        self.whole = whole  # the name, in messages, of the object that is being checked: "body", "event", or a path
+        self.whole = whole  # what messages call the object that is being checked: "body", "event", or a path
         self.ignored = {} if ignored is None else ignored
         self._strict = strict  # whether ignored names are faults
-        self._path = ""  # prefix of the field names of an object inside the body
+        self._path = ""  # prefix of field names: the path of the object that is being checked, and a dot
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # (index, field) -> (code, message)
         self._bad: set[int | None] = set()  # the indexes of all events with faults
         self._truncated = False
 
     def add(self, field: str, code: str, problem: str) -> None:
-        """Record a fault, unless the field or the object that contains it has one: one cause gives one fault."""
+        """Record a fault. Skip it if the field or the checked object has one: one cause gives one fault."""
         name = field if field == self.whole else self._path + field
         if (self.index, self.whole) in self._found or (self.index, name) in self._found:
             return
@@ -353,7 +353,7 @@ class Faults:
             self._truncated = True
 
     def ignore(self, names: Iterable[str], why: _Why = "has no effect in this request") -> None:
-        """Note names that are ignored."""
+        """Record names that the request sends without effect. `why` completes the message about them."""
         for name in names:
             if len(self.ignored) > _MAX_IGNORED:
                 return
@@ -380,7 +380,10 @@ class Faults:
             return None
 
     def raise_any(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """Raise ApiError with the first 100 faults, if there are any. `events` are the events of an ingest request."""
+        """Raise ApiError with the first 100 faults, if there are any. In strict mode, ignored names are faults.
+
+        `events` are those of an ingest request. With `bulk` the message begins with the number of invalid events.
+        """
         faults = []
         for (index, field), (code, message) in self._found.items():
             event_id = events[index or 0].event_id if events else None
@@ -441,7 +444,7 @@ ENCODER = msgspec.json.Encoder()
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each as undecoded JSON
 decoder_of = lru_cache(msgspec.json.Decoder)
 _fields_of = lru_cache(msgspec.structs.fields)  # 100 us without the cache
-PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; an empty list matches all
+PropertyFilters = dict[str, list[str] | None]  # property -> accepted values; an empty list accepts all
 
 _TYPE_NAMES = {
     "str | None": "a string", "bool | None": "true or false", "list[str] | None": "an array of strings",
@@ -464,13 +467,13 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
         reason = "it is nested too deep"
     except msgspec.DecodeError as error:
         reason = str(error)
-        if reason == "Input data was truncated":  # msgspec's message for a lone surrogate at a string's end as well
+        if reason == "Input data was truncated":  # also for half a surrogate pair at a string's end
             half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
             reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-_MAX_ITEMS = 1000  # of an array of objects
+_MAX_ITEMS = 1000  # limit on the length of an array of objects
 
 
 def _batch_of(item: Any) -> Any:
@@ -491,11 +494,11 @@ def _items_of(batch: Any) -> list[Any]:
 _RAW_ITEMS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_batch_of(Raw))
 
 
-_MAX_UNKNOWN = 1000  # unknown members of an object; if it has more, a field's name must have the exact case
+_MAX_UNKNOWN = 1000  # if an object has more unknown members, recognize fields only by their exact names
 
 
 class _Name(str):
-    """The field that a member's name means, or "". msgspec passes `dec_hook` only names of a type of ours."""
+    """The field that a member's name means, or "". A class, because msgspec calls `dec_hook` only for custom types."""
 
     __slots__ = ()
 
@@ -508,9 +511,9 @@ def _exact_decoder(struct: type) -> Any:
 
 
 def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | None:
-    """Return the JSON of each field that the object has, and note unknown names; None if it is not an object.
+    """Return the JSON of each field that the object has; record unknown names. Return None if it is not an object.
 
-    A field's name may be in any case; of a repeated one the last counts, as in Go (API: JSON).
+    A field's name may be in any case. If a name is repeated, the last one counts, as in Go (API: JSON).
     """
     fields: tuple[str, ...] = struct.__struct_fields__  # type: ignore[attr-defined]
     unknown: list[str] = []
@@ -536,7 +539,7 @@ def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | 
 
 
 def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
-    """Decode one field. If its type is an object or an array of objects, record the faults in these, else its own."""
+    """Decode one field. Record its fault, or, if it holds objects, the fault of each wrong field in them."""
     value = decode(decoder_of(field.type), raw)
     if value is not None or raw == b"null":
         return value
@@ -560,7 +563,7 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
 
 
 def _decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
-    """Decode an object field by field. Record and leave out each field of the wrong type; note unknown fields."""
+    """Decode an object field by field. Record and leave out fields of the wrong type; record unknown names."""
     members = _read_members(struct, raw, faults) or {}
     decoder: Any = decoder_of(struct)  # type: ignore[arg-type]
     if decoded := decode(decoder, ENCODER.encode(members)):
@@ -644,22 +647,25 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 class IdMaker:
-    """Makes ids of a prefix and a ULID: 48 bits of milliseconds and 80 random bits. Each is greater than the last."""
+    """Makes ids from a prefix and a ULID: 48 bits of milliseconds, then 80 bits. Each is greater than the last.
+
+    The first id of a millisecond has random bits; each further one is one greater.
+    """
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's base 32
 
     def __init__(self) -> None:
         self._last = self._high = 0
-        self._start = ""  # the first digits of the last id
+        self._start = ""  # the last id without its last four digits
         self._random = random.Random()  # noqa: S311 - ids need not be secret, and `secrets` costs a system call
 
     def __call__(self, time_us: int, prefix: str = "event_") -> str:
         if time_us // 1000 > self._last >> 80:
-            self._last = (time_us // 1000) << 80 | self._random.getrandbits(79)  # bit 80 leaves room to count up
+            self._last = (time_us // 1000) << 80 | self._random.getrandbits(79)  # bit 80 stays 0: room to count up
         else:
             self._last += 1
         high, low = self._last >> 20, self._last & 0xFFFFF
-        if high != self._high:  # ids made soon after each other differ only in the last four digits
+        if high != self._high:  # successive ids usually differ only in the last four digits
             self._high = high
             self._start = "".join([self._pairs[high >> shift & 1023] for shift in range(100, -1, -10)])
         return prefix + self._start + self._pairs[low >> 10] + self._pairs[low & 1023]
@@ -723,7 +729,7 @@ class Sql(NamedTuple):
 
 
 def sql(text: str, *parts: Sql, **values: object) -> Sql:
-    """Make an Sql from a text that contains the texts of `parts`. Its values are those of the parts, and `values`."""
+    """Make an Sql from a text that contains the texts of `parts`. It has the values of all parts, and `values`."""
     joined = dict(values)
     for part in parts:
         joined |= part.values
@@ -767,7 +773,7 @@ def _raw_number(json_number: str) -> Raw:
 
 
 def value_text(value: str) -> str | None:
-    """SQL function: return the text by which filters and groups compare a value, given as JSON; NULL if it is null.
+    """SQL function: convert a JSON value to the text that filters and groups compare; null becomes NULL.
 
     An object or array is compact JSON with sorted keys, as Go writes it (API: Property filters).
     """
@@ -798,7 +804,7 @@ _SQL_FUNCTIONS: tuple[tuple[Callable[..., Any], int], ...] = (
 
 
 def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return the parameters for a key and its path; if the key needs escapes, the path is "$", the whole object."""
+    """Return the parameters for a key and its path. A path cannot express a key that needs escapes; "$" replaces it."""
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
@@ -815,8 +821,9 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
     Read as "text", a property is what `property_text` returns. Read as "value", it is what `->>` returns, in 0.7 times
     the time: numbers stay numbers, true is 1 and false is 0.
 
-    Both call into Python only if the properties contain a backslash, which may escape the key: before 3.45 SQLite
-    compares the path with the escaped key. A path cannot contain a quote at all.
+    If the properties contain a backslash, which may escape the key, both call property_text: before 3.45 SQLite
+    compares the path with the escaped key. A path cannot express a key that needs escapes, and no other properties
+    hold such a key.
     """
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
@@ -828,9 +835,9 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
 
 
 def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return how a filter reads its property (see `property_sql`), and its options. Each reading must be one of them.
+    """Return the readings of a filter's property (see `property_sql`), and the options. All readings must be in them.
 
-    With both readings, "value" comes first: it excludes most events in less time, and "text" decides about the rest.
+    If both readings are needed, "value" comes first: it excludes most events in less time, and "text" checks the rest.
     """
     numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
     is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
@@ -982,13 +989,13 @@ def start_errors(path: str) -> Iterator[None]:
 
 
 def check_format(conn: sqlite3.Connection, path: str) -> int | None:
-    """Return the file's format, or None without tables. Raises StartError if this server cannot use the file."""
+    """Return the file's format, or None if it has no tables. Raises StartError if this server cannot use it."""
     # Count the tables before reading application_id. In the other order, a file that another process creates in between
     # would have tables and the id 0, like another program's.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
-        raise StartError(f"{path} is a database of some other program: choose another file with --db")
+        raise StartError(f"{path} is another program's database: choose another file with --db")
     version = int(conn.execute("PRAGMA user_version").fetchone()[0])
     if tables and not (is_ours and 1 <= version <= _SCHEMA_VERSION):
         writer = "a newer" if version > _SCHEMA_VERSION else "another"
@@ -999,7 +1006,7 @@ def check_format(conn: sqlite3.Connection, path: str) -> int | None:
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
-    """Check the file, create or upgrade its tables, and make sure that it can be written. Raises StartError."""
+    """Check the file, create or upgrade its tables, and write to it as a trial. Raises StartError."""
     version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
@@ -1017,14 +1024,14 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
 
 
 def _count_all(conn: sqlite3.Connection) -> int:
-    """Count the events. Above 100,000, estimate the number from seq: it is too high if events were deleted."""
-    few = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
-    numbers = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
-    return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
+    """Count the events. Above 100,000, estimate the number from seq, which is too high if events were deleted."""
+    counted = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
+    estimate = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
+    return int(counted if counted <= 100_000 else conn.execute(estimate).fetchone()[0])
 
 
 def check_path(path: str) -> None:
-    """Raises StartError if no database can have this path, if its file was cut off, or if SQLite is too old."""
+    """Raises StartError if no database can be at this path, if its file was cut off, or if SQLite is too old."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -1045,8 +1052,8 @@ def prepare_file(path: str) -> int:
     """
     check_path(path)
     if path != ":memory:":
-        # Create it readable for its owner only; SQLite gives the -wal and -shm the same mode. An error means that the
-        # file exists, or SQLite reports the reason below.
+        # Create the file with access for its owner only; SQLite gives the -wal and -shm the same mode. Ignore an error:
+        # either the file exists, or SQLite reports the reason below.
         with suppress(OSError):
             os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
     with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
@@ -1056,7 +1063,7 @@ def prepare_file(path: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
 
-INSERT_ROWS = 64  # rows per INSERT; more gain nothing. One statement is cached per row count
+INSERT_ROWS = 64  # rows per INSERT; larger is no faster. One statement is cached per row count
 
 
 @lru_cache
@@ -1109,7 +1116,7 @@ def _try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
         conn.execute(f"PRAGMA cache_size = {cache_size}")
 
 
-# The newest rows, as many as were inserted. Their seq has gaps, because a skipped duplicate uses up a number as well.
+# Selects the rows that were inserted last. Their seq has gaps, because a skipped duplicate also uses up a number.
 SELECT_NEW_IDS = """SELECT json_group_array(json_array(environment, id)) FROM
     (SELECT environment, id FROM events WHERE seq <= last_insert_rowid() ORDER BY seq DESC LIMIT :inserted)"""
 _NEW_IDS = msgspec.json.Decoder(list[tuple[int, str]])
@@ -1125,8 +1132,8 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
         return [inserted]
     try:
         new = set(_NEW_IDS.decode(conn.execute(SELECT_NEW_IDS, {"inserted": inserted}).fetchone()[0]))
-    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: rather answer too high a count than an error
-        log.exception("it could not be counted which of %d events were new", len(rows))
+    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: a wrong count is better than an error
+        log.exception("cannot tell which of %d stored events were new", len(rows))
         new = {(row.environment, row.id) for row in rows}
     counts = []
     for request_rows in group:
@@ -1144,7 +1151,7 @@ def _shutting_down() -> ApiError:
 
 
 class Caller:
-    """The request that is being served; empty for the server's own work, which no limit refuses."""
+    """The request that is being served. It is empty for the server's own work, to which no limit applies."""
 
     __slots__ = ("headers", "key", "receive", "scope")
 
@@ -1155,7 +1162,7 @@ class Caller:
         self.key = b"anyone" if scope else b""  # the digest of the API key, whose shares and turns the request uses
 
     async def until_gone(self) -> Exception:
-        """When the client has gone, return the error that ends its queries. Wait forever for the server's own work."""
+        """Wait until the client has gone; return the error that ends its queries. Without a client, never return."""
         if gone := self.scope.get("gone"):  # a future of the connection: see connections.Protocol
             await asyncio.wait([gone])
             error: Exception = gone.result()
@@ -1182,7 +1189,7 @@ class Shares:
         self._used: dict[bytes, int] = {}
 
     def take(self, key: bytes, amount: int, own: int = 0) -> bool:
-        """Take an amount unless it exceeds the key's share; `own` is what the same request has already taken.
+        """Take an amount and return True, unless it exceeds the key's share. `own` is what the request already holds.
 
         A request gets any amount if no other request holds one.
         """
@@ -1201,7 +1208,7 @@ class Shares:
                 del self._used[key]
 
 
-_EVENT_BYTES = 1000  # a longer event counts as several, because it is as much work
+_EVENT_BYTES = 1000  # a longer event counts as several, because it takes as much work
 
 
 class _Task:
@@ -1215,7 +1222,7 @@ class _Task:
         caller = CALLER.get()
         self.key = caller.key
         self.size = 1 if callable(work) else max(len(work), caller.scope.get("held_bytes", 0) // _EVENT_BYTES)
-        self.deadline_s = deadline_s  # monotonic_s() after which a query is interrupted
+        self.deadline_s = deadline_s  # interrupt a query at this time of monotonic_s()
         self.is_abandoned = False  # nobody waits for the answer any more
 
     def settle(self, outcome: object) -> None:
@@ -1233,7 +1240,7 @@ class _Task:
 
 
 class _FairQueue:
-    """Holds a queue for each API key; the keys take turns. Not safe for threads."""
+    """A queue for each API key; the keys take turns. Not safe for threads."""
 
     def __init__(self) -> None:
         self._items: dict[bytes, deque[Any]] = {}  # by key; the first has the next turn
@@ -1306,15 +1313,15 @@ class Turn:
         self._is_taken = False
 
 
-_SWITCH_S = 0.0005  # longest time that a thread runs Python code while others wait
+_SWITCH_S = 0.0005  # a thread runs Python code for this long while others wait
 
 
 class _ShortSwitches:
-    """While any thread is in a block `with _short_switches`, lets threads take turns every 0.5 ms, not every 5 ms.
+    """Makes threads take turns every 0.5 ms instead of 5 ms while any of them is in a block `with _short_switches`.
 
     The event loop and the other threads wait for each other at each of their steps. A single event beside 12 clients
-    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Single events
-    alone do without: they would cost 1.2 times the CPU.
+    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Short
+    single events do not use it: they would cost 1.2 times the CPU.
     """
 
     def __init__(self) -> None:
@@ -1375,7 +1382,7 @@ class _FreeSpace:
         if free < limit and not self._is_low:
             self._is_low = True
             log.warning("%s", reason)
-        elif self._is_low and free >= 1.1 * limit:  # otherwise a disk close to the limit would log at every change
+        elif self._is_low and free >= 1.1 * limit:  # less margin would log again and again
             self._is_low = False
             log.info("the disk has room again: %s MB are left", f"{free / 1e6:,.1f}")
         return reason if free < limit else None
@@ -1391,7 +1398,7 @@ def _files_of(path: str) -> list[os.stat_result]:
 
 
 def _is_database_failure(error: Exception) -> bool:
-    """Return whether the database or its disk failed; otherwise the error is a bug or a refusal."""
+    """Return True if the database or its disk failed, False if the error is a bug or a refusal."""
     is_wrong_call = isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError)
     return isinstance(error, sqlite3.Error | OSError) and not is_wrong_call
 
@@ -1400,12 +1407,12 @@ def _rows_of(group: Iterable[_Task]) -> list[Row]:
     return [row for task in group if not callable(task.work) for row in task.work]
 
 
-# Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
-# with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
-# of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
+# Limits on the events of a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000
+# as with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches,
+# p99 of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _GROUP_OPERATIONS = 100
-_FEW_EVENTS = 10  # a request with at most this many is small
+_FEW_EVENTS = 10  # a request with at most this many events is small
 
 
 class Writer:
@@ -1420,11 +1427,11 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._arrival = threading.Condition()  # guards the next four attributes
+        self._arrival = threading.Condition()  # guards the attributes down to _events_are_next
         self._operations, self._few, self._many = _FairQueue(), _FairQueue(), _FairQueue()
         self._is_closed = False
         self._short_until_s = 0.0
-        self._events_are_next = False  # events and operations take turns
+        self._events_are_next = False  # groups of events and of operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self.failed_commits = 0
@@ -1476,7 +1483,7 @@ class Writer:
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process: the WAL is as safe
+            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process: the WAL keeps the events
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._conn.close()
 
@@ -1512,10 +1519,10 @@ class Writer:
         return group
 
     def _commit(self, group: list[_Task]) -> list[object]:
-        """Run the tasks in one transaction. Return each one's result or exception; a failed commit stores nothing."""
+        """Run the tasks in one transaction. Return each task's result or exception; a failed commit stores nothing."""
         try:
             self._check_files()
-            if self._conn.in_transaction:  # a rollback failed: the last group would be committed with this one
+            if self._conn.in_transaction:  # a rollback failed: COMMIT would store the last group
                 self._conn.execute("ROLLBACK")
             if callable(group[0].work):
                 execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
@@ -1536,10 +1543,10 @@ class Writer:
         return outcomes
 
     def _try_operation(self, operation: Callable[[sqlite3.Connection], object], is_alone: bool) -> object:
-        """Return an operation's result or the error that undoes it alone. An error of the database ends the commit.
+        """Return an operation's result, or its error after undoing it alone. Raises an error of the database.
 
-        Only a group of several gets savepoints: SQLite copies each page that is changed after one. A deletion by
-        retention would take 2.5 times the CPU.
+        An operation that is alone needs no savepoint: SQLite copies each page that is changed after one, and a deletion
+        by retention would take 2.5 times the CPU.
         """
         if not is_alone:
             self._conn.execute("SAVEPOINT operation")
@@ -1558,11 +1565,11 @@ class Writer:
         return outcome
 
     async def try_again(self) -> None:
-        """After a failed commit, write as many rows again, then undo them. Raises ApiError if that fails as well."""
+        """Write the rows of a failed commit again as a trial, and undo them. Raises ApiError if that fails as well."""
         await self.run(self._try_failed_rows)
 
     def _try_failed_rows(self, conn: sqlite3.Connection) -> None:
-        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # otherwise the commit would write nothing
+        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # writes something even without rows
         if self._failed_rows:
             _try_insert(conn, self._failed_rows)
             self._failed_rows = []
@@ -1574,13 +1581,13 @@ class Writer:
             log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
             return [_internal_error() for _ in group]
         # Anyone may read the reason in /health, so it contains no path.
-        reason = "the database file was removed or replaced, or cannot be looked at"
+        reason = "the database file was removed or replaced, or its status cannot be read"
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if isinstance(error, sqlite3.Error):
             reason = _PROBLEMS.get(code, ("the database refused a write",))[0]
         known, self.failure = self.failure, reason
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            # A smaller commit may still succeed; that does not prove that the refused events would fit now.
+            # Keep the largest failed commit: if a smaller one succeeds, the refused events may still not fit.
             self._failed_rows = max(self._failed_rows, _rows_of(group), key=_size_of)
         if code != sqlite3.SQLITE_BUSY:
             if self.failure != known:  # log one traceback for each reason; every refused request is logged anyway
@@ -1605,8 +1612,8 @@ class Writer:
 
         SQLite's automatic checkpoint restarts the WAL only at a moment without readers. If reads always overlap, such
         as four clients' sums over 100,000 events, the WAL grows by 40 MB a second. Here the writer waits until the
-        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. The
-        size is the one that _check_files read before the commit.
+        running reads end. If that takes longer than a second, the writer tries again when the WAL is twice as large.
+        The size is the one that _check_files read before the commit.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1626,8 +1633,8 @@ class Writer:
 
 
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
-_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
-_this_thread = threading.local()  # `reader`: the one that runs an operation in this thread
+_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads a text with more characters
+_this_thread = threading.local()  # .reader is the Reader that runs an operation in this thread
 
 
 class Reader:
@@ -1636,12 +1643,12 @@ class Reader:
     def __init__(self, path: str) -> None:
         self.conn = connect(path, READER_PRAGMAS)
         self.conn.set_progress_handler(self._is_over, _PROGRESS_STEPS)
-        for function, arguments in _SQL_FUNCTIONS:  # one call may take longer than many steps
+        for function, arguments in _SQL_FUNCTIONS:  # SQLite does not call the handler inside them
             checking = self._checking(function)
             self.conn.create_function(function.__name__, arguments, checking, deterministic=True)
         self._deadline_s = 0.0
         self._task: _Task | None = None
-        self.is_closing = False  # interrupts every query from now on; a deadline would interrupt only this one
+        self.is_closing = False  # True interrupts this query and all later ones
 
     def _is_over(self) -> bool:
         is_abandoned = self._task is not None and self._task.is_abandoned
@@ -1673,7 +1680,7 @@ class Reader:
 
 
 def check_time() -> None:
-    """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
+    """Raises TimeoutError if the running operation is late or nobody waits for it. Call it in long loops."""
     reader: Reader | None = getattr(_this_thread, "reader", None)
     if reader and reader._is_over():
         raise TimeoutError
@@ -1681,16 +1688,17 @@ def check_time() -> None:
 
 READER_THREADS = 4  # for each API key
 _MAX_READER_THREADS = 16
-_MAX_QUERIES = 1000  # of a key, that run or wait
+_MAX_QUERIES = 1000  # limit on queries that run or wait, shared by the keys (see Shares)
 
 
 def _lower_priority() -> None:
     """Let this thread use only the CPU time that the event loop and the writer leave.
 
     With the same priority, four long queries on two cores let the event loop run half of the time: beside 60 clients
-    that abandon such queries, a single event took 0.8 s, and at worst 5 s. With a lower one it takes 0.03 s and 0.4 s.
+    that abandon such queries, a single event took 0.8 s, at worst 5 s. With lower priority the event takes 0.03 s, at
+    worst 0.4 s.
     """
-    if sys.platform == "linux":  # elsewhere it would apply to the whole process
+    if sys.platform == "linux":  # elsewhere nice() applies to the whole process
         os.nice(5)
 
 
@@ -1750,11 +1758,11 @@ class ReaderPool:
             gone.cancel()
             if not task.answer.done():
                 task.answer.cancel()
-                task.is_abandoned = True  # interrupts it if it runs
+                task.is_abandoned = True  # interrupts the operation if it runs
                 with self._lock:
                     self._waiting.remove(task.key, task)
             elif not task.answer.cancelled():
-                task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
+                task.answer.exception()  # otherwise asyncio logs an exception that nobody has read
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
@@ -1773,7 +1781,7 @@ class ReaderPool:
         return self._running[key] < READER_THREADS
 
     def _run_tasks(self, task: _Task | None) -> None:
-        """Run the task, then waiting ones until none may run."""
+        """Run the task, then waiting tasks until no key has one that may run."""
         while task:
             outcome = self._outcome(task)
             with self._lock:
@@ -1809,7 +1817,7 @@ class ReaderPool:
             return len(self._waiting)
 
     def too_long(self) -> ApiError:
-        """Count a query that took longer than query_timeout_s, and return its error."""
+        """Count a query that took longer than query_timeout_s; return the error for its client."""
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
@@ -1856,7 +1864,7 @@ class Store:
         self.environments: dict[str, int] = {}  # name -> id in rows
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
+        with start_errors(self.name):  # open connections here: if a thread failed to, its callers would wait forever
             self.writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -1868,7 +1876,7 @@ class Store:
     def add_environments(self, names: Iterable[str]) -> None:
         """Create the environments that are new, and remember their ids. Raises sqlite3.Error.
 
-        It waits for the write lock, so do not call it from an event loop.
+        Do not call it from an event loop, because it waits for the write lock.
         """
         with closing(connect(self.path, self.writer_pragmas)) as conn:
             self.environments |= {name: environment_number(conn, name) for name in names}
@@ -1882,14 +1890,15 @@ class Store:
         return int(await self.writer.run(rows))
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
-        """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
+        """Run an operation in a transaction. Its errors undo it alone. Raises its ApiErrors, and those of `insert`."""
         return self.writer.run(operation)
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
 
-        A quick operation runs on the event loop. After a millisecond, or at a megabyte, it is interrupted, and starts
-        again in a reader thread. If all pages used a reader thread, clients would get 0.8 times as many.
+        A quick operation runs on the event loop first. If it takes longer than a millisecond, or a row of its answer is
+        longer than a megabyte, it stops and runs again in a reader thread. If all pages used a reader thread, clients
+        would get 0.8 times as many.
 
         Raises ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
         """
