@@ -311,7 +311,7 @@ def _internal_error() -> ApiError:
 
 
 class FieldError(ValueError):
-    """A field does not accept its value. The message has no subject: callers put the field's name before it."""
+    """A field does not accept its value. The message lacks a subject: callers put the field's name before it."""
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
@@ -989,7 +989,7 @@ def start_errors(path: str) -> Iterator[None]:
 
 
 def check_format(conn: sqlite3.Connection, path: str) -> int | None:
-    """Return the file's format, or None if it has no tables. Raises StartError if this server cannot use it."""
+    """Return the format of the file, or None if it lacks tables. Raises StartError if this server cannot use it."""
     # Count the tables before reading application_id. In the other order, a file that another process creates in between
     # would have tables and the id 0, like another program's.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
@@ -1063,7 +1063,7 @@ def prepare_file(path: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
 
-INSERT_ROWS = 64  # rows per INSERT; larger is no faster. One statement is cached per row count
+INSERT_ROWS = 64  # rows per INSERT; more are not faster. One statement is cached per row count
 
 
 @lru_cache
@@ -1944,19 +1944,19 @@ class JsonResponse(Response):
 
 
 def _request_line(scope: Scope) -> str:
-    """Return the request's method and path for the log. Some ASGI servers send a raw path that is not encoded."""
+    """Return the request's method and path for the log, escaped: some ASGI servers do not percent-encode raw_path."""
     return printable(f"{scope['method']} {scope.get('raw_path', b'').decode('latin-1')}")
 
 
-CORS_HEADERS = [  # any page may call the API; it needs a key, and no cookies are used
+CORS_HEADERS = [  # any page may call the API, because requests need a key and the API uses no cookies
     (b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
     (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"), (b"access-control-max-age", b"86400"),
 ]  # fmt: skip
-_MAX_IGNORED_CHARS = 1000  # of the header X-Ignored
+_MAX_IGNORED_CHARS = 1000  # longest value of the header X-Ignored
 
 
 def _ignored_header(names: Iterable[str]) -> bytes:
-    """List names for a header, percent-encoded; "..." stands for more names than fit."""
+    """List names for a header, percent-encoded. If some do not fit, the list ends in "..."."""
     encoded = [urllib.parse.quote(name, safe="[]", errors="replace") for name in names]
     sizes = itertools.accumulate(len(each) + 2 for each in encoded)
     fitting = [each for each, size in zip(encoded, sizes, strict=True) if size <= _MAX_IGNORED_CHARS][:_MAX_IGNORED]
@@ -1964,9 +1964,9 @@ def _ignored_header(names: Iterable[str]) -> bytes:
 
 
 def _with_headers(scope: Scope, response: Response) -> Response:
-    """Add the headers that every answer has (API: Common rules), except those that a middleware makes itself.
+    """Add the headers that every answer has (API: Common rules). An answer made by a program's middleware lacks them.
 
-    A middleware that wraps `send` could add them to those as well, but single events would take 3 % longer.
+    A wrapper of `send` would also reach those answers, but single events would take 3 % longer.
     """
     scope["status"] = response.status_code  # for the access log, see eventstore_extras/logs.py
     response.raw_headers += CORS_HEADERS
@@ -1978,15 +1978,15 @@ def _with_headers(scope: Scope, response: Response) -> Response:
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
+    """Answer with the error body (API: Common rules), and log one line about the refusal."""
     answer = f"{error.status} {error.code}: {error.logged}"
-    request.scope["status"] = error.status  # logs.py adds it to the line
+    request.scope["status"] = error.status  # logs.py adds the status to the line
     log.warning("%s: %s", _request_line(request.scope), answer)
     return _with_headers(request.scope, JsonResponse(error.body, error.status, error.headers))
 
 
 class Operation(NamedTuple):
-    """A row of the route table, with its description for the OpenAPI document."""
+    """A row of the route table, and what the OpenAPI document says about it."""
 
     method: str
     path: str
@@ -1995,11 +1995,11 @@ class Operation(NamedTuple):
     body: Any = None
     parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
     example: Any = None  # of the body
-    schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
+    schemas: Mapping[str, Any] = {}  # type's name -> field -> JSON Schema, if the type does not imply it
     status: int = 200
-    refusals: Sequence[int] = ()  # error statuses, besides those of every operation
-    role: str = ""  # a key with this role suffices; a GET is also open to event_reader
-    extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
+    refusals: Sequence[int] = ()  # error statuses besides those that every operation may have
+    role: str = ""  # a key with a role needs this one; for a GET always event_reader
+    extra: str = ""  # module of eventstore_extras; its OPERATIONS have the complete row for this path
 
     @property
     def public_path(self) -> str:
@@ -2018,28 +2018,28 @@ class Operation(NamedTuple):
 
 
 class Outbox(Struct):
-    """The target to which an environment's events are forwarded, and what became of them.
+    """The target to which an environment's events are forwarded, and counts of these events.
 
-    `behind()` counts the waiting events in the database. Forwarding keeps the other fields up to date.
+    `behind()` counts in the database. Forwarding keeps the other fields up to date.
     """
 
     host: str
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
-    waiting: int = 0  # events, some seconds ago
+    waiting: int = 0  # the same number, counted some seconds ago
     oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
     sent: int = 0  # events that the host has accepted, also from earlier runs
     put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
-    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
+    blocked: str = ""  # why the host refuses all events until somebody corrects the settings; otherwise empty
 
 
 class Retention(Struct):
-    """Work of retention since the server started."""
+    """The work of retention since the server started."""
 
     deleted: int = 0  # events
-    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
+    swept_us: int = 0  # when the last finished search for old events began; 0 before the first
 
 
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # a caller's X-Request-ID that the answer and the log use
 
 
 class Service:
@@ -2056,11 +2056,11 @@ class Service:
         self.retention: Retention | None = None
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
         self.notices: list[str] = []  # lines to add to the banner
-        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # around the application, when `serve` runs it
+        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # `serve` puts them around the application
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
         self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
-        # A commit answers several clients at once, so their next batches arrive together. With this lock other requests
-        # run between two batches: beside 8 such clients, p99 of a page is 19 ms; without it, 31 ms.
+        # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
+        # run between two batches: beside 8 such clients, p99 of a page is 19 ms; without the lock, 31 ms.
         self.batch_turn = Turn()
         self._logged_minute, self._logged_names = 0, set[str]()
 
@@ -2080,9 +2080,9 @@ class Service:
         self.api_keys = {key.digest: key for key in api_keys}
 
     def serves_exactly(self, method: str, path: str) -> bool:
-        """Return whether a slash after this path can be dropped: a route without parameters has the path.
+        """Return True if a route without parameters has this path; a slash after the path is then dropped.
 
-        GET and HEAD also need a route with GET: `GET /v1/events/bulk/` looks up the event with the id `bulk/`.
+        For GET and HEAD the route must allow GET: `GET /v1/events/bulk/` looks up the event with the id `bulk/`.
         """
         methods = {operation.method for operation in self.operations if operation.path == path}
         return "GET" in methods if method in ("GET", "HEAD") else bool(methods)
@@ -2099,12 +2099,12 @@ class Service:
         return View(request["environment"], now, now - lag_us if lag_us else None)
 
     def faults(self, request: Request, index: int | None = None, whole: str = "body") -> Faults:
-        """Make the Faults of a request. Names noted there as ignored appear in the answer and in the log."""
+        """Make the Faults of a request. The answer and the log list the ignored names that are recorded in it."""
         ignored = request.scope.setdefault("ignored", {})
         return Faults(index, whole, ignored, self.settings.strict and "environment" in request.scope)
 
     def log_ignored(self, scope: Scope) -> None:
-        """Log what a request had that was ignored: each name once a minute, and at most twenty names a minute."""
+        """Log a request's ignored names: each name once a minute per path, and at most twenty lines a minute."""
         minute = self.settings.clock() // MINUTE_US
         if minute != self._logged_minute:
             self._logged_minute, self._logged_names = minute, set()
@@ -2124,14 +2124,17 @@ def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | 
         scope["api_key"], scope["environment"] = found, found.environment
         caller.key = found.digest
         return None
-    unknown = "holds a key that this server does not know; its banner says where its keys came from"
+    unknown = "holds a key that this server does not know; the server's banner says where its keys came from"
     instead = ", not in Authorization" if b"authorization" in caller.headers else ""
     problem = f"is missing: send your key in it{instead}" if key is None else unknown
     return ApiError("unauthorized", f"the header x-api-key {problem}")
 
 
 async def read_body(service: Service, request: Request, limit: float = math.inf) -> bytes:
-    """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds the limit or max_body_bytes."""
+    """Return the body. Raises ApiError as soon as the body or its Content-Length exceeds the limit or max_body_bytes.
+
+    Also raises ApiError as soon as the key's requests hold too many bytes (see Shares).
+    """
     limit = min(limit, service.settings.max_body_bytes)
     caller = CALLER.get()
     announced = int(caller.headers.get(b"content-length", 0))
@@ -2160,7 +2163,7 @@ _MAX_FIELDS_BYTES = 1024 * 1024  # longest body of a request that sends no event
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
-    """Decode a body of at most 1 MiB. Record fields of the wrong type as faults, and note unknown ones as ignored."""
+    """Decode a body of at most 1 MiB. Record fields of the wrong type as faults, and unknown fields as ignored."""
     return decode_fields(decoder, await read_body(service, request, _MAX_FIELDS_BYTES), faults)
 
 
@@ -2194,7 +2197,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _time_parameter(text: str) -> str | None:
-    """Read 10:00:00 05:30 as 10:00:00+05:30: a `+` that was not percent-encoded arrives as a space."""
+    """Read 10:00:00 05:30 as 10:00:00+05:30: in a URL an unencoded `+` means a space. Drop Go's zero time."""
     return given_time(re.sub(r" (?=\d\d:\d\d$)", "+", text))
 
 
@@ -2210,7 +2213,7 @@ def parse_property_filters(text: str) -> PropertyFilters:
 
 
 def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
-    """Make a check that a text is one of these; it is case-sensitive."""
+    """Make a case-sensitive check that a text is one of these."""
 
     def check(text: str) -> str:
         if text not in allowed:
@@ -2222,7 +2225,7 @@ def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
 
 
 def whole_within(low: float, high: float) -> Callable[[float], int]:
-    """Make a check that a number is whole and within these bounds; JSON's 50.0 is whole."""
+    """Make a check that a number is whole and within these bounds. 50.0 counts as whole."""
 
     def check(value: float) -> int:
         if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
@@ -2245,7 +2248,7 @@ PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the
 def query_of_parameters(
     kind: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
 ) -> T:
-    """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
+    """Make the struct of a POST's body from the named parameters of a GET (API: Queries)."""
     parsed = kind()
     for name in names:
         if sent.get(name):  # in a URL an empty parameter is absent
@@ -2253,11 +2256,11 @@ def query_of_parameters(
     return parsed
 
 
-_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
+_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit: above it, uvicorn waits for the client to read before it sends more
 
 
 class _Endpoint:
-    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
+    """ASGI application that answers one operation. Starlette would wrap a function, with 7 % fewer single events."""
 
     def __init__(self, service: Service, operation: Operation) -> None:
         self._service = service
@@ -2273,7 +2276,7 @@ class _Endpoint:
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
-        if scope["query_string"] and self.path != "/":  # the script of the page reads its parameters
+        if scope["query_string"] and self.path != "/":  # the page's own script reads these parameters
             sent = urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace"), keep_blank_values=True)
             if unknown := [name for name, _ in sent if name not in self._parameters]:
                 faults = service.faults(request)
@@ -2286,12 +2289,12 @@ class _Endpoint:
                 raise
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:  # read_body has taken these shares
+        finally:  # give back what read_body took
             service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
         await self._send(_with_headers(scope, response), scope, receive, send)
 
     async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer. A long one counts towards the key's share until the client has read most of it."""
+        """Send the answer. A long answer counts towards the key's share until the client has read most of it."""
         size = len(response.body)
         if size < _LONG_ANSWER_BYTES:
             await response(scope, receive, send)
@@ -2309,7 +2312,7 @@ class _Endpoint:
 
 
 def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
-    """Make the 404 for an unknown path: a hint at the likely cause, and the list of the paths."""
+    """Make the 404 for an unknown path, with a hint at the likely cause and the list of paths."""
     paths = [operation.public_path for operation in operations]
     similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
@@ -2333,15 +2336,15 @@ register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {
 
 
 class Routes(BaseRoute):
-    """The operations of a service. A dictionary finds those without parameters in their path.
+    """The operations of a service. A dictionary holds the paths without parameters.
 
-    Trying their patterns one after another would take 5 % of the time of a single event.
+    Trying the patterns of these paths one after another would take 5 % of the time of a single event.
     """
 
     def __init__(self, service: Service, operations: Iterable[Operation]) -> None:
         self._service = service
-        matching_all_last = sorted(operations, key=lambda operation: ":anything}" in operation.path)
-        self._endpoints = [(compile_path(each.path)[0], _Endpoint(service, each)) for each in matching_all_last]
+        anything_last = sorted(operations, key=lambda operation: ":anything}" in operation.path)
+        self._endpoints = [(compile_path(each.path)[0], _Endpoint(service, each)) for each in anything_last]
         fixed = [endpoint for pattern, endpoint in self._endpoints if not pattern.groups]
         self._fixed = {(method, endpoint.path): endpoint for endpoint in fixed for method in endpoint.methods}
 
@@ -2349,7 +2352,7 @@ class Routes(BaseRoute):
         return (Match.FULL if scope["type"] == "http" else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # set if a program mounts the application
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # not empty if a program mounts the application
         scope["path_params"] = {}
         scope["endpoint"] = self._fixed.get((scope["method"], path)) or self._match(scope, path)
         await scope["endpoint"](scope, receive, send)
@@ -2362,7 +2365,7 @@ class Routes(BaseRoute):
             if method in endpoint.methods:
                 scope["path_params"] = found.groupdict()
                 return endpoint
-        scope["endpoint"] = nearest = matches[0][0] if matches else None  # metrics.py and logs.py name its path
+        scope["endpoint"] = nearest = matches[0][0] if matches else None  # metrics.py and logs.py use its path
         # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
         if nearest is None or (method == "POST" and ":anything}" in nearest.operation.path):
             raise _no_route(self._service.operations, path)
@@ -2374,7 +2377,7 @@ class Routes(BaseRoute):
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:
-    # After this answer Starlette raises any exception except an ApiError again, and uvicorn logs the traceback.
+    # After this answer Starlette raises all exceptions but ApiErrors again, so that uvicorn logs the traceback.
     return error_response(request, error if isinstance(error, ApiError) else _internal_error())
 
 
@@ -2383,12 +2386,12 @@ async def _on_disconnect(request: Request, error: Exception) -> None:
 
 
 class _App(Starlette):
-    """The application: it gives each request an id and finds the environment of its key."""
+    """The application. It gives each request an id, and finds the environment of the request's key."""
 
     def __init__(self, service: Service, **options: Any) -> None:
         super().__init__(exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan, **options)
         self.state.service = self._service = service
-        self.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
+        self.router.redirect_slashes = False  # many clients drop a POST's body when they follow a redirect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2408,10 +2411,10 @@ class _App(Starlette):
                 await error_response(Request(scope), refusal)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
-                if scope.get("ignored") and not service.settings.strict:  # strict has refused the request
+                if scope.get("ignored") and not service.settings.strict:  # if strict, the refusal is logged already
                     service.log_ignored(scope)
         finally:
-            CALLER.reset(before)  # for a program that calls the application directly
+            CALLER.reset(before)  # a program that calls the application directly continues in this context
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
@@ -2423,23 +2426,23 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 MAX_BATCH = 1000
 MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-# Nothing interrupts msgspec. Within these limits one call takes up to 0.2 s, and the event loop runs after it.
-_MANY_BYTES = 1_000_000  # shorter properties and batches may hold any number of values
-_MAX_WEIGHT = 5_000_000  # of an event's properties
+# msgspec holds the GIL for a whole call, which stops the event loop. These limits keep a call below 0.2 s.
+_MANY_BYTES = 1_000_000  # _MAX_WEIGHT and _MAX_MARKS apply to longer properties and batches only
+_MAX_WEIGHT = 5_000_000  # of an event's properties: the sum of the weights of all marks and names
 _WEIGHTS = {b"{": 10, b"[": 10, b",": 2, b"\\": 1}
 _NAME_WEIGHT = 20  # msgspec takes 0.4 us for each of a million different names in an object
-_QUOTES, _COLONS = {b'"': 1, b'\\"': -1, b'\\\\"': 1}, {b":": 1}  # without escaped quotes
-_MAX_MARKS = 8_000_000  # of a batch
+_QUOTES, _COLONS = {b'"': 1, b'\\"': -1, b'\\\\"': 1}, {b":": 1}  # quotes minus escaped ones
+_MAX_MARKS = 8_000_000  # of _MARKS in a batch
 _MARKS = {b",": 1, b"{": 1, b"[": 1}
 _LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decode longer bodies in a thread
 _LARGE_BATCH_COLLECTIONS = 20_000  # decode a batch with more objects and arrays in a thread: 1 MB takes up to 0.5 s
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-_MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
-_MAX_COMMAS = 200_000  # in a batch with too many events, to count them: that takes 100 ns for each
+_MAX_BRACES = 100_000  # in a batch that is decoded into a list without a limit: 150 bytes for each
+_MAX_COMMAS = 200_000  # do not count the events of a refused batch that has more: 100 ns for each
 
 
-# forbid_unknown_fields makes msgspec report unknown fields: X-Ignored and the log list them.
+# forbid_unknown_fields makes msgspec report unknown fields, so that X-Ignored and the log can list them.
 class EventIn(Struct, forbid_unknown_fields=True):
     """One event as a client sends it (API: Sending events). An absent field, null and, for text, "" mean the same."""
 
@@ -2449,7 +2452,7 @@ class EventIn(Struct, forbid_unknown_fields=True):
     customer_id: str | None = None
     source: str | None = None
     timestamp: str | None = None
-    properties: Raw = msgspec.field(default_factory=Raw)  # JSON Schema cannot express a Raw as a default
+    properties: Raw = msgspec.field(default_factory=Raw)  # a JSON Schema cannot contain Raw() as a default
 
 
 class BulkIn(Struct, forbid_unknown_fields=True):
@@ -2484,9 +2487,10 @@ def _check_integer(digits: str) -> None:
 
 
 def _without_repeated_keys(text: str) -> str:
-    """Return the JSON text with only the last member of each name. JSON readers use the last one, SQLite the first.
+    """Return the JSON text with only the last member of each name: JSON readers use the last one, SQLite the first.
 
-    Numbers keep their digits; white space and escapes may change. Return the text unchanged if no name is repeated.
+    Return the text unchanged if no name is repeated. Otherwise numbers keep their digits; white space and escapes may
+    change.
     """
     is_repeated = False
 
@@ -2514,7 +2518,7 @@ def _is_deeper_than(value: object, limit: int) -> bool:
 
 
 def _totals(raw: bytes, *kinds: Mapping[bytes, int]) -> Iterator[list[int]]:
-    """After each megabyte of the text, return the weight of the marks of each kind so far."""
+    """Yield after each megabyte of the text: for each kind, the total weight of its marks so far."""
     totals = [0] * len(kinds)
     for start in range(0, len(raw), _MANY_BYTES):
         for kind, marks in enumerate(kinds):
@@ -2523,17 +2527,17 @@ def _totals(raw: bytes, *kinds: Mapping[bytes, int]) -> Iterator[list[int]]:
 
 
 def _check_number_of_values(raw: bytes) -> None:
-    """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
+    """Raises FieldError if properties hold so many values that decoding them would take too much memory and time."""
     if len(raw) > _MANY_BYTES:
         for weight, quotes, colons in _totals(raw, _WEIGHTS, _QUOTES, _COLONS):
-            if weight + _NAME_WEIGHT * min(quotes // 2, colons) > _MAX_WEIGHT:  # there are at most that many names
-                limit = f"{_MAX_WEIGHT // 10:,} objects and arrays, where a name counts as two"
-                limit = f"{limit} and five commas or ten backslashes as one, if longer than {_MANY_BYTES:,} bytes"
-                raise FieldError("out_of_range", f"may hold {limit}, got more")
+            if weight + _NAME_WEIGHT * min(quotes // 2, colons) > _MAX_WEIGHT:  # an upper bound of the number of names
+                limit = f"{_MAX_WEIGHT // 10:,} objects and arrays if longer than {_MANY_BYTES:,} bytes"
+                weights = "a name counts as two, five commas or ten backslashes as one"
+                raise FieldError("out_of_range", f"may hold {limit}, got more; {weights}")
 
 
 def _double(number: str) -> float:
-    """Parse a number with a fraction or an exponent. msgspec takes 10 us for each like 1e300: a second for 1 MB."""
+    """Parse a number with a fraction or an exponent. msgspec's own parser takes 10 us for 1e300: a second for 1 MB."""
     value = float(number)
     if math.isinf(value):
         raise ValueError("out of range")
@@ -2546,8 +2550,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=_double)
 def check_properties(raw: bytes) -> str:
     """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
 
-    Raises FieldError if they are not an object, hold a number that no double can hold or too many values, or have more
-    than 500 levels.
+    Raises FieldError if the properties are not an object, have more than 500 levels, hold a number that no double can
+    hold, or hold too many values.
     """
     text = str(raw, "utf-8")
     if text in ("", "null"):
@@ -2570,8 +2574,8 @@ def check_properties(raw: bytes) -> str:
             raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
         if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
             json.loads(ENCODER.encode(value), parse_int=_check_integer)
-    # Decoding drops all but the last member of a repeated name, and their colons. So compare the numbers of colons in
-    # the text and in the value. Those in strings count in both, unless a string spells one as \u003a.
+    # Find repeated names by counting colons: decoding keeps only the last member of a name, so the text has more colons
+    # than the value. A colon in a string counts in both, unless the string spells it \u003a.
     colons = text.count(":")
     if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
         return text
@@ -2579,7 +2583,7 @@ def check_properties(raw: bytes) -> str:
 
 
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
-    """Make the row of an event. If this records a fault, the row is not valid."""
+    """Make the row of an event, and record its faults. With a fault the row is not valid."""
     sent_name, customer, event_id = event.event_name or "", event.external_customer_id or "", event.event_id or ""
     customer_id, source = event.customer_id or "", event.source or ""
     if len(sent_name) + len(customer) + len(event_id) + len(customer_id) + len(source) > MAX_FIELD_CHARS:
@@ -2602,7 +2606,7 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
 def event_rows(
     service: Service, events: list[Any], environment: str, faults: Faults, *, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
-    """Make the rows of events, some of them still Raw. Raises ApiError with all faults (API: Sending events)."""
+    """Make the rows of events; first decode those that are still Raw. Raises ApiError with the faults of all events."""
     number, now = service.store.environments[environment], service.settings.clock()
     make_id = make_id or service.make_id
     rows = []
@@ -2616,7 +2620,7 @@ def event_rows(
 
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `([\w.-]{1,100})` - at `\$\.events\[(\d+)\]`")
-_MAX_LEARNED = 64  # unknown fields of a batch
+_MAX_LEARNED = 64  # names of unknown fields that _decode_with_unknown_fields learns from one batch
 
 
 @lru_cache(maxsize=4 * _MAX_LEARNED)
@@ -2628,13 +2632,13 @@ def _batch_decoder(unknown: tuple[str, ...]) -> Any:
 
 
 def _decode_with_unknown_fields(body: bytes, faults: Faults) -> list[Any]:
-    """Decode a batch whose events have unknown fields, and note these. Return [] if anything else is unusual.
+    """Decode a batch whose events have unknown fields, and record these. Return [] if anything else is unusual.
 
     Learn the names one by one from msgspec's errors, and allow them in the next attempt. If each event has the same
     unknown field, the batch costs 1.06 times as much as a plain one; decoding each event alone would cost 4 times.
     """
     unknown: list[str] = []
-    decoded = 0  # events of all failed attempts, which limits the work
+    decoded = 0  # events that failed attempts have decoded; a limit on them limits the work
     while len(unknown) <= _MAX_LEARNED and decoded <= 2 * MAX_BATCH:
         try:
             events: list[Any] = _batch_decoder(tuple(unknown)).decode(body).events
@@ -2651,7 +2655,7 @@ def _decode_with_unknown_fields(body: bytes, faults: Faults) -> list[Any]:
 
 
 def _split_batch(body: bytes, faults: Faults) -> list[Any]:
-    """Return the events of a batch as Raws. Raises ApiError unless there are 1 to 1000."""
+    """Return the events of a batch as Raws. Raises ApiError unless the batch has 1 to 1000 events."""
     faults.whole = "body"
     if (outer := _read_members(BulkIn, body, faults)) is None:
         raise_fault("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {excerpt(body)}')
@@ -2676,13 +2680,13 @@ def decode_batch(body: bytes, faults: Faults) -> list[Any]:
     """
     batch = decode(_BULK, body)
     events = _items_of(batch and batch.events)
-    if not events and body.count(b"{") <= _MAX_BRACES:  # a list of structs is not limited
+    if not events and body.count(b"{") <= _MAX_BRACES:  # needed because the list is not limited to 1000 structs
         events = _decode_with_unknown_fields(body, faults)
     return events or [decode(_EVENT, bytes(raw)) or raw for raw in _split_batch(body, faults)]
 
 
 async def _insert(service: Service, rows: list[Row], answer: object) -> Response:
-    """Store the rows, and answer with 202 and the numbers of new and of known events."""
+    """Store the rows. Answer with 202, and the numbers of new events and of duplicates in headers."""
     inserted = await service.store.insert(rows)
     response = JsonResponse(answer, 202)
     duplicates = len(rows) - inserted
@@ -2745,8 +2749,8 @@ MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
 MAX_PAGE_SIZE = 100_000
 _GET_PAGE_SIZE = 50
-_QUICK_PAGE_SIZE = 500  # a larger page takes more than _QUICK_S
-_MAX_PAGE_BYTES = 128 * 1024 * 1024  # while a page is made, memory holds several copies of it
+_QUICK_PAGE_SIZE = 500  # a larger page takes longer than _QUICK_S
+_MAX_PAGE_BYTES = 128 * 1024 * 1024  # a page in the making takes several times its size in memory
 _FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                    "source": "source"}  # fmt: skip
 EVENT_FILTERS = (*_FILTER_COLUMNS, "start_time", "end_time", "property_filters")
@@ -2818,7 +2822,7 @@ class EventQuery(Selection, frozen=True, kw_only=True):
 
     @property
     def reads_back(self) -> bool:
-        """True if the page ends before a cursor. In ascending order both cursors begin a page, as in FlexPrice."""
+        """True if the page ends before its cursor. An ascending page begins after either cursor, as in FlexPrice."""
         return self.descending and self.before is not None
 
 
@@ -2829,7 +2833,7 @@ check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math
 
 
 def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
-    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
+    """Record a fault if filters have too many keys or values. Each value becomes one SQL parameter."""
     number = sum(map(len, filters))
     if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
         limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
@@ -2881,7 +2885,7 @@ def _time_sql(column: str) -> str:
 
 
 # An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
-# the properties unchanged, this removes json_object's closing brace, appends them, and closes the object with :end.
+# the properties unchanged, remove json_object's closing brace, append the properties, and close the object with :end.
 _EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
     'event_name', event_name, 'source', source, 'timestamp', {_time_sql("timestamp_us")},
     'ingested_at', {_time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
@@ -2924,13 +2928,13 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
     order = ", ".join(f"{column} {direction}" for column in columns)
-    # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
+    # Sort one customer's events by name with the index by customer: the index by name would scan all customers' events.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
     page = f"FROM events {index} WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
     if query.filters or query.spans_names:
-        # The index lacks the id. SQLite sorts the events of one microsecond, so choose the page's first: if it made the
-        # JSON of 5,000 such events, the page would take 4 times as long. CROSS JOIN keeps their order.
+        # The index lacks the id, so SQLite sorts the events of one microsecond. Choose the page's rows first: if SQLite
+        # made the JSON of 5,000 such events, the page would take 4 times as long. CROSS JOIN keeps the rows in order.
         page = f"FROM (SELECT seq AS page_seq {page}) CROSS JOIN events ON seq = page_seq"
     text = f"SELECT {_EVENT_JSON} AS event, ({total}) AS total {page}"
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
@@ -2955,11 +2959,11 @@ class _Position(Struct):
     timestamp: datetime
 
 
-_POSITION = msgspec.json.Decoder(_Position)  # made at import: under freezegun it would refuse every time
+_POSITION = msgspec.json.Decoder(_Position)  # made at import: made under freezegun, it would refuse all times
 
 
 def _cursor_of(event: str) -> str:
-    """Return the text of the cursor of an event, given as JSON."""
+    """Return the text of the cursor of an event that is given as JSON."""
     position = _POSITION.decode(event)
     return Cursor(to_us(position.timestamp), position.id).text
 
@@ -2971,7 +2975,7 @@ class _Page(NamedTuple):
 
 
 def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
-    """Return a page that ends early at _MAX_PAGE_BYTES. It has one event even if that is longer."""
+    """Return a page that ends early at _MAX_PAGE_BYTES. It has at least one event, however long."""
     events: list[str] = []
     size, total = 0, None
     for event, total in conn.execute(*statement):
@@ -2985,7 +2989,7 @@ def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) 
 def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
     """Return the events of _page_statement, fetched as one text.
 
-    Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.15 times as long.
+    Python releases the GIL at every row: fetched row by row, a page of 50 takes the server 1.15 times as long.
     """
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
@@ -3011,11 +3015,11 @@ def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
 
 
 def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
-    """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event."""
+    """Return one page (API: Queries). Raises ApiError if the cursor of sort=event_name names an unknown event."""
     events, has_more, total = _select_page(conn, query)
     if query.count and not events:
         total = conn.execute(*_count_statement(query)).fetchone()[0]
-    page_size = len(events) if has_more else query.page_size  # a page may end early because of its size
+    page_size = len(events) if has_more else query.page_size  # a page ends early at _MAX_PAGE_BYTES
     first, last = (_cursor_of(events[0]), _cursor_of(events[-1])) if events else (None, None)
     return EventPage(
         events=Raw(f"[{','.join(events)}]"), has_more=has_more, iter_first_key=first, iter_last_key=last,
@@ -3057,7 +3061,7 @@ class EventLookup(Struct):
     """One event (API: Lookup). The other fields are constant: an event that is stored is processed."""
 
     event: Raw  # an Event
-    events: list[Raw]  # newer servers list every version of the event here; this one has only the first
+    events: list[Raw]  # newer FlexPrice servers list versions of the event here; this server stores only the first
     status: str = "processed"
     processed_events: list[Any] = []
     debug_tracker: None = None
@@ -3077,7 +3081,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
 
     def find(conn: sqlite3.Connection) -> bytes:
         events = _select_page(conn, query).events
-        if not events:  # GET /v1/events/bulk looks for the event with the id bulk, but probably a POST was meant
+        if not events:  # GET /v1/events/bulk looks up the event with the id bulk, but its client probably meant POST
             methods = {operation.method for operation in service.operations if operation.path == request["path"]}
             is_post = "POST" in methods and "GET" not in methods
             hint = f"; if you mean {request['path']}, use POST" if is_post else ""
@@ -3124,7 +3128,7 @@ def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
         first_us = start_us - (start_us - to_us(A_SUNDAY.replace(tzinfo=UTC))) % step_us
         bounds = range(first_us, end_us + step_us, step_us)
         if step_us >= DAY_US:
-            to_datetime(bounds[-1])  # raises OverflowError, as for a month
+            to_datetime(bounds[-1])  # raises OverflowError, as a month does
         yield from bounds
         return
     month = to_datetime(start_us).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -3143,9 +3147,9 @@ class Span(NamedTuple):
 
 
 def spans_of_windows(windows: Iterable[int], start_us: int, end_us: int, size: str, field: str) -> list[Span]:
-    """Return the part of each window that lies in [start, end). `windows` yields their starts and the end of the last.
+    """Return the part of each window that lies in [start, end). `windows` yields each start, and the end of the last.
 
-    Raises ApiError for `field` if there are more than 100,000 windows, or some outside the years 1 to 9999.
+    Raises ApiError naming `field` if there are more than 100,000 windows, or some outside the years 1 to 9999.
     """
     try:
         bounds = list(itertools.islice(windows, MAX_WINDOWS + 2))
@@ -3200,7 +3204,7 @@ async def monitor_events(service: Service, request: Request) -> Response:
     outbox = service.outboxes.get(request["environment"])
     behind = await outbox.behind() if outbox else 0
     body = await service.store.read(partial(_monitor, selection=selection, size=size, behind=behind), quick=False)
-    # The debugger shows the environment's name even without events. Encode it, because headers are Latin-1.
+    # The debugger shows the name of an environment without events. Encode the name, because headers are Latin-1.
     headers = {"X-Environment-Id": urllib.parse.quote(selection.view.environment, safe="")}
     if outbox:
         headers["X-Forward-To"] = outbox.host
@@ -3215,7 +3219,7 @@ class Forwarding(Struct):
 
     environment: str
     to: str  # the target: host and port
-    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent without any
+    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent if all were
 
 
 class Health(Struct):
@@ -3223,7 +3227,7 @@ class Health(Struct):
 
     status: str = "ok"  # or warning, or failing
     version: str = __version__
-    reason: str | UnsetType = UNSET  # why events cannot be stored, or soon cannot
+    reason: str | UnsetType = UNSET  # why the server cannot store events, or soon will not be able to
     forwarding: list[Forwarding] | UnsetType = UNSET  # absent if nothing is forwarded
 
 
@@ -3240,7 +3244,7 @@ async def health(service: Service, request: Request) -> Response:
 
 def _debugger() -> Operation:
     """Make GET /: the event debugger, a page that calls this API as any other client does."""
-    page = _data_file("debugger.html")  # every line ends in \n here; browsers hash it in this form
+    page = _data_file("debugger.html")  # _data_file makes each line end \n, as browsers do before they hash
     policy = "default-src 'none'; connect-src 'self'; "  # run only the page's own script: events may contain HTML
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -3263,7 +3267,7 @@ _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 
 def _operation_of_extra(method: str, path: str, module: str) -> Operation:
-    """Make a row whose handler calls that of the same path in a module of eventstore_extras."""
+    """Make a row of the route table that calls the handler of the same path in a module of eventstore_extras."""
 
     async def handle(service: Service, request: Request) -> Response:
         if not _has_extras():
@@ -3298,15 +3302,15 @@ OPERATIONS = (
 def create_app(
     settings: Settings, *, operations: Sequence[Operation] = (), middleware: Sequence[Middleware] = ()
 ) -> Starlette:
-    """Make the Events API as an ASGI application; it opens the database now and closes it with its lifespan.
+    """Make the Events API as an ASGI application. Open the database now; the end of the lifespan closes it.
 
     `operations` are additional routes, which also appear in the OpenAPI document. `middleware` runs after
     authentication and rate limits: a request that needs a key has `scope["environment"]` by then. `app.state.service`
-    is the Service. Raises StartError if the database cannot be used, ValueError without an API key.
+    is the Service. Raises StartError if the database cannot be used, and ValueError if `api_keys` is empty.
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
-    debugger = _debugger()  # before the store starts threads: the file may be missing
+    debugger = _debugger()  # fails if the file is missing, so call it before the store starts threads
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
@@ -3320,7 +3324,7 @@ _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while
 
 
 def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -> StartError:
-    """Return the error for an address on which the server cannot listen; it says which flag to change."""
+    """Return the error for an address on which the server cannot listen. Its message names the flag to change."""
     reasons = {
         errno.EADDRINUSE: f"it is taken; choose another with {port_flag} (0 takes a free one)",
         errno.EACCES: f"ports below 1024 need more rights; choose another with {port_flag}",
@@ -3372,7 +3376,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine
 
 
 def check_key(key: str, where: str = "") -> str:
-    """Return the key. Raises StartError if an HTTP header cannot carry it, or if it is in quotes."""
+    """Return the key. Raises StartError if an HTTP header cannot carry it, or if it begins or ends with a quote."""
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         problem = "is empty, or has a space or a character outside ASCII"
         raise StartError(f"{where}an API key {problem}: an HTTP header cannot carry it")
@@ -3382,14 +3386,14 @@ def check_key(key: str, where: str = "") -> str:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raise StartError if the name of an environment, or a label, cannot be shown in a log or a header."""
+    """Raises StartError if the log or a header cannot show the name of an environment, or a label."""
     if not name.isprintable() or name[:1] in ("'", '"') or name[-1:] in ("'", '"') or len(name) > 255:
         problem = "is longer than 255 characters, in quotes, or has a control character"
         raise StartError(f"{where} {quoted(name)} {problem}")
 
 
 class FoundKeys(NamedTuple):
-    """The API keys of `serve`, and where they were found."""
+    """The API keys of `serve`, and the flag, variable or file that they come from."""
 
     keys: tuple[ApiKey, ...]
     source: str
@@ -3414,7 +3418,7 @@ def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundK
 
 
 def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys:
-    """Return the keys of the flags, else those of the environment variables, else a new one. Raises StartError."""
+    """Return the keys of the flags, else of the environment variables, else a new key. Raises StartError."""
     find = _extra("keys", "serve").find_api_keys if _has_extras() else _plain_keys
     found: FoundKeys | None = find(flags, environ)
     if found:
@@ -3437,8 +3441,8 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "backup": ("backup", "copy the database to one file, and check the copy"),
     "keys": ("keys", "make API keys, or list those of a file"),
 }
-_SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
-_MAX_FLAG = 1_000_000_000_000  # a larger size of a buffer or time in microseconds would overflow
+_SHUTDOWN_TIMEOUT_S = 5  # for running requests. Then the writer and a checkpoint need time; Docker kills after 10 s
+_MAX_FLAG = 1_000_000_000_000  # a larger buffer size, or time in microseconds, would overflow
 AddFlag = Callable[..., argparse.Action]
 
 
@@ -3469,12 +3473,12 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    _resolve(arguments.host, arguments.port)  # if the host is wrong, do not complain about a missing key first
+    _resolve(arguments.host, arguments.port)  # report a wrong host before a missing key
     found = _find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-    # Set the handlers before the port is open, because a signal may follow at once. Keep them after uvicorn has ended:
-    # uvicorn raises the signal again, and the default handler would make the exit status -15.
+    # Set the handlers before the port is open, because a signal may follow at once. Do not remove them when uvicorn has
+    # ended: uvicorn raises the signal again, and the default handler would make the exit status -15.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     if hasattr(signal, "SIGHUP"):  # not on Windows
@@ -3499,15 +3503,15 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[[str], _Number]:
-    """Make an argparse type for a number above 0, or from 0."""
+    """Make an argparse type for a number greater than 0, or with `or_zero` at least 0."""
 
     def parse(text: str) -> _Number:
         with suppress(ValueError):
             value = kind(text)
             if 0 < value <= _MAX_FLAG or (or_zero and value == 0):
                 return value
-        least = "from 0" if or_zero else "greater than 0,"
-        raise argparse.ArgumentTypeError(f"must be a number {least} to {_MAX_FLAG}, got {text!r}")
+        least = "at least 0" if or_zero else "greater than 0"
+        raise argparse.ArgumentTypeError(f"must be a number {least} and at most {_MAX_FLAG}, got {text!r}")
 
     return parse
 
@@ -3527,15 +3531,15 @@ def _add_serve_flags(add: AddFlag) -> None:
     add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
-    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
-        "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
+    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="API key; may be given several "
+        "times; by default EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else a key made for this run")  # fmt: skip
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
     add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
-        help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
-        "if not given; 0 never warns")  # fmt: skip
+        help="warn in the log and in /health when the disk has fewer bytes left; by default 5%% of the disk, at "
+        "most 1 GB; 0 never warns")  # fmt: skip
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
         help="hide events from queries for this long after they were accepted")  # fmt: skip
     add("--strict", action="store_true", help="refuse requests with unknown fields or parameters, or known ones "
@@ -3543,7 +3547,7 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
         help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="least severe level to log")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -3570,20 +3574,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
         if not similar and not _has_extras():
-            raise _no_extras(unknown[0].partition("=")[0])  # it is probably a flag of the extras
-        hint = f"; is {similar[0]} meant?" if similar else ""
+            raise _no_extras(unknown[0].partition("=")[0])  # probably a flag of the extras
+        hint = f"; did you mean {similar[0]}?" if similar else ""
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
 
 def say(message: str) -> None:
-    """Print a command's message to stderr, unless that is closed or full."""
+    """Print a command's message to stderr. Do nothing if stderr is closed or full."""
     with suppress(OSError):
         print(f"eventstore: {message}", file=sys.stderr, flush=True)
 
 
 def _replace_closed_files() -> None:
-    """Open /dev/null for each closed standard file: otherwise a file opened later would get its number and messages."""
+    """Open /dev/null for each closed standard file. Otherwise a file opened later would receive what is printed."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

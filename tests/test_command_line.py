@@ -178,7 +178,7 @@ def test_a_flag_of_forwarding_needs_a_target(flag: str) -> None:
 def test_a_misspelled_flag_gets_a_suggestion(tmp_path: Path) -> None:
     done = refusal(tmp_path, "serve", "--prot", "9")
     assert done.returncode == 2
-    assert "unrecognized arguments: --prot 9; is --port meant?" in done.stderr
+    assert "unrecognized arguments: --prot 9; did you mean --port?" in done.stderr
 
 
 @pytest.mark.slow
