@@ -234,7 +234,7 @@ def _similar(name: str, known: Iterable[str]) -> str:
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-_Why = Iterable[str] | str  # why a name is ignored: the words for the message, or for an unknown name the known ones
+_Why = Iterable[str] | str  # why a name is ignored: words for the message; for an unknown name, the known names
 
 
 def _why_ignored(name: str, why: _Why) -> str:
@@ -835,9 +835,10 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
 
 
 def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return the readings of a filter's property (see `property_sql`), and the options. All readings must be in them.
+    """Return the readings of a filter's property (see `property_sql`), and the options.
 
-    If both readings are needed, "value" comes first: it excludes most events in less time, and "text" checks the rest.
+    An event matches if each reading equals an option. If both readings are needed, "value" comes first: it excludes
+    most events in less time, and "text" checks the rest.
     """
     numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
     is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
@@ -985,7 +986,7 @@ def start_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         reason = ": ".join(_PROBLEMS.get(error.sqlite_errorcode & 0xFF, (str(error),)))
-        raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
+        raise StartError(f"cannot use the database {path}: {reason}; choose another file with --db") from error
 
 
 def check_format(conn: sqlite3.Connection, path: str) -> int | None:
@@ -1000,8 +1001,8 @@ def check_format(conn: sqlite3.Connection, path: str) -> int | None:
     if tables and not (is_ours and 1 <= version <= _SCHEMA_VERSION):
         writer = "a newer" if version > _SCHEMA_VERSION else "another"
         other = f"{path} was written by {writer} eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
-        way = "export its events with the eventstore that wrote it, import them with this one"
-        raise StartError(f"{other}: {way}; --db names another file")
+        way = "export its events with the eventstore that wrote it and import them with this one"
+        raise StartError(f"{other}: {way}, or choose another file with --db")
     return version if tables else None
 
 
@@ -1158,8 +1159,8 @@ class Caller:
     def __init__(self, scope: Mapping[str, Any] | None = None, receive: Receive | None = None) -> None:
         self.scope = scope or {}
         self.receive = receive
-        self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first of each name
-        self.key = b"anyone" if scope else b""  # the digest of the API key, whose shares and turns the request uses
+        self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first header of each name
+        self.key = b"anyone" if scope else b""  # whose shares and turns the request uses; a key's digest if it is known
 
     async def until_gone(self) -> Exception:
         """Wait until the client has gone; return the error that ends its queries. Without a client, never return."""
@@ -1227,7 +1228,7 @@ class _Task:
 
     def settle(self, outcome: object) -> None:
         """Set the task's result or exception. Safe to call from any thread."""
-        with suppress(RuntimeError):  # the loop is closed, and the caller is gone
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.answer.get_loop().call_soon_threadsafe(self._set, outcome)
 
     def _set(self, outcome: object) -> None:
@@ -1313,7 +1314,7 @@ class Turn:
         self._is_taken = False
 
 
-_SWITCH_S = 0.0005  # a thread runs Python code for this long while others wait
+_SWITCH_S = 0.0005  # a thread may run Python code for this long while others wait
 
 
 class _ShortSwitches:
@@ -1841,7 +1842,7 @@ def _remove_folder(folder: str | None, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
+_QUICK_S = 0.001  # longest read on the event loop: all other requests wait for it
 _QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 
@@ -1861,7 +1862,7 @@ class Store:
         # A temporary file is removed at exit, so its commits need no sync.
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
-        self.environments: dict[str, int] = {}  # name -> id in rows
+        self.environments: dict[str, int] = {}  # name -> id that rows hold
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
         with start_errors(self.name):  # open connections here: if a thread failed to, its callers would wait forever
@@ -2317,9 +2318,9 @@ def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
     similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
     if any(operation.serves(f"/v1{path}") for operation in operations):
-        hint = f"the base URL ends in /v1, so {quoted('/v1' + path)}? "
+        hint = f"the base URL ends in /v1: did you mean {quoted('/v1' + path)}? "
     elif path.startswith("/_mock") and not any(each.startswith("/_mock") for each in paths):
-        hint = "it is there when the server is started with --mock. "
+        hint = "this path needs a server that was started with --mock. "
     elif not _has_extras():
         hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     elif similar:
@@ -2424,8 +2425,8 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 # ---------------------------------------------------------------------------------------------- Ingest
 
 MAX_BATCH = 1000
-MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
-MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
+MAX_FIELD_CHARS = 1024  # each id and name is copied into one or two indexes
+MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would make every property filter fail
 # msgspec holds the GIL for a whole call, which stops the event loop. These limits keep a call below 0.2 s.
 _MANY_BYTES = 1_000_000  # _MAX_WEIGHT and _MAX_MARKS apply to longer properties and batches only
 _MAX_WEIGHT = 5_000_000  # of an event's properties: the sum of the weights of all marks and names
@@ -2475,7 +2476,7 @@ class BulkAccepted(Struct):
 
 
 _EVENT = msgspec.json.Decoder(EventIn)
-_RAWS = msgspec.json.Decoder(list[Raw])
+_RAWS = msgspec.json.Decoder(list[Raw])  # without the limit of _RAW_ITEMS, to count the events of a refused batch
 _BULK = msgspec.json.Decoder(BulkIn)
 _TOO_LARGE = "holds a number that no 64-bit float can hold"
 
@@ -2827,7 +2828,7 @@ class EventQuery(Selection, frozen=True, kw_only=True):
 
 
 _EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
-_check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
+_check_sort = one_of(*SORTS, hint=f"; send the direction in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
 check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, MAX_PAGE_SIZE)
 
@@ -2946,8 +2947,8 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
     statement = f"SELECT event_name FROM events WHERE {IN_ENVIRONMENT} AND id = :id"
     row = conn.execute(statement, {"environment": query.view.environment, "id": cursor.id}).fetchone()
     if row is None:
-        problem = f"must end in the id of a stored event to sort by event_name, got {quoted(cursor.id)}"
-        problem += ": if it was deleted since, begin anew without a cursor"
+        problem = f"must name a stored event if sort is event_name, got {quoted(cursor.id)}"
+        problem += ": if the event was deleted, start again without a cursor"
         raise_fault("iter_first_key" if query.before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
@@ -2989,7 +2990,7 @@ def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) 
 def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
     """Return the events of _page_statement, fetched as one text.
 
-    Python releases the GIL at every row: fetched row by row, a page of 50 takes the server 1.15 times as long.
+    sqlite3 releases the GIL at every row: fetched row by row, a page of 50 takes the server 1.15 times as long.
     """
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
@@ -3156,7 +3157,7 @@ def spans_of_windows(windows: Iterable[int], start_us: int, end_us: int, size: s
     except (OverflowError, ValueError):
         raise_fault(field, "out_of_range", "makes a window outside the years 1 to 9999")
     if len(bounds) > MAX_WINDOWS + 1:
-        problem = f"{size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
+        problem = f"{size} makes more than {MAX_WINDOWS} windows: choose larger windows or a shorter range"
         raise_fault(field, "out_of_range", problem)
     bounds[0] = max(bounds[0], MIN_TIME_US)
     return [Span(max(start, start_us), min(end, end_us), start) for start, end in itertools.pairwise(bounds)]
@@ -3386,7 +3387,7 @@ def check_key(key: str, where: str = "") -> str:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raises StartError if the log or a header cannot show the name of an environment, or a label."""
+    """Raises StartError if the name of an environment, or a label, is too long, quoted, or has control characters."""
     if not name.isprintable() or name[:1] in ("'", '"') or name[-1:] in ("'", '"') or len(name) > 255:
         problem = "is longer than 255 characters, in quotes, or has a control character"
         raise StartError(f"{where} {quoted(name)} {problem}")
@@ -3425,7 +3426,7 @@ def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> Fou
         return found
     if flags.host not in _LOOPBACK:
         problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
-        raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
+        raise StartError(f"{problem}: choose a key with --api-key or FLEXPRICE_API_KEY")
     made = f"evs_{secrets.token_urlsafe(18)}"
     return FoundKeys((ApiKey.hashed(made),), "made for this run", made)
 
