@@ -246,7 +246,7 @@ def _why_ignored(name: str, why: _Why) -> str:
 
 
 class Fault(Struct, frozen=True):
-    """One thing that is wrong with a request. `index` and `event_id` name the event of a batch (API: Errors)."""
+    """One thing that is wrong with a request. `index` and `event_id` name the event that has it (API: Errors)."""
 
     index: int | None
     event_id: str | None
@@ -1152,7 +1152,7 @@ def _shutting_down() -> ApiError:
 
 
 class Caller:
-    """The request that is being served. It is empty for the server's own work, to which no limit applies."""
+    """The request that is being served. It is empty for the server's own work, which Shares never refuse."""
 
     __slots__ = ("headers", "key", "receive", "scope")
 
@@ -2425,7 +2425,7 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 # ---------------------------------------------------------------------------------------------- Ingest
 
 MAX_BATCH = 1000
-MAX_FIELD_CHARS = 1024  # each id and name is copied into one or two indexes
+MAX_FIELD_CHARS = 1024  # ids and names are copied into up to two indexes
 MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would make every property filter fail
 # msgspec holds the GIL for a whole call, which stops the event loop. These limits keep a call below 0.2 s.
 _MANY_BYTES = 1_000_000  # _MAX_WEIGHT and _MAX_MARKS apply to longer properties and batches only
@@ -3529,7 +3529,7 @@ def add_db_flag(add: AddFlag, text: str) -> None:
 def _add_serve_flags(add: AddFlag) -> None:
     """Add the flags of `serve`. A flag with the name of a field of Settings sets that field."""
     defaults = Settings()
-    add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
+    add_db_flag(add, 'database file, created if absent; ":memory:" is a temporary one')
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
     add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="API key; may be given several "
@@ -3537,7 +3537,7 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
-    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of bodies and unread answers in memory")
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
         help="warn in the log and in /health when the disk has fewer bytes left; by default 5%% of the disk, at "
         "most 1 GB; 0 never warns")  # fmt: skip
