@@ -380,10 +380,7 @@ class Faults:
             return None
 
     def raise_any(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """Raise ApiError with the first 100 faults, if there are any. In strict mode, ignored names are faults.
-
-        `events` are those of an ingest request. With `bulk` the message begins with the number of invalid events.
-        """
+        """Raise ApiError with the first 100 faults, if any. `events` and `bulk` describe an ingest request."""
         faults = []
         for (index, field), (code, message) in self._found.items():
             event_id = events[index or 0].event_id if events else None
@@ -647,10 +644,7 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 class IdMaker:
-    """Makes ids from a prefix and a ULID: 48 bits of milliseconds, then 80 bits. Each is greater than the last.
-
-    The first id of a millisecond has random bits; each further one is one greater.
-    """
+    """Makes ids from a prefix and a ULID: milliseconds and random bits. Within a millisecond, ids count up by one."""
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's base 32
 
@@ -822,8 +816,7 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
     the time: numbers stay numbers, true is 1 and false is 0.
 
     If the properties contain a backslash, which may escape the key, both call property_text: before 3.45 SQLite
-    compares the path with the escaped key. A path cannot express a key that needs escapes, and no other properties
-    hold such a key.
+    compares the path with the escaped key. Other properties cannot hold a key that needs escapes.
     """
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
@@ -1696,8 +1689,7 @@ def _lower_priority() -> None:
     """Let this thread use only the CPU time that the event loop and the writer leave.
 
     With the same priority, four long queries on two cores let the event loop run half of the time: beside 60 clients
-    that abandon such queries, a single event took 0.8 s, at worst 5 s. With lower priority the event takes 0.03 s, at
-    worst 0.4 s.
+    that abandon such queries, a single event took 0.8 s, at worst 5 s. Lower priority makes these 0.03 s and 0.4 s.
     """
     if sys.platform == "linux":  # elsewhere nice() applies to the whole process
         os.nice(5)
@@ -2132,10 +2124,7 @@ def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | 
 
 
 async def read_body(service: Service, request: Request, limit: float = math.inf) -> bytes:
-    """Return the body. Raises ApiError as soon as the body or its Content-Length exceeds the limit or max_body_bytes.
-
-    Also raises ApiError as soon as the key's requests hold too many bytes (see Shares).
-    """
+    """Return the body. Raises ApiError as soon as its length, its Content-Length or the key's share exceeds a limit."""
     limit = min(limit, service.settings.max_body_bytes)
     caller = CALLER.get()
     announced = int(caller.headers.get(b"content-length", 0))
@@ -2490,8 +2479,7 @@ def _check_integer(digits: str) -> None:
 def _without_repeated_keys(text: str) -> str:
     """Return the JSON text with only the last member of each name: JSON readers use the last one, SQLite the first.
 
-    Return the text unchanged if no name is repeated. Otherwise numbers keep their digits; white space and escapes may
-    change.
+    Numbers keep their digits; white space and escapes may change. Return the text unchanged if no name is repeated.
     """
     is_repeated = False
 
@@ -3537,7 +3525,7 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
-    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of bodies and unread answers in memory")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bodies and unread answers in memory")
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
         help="warn in the log and in /health when the disk has fewer bytes left; by default 5%% of the disk, at "
         "most 1 GB; 0 never warns")  # fmt: skip
