@@ -176,7 +176,7 @@ def _check_fields_together(sent: InjectedFault, errors: Faults) -> None:
     if sent.status in (None, 202) and sent.retry_after_s is not None:
         errors.add("retry_after_s", "invalid_format", "goes with an error status only")
     if sent.status == 202 and sent.stored:
-        errors.add("stored", "invalid_format", "must be false with status 202: stored and accepted is no fault")
+        errors.add("stored", "invalid_format", "must be false with status 202, which accepts an event and loses it")
     if sent.status is None and sent.stored is False:
         errors.add("stored", "invalid_format", "must not be false without a status: 202 accepts an event and loses it")
 

@@ -1,7 +1,7 @@
 """The command `eventstore replay`: send stored events once, with filters, to FlexPrice or another eventstore.
 
-A replay first sends the events that exist, oldest first, and then those that arrived meanwhile. It keeps its progress
-in a file, so that the same command continues where the last one stopped.
+A replay first sends the events that exist, oldest first, and then those that arrived during the replay. It keeps its
+progress in a file, so that the same command continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -356,7 +356,7 @@ def add_flags(_: str, add: AddFlag) -> None:
     add("--concurrency", type=positive(int), default=4, help="requests at the same time")
     add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for this long")
     add("--max-event-bytes", metavar="N", type=positive(int), default=MAX_EVENT_BYTES, help="longest event that "
-        "is sent, by its size in FlexPrice's queue; a longer one is put aside")  # fmt: skip
+        "is sent, by its size in FlexPrice's queue; longer ones go to the file of refused events")  # fmt: skip
     add("--everything", action="store_true", help="the target is not FlexPrice: also send what FlexPrice would lose")
     add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     add("--restart", action="store_true", help="start over instead of continuing where the last run stopped")

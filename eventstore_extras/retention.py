@@ -337,7 +337,7 @@ class SteadyClock:
 # ---------------------------------------------------------------------------------------------- retention
 
 HOUR_US = 3600 * 1_000_000
-CLOCK_INTERVAL_S = 1.0  # between two reads of the clock, which may be changed meanwhile
+CLOCK_INTERVAL_S = 1.0  # between two checks whether the clock has jumped
 MOST_AT_ONCE = 1000  # events that the first sweep may delete even if they are most of the file
 _GAP_DAYS = 7  # the clock may be wrong if nothing was stored for longer than this and twice the retention time
 

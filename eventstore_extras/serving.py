@@ -53,7 +53,7 @@ def add_flags(add: AddFlag) -> None:
         "keys belong to several environments")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
     add("--forward-max-event-bytes", metavar="N", type=positive(int), default=1_000_000, help="longest event that "
-        "is forwarded, by its size in FlexPrice's queue; a longer one is put aside")  # fmt: skip
+        "is forwarded, by its size in FlexPrice's queue; longer ones go to the file of refused events")  # fmt: skip
     add("--forward-everything", action="store_true", help="the target is not FlexPrice: also forward what FlexPrice "
         "would lose")  # fmt: skip
     add("--retain-days", metavar="N", type=positive(float), help="delete events N days after they were stored")
