@@ -22,7 +22,7 @@ from jsonschema import Draft202012Validator
 import eventstore
 from eventstore_extras.analytics import OPERATIONS
 from eventstore_extras.openapi import openapi_document
-from helpers import KEY, ROOT, Json, Live, at, event, make_feature, make_meter, meter_of, metering, run, store, table
+from helpers import KEY, Json, Live, at, event, make_feature, make_meter, meter_of, metering, run, store, table
 
 SERVED = [*eventstore.OPERATIONS, *OPERATIONS]
 PUBLIC = ("/health", "/openapi.json")
@@ -464,11 +464,7 @@ def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
         command = (sys.executable, "-m", "schemathesis.cli", "run", f"{live.url}/openapi.json", "-H", f"x-api-key: {KEY}",
                    "--checks", "all", "--exclude-checks", "use_after_free",  # DELETE archives: GET still finds it
                    "--max-examples", os.environ.get("EVENTSTORE_TEST_EXAMPLES", "10"), "--seed", "1", "--no-color")  # fmt: skip
-        # The tables of characters that Hypothesis computes in two seconds are stored for the next run.
-        environ = os.environ | {
-            "SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py"),
-            "HYPOTHESIS_STORAGE_DIRECTORY": str(ROOT / ".hypothesis"),
-        }
+        environ = os.environ | {"SCHEMATHESIS_HOOKS": str(tmp_path / "hooks.py")}
         done = run(*command, cwd=tmp_path, timeout=300, env=environ)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Traceback" not in live.log
