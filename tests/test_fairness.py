@@ -835,7 +835,7 @@ def test_a_request_that_is_cancelled_or_fails_gives_its_shares_back(tmp_path: Pa
 
 @pytest.mark.slow
 def test_unread_answers_count_towards_the_share_of_their_key(tmp_path: Path) -> None:
-    with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "30000000") as live, ExitStack() as stack:
+    with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "60000000") as live, ExitStack() as stack:
         with live.client() as client:
             store(client, *[event(properties={"text": "x" * 200_000}) for _ in range(50)])
         unread = []
