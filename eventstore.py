@@ -2992,6 +2992,7 @@ def _cursor_at(events: bytes, start: int) -> str:
 
 class _Page(NamedTuple):
     events: bytes  # as JSON, with a _SEPARATOR between them
+    number: int
     has_more: bool
     total: int | None
 
@@ -3007,9 +3008,9 @@ def _cut_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: i
     for event, total in conn.execute(f"SELECT CAST(event AS BLOB), total FROM ({statement})", statement.values):
         size += len(event)
         if events and (len(events) == page_size or size > limit):
-            return _Page(_SEPARATOR.join(events), True, total)
+            return _Page(_SEPARATOR.join(events), len(events), True, total)
         events.append(event)
-    return _Page(_SEPARATOR.join(events), False, total)
+    return _Page(_SEPARATOR.join(events), len(events), False, total)
 
 
 def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: int, cut: bool) -> _Page:
@@ -3020,16 +3021,17 @@ def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit:
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, limit))
     try:
-        joined = f"SELECT CAST(group_concat(event, char(30)) AS BLOB), max(total) FROM ({statement})"
-        events, total = conn.execute(joined, statement.values).fetchone()
+        joined = f"SELECT CAST(group_concat(event, char(30)) AS BLOB), count(*), max(total) FROM ({statement})"
+        events, number, total = conn.execute(joined, statement.values).fetchone()
     except sqlite3.DataError:  # the text is too long
         if usual_bytes < limit:  # the caller repeats the query in a reader thread
             raise
         if not cut:
             raise _TooLongError from None
     else:
-        has_more = events is not None and events.count(_SEPARATOR) == page_size
-        return _Page(events[: events.rindex(_SEPARATOR)] if has_more else events or b"", has_more, total)
+        if number > page_size:
+            return _Page(events[: events.rindex(_SEPARATOR)], page_size, True, total)
+        return _Page(events or b"", number, False, total)
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
     return _cut_page(conn, statement, page_size, limit)
@@ -3050,21 +3052,16 @@ def list_events(
 
     Cuts a page that is longer than `limit` bytes, or raises _TooLongError.
     """
-    events, has_more, total = _select_page(conn, query, limit, cut)
+    events, number, has_more, total = _select_page(conn, query, limit, cut)
     if query.count and not events:
         total = conn.execute(*_count_statement(query)).fetchone()[0]
-    number = query.page_size  # the next page's offset, as in FlexPrice
-    first = last = None
-    if events:
-        first, last = _cursor_at(events, 0), _cursor_at(events, events.rfind(_SEPARATOR) + 1)
-        if has_more:  # a page may end early because of its size
-            number = events.count(_SEPARATOR) + 1
+    first, last = (_cursor_at(events, 0), _cursor_at(events, events.rfind(_SEPARATOR) + 1)) if events else (None, None)
     events = events.replace(_SEPARATOR, b",")  # these two copies exist one after the other
     events = b"[%b]" % events
     return EventPage(
         events=Raw(events), has_more=has_more, iter_first_key=first, iter_last_key=last,
         total_count=UNSET if query.count is None else total,
-        offset=None if query.cursor else query.offset + number,
+        offset=None if query.cursor else query.offset + (number if has_more else query.page_size),
     )  # fmt: skip
 
 
