@@ -1729,41 +1729,63 @@ class ReaderPool:
         Raises ApiError if too many queries wait (see Shares).
         """
         task = _Task(operation, monotonic_s() + self._timeout_s)
-        if not self._shares.take(task.key, 1):
+        with self._counted(task.key):
+            with self._lock:
+                if self._is_closed:
+                    raise _shutting_down()
+                if self._may_run(task.key) and self._running.total() < _MAX_READER_THREADS:
+                    self._running[task.key] += 1
+                    self._threads.submit(self._run_tasks, task)
+                else:
+                    self._waiting.add(task.key, task)
+            try:
+                answer: T = await self._until_done(task.answer, self._timeout_s)
+                return answer
+            finally:
+                if not task.answer.done():
+                    task.answer.cancel()
+                    task.is_abandoned = True  # interrupts it if it runs
+                    with self._lock:
+                        self._waiting.remove(task.key, task)
+                elif not task.answer.cancelled():
+                    task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
+
+    async def run_in_turn(self, turn: Turn, work: Callable[[], Coroutine[Any, Any, T]], spent_s: float) -> T:
+        """Call `work` when its turn comes, with the limits of a query that has already taken spent_s."""
+
+        async def wait_and_work() -> T:
+            async with turn:
+                return await work()
+
+        with self._counted(CALLER.get().key):
+            task = asyncio.create_task(wait_and_work())
+            try:
+                return await self._until_done(task, self._timeout_s - spent_s)
+            finally:
+                task.cancel()
+
+    @contextmanager
+    def _counted(self, key: bytes) -> Iterator[None]:
+        if not self._shares.take(key, 1):
             reason = f"{self._shares.total} queries run or wait, the limit is {self._shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; try again", retry_after_s=1)
         try:
-            answer: T = await self._answer(task)
-            return answer
+            yield
         finally:
-            self._shares.give_back(task.key, 1)
+            self._shares.give_back(key, 1)
 
-    async def _answer(self, task: _Task) -> Any:
-        with self._lock:
-            if self._is_closed:
-                raise _shutting_down()
-            if self._may_run(task.key) and self._running.total() < _MAX_READER_THREADS:
-                self._running[task.key] += 1
-                self._threads.submit(self._run_tasks, task)
-            else:
-                self._waiting.add(task.key, task)
-        gone = asyncio.create_task(CALLER.get().until_gone())
+    async def _until_done(self, answer: asyncio.Future[T], timeout_s: float) -> T:
+        """Return the answer. Raises an error if the client goes away or the time is over."""
+        gone: asyncio.Future[Any] = asyncio.create_task(CALLER.get().until_gone())
         try:
-            await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not task.answer.done():
+            await asyncio.wait([answer, gone], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
                 raise gone.result() if gone.done() else TimeoutError
-            return task.answer.result()
+            return answer.result()
         except TimeoutError:
             raise self.too_long() from None
         finally:
             gone.cancel()
-            if not task.answer.done():
-                task.answer.cancel()
-                task.is_abandoned = True  # interrupts it if it runs
-                with self._lock:
-                    self._waiting.remove(task.key, task)
-            elif not task.answer.cancelled():
-                task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
@@ -3080,20 +3102,22 @@ async def _events_response(
     A long answer takes up to twice its bytes while it is made. Each key has one of them made at a time, within half of
     what is left of its share. Raises ApiError if that is too little because of its other requests.
     """
+    store, shares, start_s = service.store, service.shares, monotonic_s()
     if query.page_size <= _SHORT_PAGE_SIZE:
         with suppress(_TooLongError):
             quick = query.page_size <= _QUICK_PAGE_SIZE
-            return JsonResponse(await service.store.read(lambda conn: make(conn, _SHORT_PAGE_BYTES, False), quick))
-    scope, key = request.scope, CALLER.get().key
-    left_s = service.settings.query_timeout_s - (time.perf_counter() - scope["start_s"])
+            return JsonResponse(await store.read(lambda conn: make(conn, _SHORT_PAGE_BYTES, False), quick))
+    key = CALLER.get().key
+
+    async def make_long() -> Parts:
+        held, most = request.scope.get("held_bytes", 0), min(_MAX_PAGE_BYTES, shares.limit // 2)
+        room = shares.take_half(key, most, own=held)
+        request.scope["held_bytes"] = held + room  # _Endpoint gives them back, and takes those of the answer
+        return await store.read(lambda conn: make(conn, room, room == most), quick=False)
+
     try:
-        async with asyncio.timeout(left_s), service.page_turns[key]:
-            held, most = scope.get("held_bytes", 0), min(_MAX_PAGE_BYTES, service.shares.limit // 2)
-            room = service.shares.take_half(key, most, own=held)
-            scope["held_bytes"] = held + room  # _Endpoint gives them back, and takes those of the answer
-            return JsonResponse(await service.store.read(lambda conn: make(conn, room, room == most), quick=False))
-    except TimeoutError:
-        raise service.store.readers.too_long() from None
+        turn = service.page_turns[key]
+        return JsonResponse(await store.readers.run_in_turn(turn, make_long, monotonic_s() - start_s))
     except _TooLongError:
         raise service.share_is_used() from None
 
