@@ -263,7 +263,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self._framing_bytes > MAX_HEAD_BYTES - 2 * _PIECE_BYTES or len(self.headers) > _MAX_HEADERS:
-            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            line = len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
+            length = line + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if length > MAX_HEAD_BYTES or len(self.headers) > _MAX_HEADERS:
                 raise self._head_too_long()
         if not self.parser.should_upgrade():
