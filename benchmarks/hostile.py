@@ -121,7 +121,7 @@ _ATTACKS = [
             lambda: _request("POST", "/v1/events/query", {"property_filters": _FILTERS, "event_name": "large"})),
     _Attack("20 pages of 10 MB, never read", 20, _hold,
             lambda: _request("POST", "/v1/events/query", {"event_name": "large", "page_size": 10, **_EVER})),
-    _Attack("200 times 20 pages of 10 MB, read byte by byte", 200, _sip,
+    _Attack("200 times 20 pages of 20 MB, read byte by byte", 200, _sip,
             lambda: _request("POST", "/v1/events/query", {"event_name": "large", "page_size": 10, **_EVER})),
     _Attack("150 clients that send full batches", 150, _repeat,
             lambda: _request("POST", "/v1/events/bulk", _batch(100))),
