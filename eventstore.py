@@ -33,9 +33,9 @@ A map of this file. Each part uses only the parts above it:
                 API keys                  from a flag or the environment
                 Command line              serve; the other commands are in eventstore_extras
 
-Each feature has its wire types, its checks, its SQL and its handler together. To read it, follow one event from
-`ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries" in a
-docstring is the section of that name in docs/api.md, which describes what callers can rely on.
+Each feature keeps its wire types, its checks, its SQL and its handler together. To get to know the file, follow one
+event from `ingest_event` to `Writer`, then one query from `list_events_by_parameters` to `list_events`. "API: Queries"
+in a docstring means the section "Queries" of the documentation, to which docs/api.md links.
 """
 
 from __future__ import annotations
@@ -176,9 +176,9 @@ class Settings(Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 32 * 1024 * 1024
     query_timeout_s: float = 30.0
     queue_events: int = 100_000  # events that may wait for the writer
-    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if writers must wait for it
-    warn_free_bytes: int | None = None  # warn when the disk has less; None: 5 % of the disk, at most 1 GB (API: Health)
-    queue_bytes: int = 256 * 1024 * 1024  # limit on all bodies and unread answers in memory; one alone may be larger
+    wal_bytes: int = 256 * 1024 * 1024  # force a checkpoint beyond this size, even if requests must wait for it
+    warn_free_bytes: int | None = None  # warn below this free space; None: 5 % of the disk, at most 1 GB (API: Health)
+    queue_bytes: int = 256 * 1024 * 1024  # bodies and unread answers in memory; a request alone may exceed it
     rate_limits: Mapping[str, int] = {}  # path -> POST requests per minute and key (API: Rate limits)
     visibility_lag_ms: int = 0  # hide events from queries for this long after they were accepted
     strict: bool = False  # refuse requests with unknown fields or parameters, or known ones without effect
@@ -195,7 +195,7 @@ STATUS_OF_CODE = {
     "bad_gateway": 502, "gateway_timeout": 504,  # sent only by the mock, which imitates a proxy
 }  # fmt: skip
 
-MAX_ECHO_CHARS = 100  # of a caller's value in a message
+MAX_ECHO_CHARS = 100  # quote at most this much of a caller's value in a message
 _MAX_IGNORED = 20  # ignored names that an answer lists
 _MAX_FAULTS = 100  # faults that an answer lists
 # Fields in which FlexPrice refuses ""; in all other fields "" means the same as an absent field.
@@ -229,16 +229,16 @@ def plural(number: int, noun: str) -> str:
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    """Return the known name that an unknown one resembles, or ""; externalCustomerId resembles external_customer_id."""
+    """Return the known name that resembles this one, such as external_customer_id for externalCustomerId, or ""."""
     snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[- ]", "_", name.rpartition(".")[2]).lower()
     return "".join(difflib.get_close_matches(snake_case, known, 1, 0.75))
 
 
-_Why = Iterable[str] | str  # what a message says after an ignored name; if the name is unknown, the known names
+_Why = Iterable[str] | str  # why a name is ignored: words for the message; for an unknown name, the known names
 
 
 def _why_ignored(name: str, why: _Why) -> str:
-    """Return the words that follow an ignored name in a message."""
+    """Return the words that follow an ignored name in a message, such as "is unknown: did you mean source?"."""
     if isinstance(why, str):
         return why
     similar = _similar(name, why)
@@ -246,7 +246,7 @@ def _why_ignored(name: str, why: _Why) -> str:
 
 
 class Fault(Struct, frozen=True):
-    """One thing that is wrong with a request; `index` and `event_id` say in which event (API: Errors)."""
+    """One thing that is wrong with a request. `index` and `event_id` name the event that has it (API: Errors)."""
 
     index: int | None
     event_id: str | None
@@ -290,7 +290,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-        self.logged = message  # for the log, which may have a shorter text
+        self.logged = message  # the log's text; _no_route makes it shorter
         self.details = details or ErrorDetails()
         self.retry_after_s = retry_after_s
         self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
@@ -311,7 +311,7 @@ def _internal_error() -> ApiError:
 
 
 class FieldError(ValueError):
-    """A field does not accept its value. Its text is a predicate: callers put the field's name before it."""
+    """A field does not accept its value. The message lacks a subject: callers put the field's name before it."""
 
     def __init__(self, code: str, problem: str) -> None:
         super().__init__(problem)
@@ -333,16 +333,16 @@ class Faults:
         strict: bool = False,
     ) -> None:
         self.index = index  # position in the batch of the event being checked
-        self.whole = whole  # the name, in messages, of the object that is being checked: "body", "event", or a path
+        self.whole = whole  # what messages call the object that is being checked: "body", "event", or a path
         self.ignored = {} if ignored is None else ignored
         self._strict = strict  # whether ignored names are faults
-        self._path = ""  # prefix of the field names of an object inside the body
+        self._path = ""  # prefix of field names: the path of the object that is being checked, and a dot
         self._found: dict[tuple[int | None, str], tuple[str, str]] = {}  # (index, field) -> (code, message)
         self._bad: set[int | None] = set()  # the indexes of all events with faults
         self._truncated = False
 
     def add(self, field: str, code: str, problem: str) -> None:
-        """Record a fault, unless the field or the object that contains it has one: one cause gives one fault."""
+        """Record a fault. Skip it if the field or the checked object has one: one cause gives one fault."""
         name = field if field == self.whole else self._path + field
         if (self.index, self.whole) in self._found or (self.index, name) in self._found:
             return
@@ -353,7 +353,7 @@ class Faults:
             self._truncated = True
 
     def ignore(self, names: Iterable[str], why: _Why = "has no effect in this request") -> None:
-        """Note names that are ignored."""
+        """Record names that the request sends without effect. `why` completes the message about them."""
         for name in names:
             if len(self.ignored) > _MAX_IGNORED:
                 return
@@ -380,7 +380,7 @@ class Faults:
             return None
 
     def raise_any(self, events: Sequence[Any] = (), bulk: bool = False) -> None:
-        """Raise ApiError with the first 100 faults, if there are any. `events` are the events of an ingest request."""
+        """Raise ApiError with the first 100 faults, if any. `events` and `bulk` describe an ingest request."""
         faults = []
         for (index, field), (code, message) in self._found.items():
             event_id = events[index or 0].event_id if events else None
@@ -441,7 +441,7 @@ ENCODER = msgspec.json.Encoder()
 MEMBERS = msgspec.json.Decoder(dict[str, Raw])  # an object's members, each as undecoded JSON
 decoder_of = lru_cache(msgspec.json.Decoder)
 _fields_of = lru_cache(msgspec.structs.fields)  # 100 us without the cache
-PropertyFilters = dict[str, list[str] | None]  # each property equals one of its values; an empty list matches all
+PropertyFilters = dict[str, list[str] | None]  # property -> accepted values; an empty list accepts all
 
 _TYPE_NAMES = {
     "str | None": "a string", "bool | None": "true or false", "list[str] | None": "an array of strings",
@@ -464,13 +464,13 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T | None:
         reason = "it is nested too deep"
     except msgspec.DecodeError as error:
         reason = str(error)
-        if reason == "Input data was truncated":  # msgspec's message for a lone surrogate at a string's end as well
+        if reason == "Input data was truncated":  # also for half a surrogate pair at a string's end
             half = ", or holds half of a \\u surrogate pair" if b"\\u" in body else ""
             reason = f"it ends too early{half}" if body else "it is empty"
     raise ApiError("validation_error", f"the body is not valid JSON: {reason}")
 
 
-_MAX_ITEMS = 1000  # of an array of objects
+_MAX_ITEMS = 1000  # limit on the length of an array of objects
 
 
 def _batch_of(item: Any) -> Any:
@@ -491,11 +491,11 @@ def _items_of(batch: Any) -> list[Any]:
 _RAW_ITEMS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_batch_of(Raw))
 
 
-_MAX_UNKNOWN = 1000  # unknown members of an object; if it has more, a field's name must have the exact case
+_MAX_UNKNOWN = 1000  # if an object has more unknown members, recognize fields only by their exact names
 
 
 class _Name(str):
-    """The field that a member's name means, or "". msgspec passes `dec_hook` only names of a type of ours."""
+    """The field that a member's name means, or "". A class, because msgspec calls `dec_hook` only for custom types."""
 
     __slots__ = ()
 
@@ -508,9 +508,9 @@ def _exact_decoder(struct: type) -> Any:
 
 
 def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | None:
-    """Return the JSON of each field that the object has, and note unknown names; None if it is not an object.
+    """Return the JSON of each field that the object has; record unknown names. Return None if it is not an object.
 
-    A field's name may be in any case; of a repeated one the last counts, as in Go (API: JSON).
+    A field's name may be in any case. If a name is repeated, the last one counts, as in Go (API: JSON).
     """
     fields: tuple[str, ...] = struct.__struct_fields__  # type: ignore[attr-defined]
     unknown: list[str] = []
@@ -536,7 +536,7 @@ def _read_members(struct: type, raw: bytes, faults: Faults) -> dict[str, Raw] | 
 
 
 def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, faults: Faults) -> Any:
-    """Decode one field. If its type is an object or an array of objects, record the faults in these, else its own."""
+    """Decode one field. Record its fault, or, if it holds objects, the fault of each wrong field in them."""
     value = decode(decoder_of(field.type), raw)
     if value is not None or raw == b"null":
         return value
@@ -560,7 +560,7 @@ def _decode_member(struct: type, field: msgspec.structs.FieldInfo, raw: bytes, f
 
 
 def _decode_members(struct: type[T], raw: bytes, faults: Faults) -> T:
-    """Decode an object field by field. Record and leave out each field of the wrong type; note unknown fields."""
+    """Decode an object field by field. Record and leave out fields of the wrong type; record unknown names."""
     members = _read_members(struct, raw, faults) or {}
     decoder: Any = decoder_of(struct)  # type: ignore[arg-type]
     if decoded := decode(decoder, ENCODER.encode(members)):
@@ -644,22 +644,22 @@ def time_range(start_time: str | None, end_time: str | None, now: int, faults: F
 
 
 class IdMaker:
-    """Makes ids of a prefix and a ULID: 48 bits of milliseconds and 80 random bits. Each is greater than the last."""
+    """Makes ids from a prefix and a ULID: milliseconds and random bits. Within a millisecond, ids count up by one."""
 
     _pairs = tuple(map("".join, itertools.product("0123456789ABCDEFGHJKMNPQRSTVWXYZ", repeat=2)))  # Crockford's base 32
 
     def __init__(self) -> None:
         self._last = self._high = 0
-        self._start = ""  # the first digits of the last id
+        self._start = ""  # the last id without its last four digits
         self._random = random.Random()  # noqa: S311 - ids need not be secret, and `secrets` costs a system call
 
     def __call__(self, time_us: int, prefix: str = "event_") -> str:
         if time_us // 1000 > self._last >> 80:
-            self._last = (time_us // 1000) << 80 | self._random.getrandbits(79)  # bit 80 leaves room to count up
+            self._last = (time_us // 1000) << 80 | self._random.getrandbits(79)  # bit 80 stays 0: room to count up
         else:
             self._last += 1
         high, low = self._last >> 20, self._last & 0xFFFFF
-        if high != self._high:  # ids made soon after each other differ only in the last four digits
+        if high != self._high:  # successive ids usually differ only in the last four digits
             self._high = high
             self._start = "".join([self._pairs[high >> shift & 1023] for shift in range(100, -1, -10)])
         return prefix + self._start + self._pairs[low >> 10] + self._pairs[low & 1023]
@@ -723,7 +723,7 @@ class Sql(NamedTuple):
 
 
 def sql(text: str, *parts: Sql, **values: object) -> Sql:
-    """Make an Sql from a text that contains the texts of `parts`. Its values are those of the parts, and `values`."""
+    """Make an Sql from a text that contains the texts of `parts`. It has the values of all parts, and `values`."""
     joined = dict(values)
     for part in parts:
         joined |= part.values
@@ -767,7 +767,7 @@ def _raw_number(json_number: str) -> Raw:
 
 
 def value_text(value: str) -> str | None:
-    """SQL function: return the text by which filters and groups compare a value, given as JSON; NULL if it is null.
+    """SQL function: convert a JSON value to the text that filters and groups compare; null becomes NULL.
 
     An object or array is compact JSON with sorted keys, as Go writes it (API: Property filters).
     """
@@ -798,7 +798,7 @@ _SQL_FUNCTIONS: tuple[tuple[Callable[..., Any], int], ...] = (
 
 
 def property_parameters(name: str, key: str) -> dict[str, object]:
-    """Return the parameters for a key and its path; if the key needs escapes, the path is "$", the whole object."""
+    """Return the parameters for a key and its path. A path cannot express a key that needs escapes; "$" replaces it."""
     return {f"{name}_key": key, f"{name}_path": "$" if _ESCAPED_IN_JSON.search(key) else f'$."{key}"'}
 
 
@@ -815,8 +815,8 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
     Read as "text", a property is what `property_text` returns. Read as "value", it is what `->>` returns, in 0.7 times
     the time: numbers stay numbers, true is 1 and false is 0.
 
-    Both call into Python only if the properties contain a backslash, which may escape the key: before 3.45 SQLite
-    compares the path with the escaped key. A path cannot contain a quote at all.
+    If the properties contain a backslash, which may escape the key, both call property_text: before 3.45 SQLite
+    compares the path with the escaped key. Other properties cannot hold a key that needs escapes.
     """
     plain = f"properties ->> :{name}_path"
     if _ESCAPED_IN_JSON.search(key):
@@ -828,9 +828,10 @@ def property_sql(read_as: str, name: str, key: str) -> Sql:
 
 
 def filter_options(values: Sequence[str]) -> tuple[list[str], list[str | float]]:
-    """Return how a filter reads its property (see `property_sql`), and its options. Each reading must be one of them.
+    """Return the readings of a filter's property (see `property_sql`), and the options.
 
-    With both readings, "value" comes first: it excludes most events in less time, and "text" decides about the rest.
+    An event matches if each reading equals an option. If both readings are needed, "value" comes first: it excludes
+    most events in less time, and "text" checks the rest.
     """
     numbers = {text: float(text) for text in values if DECIMAL.fullmatch(text) and _number_text(text) == text}
     is_long = any(len(text) > 15 or "e" in text for text in numbers)  # SQLite may misread the last digit
@@ -978,28 +979,28 @@ def start_errors(path: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         reason = ": ".join(_PROBLEMS.get(error.sqlite_errorcode & 0xFF, (str(error),)))
-        raise StartError(f"cannot use the database {path}: {reason}; --db names another file") from error
+        raise StartError(f"cannot use the database {path}: {reason}; choose another file with --db") from error
 
 
 def check_format(conn: sqlite3.Connection, path: str) -> int | None:
-    """Return the file's format, or None without tables. Raises StartError if this server cannot use the file."""
+    """Return the format of the file, or None if it lacks tables. Raises StartError if this server cannot use it."""
     # Count the tables before reading application_id. In the other order, a file that another process creates in between
     # would have tables and the id 0, like another program's.
     tables, is_ours = conn.execute("SELECT count(*), total(name = 'environments') FROM sqlite_schema").fetchone()
     application_id = conn.execute("PRAGMA application_id").fetchone()[0]
     if tables and application_id != _APPLICATION_ID:
-        raise StartError(f"{path} is a database of some other program: choose another file with --db")
+        raise StartError(f"{path} is another program's database: choose another file with --db")
     version = int(conn.execute("PRAGMA user_version").fetchone()[0])
     if tables and not (is_ours and 1 <= version <= _SCHEMA_VERSION):
         writer = "a newer" if version > _SCHEMA_VERSION else "another"
         other = f"{path} was written by {writer} eventstore (format {version}, not this one's {_SCHEMA_VERSION})"
-        way = "export its events with the eventstore that wrote it, import them with this one"
-        raise StartError(f"{other}: {way}; --db names another file")
+        way = "export its events with the eventstore that wrote it and import them with this one"
+        raise StartError(f"{other}: {way}, or choose another file with --db")
     return version if tables else None
 
 
 def _migrate(conn: sqlite3.Connection, path: str) -> None:
-    """Check the file, create or upgrade its tables, and make sure that it can be written. Raises StartError."""
+    """Check the file, create or upgrade its tables, and write to it as a trial. Raises StartError."""
     version = check_format(conn, path)
     for pragma in PRAGMAS:
         conn.execute(pragma)
@@ -1017,14 +1018,14 @@ def _migrate(conn: sqlite3.Connection, path: str) -> None:
 
 
 def _count_all(conn: sqlite3.Connection) -> int:
-    """Count the events. Above 100,000, estimate the number from seq: it is too high if events were deleted."""
-    few = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
-    numbers = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
-    return int(few if few <= 100_000 else conn.execute(numbers).fetchone()[0])
+    """Count the events. Above 100,000, estimate the number from seq, which is too high if events were deleted."""
+    counted = conn.execute("SELECT count(*) FROM (SELECT 1 FROM events LIMIT 100001)").fetchone()[0]
+    estimate = "SELECT (SELECT max(seq) FROM events) - (SELECT min(seq) FROM events) + 1"
+    return int(counted if counted <= 100_000 else conn.execute(estimate).fetchone()[0])
 
 
 def check_path(path: str) -> None:
-    """Raises StartError if no database can have this path, if its file was cut off, or if SQLite is too old."""
+    """Raises StartError if no database can be at this path, if its file was cut off, or if SQLite is too old."""
     if sqlite3.sqlite_version_info < (3, 38):
         raise StartError(f"SQLite is {sqlite3.sqlite_version}, 3.38 or newer is needed: use a newer Python")
     if not path:
@@ -1045,8 +1046,8 @@ def prepare_file(path: str) -> int:
     """
     check_path(path)
     if path != ":memory:":
-        # Create it readable for its owner only; SQLite gives the -wal and -shm the same mode. An error means that the
-        # file exists, or SQLite reports the reason below.
+        # Create the file with access for its owner only; SQLite gives the -wal and -shm the same mode. Ignore an error:
+        # either the file exists, or SQLite reports the reason below.
         with suppress(OSError):
             os.close(os.open(real_path(path), os.O_CREAT | os.O_EXCL, 0o600))
     with start_errors(path), closing(sqlite3.connect(path, isolation_level=None)) as conn:
@@ -1056,7 +1057,7 @@ def prepare_file(path: str) -> int:
 
 # ---------------------------------------------------------------------------------------------- Store: inserting
 
-INSERT_ROWS = 64  # rows per INSERT; more gain nothing. One statement is cached per row count
+INSERT_ROWS = 64  # rows per INSERT; more are not faster. One statement is cached per row count
 
 
 @lru_cache
@@ -1109,7 +1110,7 @@ def _try_insert(conn: sqlite3.Connection, rows: Sequence[Row]) -> None:
         conn.execute(f"PRAGMA cache_size = {cache_size}")
 
 
-# The newest rows, as many as were inserted. Their seq has gaps, because a skipped duplicate uses up a number as well.
+# Selects the rows that were inserted last. Their seq has gaps, because a skipped duplicate also uses up a number.
 SELECT_NEW_IDS = """SELECT json_group_array(json_array(environment, id)) FROM
     (SELECT environment, id FROM events WHERE seq <= last_insert_rowid() ORDER BY seq DESC LIMIT :inserted)"""
 _NEW_IDS = msgspec.json.Decoder(list[tuple[int, str]])
@@ -1125,8 +1126,8 @@ def insert_group(conn: sqlite3.Connection, group: Sequence[Sequence[Row]]) -> li
         return [inserted]
     try:
         new = set(_NEW_IDS.decode(conn.execute(SELECT_NEW_IDS, {"inserted": inserted}).fetchone()[0]))
-    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: rather answer too high a count than an error
-        log.exception("it could not be counted which of %d events were new", len(rows))
+    except (sqlite3.Error, msgspec.DecodeError):  # the rows are stored: a wrong count is better than an error
+        log.exception("cannot tell which of %d stored events were new", len(rows))
         new = {(row.environment, row.id) for row in rows}
     counts = []
     for request_rows in group:
@@ -1144,18 +1145,18 @@ def _shutting_down() -> ApiError:
 
 
 class Caller:
-    """The request that is being served; empty for the server's own work, which no limit refuses."""
+    """The request that is being served. It is empty for the server's own work, which Shares never refuse."""
 
     __slots__ = ("headers", "key", "receive", "scope")
 
     def __init__(self, scope: Mapping[str, Any] | None = None, receive: Receive | None = None) -> None:
         self.scope = scope or {}
         self.receive = receive
-        self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first of each name
-        self.key = b"anyone" if scope else b""  # the digest of the API key, whose shares and turns the request uses
+        self.headers: dict[bytes, bytes] = dict(self.scope.get("headers", ())[::-1])  # the first header of each name
+        self.key = b"anyone" if scope else b""  # whose shares and turns the request uses; a key's digest if it is known
 
     async def until_gone(self) -> Exception:
-        """When the client has gone, return the error that ends its queries. Wait forever for the server's own work."""
+        """Wait until the client has gone; return the error that ends its queries. Without a client, never return."""
         if gone := self.scope.get("gone"):  # a future of the connection: see connections.Protocol
             await asyncio.wait([gone])
             error: Exception = gone.result()
@@ -1182,7 +1183,7 @@ class Shares:
         self._used: dict[bytes, int] = {}
 
     def take(self, key: bytes, amount: int, own: int = 0) -> bool:
-        """Take an amount unless it exceeds the key's share; `own` is what the same request has already taken.
+        """Take an amount and return True, unless it exceeds the key's share. `own` is what the request already holds.
 
         A request gets any amount if no other request holds one.
         """
@@ -1210,7 +1211,7 @@ class Shares:
                 del self._used[key]
 
 
-_EVENT_BYTES = 1000  # a longer event counts as several, because it is as much work
+_EVENT_BYTES = 1000  # a longer event counts as several, because it takes as much work
 
 
 class _Task:
@@ -1224,12 +1225,12 @@ class _Task:
         caller = CALLER.get()
         self.key = caller.key
         self.size = 1 if callable(work) else max(len(work), caller.scope.get("held_bytes", 0) // _EVENT_BYTES)
-        self.deadline_s = deadline_s  # monotonic_s() after which a query is interrupted
+        self.deadline_s = deadline_s  # interrupt a query at this time of monotonic_s()
         self.is_abandoned = False  # nobody waits for the answer any more
 
     def settle(self, outcome: object) -> None:
         """Set the task's result or exception. Safe to call from any thread."""
-        with suppress(RuntimeError):  # the loop is closed, and the caller is gone
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.answer.get_loop().call_soon_threadsafe(self._set, outcome)
 
     def _set(self, outcome: object) -> None:
@@ -1242,7 +1243,7 @@ class _Task:
 
 
 class _FairQueue:
-    """Holds a queue for each API key; the keys take turns. Not safe for threads."""
+    """A queue for each API key; the keys take turns. Not safe for threads."""
 
     def __init__(self) -> None:
         self._items: dict[bytes, deque[Any]] = {}  # by key; the first has the next turn
@@ -1315,15 +1316,15 @@ class Turn:
         self._is_taken = False
 
 
-_SWITCH_S = 0.0005  # longest time that a thread runs Python code while others wait
+_SWITCH_S = 0.0005  # a thread may run Python code for this long while others wait
 
 
 class _ShortSwitches:
-    """While any thread is in a block `with _short_switches`, lets threads take turns every 0.5 ms, not every 5 ms.
+    """Makes threads take turns every 0.5 ms instead of 5 ms while any of them is in a block `with _short_switches`.
 
     The event loop and the other threads wait for each other at each of their steps. A single event beside 12 clients
-    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Single events
-    alone do without: they would cost 1.2 times the CPU.
+    with COUNT_UNIQUE takes 0.6 times as long; beside 60 with full batches, at most 0.4 s instead of 2 s. Short
+    single events do not use it: they would cost 1.2 times the CPU.
     """
 
     def __init__(self) -> None:
@@ -1384,7 +1385,7 @@ class _FreeSpace:
         if free < limit and not self._is_low:
             self._is_low = True
             log.warning("%s", reason)
-        elif self._is_low and free >= 1.1 * limit:  # otherwise a disk close to the limit would log at every change
+        elif self._is_low and free >= 1.1 * limit:  # less margin would log again and again
             self._is_low = False
             log.info("the disk has room again: %s MB are left", f"{free / 1e6:,.1f}")
         return reason if free < limit else None
@@ -1400,7 +1401,7 @@ def _files_of(path: str) -> list[os.stat_result]:
 
 
 def _is_database_failure(error: Exception) -> bool:
-    """Return whether the database or its disk failed; otherwise the error is a bug or a refusal."""
+    """Return True if the database or its disk failed, False if the error is a bug or a refusal."""
     is_wrong_call = isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError)
     return isinstance(error, sqlite3.Error | OSError) and not is_wrong_call
 
@@ -1409,12 +1410,12 @@ def _rows_of(group: Iterable[_Task]) -> list[Row]:
     return [row for task in group if not callable(task.work) for row in task.work]
 
 
-# Number of events in a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000 as
-# with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches, p99
-# of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
+# Limits on the events of a group, which is one commit. 32 clients that send batches are 1.4 times as fast with 16,000
+# as with 4,000. Small requests go first, and groups are short while any arrive: beside 64 clients that send batches,
+# p99 of a single event is 0.15 s; in the order of arrival it would be 1.2 s.
 _GROUP_EVENTS, _SHORT_GROUP_EVENTS = 16_000, 2_000
 _GROUP_OPERATIONS = 100
-_FEW_EVENTS = 10  # a request with at most this many is small
+_FEW_EVENTS = 10  # a request with at most this many events is small
 
 
 class Writer:
@@ -1429,11 +1430,11 @@ class Writer:
         self._conn = connect(path, pragmas)
         self._files: list[os.stat_result] = []
         self._wal_limit_bytes = settings.wal_bytes
-        self._arrival = threading.Condition()  # guards the next four attributes
+        self._arrival = threading.Condition()  # guards the attributes down to _events_are_next
         self._operations, self._few, self._many = _FairQueue(), _FairQueue(), _FairQueue()
         self._is_closed = False
         self._short_until_s = 0.0
-        self._events_are_next = False  # events and operations take turns
+        self._events_are_next = False  # groups of events and of operations take turns
         self._shares = Shares(settings.queue_events)
         self.failure: str | None = None  # why the last commit failed; None if it succeeded
         self.failed_commits = 0
@@ -1485,7 +1486,7 @@ class Writer:
             self._shorten_wal()
             self.space.watch()
         with suppress(sqlite3.Error):
-            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process: the WAL is as safe
+            self._conn.execute("PRAGMA busy_timeout = 0")  # do not wait for another process: the WAL keeps the events
             self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._conn.close()
 
@@ -1521,10 +1522,10 @@ class Writer:
         return group
 
     def _commit(self, group: list[_Task]) -> list[object]:
-        """Run the tasks in one transaction. Return each one's result or exception; a failed commit stores nothing."""
+        """Run the tasks in one transaction. Return each task's result or exception; a failed commit stores nothing."""
         try:
             self._check_files()
-            if self._conn.in_transaction:  # a rollback failed: the last group would be committed with this one
+            if self._conn.in_transaction:  # a rollback failed: COMMIT would store the last group
                 self._conn.execute("ROLLBACK")
             if callable(group[0].work):
                 execute_writing(self._conn, WRITE_LOCK_TIMEOUT_S, "BEGIN IMMEDIATE")
@@ -1545,10 +1546,10 @@ class Writer:
         return outcomes
 
     def _try_operation(self, operation: Callable[[sqlite3.Connection], object], is_alone: bool) -> object:
-        """Return an operation's result or the error that undoes it alone. An error of the database ends the commit.
+        """Return an operation's result, or its error after undoing it alone. Raises an error of the database.
 
-        Only a group of several gets savepoints: SQLite copies each page that is changed after one. A deletion by
-        retention would take 2.5 times the CPU.
+        An operation that is alone needs no savepoint: SQLite copies each page that is changed after one, and a deletion
+        by retention would take 2.5 times the CPU.
         """
         if not is_alone:
             self._conn.execute("SAVEPOINT operation")
@@ -1567,11 +1568,11 @@ class Writer:
         return outcome
 
     async def try_again(self) -> None:
-        """After a failed commit, write as many rows again, then undo them. Raises ApiError if that fails as well."""
+        """Write the rows of a failed commit again as a trial, and undo them. Raises ApiError if that fails as well."""
         await self.run(self._try_failed_rows)
 
     def _try_failed_rows(self, conn: sqlite3.Connection) -> None:
-        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # otherwise the commit would write nothing
+        conn.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")  # writes something even without rows
         if self._failed_rows:
             _try_insert(conn, self._failed_rows)
             self._failed_rows = []
@@ -1583,13 +1584,13 @@ class Writer:
             log.error("a bug in a commit; nothing of its %d requests was stored", len(group), exc_info=error)
             return [_internal_error() for _ in group]
         # Anyone may read the reason in /health, so it contains no path.
-        reason = "the database file was removed or replaced, or cannot be looked at"
+        reason = "the database file was removed or replaced, or its status cannot be read"
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if isinstance(error, sqlite3.Error):
             reason = _PROBLEMS.get(code, ("the database refused a write",))[0]
         known, self.failure = self.failure, reason
         if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-            # A smaller commit may still succeed; that does not prove that the refused events would fit now.
+            # Keep the largest failed commit: if a smaller one succeeds, the refused events may still not fit.
             self._failed_rows = max(self._failed_rows, _rows_of(group), key=_size_of)
         if code != sqlite3.SQLITE_BUSY:
             if self.failure != known:  # log one traceback for each reason; every refused request is logged anyway
@@ -1614,8 +1615,8 @@ class Writer:
 
         SQLite's automatic checkpoint restarts the WAL only at a moment without readers. If reads always overlap, such
         as four clients' sums over 100,000 events, the WAL grows by 40 MB a second. Here the writer waits until the
-        running reads end. If that takes longer than its timeout, it tries again when the WAL is twice as large. The
-        size is the one that _check_files read before the commit.
+        running reads end. If that takes longer than a second, the writer tries again when the WAL is twice as large.
+        The size is the one that _check_files read before the commit.
         """
         wal_bytes = self._files[-1].st_size
         if wal_bytes <= self._wal_limit_bytes:
@@ -1635,8 +1636,8 @@ class Writer:
 
 
 _PROGRESS_STEPS = 10_000  # check the deadline after this many of SQLite's instructions; a page of 50 needs fewer
-_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads properties with more characters
-_this_thread = threading.local()  # `reader`: the one that runs an operation in this thread
+_LONG_PROPERTIES = 10_000  # check the deadline before a SQL function reads a text with more characters
+_this_thread = threading.local()  # .reader is the Reader that runs an operation in this thread
 
 
 class Reader:
@@ -1645,12 +1646,12 @@ class Reader:
     def __init__(self, path: str) -> None:
         self.conn = connect(path, READER_PRAGMAS)
         self.conn.set_progress_handler(self._is_over, _PROGRESS_STEPS)
-        for function, arguments in _SQL_FUNCTIONS:  # one call may take longer than many steps
+        for function, arguments in _SQL_FUNCTIONS:  # SQLite does not call the handler inside them
             checking = self._checking(function)
             self.conn.create_function(function.__name__, arguments, checking, deterministic=True)
         self._deadline_s = 0.0
         self._task: _Task | None = None
-        self.is_closing = False  # interrupts every query from now on; a deadline would interrupt only this one
+        self.is_closing = False  # True interrupts this query and all later ones
 
     def _is_over(self) -> bool:
         is_abandoned = self._task is not None and self._task.is_abandoned
@@ -1682,7 +1683,7 @@ class Reader:
 
 
 def check_time() -> None:
-    """Raise TimeoutError if the running operation's time is over or nobody waits for it; for long loops in Python."""
+    """Raises TimeoutError if the running operation is late or nobody waits for it. Call it in long loops."""
     reader: Reader | None = getattr(_this_thread, "reader", None)
     if reader and reader._is_over():
         raise TimeoutError
@@ -1690,16 +1691,16 @@ def check_time() -> None:
 
 READER_THREADS = 4  # for each API key
 _MAX_READER_THREADS = 16
-_MAX_QUERIES = 1000  # of a key, that run or wait
+_MAX_QUERIES = 1000  # limit on queries that run or wait, shared by the keys (see Shares)
 
 
 def _lower_priority() -> None:
     """Let this thread use only the CPU time that the event loop and the writer leave.
 
     With the same priority, four long queries on two cores let the event loop run half of the time: beside 60 clients
-    that abandon such queries, a single event took 0.8 s, and at worst 5 s. With a lower one it takes 0.03 s and 0.4 s.
+    that abandon such queries, a single event took 0.8 s, at worst 5 s. Lower priority makes these 0.03 s and 0.4 s.
     """
-    if sys.platform == "linux":  # elsewhere it would apply to the whole process
+    if sys.platform == "linux":  # elsewhere nice() applies to the whole process
         os.nice(5)
 
 
@@ -1744,11 +1745,11 @@ class ReaderPool:
             finally:
                 if not task.answer.done():
                     task.answer.cancel()
-                    task.is_abandoned = True  # interrupts it if it runs
+                    task.is_abandoned = True  # interrupts the operation if it runs
                     with self._lock:
                         self._waiting.remove(task.key, task)
                 elif not task.answer.cancelled():
-                    task.answer.exception()  # otherwise asyncio logs an error that nobody waited for
+                    task.answer.exception()  # otherwise asyncio logs an exception that nobody has read
 
     async def run_in_turn(self, turn: Turn, work: Callable[[], Coroutine[Any, Any, T]], spent_s: float) -> T:
         """Call `work` when its turn comes, with the limits of a query that has already taken spent_s."""
@@ -1804,7 +1805,7 @@ class ReaderPool:
         return self._running[key] < READER_THREADS
 
     def _run_tasks(self, task: _Task | None) -> None:
-        """Run the task, then waiting ones until none may run."""
+        """Run the task, then waiting tasks until no key has one that may run."""
         while task:
             outcome = self._outcome(task)
             with self._lock:
@@ -1840,7 +1841,7 @@ class ReaderPool:
             return len(self._waiting)
 
     def too_long(self) -> ApiError:
-        """Count a query that took longer than query_timeout_s, and return its error."""
+        """Count a query that took longer than query_timeout_s; return the error for its client."""
         self.timeouts += 1
         reason = f"the query took longer than {self._timeout_s:g} s; narrow its time range or its filters"
         return ApiError("service_unavailable", reason, retry_after_s=1)
@@ -1864,7 +1865,7 @@ def _remove_folder(folder: str | None, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-_QUICK_S = 0.001  # limit for a read on the event loop, about as long as parsing a batch
+_QUICK_S = 0.001  # longest read on the event loop: all other requests wait for it
 _QUICK_BYTES = 1_000_000  # longest row and answer of a read on the event loop
 _TRIAL_PAUSE_S = 1.0  # between two trial commits after a failed commit
 
@@ -1884,10 +1885,10 @@ class Store:
         # A temporary file is removed at exit, so its commits need no sync.
         self.writer_pragmas = (*WRITER_PRAGMAS, "PRAGMA synchronous = OFF") if folder else WRITER_PRAGMAS
         self.events_at_start = prepare_file(self.name)
-        self.environments: dict[str, int] = {}  # name -> id in rows
+        self.environments: dict[str, int] = {}  # name -> id that rows hold
         self._is_closed = False
         self._trial_s = 0.0  # time of the last trial commit
-        with start_errors(self.name):  # not in the threads: if one died, its callers would never get an answer
+        with start_errors(self.name):  # open connections here: if a thread failed to, its callers would wait forever
             self.writer = Writer(self.path, self.writer_pragmas, settings)
             self.add_environments(key.environment for key in settings.api_keys)
             self._quick_reader = Reader(self.path)
@@ -1899,7 +1900,7 @@ class Store:
     def add_environments(self, names: Iterable[str]) -> None:
         """Create the environments that are new, and remember their ids. Raises sqlite3.Error.
 
-        It waits for the write lock, so do not call it from an event loop.
+        Do not call it from an event loop, because it waits for the write lock.
         """
         with closing(connect(self.path, self.writer_pragmas)) as conn:
             self.environments |= {name: environment_number(conn, name) for name in names}
@@ -1913,14 +1914,15 @@ class Store:
         return int(await self.writer.run(rows))
 
     def write(self, operation: Callable[[sqlite3.Connection], T]) -> Awaitable[T]:
-        """Run an operation in its own transaction. An ApiError in it undoes it. Raises the same errors as `insert`."""
+        """Run an operation in a transaction. Its errors undo it alone. Raises its ApiErrors, and those of `insert`."""
         return self.writer.run(operation)
 
     async def read(self, operation: Callable[[sqlite3.Connection], T], quick: bool = True) -> T:
         """Run a reading operation. Each of its statements sees its own snapshot, unless it begins a transaction.
 
-        A quick operation runs on the event loop. After a millisecond, or at a megabyte, it is interrupted, and starts
-        again in a reader thread. If all pages used a reader thread, clients would get 0.8 times as many.
+        A quick operation runs on the event loop first. If it takes longer than a millisecond, or a row of its answer is
+        longer than a megabyte, it stops and runs again in a reader thread. If all pages used a reader thread, clients
+        would get 0.8 times as many.
 
         Raises ApiError: service_unavailable if it takes longer than query_timeout_s, database_error if SQLite fails.
         """
@@ -1956,7 +1958,7 @@ class Store:
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 
 
-_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit, above which it waits for the client before it sends more
+_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit: above it, uvicorn waits for the client to read before it sends more
 _PIECE_BYTES = 131_072  # of a long answer, sent at a time
 
 
@@ -1987,19 +1989,19 @@ class JsonResponse(Response):
 
 
 def _request_line(scope: Scope) -> str:
-    """Return the request's method and path for the log. Some ASGI servers send a raw path that is not encoded."""
+    """Return the request's method and path for the log, escaped: some ASGI servers do not percent-encode raw_path."""
     return printable(f"{scope['method']} {scope.get('raw_path', b'').decode('latin-1')}")
 
 
-CORS_HEADERS = [  # any page may call the API; it needs a key, and no cookies are used
+CORS_HEADERS = [  # any page may call the API, because requests need a key and the API uses no cookies
     (b"access-control-allow-origin", b"*"), (b"access-control-allow-headers", b"*"),
     (b"access-control-allow-methods", b"GET, POST, PUT, DELETE, OPTIONS"), (b"access-control-max-age", b"86400"),
 ]  # fmt: skip
-_MAX_IGNORED_CHARS = 1000  # of the header X-Ignored
+_MAX_IGNORED_CHARS = 1000  # longest value of the header X-Ignored
 
 
 def _ignored_header(names: Iterable[str]) -> bytes:
-    """List names for a header, percent-encoded; "..." stands for more names than fit."""
+    """List names for a header, percent-encoded. If some do not fit, the list ends in "..."."""
     encoded = [urllib.parse.quote(name, safe="[]", errors="replace") for name in names]
     sizes = itertools.accumulate(len(each) + 2 for each in encoded)
     fitting = [each for each, size in zip(encoded, sizes, strict=True) if size <= _MAX_IGNORED_CHARS][:_MAX_IGNORED]
@@ -2007,9 +2009,9 @@ def _ignored_header(names: Iterable[str]) -> bytes:
 
 
 def _with_headers(scope: Scope, response: Response) -> Response:
-    """Add the headers that every answer has (API: Common rules), except those that a middleware makes itself.
+    """Add the headers that every answer has (API: Common rules). An answer made by a program's middleware lacks them.
 
-    A middleware that wraps `send` could add them to those as well, but single events would take 3 % longer.
+    A wrapper of `send` would also reach those answers, but single events would take 3 % longer.
     """
     scope["status"] = response.status_code  # for the access log, see eventstore_extras/logs.py
     response.raw_headers += CORS_HEADERS
@@ -2021,15 +2023,15 @@ def _with_headers(scope: Scope, response: Response) -> Response:
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Answer with the error body (API: Common rules). Log one line, as for each refused request."""
+    """Answer with the error body (API: Common rules), and log one line about the refusal."""
     answer = f"{error.status} {error.code}: {error.logged}"
-    request.scope["status"] = error.status  # logs.py adds it to the line
+    request.scope["status"] = error.status  # logs.py adds the status to the line
     log.warning("%s: %s", _request_line(request.scope), answer)
     return _with_headers(request.scope, JsonResponse(error.body, error.status, error.headers))
 
 
 class Operation(NamedTuple):
-    """A row of the route table, with its description for the OpenAPI document."""
+    """A row of the route table, and what the OpenAPI document says about it."""
 
     method: str
     path: str
@@ -2038,11 +2040,11 @@ class Operation(NamedTuple):
     body: Any = None
     parameters: Iterable[str] = ()  # of the query string; names in openapi.PARAMETER_SCHEMAS, or a mapping to schemas
     example: Any = None  # of the body
-    schemas: Mapping[str, Any] = {}  # type's name -> field -> its JSON Schema, where the type does not imply it
+    schemas: Mapping[str, Any] = {}  # type's name -> field -> JSON Schema, if the type does not imply it
     status: int = 200
-    refusals: Sequence[int] = ()  # error statuses, besides those of every operation
-    role: str = ""  # a key with this role suffices; a GET is also open to event_reader
-    extra: str = ""  # module of eventstore_extras whose OPERATIONS have the complete row
+    refusals: Sequence[int] = ()  # error statuses besides those that every operation may have
+    role: str = ""  # a key with a role needs this one; for a GET always event_reader
+    extra: str = ""  # module of eventstore_extras; its OPERATIONS have the complete row for this path
 
     @property
     def public_path(self) -> str:
@@ -2061,28 +2063,28 @@ class Operation(NamedTuple):
 
 
 class Outbox(Struct):
-    """The target to which an environment's events are forwarded, and what became of them.
+    """The target to which an environment's events are forwarded, and counts of these events.
 
-    `behind()` counts the waiting events in the database. Forwarding keeps the other fields up to date.
+    `behind()` counts in the database. Forwarding keeps the other fields up to date.
     """
 
     host: str
     behind: Callable[[], Awaitable[int]]  # number of events not yet accepted by the host (API: Monitoring)
-    waiting: int = 0  # events, some seconds ago
+    waiting: int = 0  # the same number, counted some seconds ago
     oldest_us: int = 0  # when the first waiting event was stored; 0 if none waits
     sent: int = 0  # events that the host has accepted, also from earlier runs
     put_aside: dict[str, int] = {}  # events that were not delivered, by reason, also in earlier runs
-    blocked: str = ""  # why the host accepts nothing until somebody corrects the settings
+    blocked: str = ""  # why the host refuses all events until somebody corrects the settings; otherwise empty
 
 
 class Retention(Struct):
-    """Work of retention since the server started."""
+    """The work of retention since the server started."""
 
     deleted: int = 0  # events
-    swept_us: int = 0  # when it last looked for old events; 0 if it never finished
+    swept_us: int = 0  # when the last finished search for old events began; 0 before the first
 
 
-_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # an X-Request-ID that is taken over from a caller
+_REQUEST_ID = re.compile(rb"[\x20-\x7e]{1,128}")  # a caller's X-Request-ID that the answer and the log use
 
 
 class Service:
@@ -2099,11 +2101,11 @@ class Service:
         self.retention: Retention | None = None
         self.tasks: list[Callable[[], Coroutine[Any, Any, None]]] = []  # cancelled when the server stops
         self.notices: list[str] = []  # lines to add to the banner
-        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # around the application, when `serve` runs it
+        self.wrappers: list[Callable[[ASGIApp], ASGIApp]] = []  # `serve` puts them around the application
         self.is_stopping: Callable[[], bool] = lambda: False  # whether the server is shutting down
         self.shares = Shares(settings.queue_bytes)  # of bodies in memory, and of answers that clients have not read
-        # A commit answers several clients at once, so their next batches arrive together. With this lock other requests
-        # run between two batches: beside 8 such clients, p99 of a page is 19 ms; without it, 31 ms.
+        # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
+        # run between two batches: beside 8 such clients, p99 of a page is 19 ms; without the lock, 31 ms.
         self.batch_turn = Turn()
         self.page_turns: defaultdict[bytes, Turn] = defaultdict(Turn)  # by key, for long pages
         self._logged_minute, self._logged_names = 0, set[str]()
@@ -2124,9 +2126,9 @@ class Service:
         self.api_keys = {key.digest: key for key in api_keys}
 
     def serves_exactly(self, method: str, path: str) -> bool:
-        """Return whether a slash after this path can be dropped: a route without parameters has the path.
+        """Return True if a route without parameters has this path; a slash after the path is then dropped.
 
-        GET and HEAD also need a route with GET: `GET /v1/events/bulk/` looks up the event with the id `bulk/`.
+        For GET and HEAD the route must allow GET: `GET /v1/events/bulk/` looks up the event with the id `bulk/`.
         """
         methods = {operation.method for operation in self.operations if operation.path == path}
         return "GET" in methods if method in ("GET", "HEAD") else bool(methods)
@@ -2148,12 +2150,12 @@ class Service:
         return View(request["environment"], now, now - lag_us if lag_us else None)
 
     def faults(self, request: Request, index: int | None = None, whole: str = "body") -> Faults:
-        """Make the Faults of a request. Names noted there as ignored appear in the answer and in the log."""
+        """Make the Faults of a request. The answer and the log list the ignored names that are recorded in it."""
         ignored = request.scope.setdefault("ignored", {})
         return Faults(index, whole, ignored, self.settings.strict and "environment" in request.scope)
 
     def log_ignored(self, scope: Scope) -> None:
-        """Log what a request had that was ignored: each name once a minute, and at most twenty names a minute."""
+        """Log a request's ignored names: each name once a minute per path, and at most twenty lines a minute."""
         minute = self.settings.clock() // MINUTE_US
         if minute != self._logged_minute:
             self._logged_minute, self._logged_names = minute, set()
@@ -2173,14 +2175,14 @@ def _authenticate(service: Service, scope: Scope, caller: Caller) -> ApiError | 
         scope["api_key"], scope["environment"] = found, found.environment
         caller.key = found.digest
         return None
-    unknown = "holds a key that this server does not know; its banner says where its keys came from"
+    unknown = "holds a key that this server does not know; the server's banner says where its keys came from"
     instead = ", not in Authorization" if b"authorization" in caller.headers else ""
     problem = f"is missing: send your key in it{instead}" if key is None else unknown
     return ApiError("unauthorized", f"the header x-api-key {problem}")
 
 
 async def read_body(service: Service, request: Request, limit: float = math.inf) -> bytes:
-    """Return the body. Raises ApiError as soon as it, or its Content-Length, exceeds the limit or max_body_bytes."""
+    """Return the body. Raises ApiError as soon as its length, its Content-Length or the key's share exceeds a limit."""
     limit = min(limit, service.settings.max_body_bytes)
     caller = CALLER.get()
     announced = int(caller.headers.get(b"content-length", 0))
@@ -2209,7 +2211,7 @@ _MAX_FIELDS_BYTES = 1024 * 1024  # longest body of a request that sends no event
 
 
 async def read_fields(service: Service, request: Request, decoder: msgspec.json.Decoder[T], faults: Faults) -> T:
-    """Decode a body of at most 1 MiB. Record fields of the wrong type as faults, and note unknown ones as ignored."""
+    """Decode a body of at most 1 MiB. Record fields of the wrong type as faults, and unknown fields as ignored."""
     return decode_fields(decoder, await read_body(service, request, _MAX_FIELDS_BYTES), faults)
 
 
@@ -2243,7 +2245,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _time_parameter(text: str) -> str | None:
-    """Read 10:00:00 05:30 as 10:00:00+05:30: a `+` that was not percent-encoded arrives as a space."""
+    """Read 10:00:00 05:30 as 10:00:00+05:30: in a URL an unencoded `+` means a space. Drop Go's zero time."""
     return given_time(re.sub(r" (?=\d\d:\d\d$)", "+", text))
 
 
@@ -2259,7 +2261,7 @@ def parse_property_filters(text: str) -> PropertyFilters:
 
 
 def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
-    """Make a check that a text is one of these; it is case-sensitive."""
+    """Make a case-sensitive check that a text is one of these."""
 
     def check(text: str) -> str:
         if text not in allowed:
@@ -2271,7 +2273,7 @@ def one_of(*allowed: str, hint: str = "") -> Callable[[str], str]:
 
 
 def whole_within(low: float, high: float) -> Callable[[float], int]:
-    """Make a check that a number is whole and within these bounds; JSON's 50.0 is whole."""
+    """Make a check that a number is whole and within these bounds. 50.0 counts as whole."""
 
     def check(value: float) -> int:
         if isinstance(value, float) and not (value.is_integer() and abs(value) <= MAX_OFFSET):
@@ -2294,7 +2296,7 @@ PARAMETER_PARSERS: _Parsers = {  # convert a parameter's text to the type of the
 def query_of_parameters(
     kind: type[T], sent: Mapping[str, str], names: Iterable[str], faults: Faults, parsers: _Parsers = PARAMETER_PARSERS
 ) -> T:
-    """Make the struct from the named parameters of a GET, converted to their types in a body (API: Queries)."""
+    """Make the struct of a POST's body from the named parameters of a GET (API: Queries)."""
     parsed = kind()
     for name in names:
         if sent.get(name):  # in a URL an empty parameter is absent
@@ -2303,7 +2305,7 @@ def query_of_parameters(
 
 
 class _Endpoint:
-    """ASGI application that answers one operation. Starlette would wrap a function: 7 % fewer single events."""
+    """ASGI application that answers one operation. Starlette would wrap a function, with 7 % fewer single events."""
 
     def __init__(self, service: Service, operation: Operation) -> None:
         self._service = service
@@ -2319,7 +2321,7 @@ class _Endpoint:
         if key and key.role and key.role != self._role:
             needs = f"a key with the role {self._role}, or without a role" if self._role else "a key without a role"
             raise ApiError("permission_denied", f"this key has the role {key.role}; the request needs {needs}")
-        if scope["query_string"] and self.path != "/":  # the script of the page reads its parameters
+        if scope["query_string"] and self.path != "/":  # the page's own script reads these parameters
             sent = urllib.parse.parse_qsl(scope["query_string"].decode(errors="replace"), keep_blank_values=True)
             if unknown := [name for name, _ in sent if name not in self._parameters]:
                 faults = service.faults(request)
@@ -2332,12 +2334,12 @@ class _Endpoint:
                 raise
             # Otherwise uvicorn would answer 500 in plain text.
             raise ApiError("service_unavailable", "the server is shutting down; try again", retry_after_s=1) from None
-        finally:  # read_body has taken these shares
+        finally:  # give back what read_body took
             service.shares.give_back(CALLER.get().key, scope.get("held_bytes", 0))
         await self._send(_with_headers(scope, response), scope, receive, send)
 
     async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer. A long one counts towards the key's share until the client has read most of it."""
+        """Send the answer. A long answer counts towards the key's share until the client has read most of it."""
         body, service, key = response.body, self._service, CALLER.get().key
         if len(body) < _LONG_ANSWER_BYTES:
             await response(scope, receive, send)
@@ -2354,14 +2356,14 @@ class _Endpoint:
 
 
 def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
-    """Make the 404 for an unknown path: a hint at the likely cause, and the list of the paths."""
+    """Make the 404 for an unknown path, with a hint at the likely cause and the list of paths."""
     paths = [operation.public_path for operation in operations]
     similar = "".join(difflib.get_close_matches(path[:MAX_ECHO_CHARS].lower(), paths, 1, 0.75))
     hint = ""
     if any(operation.serves(f"/v1{path}") for operation in operations):
-        hint = f"the base URL ends in /v1, so {quoted('/v1' + path)}? "
+        hint = f"the base URL ends in /v1: did you mean {quoted('/v1' + path)}? "
     elif path.startswith("/_mock") and not any(each.startswith("/_mock") for each in paths):
-        hint = "it is there when the server is started with --mock. "
+        hint = "this path needs a server that was started with --mock. "
     elif not _has_extras():
         hint = "meters, features and analytics need the folder eventstore_extras beside eventstore.py. "
     elif similar:
@@ -2378,15 +2380,15 @@ register_url_convertor("anything", type("AnythingConvertor", (PathConvertor,), {
 
 
 class Routes(BaseRoute):
-    """The operations of a service. A dictionary finds those without parameters in their path.
+    """The operations of a service. A dictionary holds the paths without parameters.
 
-    Trying their patterns one after another would take 5 % of the time of a single event.
+    Trying the patterns of these paths one after another would take 5 % of the time of a single event.
     """
 
     def __init__(self, service: Service, operations: Iterable[Operation]) -> None:
         self._service = service
-        matching_all_last = sorted(operations, key=lambda operation: ":anything}" in operation.path)
-        self._endpoints = [(compile_path(each.path)[0], _Endpoint(service, each)) for each in matching_all_last]
+        anything_last = sorted(operations, key=lambda operation: ":anything}" in operation.path)
+        self._endpoints = [(compile_path(each.path)[0], _Endpoint(service, each)) for each in anything_last]
         fixed = [endpoint for pattern, endpoint in self._endpoints if not pattern.groups]
         self._fixed = {(method, endpoint.path): endpoint for endpoint in fixed for method in endpoint.methods}
 
@@ -2394,7 +2396,7 @@ class Routes(BaseRoute):
         return (Match.FULL if scope["type"] == "http" else Match.NONE), {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # set if a program mounts the application
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # not empty if a program mounts the application
         scope["path_params"] = {}
         scope["endpoint"] = self._fixed.get((scope["method"], path)) or self._match(scope, path)
         await scope["endpoint"](scope, receive, send)
@@ -2407,7 +2409,7 @@ class Routes(BaseRoute):
             if method in endpoint.methods:
                 scope["path_params"] = found.groupdict()
                 return endpoint
-        scope["endpoint"] = nearest = matches[0][0] if matches else None  # metrics.py and logs.py name its path
+        scope["endpoint"] = nearest = matches[0][0] if matches else None  # metrics.py and logs.py use its path
         # Answer POST /v1/events/xyz with 404: the path is probably a typo, not an event's id.
         if nearest is None or (method == "POST" and ":anything}" in nearest.operation.path):
             raise _no_route(self._service.operations, path)
@@ -2419,7 +2421,7 @@ class Routes(BaseRoute):
 
 
 async def _on_exception(request: Request, error: Exception) -> Response:
-    # After this answer Starlette raises any exception except an ApiError again, and uvicorn logs the traceback.
+    # After this answer Starlette raises all exceptions but ApiErrors again, so that uvicorn logs the traceback.
     return error_response(request, error if isinstance(error, ApiError) else _internal_error())
 
 
@@ -2428,12 +2430,12 @@ async def _on_disconnect(request: Request, error: Exception) -> None:
 
 
 class _App(Starlette):
-    """The application: it gives each request an id and finds the environment of its key."""
+    """The application. It gives each request an id, and finds the environment of the request's key."""
 
     def __init__(self, service: Service, **options: Any) -> None:
         super().__init__(exception_handlers=EXCEPTION_HANDLERS, lifespan=service.lifespan, **options)
         self.state.service = self._service = service
-        self.router.redirect_slashes = False  # clients that follow a redirect drop a POST's body
+        self.router.redirect_slashes = False  # many clients drop a POST's body when they follow a redirect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -2453,10 +2455,10 @@ class _App(Starlette):
                 await error_response(Request(scope), refusal)(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
-                if scope.get("ignored") and not service.settings.strict:  # strict has refused the request
+                if scope.get("ignored") and not service.settings.strict:  # if strict, the refusal is logged already
                     service.log_ignored(scope)
         finally:
-            CALLER.reset(before)  # for a program that calls the application directly
+            CALLER.reset(before)  # a program that calls the application directly continues in this context
 
 
 EXCEPTION_HANDLERS: dict[Any, Any] = {
@@ -2466,25 +2468,25 @@ EXCEPTION_HANDLERS: dict[Any, Any] = {
 # ---------------------------------------------------------------------------------------------- Ingest
 
 MAX_BATCH = 1000
-MAX_FIELD_CHARS = 1024  # ids and names are copied into up to four indexes
-MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would fail every filter
-# Nothing interrupts msgspec. Within these limits one call takes up to 0.2 s, and the event loop runs after it.
-_MANY_BYTES = 1_000_000  # shorter properties and batches may hold any number of values
-_MAX_WEIGHT = 5_000_000  # of an event's properties
+MAX_FIELD_CHARS = 1024  # ids and names are copied into up to two indexes
+MAX_PROPERTY_DEPTH = 500  # SQLite's JSON functions fail at 1000: one such event would make every property filter fail
+# msgspec holds the GIL for a whole call, which stops the event loop. These limits keep a call below 0.2 s.
+_MANY_BYTES = 1_000_000  # _MAX_WEIGHT and _MAX_MARKS apply to longer properties and batches only
+_MAX_WEIGHT = 5_000_000  # of an event's properties: the sum of the weights of all marks and names
 _WEIGHTS = {b"{": 10, b"[": 10, b",": 2, b"\\": 1}
 _NAME_WEIGHT = 20  # msgspec takes 0.4 us for each of a million different names in an object
-_QUOTES, _COLONS = {b'"': 1, b'\\"': -1, b'\\\\"': 1}, {b":": 1}  # without escaped quotes
-_MAX_MARKS = 8_000_000  # of a batch
+_QUOTES, _COLONS = {b'"': 1, b'\\"': -1, b'\\\\"': 1}, {b":": 1}  # quotes minus escaped ones
+_MAX_MARKS = 8_000_000  # of _MARKS in a batch
 _MARKS = {b",": 1, b"{": 1, b"[": 1}
 _LARGE_EVENT_BYTES, _LARGE_BATCH_BYTES = 100_000, 1_000_000  # decode longer bodies in a thread
 _LARGE_BATCH_COLLECTIONS = 20_000  # decode a batch with more objects and arrays in a thread: 1 MB takes up to 0.5 s
 _MAX_DOUBLE_DIGITS = 309  # digits of the largest 64-bit float, 1.8e308
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
-_MAX_BRACES = 100_000  # in a batch whose events are decoded into a list, which takes 150 bytes for each
-_MAX_COMMAS = 200_000  # in a batch with too many events, to count them: that takes 100 ns for each
+_MAX_BRACES = 100_000  # in a batch that is decoded into a list without a limit: 150 bytes for each
+_MAX_COMMAS = 200_000  # do not count the events of a refused batch that has more: 100 ns for each
 
 
-# forbid_unknown_fields makes msgspec report unknown fields: X-Ignored and the log list them.
+# forbid_unknown_fields makes msgspec report unknown fields, so that X-Ignored and the log can list them.
 class EventIn(Struct, forbid_unknown_fields=True):
     """One event as a client sends it (API: Sending events). An absent field, null and, for text, "" mean the same."""
 
@@ -2494,7 +2496,7 @@ class EventIn(Struct, forbid_unknown_fields=True):
     customer_id: str | None = None
     source: str | None = None
     timestamp: str | None = None
-    properties: Raw = msgspec.field(default_factory=Raw)  # JSON Schema cannot express a Raw as a default
+    properties: Raw = msgspec.field(default_factory=Raw)  # a JSON Schema cannot contain Raw() as a default
 
 
 class BulkIn(Struct, forbid_unknown_fields=True):
@@ -2517,7 +2519,7 @@ class BulkAccepted(Struct):
 
 
 _EVENT = msgspec.json.Decoder(EventIn)
-_RAWS = msgspec.json.Decoder(list[Raw])
+_RAWS = msgspec.json.Decoder(list[Raw])  # without the limit of _RAW_ITEMS, to count the events of a refused batch
 _BULK = msgspec.json.Decoder(BulkIn)
 _TOO_LARGE = "holds a number that no 64-bit float can hold"
 
@@ -2529,7 +2531,7 @@ def _check_integer(digits: str) -> None:
 
 
 def _without_repeated_keys(text: str) -> str:
-    """Return the JSON text with only the last member of each name. JSON readers use the last one, SQLite the first.
+    """Return the JSON text with only the last member of each name: JSON readers use the last one, SQLite the first.
 
     Numbers keep their digits; white space and escapes may change. Return the text unchanged if no name is repeated.
     """
@@ -2559,7 +2561,7 @@ def _is_deeper_than(value: object, limit: int) -> bool:
 
 
 def _totals(raw: bytes, *kinds: Mapping[bytes, int]) -> Iterator[list[int]]:
-    """After each megabyte of the text, return the weight of the marks of each kind so far."""
+    """Yield after each megabyte of the text: for each kind, the total weight of its marks so far."""
     totals = [0] * len(kinds)
     for start in range(0, len(raw), _MANY_BYTES):
         for kind, marks in enumerate(kinds):
@@ -2568,17 +2570,17 @@ def _totals(raw: bytes, *kinds: Mapping[bytes, int]) -> Iterator[list[int]]:
 
 
 def _check_number_of_values(raw: bytes) -> None:
-    """Raises FieldError if properties hold so many values that to decode them would take too much memory and time."""
+    """Raises FieldError if properties hold so many values that decoding them would take too much memory and time."""
     if len(raw) > _MANY_BYTES:
         for weight, quotes, colons in _totals(raw, _WEIGHTS, _QUOTES, _COLONS):
-            if weight + _NAME_WEIGHT * min(quotes // 2, colons) > _MAX_WEIGHT:  # there are at most that many names
-                limit = f"{_MAX_WEIGHT // 10:,} objects and arrays, where a name counts as two"
-                limit = f"{limit} and five commas or ten backslashes as one, if longer than {_MANY_BYTES:,} bytes"
-                raise FieldError("out_of_range", f"may hold {limit}, got more")
+            if weight + _NAME_WEIGHT * min(quotes // 2, colons) > _MAX_WEIGHT:  # an upper bound of the number of names
+                limit = f"{_MAX_WEIGHT // 10:,} objects and arrays if longer than {_MANY_BYTES:,} bytes"
+                weights = "a name counts as two, five commas or ten backslashes as one"
+                raise FieldError("out_of_range", f"may hold {limit}, got more; {weights}")
 
 
 def _double(number: str) -> float:
-    """Parse a number with a fraction or an exponent. msgspec takes 10 us for each like 1e300: a second for 1 MB."""
+    """Parse a number with a fraction or an exponent. msgspec's own parser takes 10 us for 1e300: a second for 1 MB."""
     value = float(number)
     if math.isinf(value):
         raise ValueError("out of range")
@@ -2591,8 +2593,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, Any], float_hook=_double)
 def check_properties(raw: bytes) -> str:
     """Return the JSON text of an event's properties. If a name is repeated, keep its last member only.
 
-    Raises FieldError if they are not an object, hold a number that no double can hold or too many values, or have more
-    than 500 levels.
+    Raises FieldError if the properties are not an object, have more than 500 levels, hold a number that no double can
+    hold, or hold too many values.
     """
     text = str(raw, "utf-8")
     if text in ("", "null"):
@@ -2615,8 +2617,8 @@ def check_properties(raw: bytes) -> str:
             raise FieldError("out_of_range", f"is nested deeper than {MAX_PROPERTY_DEPTH} levels")
         if b"0" * _MAX_DOUBLE_DIGITS in bytes(raw).translate(_DIGITS_AS_ZEROS):
             json.loads(ENCODER.encode(value), parse_int=_check_integer)
-    # Decoding drops all but the last member of a repeated name, and their colons. So compare the numbers of colons in
-    # the text and in the value. Those in strings count in both, unless a string spells one as \u003a.
+    # Find repeated names by counting colons: decoding keeps only the last member of a name, so the text has more colons
+    # than the value. A colon in a string counts in both, unless the string spells it \u003a.
     colons = text.count(":")
     if colons == len(value) or (ENCODER.encode(value).count(b":") == colons and r"\u003" not in text):
         return text
@@ -2624,7 +2626,7 @@ def check_properties(raw: bytes) -> str:
 
 
 def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faults: Faults) -> Row:
-    """Make the row of an event. If this records a fault, the row is not valid."""
+    """Make the row of an event, and record its faults. With a fault the row is not valid."""
     sent_name, customer, event_id = event.event_name or "", event.external_customer_id or "", event.event_id or ""
     customer_id, source = event.customer_id or "", event.source or ""
     if len(sent_name) + len(customer) + len(event_id) + len(customer_id) + len(source) > MAX_FIELD_CHARS:
@@ -2647,7 +2649,7 @@ def event_row(event: EventIn, environment: int, now: int, make_id: IdMaker, faul
 def event_rows(
     service: Service, events: list[Any], environment: str, faults: Faults, *, bulk: bool, make_id: IdMaker | None = None
 ) -> list[Row]:
-    """Make the rows of events, some of them still Raw. Raises ApiError with all faults (API: Sending events)."""
+    """Make the rows of events; first decode those that are still Raw. Raises ApiError with the faults of all events."""
     number, now = service.store.environments[environment], service.settings.clock()
     make_id = make_id or service.make_id
     rows = []
@@ -2661,7 +2663,7 @@ def event_rows(
 
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `([\w.-]{1,100})` - at `\$\.events\[(\d+)\]`")
-_MAX_LEARNED = 64  # unknown fields of a batch
+_MAX_LEARNED = 64  # names of unknown fields that _decode_with_unknown_fields learns from one batch
 
 
 @lru_cache(maxsize=4 * _MAX_LEARNED)
@@ -2673,13 +2675,13 @@ def _batch_decoder(unknown: tuple[str, ...]) -> Any:
 
 
 def _decode_with_unknown_fields(body: bytes, faults: Faults) -> list[Any]:
-    """Decode a batch whose events have unknown fields, and note these. Return [] if anything else is unusual.
+    """Decode a batch whose events have unknown fields, and record these. Return [] if anything else is unusual.
 
     Learn the names one by one from msgspec's errors, and allow them in the next attempt. If each event has the same
     unknown field, the batch costs 1.06 times as much as a plain one; decoding each event alone would cost 4 times.
     """
     unknown: list[str] = []
-    decoded = 0  # events of all failed attempts, which limits the work
+    decoded = 0  # events that failed attempts have decoded; a limit on them limits the work
     while len(unknown) <= _MAX_LEARNED and decoded <= 2 * MAX_BATCH:
         try:
             events: list[Any] = _batch_decoder(tuple(unknown)).decode(body).events
@@ -2696,7 +2698,7 @@ def _decode_with_unknown_fields(body: bytes, faults: Faults) -> list[Any]:
 
 
 def _split_batch(body: bytes, faults: Faults) -> list[Any]:
-    """Return the events of a batch as Raws. Raises ApiError unless there are 1 to 1000."""
+    """Return the events of a batch as Raws. Raises ApiError unless the batch has 1 to 1000 events."""
     faults.whole = "body"
     if (outer := _read_members(BulkIn, body, faults)) is None:
         raise_fault("body", "invalid_type", f'must be an object like {{"events": [...]}}, got {excerpt(body)}')
@@ -2721,13 +2723,13 @@ def decode_batch(body: bytes, faults: Faults) -> list[Any]:
     """
     batch = decode(_BULK, body)
     events = _items_of(batch and batch.events)
-    if not events and body.count(b"{") <= _MAX_BRACES:  # a list of structs is not limited
+    if not events and body.count(b"{") <= _MAX_BRACES:  # needed because the list is not limited to 1000 structs
         events = _decode_with_unknown_fields(body, faults)
     return events or [decode(_EVENT, bytes(raw)) or raw for raw in _split_batch(body, faults)]
 
 
 async def _insert(service: Service, rows: list[Row], answer: object) -> Response:
-    """Store the rows, and answer with 202 and the numbers of new and of known events."""
+    """Store the rows. Answer with 202, and the numbers of new events and of duplicates in headers."""
     inserted = await service.store.insert(rows)
     response = JsonResponse(answer, 202)
     duplicates = len(rows) - inserted
@@ -2790,7 +2792,7 @@ MAX_FILTER_VALUES = 1000
 MAX_FILTER_KEYS = 50
 MAX_PAGE_SIZE = 100_000
 _GET_PAGE_SIZE = 50
-_QUICK_PAGE_SIZE = 500  # a larger page takes more than _QUICK_S
+_QUICK_PAGE_SIZE = 500  # a larger page takes longer than _QUICK_S
 _SHORT_PAGE_SIZE, _SHORT_PAGE_BYTES = 10_000, 8_000_000  # a longer page is made when its key has room for it
 _MAX_PAGE_BYTES = 128 * 1024 * 1024
 _FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
@@ -2864,18 +2866,18 @@ class EventQuery(Selection, frozen=True, kw_only=True):
 
     @property
     def reads_back(self) -> bool:
-        """True if the page ends before a cursor. In ascending order both cursors begin a page, as in FlexPrice."""
+        """True if the page ends before its cursor. An ascending page begins after either cursor, as in FlexPrice."""
         return self.descending and self.before is not None
 
 
 _EVENT_QUERY = msgspec.json.Decoder(EventQueryIn)
-_check_sort = one_of(*SORTS, hint=f"; its direction goes in order: {' or '.join(ORDERS)}")
+_check_sort = one_of(*SORTS, hint=f"; send the direction in order: {' or '.join(ORDERS)}")
 check_order = one_of(*ORDERS)
 check_offset, _check_page_size = whole_within(0, MAX_OFFSET), whole_within(-math.inf, MAX_PAGE_SIZE)
 
 
 def check_filter_limits(field: str, filters: Sequence[Sequence[str]], faults: Faults) -> None:
-    """Limit the keys and values of a query, because each value becomes one SQL parameter."""
+    """Record a fault if filters have too many keys or values. Each value becomes one SQL parameter."""
     number = sum(map(len, filters))
     if number > MAX_FILTER_VALUES or len(filters) > MAX_FILTER_KEYS:
         limits = f"{MAX_FILTER_KEYS} keys and {MAX_FILTER_VALUES} values"
@@ -2927,7 +2929,7 @@ def _time_sql(column: str) -> str:
 
 
 # An Event as JSON. If Python encoded a struct for each event, a page would take 1.3 times as long over HTTP. To copy
-# the properties unchanged, this removes json_object's closing brace, appends them, and closes the object with :end.
+# the properties unchanged, remove json_object's closing brace, append the properties, and close the object with :end.
 _EVENT_JSON = f"""rtrim(json_object('id', id, 'external_customer_id', external_customer_id, 'customer_id', customer_id,
     'event_name', event_name, 'source', source, 'timestamp', {_time_sql("timestamp_us")},
     'ingested_at', {_time_sql("ingested_at_us")}), '}}') || ',"properties":' || properties || :end"""
@@ -2970,13 +2972,13 @@ def _page_statement(query: EventQuery, cursor_name: str = "") -> Sql:
     direction = "DESC" if descending else "ASC"
     columns = ("event_name", "timestamp_us", "id") if query.spans_names else ("timestamp_us", "id")
     order = ", ".join(f"{column} {direction}" for column in columns)
-    # To sort one customer's events by name, use the index by customer: the one by name would scan all customers'.
+    # Sort one customer's events by name with the index by customer: the index by name would scan all customers' events.
     index = index_of([*query.filters, *(["event_name"] if query.spans_names else [])])
     total = _count_statement(query) if query.count else Sql("NULL", {})
     page = f"FROM events {index} WHERE {where} ORDER BY {order} LIMIT :limit OFFSET :offset"
     if query.filters or query.spans_names:
-        # The index lacks the id. SQLite sorts the events of one microsecond, so choose the page's first: if it made the
-        # JSON of 5,000 such events, the page would take 4 times as long. CROSS JOIN keeps their order.
+        # The index lacks the id, so SQLite sorts the events of one microsecond. Choose the page's rows first: if SQLite
+        # made the JSON of 5,000 such events, the page would take 4 times as long. CROSS JOIN keeps the rows in order.
         page = f"FROM (SELECT seq AS page_seq {page}) CROSS JOIN events ON seq = page_seq"
     text = f"SELECT {_EVENT_JSON} AS event, ({total}) AS total {page}"
     end = f',"environment_id":{ENCODER.encode(query.view.environment).decode()}}}'
@@ -2988,8 +2990,8 @@ def _name_at(conn: sqlite3.Connection, query: EventQuery, cursor: Cursor) -> str
     statement = f"SELECT event_name FROM events WHERE {IN_ENVIRONMENT} AND id = :id"
     row = conn.execute(statement, {"environment": query.view.environment, "id": cursor.id}).fetchone()
     if row is None:
-        problem = f"must end in the id of a stored event to sort by event_name, got {quoted(cursor.id)}"
-        problem += ": if it was deleted since, begin anew without a cursor"
+        problem = f"must name a stored event if sort is event_name, got {quoted(cursor.id)}"
+        problem += ": if the event was deleted, start again without a cursor"
         raise_fault("iter_first_key" if query.before else "iter_last_key", "invalid_format", problem)
     return str(row[0])
 
@@ -3001,7 +3003,7 @@ class _Position(Struct):
     timestamp: datetime
 
 
-_POSITION = msgspec.json.Decoder(_Position)  # made at import: under freezegun it would refuse every time
+_POSITION = msgspec.json.Decoder(_Position)  # made at import: made under freezegun, it would refuse all times
 _SEPARATOR = b"\x1e"  # between events; JSON never contains this character unescaped
 
 
@@ -3024,7 +3026,7 @@ class _TooLongError(Exception):
 
 
 def _cut_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: int) -> _Page:
-    """Return a page that ends before `limit` bytes. It has one event even if that is longer."""
+    """Return a page that ends before `limit` bytes. It has at least one event, however long."""
     events: list[bytes] = []
     size, total = 0, None
     for event, total in conn.execute(f"SELECT CAST(event AS BLOB), total FROM ({statement})", statement.values):
@@ -3038,7 +3040,7 @@ def _cut_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: i
 def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: int, cut: bool) -> _Page:
     """Return the events of _page_statement, fetched as one text. Cut it at `limit` bytes, or raise _TooLongError.
 
-    Python's sqlite3 releases the GIL at every row: row by row, a page of 50 takes the server 1.15 times as long.
+    sqlite3 releases the GIL at every row: fetched row by row, a page of 50 takes the server 1.15 times as long.
     """
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
     conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, limit))
@@ -3070,7 +3072,7 @@ def _select_page(conn: sqlite3.Connection, query: EventQuery, limit: int, cut: b
 def list_events(
     conn: sqlite3.Connection, query: EventQuery, limit: int = _MAX_PAGE_BYTES, cut: bool = True
 ) -> EventPage:
-    """Return one page (API: Queries). Raises ApiError if a cursor of sort=event_name names an unknown event.
+    """Return one page (API: Queries). Raises ApiError if the cursor of sort=event_name names an unknown event.
 
     Cuts a page that is longer than `limit` bytes, or raises _TooLongError.
     """
@@ -3154,7 +3156,7 @@ class EventLookup(Struct):
     """One event (API: Lookup). The other fields are constant: an event that is stored is processed."""
 
     event: Raw  # an Event
-    events: list[Raw]  # newer servers list every version of the event here; this one has only the first
+    events: list[Raw]  # newer FlexPrice servers list versions of the event here; this server stores only the first
     status: str = "processed"
     processed_events: list[Any] = []
     debug_tracker: None = None
@@ -3174,7 +3176,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
 
     def find(conn: sqlite3.Connection, limit: int, cut: bool) -> Parts:
         event = _select_page(conn, query, limit, cut).events
-        if not event:  # GET /v1/events/bulk looks for the event with the id bulk, but probably a POST was meant
+        if not event:  # GET /v1/events/bulk looks up the event with the id bulk, but its client probably meant POST
             methods = {operation.method for operation in service.operations if operation.path == request["path"]}
             is_post = "POST" in methods and "GET" not in methods
             hint = f"; if you mean {request['path']}, use POST" if is_post else ""
@@ -3221,7 +3223,7 @@ def utc_windows(size: str, start_us: int, end_us: int) -> Iterator[int]:
         first_us = start_us - (start_us - to_us(A_SUNDAY.replace(tzinfo=UTC))) % step_us
         bounds = range(first_us, end_us + step_us, step_us)
         if step_us >= DAY_US:
-            to_datetime(bounds[-1])  # raises OverflowError, as for a month
+            to_datetime(bounds[-1])  # raises OverflowError, as a month does
         yield from bounds
         return
     month = to_datetime(start_us).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
@@ -3240,16 +3242,16 @@ class Span(NamedTuple):
 
 
 def spans_of_windows(windows: Iterable[int], start_us: int, end_us: int, size: str, field: str) -> list[Span]:
-    """Return the part of each window that lies in [start, end). `windows` yields their starts and the end of the last.
+    """Return the part of each window that lies in [start, end). `windows` yields each start, and the end of the last.
 
-    Raises ApiError for `field` if there are more than 100,000 windows, or some outside the years 1 to 9999.
+    Raises ApiError naming `field` if there are more than 100,000 windows, or some outside the years 1 to 9999.
     """
     try:
         bounds = list(itertools.islice(windows, MAX_WINDOWS + 2))
     except (OverflowError, ValueError):
         raise_fault(field, "out_of_range", "makes a window outside the years 1 to 9999")
     if len(bounds) > MAX_WINDOWS + 1:
-        problem = f"{size} makes more than {MAX_WINDOWS} windows: take a larger one or a shorter range"
+        problem = f"{size} makes more than {MAX_WINDOWS} windows: choose larger windows or a shorter range"
         raise_fault(field, "out_of_range", problem)
     bounds[0] = max(bounds[0], MIN_TIME_US)
     return [Span(max(start, start_us), min(end, end_us), start) for start, end in itertools.pairwise(bounds)]
@@ -3297,7 +3299,7 @@ async def monitor_events(service: Service, request: Request) -> Response:
     outbox = service.outboxes.get(request["environment"])
     behind = await outbox.behind() if outbox else 0
     body = await service.store.read(partial(_monitor, selection=selection, size=size, behind=behind), quick=False)
-    # The debugger shows the environment's name even without events. Encode it, because headers are Latin-1.
+    # The debugger shows the name of an environment without events. Encode the name, because headers are Latin-1.
     headers = {"X-Environment-Id": urllib.parse.quote(selection.view.environment, safe="")}
     if outbox:
         headers["X-Forward-To"] = outbox.host
@@ -3312,7 +3314,7 @@ class Forwarding(Struct):
 
     environment: str
     to: str  # the target: host and port
-    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent without any
+    put_aside: dict[str, int] | UnsetType = UNSET  # events that were not delivered, by reason; absent if all were
 
 
 class Health(Struct):
@@ -3320,7 +3322,7 @@ class Health(Struct):
 
     status: str = "ok"  # or warning, or failing
     version: str = __version__
-    reason: str | UnsetType = UNSET  # why events cannot be stored, or soon cannot
+    reason: str | UnsetType = UNSET  # why the server cannot store events, or soon will not be able to
     forwarding: list[Forwarding] | UnsetType = UNSET  # absent if nothing is forwarded
 
 
@@ -3337,7 +3339,7 @@ async def health(service: Service, request: Request) -> Response:
 
 def _debugger() -> Operation:
     """Make GET /: the event debugger, a page that calls this API as any other client does."""
-    page = _data_file("debugger.html")  # every line ends in \n here; browsers hash it in this form
+    page = _data_file("debugger.html")  # _data_file makes each line end \n, as browsers do before they hash
     policy = "default-src 'none'; connect-src 'self'; "  # run only the page's own script: events may contain HTML
     for tag in ("script", "style"):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -3360,7 +3362,7 @@ _API_CALL = {"event_name": "api_request", "external_customer_id": "cust_42"}
 
 
 def _operation_of_extra(method: str, path: str, module: str) -> Operation:
-    """Make a row whose handler calls that of the same path in a module of eventstore_extras."""
+    """Make a row of the route table that calls the handler of the same path in a module of eventstore_extras."""
 
     async def handle(service: Service, request: Request) -> Response:
         if not _has_extras():
@@ -3395,15 +3397,15 @@ OPERATIONS = (
 def create_app(
     settings: Settings, *, operations: Sequence[Operation] = (), middleware: Sequence[Middleware] = ()
 ) -> Starlette:
-    """Make the Events API as an ASGI application; it opens the database now and closes it with its lifespan.
+    """Make the Events API as an ASGI application. Open the database now; the end of the lifespan closes it.
 
     `operations` are additional routes, which also appear in the OpenAPI document. `middleware` runs after
     authentication and rate limits: a request that needs a key has `scope["environment"]` by then. `app.state.service`
-    is the Service. Raises StartError if the database cannot be used, ValueError without an API key.
+    is the Service. Raises StartError if the database cannot be used, and ValueError if `api_keys` is empty.
     """
     if not settings.api_keys:
         raise ValueError('no API key: Settings(api_keys=(ApiKey.hashed("your key"),))')
-    debugger = _debugger()  # before the store starts threads: the file may be missing
+    debugger = _debugger()  # fails if the file is missing, so call it before the store starts threads
     layers = [*middleware]
     if settings.rate_limits:
         layers = [Middleware(_extra("rate_limits", "a rate limit").RateLimits, settings=settings), *layers]
@@ -3417,7 +3419,7 @@ _KEEP_ALIVE_S = 75  # longer than a proxy's 60 s: a connection that closes while
 
 
 def listen_error(error: Exception, where: str, host_flag: str, port_flag: str) -> StartError:
-    """Return the error for an address on which the server cannot listen; it says which flag to change."""
+    """Return the error for an address on which the server cannot listen. Its message names the flag to change."""
     reasons = {
         errno.EADDRINUSE: f"it is taken; choose another with {port_flag} (0 takes a free one)",
         errno.EACCES: f"ports below 1024 need more rights; choose another with {port_flag}",
@@ -3469,7 +3471,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine
 
 
 def check_key(key: str, where: str = "") -> str:
-    """Return the key. Raises StartError if an HTTP header cannot carry it, or if it is in quotes."""
+    """Return the key. Raises StartError if an HTTP header cannot carry it, or if it begins or ends with a quote."""
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         problem = "is empty, or has a space or a character outside ASCII"
         raise StartError(f"{where}an API key {problem}: an HTTP header cannot carry it")
@@ -3479,14 +3481,14 @@ def check_key(key: str, where: str = "") -> str:
 
 
 def check_name(name: str, where: str) -> None:
-    """Raise StartError if the name of an environment, or a label, cannot be shown in a log or a header."""
+    """Raises StartError if the name of an environment, or a label, is too long, quoted, or has control characters."""
     if not name.isprintable() or name[:1] in ("'", '"') or name[-1:] in ("'", '"') or len(name) > 255:
         problem = "is longer than 255 characters, in quotes, or has a control character"
         raise StartError(f"{where} {quoted(name)} {problem}")
 
 
 class FoundKeys(NamedTuple):
-    """The API keys of `serve`, and where they were found."""
+    """The API keys of `serve`, and the flag, variable or file that they come from."""
 
     keys: tuple[ApiKey, ...]
     source: str
@@ -3511,14 +3513,14 @@ def _plain_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundK
 
 
 def _find_api_keys(flags: argparse.Namespace, environ: Mapping[str, str]) -> FoundKeys:
-    """Return the keys of the flags, else those of the environment variables, else a new one. Raises StartError."""
+    """Return the keys of the flags, else of the environment variables, else a new key. Raises StartError."""
     find = _extra("keys", "serve").find_api_keys if _has_extras() else _plain_keys
     found: FoundKeys | None = find(flags, environ)
     if found:
         return found
     if flags.host not in _LOOPBACK:
         problem = f"--host {flags.host} can be reached from other machines, and no API key was given"
-        raise StartError(f"{problem}: choose one with --api-key or FLEXPRICE_API_KEY")
+        raise StartError(f"{problem}: choose a key with --api-key or FLEXPRICE_API_KEY")
     made = f"evs_{secrets.token_urlsafe(18)}"
     return FoundKeys((ApiKey.hashed(made),), "made for this run", made)
 
@@ -3534,8 +3536,8 @@ _COMMANDS = {  # name -> module of eventstore_extras, and what the command does
     "backup": ("backup", "copy the database to one file, and check the copy"),
     "keys": ("keys", "make API keys, or list those of a file"),
 }
-_SHUTDOWN_TIMEOUT_S = 5  # for requests after SIGTERM; the writer and the checkpoint follow, and Docker kills after 10 s
-_MAX_FLAG = 1_000_000_000_000  # a larger size of a buffer or time in microseconds would overflow
+_SHUTDOWN_TIMEOUT_S = 5  # for running requests. Then the writer and a checkpoint need time; Docker kills after 10 s
+_MAX_FLAG = 1_000_000_000_000  # a larger buffer size, or time in microseconds, would overflow
 AddFlag = Callable[..., argparse.Action]
 
 
@@ -3566,12 +3568,12 @@ def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; then finish the running requests, drain the writer and return 0."""
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    _resolve(arguments.host, arguments.port)  # if the host is wrong, do not complain about a missing key first
+    _resolve(arguments.host, arguments.port)  # report a wrong host before a missing key
     found = _find_api_keys(arguments, os.environ)
     extras = _extra("serving", "serve") if _has_extras() else None
     server = uvicorn_server("", _SHUTDOWN_TIMEOUT_S, arguments.keep_alive_s, arguments.access_log)
-    # Set the handlers before the port is open, because a signal may follow at once. Keep them after uvicorn has ended:
-    # uvicorn raises the signal again, and the default handler would make the exit status -15.
+    # Set the handlers before the port is open, because a signal may follow at once. Do not remove them when uvicorn has
+    # ended: uvicorn raises the signal again, and the default handler would make the exit status -15.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     if hasattr(signal, "SIGHUP"):  # not on Windows
@@ -3596,15 +3598,15 @@ def serve(arguments: argparse.Namespace) -> int:
 
 
 def positive(kind: Callable[[str], _Number], or_zero: bool = False) -> Callable[[str], _Number]:
-    """Make an argparse type for a number above 0, or from 0."""
+    """Make an argparse type for a number greater than 0, or with `or_zero` at least 0."""
 
     def parse(text: str) -> _Number:
         with suppress(ValueError):
             value = kind(text)
             if 0 < value <= _MAX_FLAG or (or_zero and value == 0):
                 return value
-        least = "from 0" if or_zero else "greater than 0,"
-        raise argparse.ArgumentTypeError(f"must be a number {least} to {_MAX_FLAG}, got {text!r}")
+        least = "at least 0" if or_zero else "greater than 0"
+        raise argparse.ArgumentTypeError(f"must be a number {least} and at most {_MAX_FLAG}, got {text!r}")
 
     return parse
 
@@ -3621,18 +3623,18 @@ def add_db_flag(add: AddFlag, text: str) -> None:
 def _add_serve_flags(add: AddFlag) -> None:
     """Add the flags of `serve`. A flag with the name of a field of Settings sets that field."""
     defaults = Settings()
-    add_db_flag(add, 'database file, made if absent; ":memory:" is a temporary one')
+    add_db_flag(add, 'database file, created if absent; ":memory:" is a temporary one')
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8080, help="port to listen on; 0 takes a free one")
-    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="may be given several times; "
-        "else EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else one is made for this run")  # fmt: skip
+    add("--api-key", metavar="KEY[=ENVIRONMENT]", action="append", default=[], help="API key; may be given several "
+        "times; by default EVENTSTORE_API_KEYS, else FLEXPRICE_API_KEY, else a key made for this run")  # fmt: skip
     add("--max-body-bytes", type=positive(int), default=defaults.max_body_bytes, help="longest request body")
     add("--query-timeout-s", type=positive(float), default=defaults.query_timeout_s, help="longest time for one query")
     add("--queue-events", type=positive(int), default=defaults.queue_events, help="events that may wait for the disk")
-    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bytes of requests held at a time")
+    add("--queue-bytes", type=positive(int), default=defaults.queue_bytes, help="bodies and unread answers in memory")
     add("--warn-free-bytes", metavar="N", type=positive(int, or_zero=True), default=defaults.warn_free_bytes,
-        help="warn in the log and in /health when the disk has fewer bytes left; 5%% of the disk, at most 1 GB, "
-        "if not given; 0 never warns")  # fmt: skip
+        help="warn in the log and in /health when the disk has fewer bytes left; by default 5%% of the disk, at "
+        "most 1 GB; 0 never warns")  # fmt: skip
     add("--visibility-lag-ms", type=positive(int, or_zero=True), default=defaults.visibility_lag_ms,
         help="hide events from queries for this long after they were accepted")  # fmt: skip
     add("--strict", action="store_true", help="refuse requests with unknown fields or parameters, or known ones "
@@ -3640,7 +3642,7 @@ def _add_serve_flags(add: AddFlag) -> None:
     add("--keep-alive-s", type=positive(int), default=_KEEP_ALIVE_S,
         help="close a connection that is idle for this long; keep it above the proxy's own limit")  # fmt: skip
     add("--access-log", action="store_true", help="log every request, not only refused ones")
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what to log")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="least severe level to log")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -3667,20 +3669,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         command = commands.choices[arguments.command]
         similar = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
         if not similar and not _has_extras():
-            raise _no_extras(unknown[0].partition("=")[0])  # it is probably a flag of the extras
-        hint = f"; is {similar[0]} meant?" if similar else ""
+            raise _no_extras(unknown[0].partition("=")[0])  # probably a flag of the extras
+        hint = f"; did you mean {similar[0]}?" if similar else ""
         command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return arguments
 
 
 def say(message: str) -> None:
-    """Print a command's message to stderr, unless that is closed or full."""
+    """Print a command's message to stderr. Do nothing if stderr is closed or full."""
     with suppress(OSError):
         print(f"eventstore: {message}", file=sys.stderr, flush=True)
 
 
 def _replace_closed_files() -> None:
-    """Open /dev/null for each closed standard file: otherwise a file opened later would get its number and messages."""
+    """Open /dev/null for each closed standard file. Otherwise a file opened later would receive what is printed."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

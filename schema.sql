@@ -1,6 +1,6 @@
 -- The whole schema: environments, events with four indexes, meters and features. Times are integer microseconds since
 -- 1970, UTC. The server runs this file in one transaction: after a crash half-way the database file is still empty.
--- Every statement can be repeated without harm, because two processes may open a new file at the same moment.
+-- Every statement is safe to repeat, because two processes may open a new file at the same moment.
 
 -- Names of environments. Events and index entries hold the short id instead of the name.
 CREATE TABLE IF NOT EXISTS environments (
@@ -9,7 +9,7 @@ CREATE TABLE IF NOT EXISTS environments (
 ) STRICT;
 
 CREATE TABLE IF NOT EXISTS events (
-    seq                  INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival; AUTOINCREMENT reuses no number
+    seq                  INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival; AUTOINCREMENT never reuses a number
     environment          INTEGER NOT NULL,  -- environments.id, from the API key of the request
     id                   TEXT    NOT NULL,  -- idempotency key: unique in the environment
     external_customer_id TEXT    NOT NULL,
@@ -18,7 +18,7 @@ CREATE TABLE IF NOT EXISTS events (
     source               TEXT    NOT NULL,
     timestamp_us         INTEGER NOT NULL,  -- when the event happened
     ingested_at_us       INTEGER NOT NULL,  -- when this server accepted it
-    properties           TEXT    NOT NULL   -- JSON object, the text as it was sent: numbers keep their digits
+    properties           TEXT    NOT NULL   -- JSON object; numbers keep the digits that the client sent
 ) STRICT;
 
 -- Finds an event by its id, and rejects a second event with the same id. Without it a retry would store duplicates.
@@ -37,8 +37,8 @@ CREATE INDEX IF NOT EXISTS events_by_customer ON events (environment, external_c
 -- order would sort the whole range. Inserts touch few of its pages, because there are few names.
 CREATE INDEX IF NOT EXISTS events_by_name ON events (environment, event_name, timestamp_us);
 
--- Meters: saved aggregations over the events with one name. Rows are never deleted: usage of an archived meter can still
--- be queried.
+-- Meters: saved aggregations over the events with one name. Rows are never deleted, because the usage of an archived
+-- meter can still be queried.
 CREATE TABLE IF NOT EXISTS meters (
     environment    INTEGER NOT NULL,
     id             TEXT    NOT NULL,
@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS meters (
     PRIMARY KEY (environment, id)
 ) STRICT, WITHOUT ROWID;
 
--- Finds the meters of an event name. Without it the query would scan all meters of the environment.
+-- Finds the meters that aggregate events of a name. Without it the query would scan all meters of the environment.
 CREATE INDEX IF NOT EXISTS meters_by_event_name ON meters (environment, event_name);
 
 -- Features: the name that users see for a meter, and its units.
@@ -75,7 +75,7 @@ CREATE TABLE IF NOT EXISTS features (
     PRIMARY KEY (environment, id)
 ) STRICT, WITHOUT ROWID;
 
--- Rejects a second feature with the same lookup key. Without it two requests at the same moment could both succeed.
+-- Rejects a second published feature with the same lookup key. Without it two simultaneous requests could succeed.
 CREATE UNIQUE INDEX IF NOT EXISTS features_by_lookup_key ON features (environment, lookup_key)
     WHERE archived_at_us IS NULL AND lookup_key <> '';
 

@@ -501,7 +501,7 @@ def test_a_route_that_resembles_another_gets_404_and_a_suggestion(
 
 @table("path", ["/events", "/events/bulk", "/events/lookup", "/events/usage"])
 def test_a_route_without_v1_gets_404_and_a_hint_about_the_base_url(shared: httpx.Client, path: str) -> None:
-    refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1, so "/v1{path}"?')
+    refused(shared.post(path), 404, "not_found", f'the base URL ends in /v1: did you mean "/v1{path}"?')
 
 
 WRONG_METHODS = [("PUT", "/v1/events", {"GET", "POST"}), ("DELETE", "/v1/events/bulk", {"POST"}),
@@ -749,7 +749,7 @@ def test_all_invalid_parameters_are_named_at_once(many: httpx.Client) -> None:
 def test_a_direction_in_sort_is_refused_with_a_hint_to_use_order(many: httpx.Client) -> None:
     (fault,) = refused(many.get("/v1/events?sort=name:desc"))["errors"]
     allowed = 'sort must be one of timestamp, event_name, got "name:desc"'
-    assert fault["message"] == f"{allowed}; its direction goes in order: desc or asc"
+    assert fault["message"] == f"{allowed}; send the direction in order: desc or asc"
 
 
 CONTRADICTIONS = {
@@ -970,8 +970,8 @@ def test_a_cursor_of_an_unknown_event_works_when_sorting_by_time_but_not_by_name
 ) -> None:
     query = {"page_size": 1, "order": order, side: f"{NOW - 1500}000::0500x"}
     assert ids(many, method, **query) == [neighbour]
-    begin_anew = "if it was deleted since, begin anew without a cursor"
-    details = refused(ask(many, method, **query, sort="event_name"), part=f'by event_name, got "0500x": {begin_anew}')
+    advice = "if the event was deleted, start again without a cursor"
+    details = refused(ask(many, method, **query, sort="event_name"), part=f'is event_name, got "0500x": {advice}')
     assert [fault["field"] for fault in details["errors"]] == [side]
 
 

@@ -84,8 +84,8 @@ _PROPERTY_DIMENSION = re.compile(r"properties\.[A-Za-z0-9_.]+")
 _MAX_DIMENSIONS = 50
 MAX_ITEMS = 100_000  # an answer has at most this many items, and at most this many points
 ITEMS_LIMIT = f"{MAX_ITEMS} items or points"
-_MAX_CELLS = 1_000_000  # results of a meter, a group and a window or a part of the range; they are held in memory
-_MAX_SPANS = 1_000_000  # windows, counted for each scan of the events
+_MAX_CELLS = 1_000_000  # results in memory, one for each meter, group, and window or part of the range
+_MAX_SPANS = 1_000_000  # windows of all scans together
 
 
 class Query(Struct, frozen=True):
@@ -137,7 +137,7 @@ class _Aggregate(NamedTuple):
 
     sql: Callable[[str, str], str]  # (column of the property, FILTER clause) -> aggregate
     read_as: str = ""  # as in _Property; empty if no column is needed
-    merge: Callable[[float, float], float] | None = operator.add  # of an earlier and a later part of a range
+    merge: Callable[[float, float], float] | None = operator.add  # (value of earlier part, of later part) -> value
     finish: Callable[[float, int, Aggregation], float] = lambda value, event_count, aggregation: value
     event_columns: Sequence[str] = ()  # other columns in the aggregate: keys of _EVENT_COLUMNS
     is_position: bool = False  # SQL returns an event's position; with_latest replaces it by the value

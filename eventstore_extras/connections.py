@@ -36,16 +36,17 @@ WRITE_TIMEOUT_S = 30.0  # in each such period the client must take _MIN_BYTES of
 _MIN_BYTES = 10_000
 MAX_HEAD_BYTES = 65_536  # request line and headers; uvicorn sets no limit
 _MAX_HEADERS = 1_000  # of a request: each takes a hundred bytes of memory even if it is empty
-_MAX_CHUNK_OVERHEAD_BYTES = 16_384  # of a body beyond 16 bytes for each chunk and two for each byte of data, as in Go
+# Sizes and extensions of a body's chunks may take 16 bytes a chunk, 2 bytes for each byte of data, and this. As in Go.
+_MAX_CHUNK_OVERHEAD_BYTES = 16_384
 _PIECE_BYTES = 4_096  # parsed at a time, so a head may exceed the limit by this much before it is refused
-_MAX_UNPARSED_BYTES = 65_536  # received and not parsed; with more of them, the connection is not read
-_MAX_BODY_PARTS = 1_000  # then other connections get a turn: 256 KB received in chunks of one byte take 100 ms
-_EOF_S = 1.0  # from the end of what a client sends until its queries are ended
+_MAX_UNPARSED_BYTES = 65_536  # received but not parsed; above it, stop reading from the connection
+_MAX_BODY_PARTS = 1_000  # parsed before other connections get a turn; 256 KB in chunks of one byte take 100 ms
+_EOF_S = 1.0  # from the moment when a client shuts down its sending side until its queries are ended
 _LINGER_S = 2.0  # from the last answer until the connection closes, unless the client closes it first
-_STOP_S = 0.5  # when the server stops, time for an idle connection's request that may be on its way
+_STOP_S = 0.5  # when the server stops, keep idle connections open this long: a request may be on its way
 _MAX_CONNECTIONS = 10_000  # an idle one takes 10 KB
-_LISTENERS = 16  # uvloop accepts one connection for each of them in a round of the event loop
-_SPARE_FILES = 100  # of the limit on open files: for the database, the forward target, the modules
+_LISTENERS = 16  # copies of a listening socket; uvloop accepts one connection from each per round of the event loop
+_SPARE_FILES = 100  # open files that are not connections: the database, the forward target, modules
 _LOG_PAUSE_S = 60.0
 
 _make_request_id = IdMaker()
@@ -65,7 +66,7 @@ class _WholeResponses:
     def write(self, data: bytes) -> None:
         if not self._head and data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
             self._head = data
-        elif not self.is_closing():  # uvicorn notices it only for the newest of pipelined requests
+        elif not self.is_closing():  # uvicorn checks this only for the newest of pipelined requests
             self._transport.write(self._head + data)
             self._head = b""
 
@@ -130,10 +131,10 @@ class Protocol(HttpToolsProtocol):
     waits_to_parse = False  # in _ParsingTurns
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
     _in_body = False  # between the end of a request's head and the end of the request
-    _body_bytes = 0  # of a body, received since its timer was set
+    _body_bytes = 0  # of bodies, received since the body timer was set
     _overhead_bytes = 0  # of a body in chunks: long sizes, extensions, trailers
-    _body_parts = 0  # of bodies, parsed in this turn: chunks, or the pieces of what was received
-    _last_answer: bytes | None = None  # set as soon as nothing more is read
+    _body_parts = 0  # parts of bodies (chunks, or pieces of them) that were parsed in this turn
+    _last_answer: bytes | None = None  # to send before closing, perhaps b""; once it is set, nothing more is read
     _unsent_bytes = 0  # size of the write buffer when _write_timer was set
     _write_timer: asyncio.TimerHandle | None = None
     _eof_timer: asyncio.TimerHandle | None = None
@@ -180,7 +181,7 @@ class Protocol(HttpToolsProtocol):
         if len(self.unparsed) > _MAX_UNPARSED_BYTES:
             self.flow.pause_reading()
         elif len(self.cycle.body) <= HIGH_WATER_LIMIT:
-            self.flow.resume_reading()  # paused for a pipelined request; otherwise the client's end is not seen
+            self.flow.resume_reading()  # paused for a pipelined request; while paused, a disconnect is not noticed
 
     def parse_unparsed(self) -> None:
         """Parse what was received. Keep the rest as bytes while requests wait in the pipeline, because a parsed request
@@ -293,7 +294,7 @@ class Protocol(HttpToolsProtocol):
                 self._unset_keepalive_if_required()
             HttpToolsProtocol.on_message_complete(self)
             if not self.pipeline:
-                self.flow.resume_reading()  # paused during a large body; otherwise the client's end is not seen
+                self.flow.resume_reading()  # paused during a large body; while paused, a disconnect is not noticed
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open until the requests that arrived in full are answered, but end long queries: most
@@ -320,7 +321,7 @@ class Protocol(HttpToolsProtocol):
         self._set_timer(BODY_TIMEOUT_S, self._check_body)
 
     def _check_body(self) -> None:
-        """Refuse a body that arrives too slowly, unless the server is what does not read it."""
+        """Refuse a body that arrives too slowly, unless the server itself has paused reading."""
         self.timeout_keep_alive_task = None
         if self._body_bytes >= _MIN_BYTES or self.flow.read_paused:
             self._set_body_timer()
@@ -399,7 +400,7 @@ class Protocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Called when the server stops: finish what is under way. An idle connection's client may just have sent a
-        request, so wait a moment before closing; a request that arrives by then is answered, and closes it."""
+        request, so wait a moment before closing; the connection closes after the answer to such a request."""
         if self._last_answer is not None or self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
@@ -465,7 +466,7 @@ class Protocol(HttpToolsProtocol):
 
 
 class _Room:
-    """The limit on open connections. At the limit on open files the kernel would reset new ones without a word."""
+    """The limit on open connections. At the limit on open files, the kernel would reset new ones without an answer."""
 
     def __init__(self, server: uvicorn.Server) -> None:
         self._connections = server.server_state.connections
@@ -481,8 +482,8 @@ class _Room:
     def close_some(self, newest: Protocol) -> bool:
         """Close a hundredth of the connections, and log it. Return False if none may be closed.
 
-        Idle ones are closed first, then those that wait for their client if one key has more than half of all
-        connections: first those of the key that has the most, and of these the ones that have waited for longest.
+        Close idle connections. If none is idle, but one key has more than half of all connections, close those of that
+        key that wait for their client. Take the key with the most connections first, longest waiting first.
         """
         now_s = newest.loop.time()
         if now_s >= self._logged_s + _LOG_PAUSE_S:
@@ -496,7 +497,7 @@ class _Room:
         of_key = Counter(each.key for each in others)
         idle = [each for each in others if each.is_idle]
         waiting = [each for each in others if each.waits_for_client and of_key[each.key] > self.limit // 2]
-        # To look at 10,000 connections for each new one would occupy the event loop.
+        # Close many at once: searching 10,000 connections for each new one would block the event loop.
         number = self.limit // 100 if not idle else max(1, self.limit // 100)
         for each in heapq.nsmallest(number, idle or waiting, key=lambda each: (-of_key[each.key], each.waits_since_s)):
             each.transport.abort()
@@ -514,7 +515,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen on several copies of each socket: with one, a client that connects again and again fills the queue of
         new connections, and others wait there for seconds."""
-        self.server_state.room = _Room(self)  # type: ignore[attr-defined]  # now that raise_file_limit() was called
+        self.server_state.room = _Room(self)  # type: ignore[attr-defined]  # not earlier: reads the raised file limit
         self._copies = [each.dup() for each in sockets or () for _ in range(1, _LISTENERS)]
         await super().startup([*(sockets or ()), *self._copies] or None)
 
@@ -554,7 +555,7 @@ def inherited_socket(fd: int | None) -> socket.socket | None:
         passed = socket.socket(fileno=fd)
         is_listening = passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     except OSError as error:
-        raise StartError(f"{source}: file descriptor {fd} is no socket: {error.strerror}") from error
+        raise StartError(f"{source}: file descriptor {fd} is not a socket: {error.strerror}") from error
     if not is_listening or passed.family not in (socket.AF_INET, socket.AF_INET6):
         raise StartError(f"{source}: file descriptor {fd} is not a listening TCP socket")
     return passed

@@ -196,7 +196,7 @@ def _content_id(entry: Entry) -> str:
 
 
 class _JsonEvent(Struct, forbid_unknown_fields=True):
-    """An event as a client sends it, or as a server answers it, with `id` and the fields that only answers have."""
+    """An event as a client sends it, or from a server's answer, which has `id` and other fields in addition."""
 
     event_name: str | None = None
     external_customer_id: str | None = None
@@ -216,7 +216,7 @@ _ANSWERED_ONLY = ("ingested_at", "tenant_id", "environment_id")
 
 
 def _json_event(content: bytes, faults: Faults) -> EventIn:
-    """Decode an event. In an event without an event_id, as a server answers it, the event_id is the `id`."""
+    """Decode an event. An event from a server's answer has an `id` instead of an event_id."""
     event = decode_fields(_JSON_EVENT, content, faults)
     if not content.startswith(b"{"):
         faults.raise_any()
@@ -305,7 +305,7 @@ def _is_same_value(left: Raw, right: Raw) -> bool:
 
 
 def _merged_properties(properties: bytes, named: dict[str, Raw]) -> bytes:
-    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` has another value of one."""
+    """Add the properties of columns `properties.NAME`. Raises ApiError if `properties` differs from a column."""
     try:
         members = MEMBERS.decode(check_properties(properties))
     except FieldError:

@@ -176,7 +176,7 @@ def _check_fields_together(sent: InjectedFault, errors: Faults) -> None:
     if sent.status in (None, 202) and sent.retry_after_s is not None:
         errors.add("retry_after_s", "invalid_format", "goes with an error status only")
     if sent.status == 202 and sent.stored:
-        errors.add("stored", "invalid_format", "must be false with status 202: stored and accepted is no fault")
+        errors.add("stored", "invalid_format", "must be false with status 202, which accepts an event and loses it")
     if sent.status is None and sent.stored is False:
         errors.add("stored", "invalid_format", "must not be false without a status: 202 accepts an event and loses it")
 
@@ -200,7 +200,7 @@ def _check_that_a_request_can_match(fault: InjectedFault, errors: Faults) -> Non
 
 
 def check_fault(sent: InjectedFault, errors: Faults) -> InjectedFault:
-    """Return the fault with its defaults. Raises ApiError with everything that is wrong with it."""
+    """Return the fault with its defaults. Raises ApiError naming every wrong field."""
     values = {name: errors.check(name, field.check, getattr(sent, name)) for name, field in FIELDS.items()}
     fault = InjectedFault(**values | {"times": values["times"] or 1})
     _check_fields_together(sent, errors)
@@ -213,11 +213,12 @@ _INJECTED_FAULT = msgspec.json.Decoder(InjectedFault)
 
 
 def decode_fault(body: bytes) -> InjectedFault:
-    """Decode and check the body of POST /_mock/faults. Raises ApiError with everything that is wrong with it."""
+    """Decode and check the body of POST /_mock/faults. Raises ApiError with every fault."""
     errors = Faults()
     for name in decode(MEMBERS, body) or {}:
         if name not in FIELDS:
-            errors.add(name[:MAX_ECHO_CHARS], "invalid_format", f"is no field of a fault: it has {', '.join(FIELDS)}")
+            problem = f"is not a field of a fault: the fields are {', '.join(FIELDS)}"
+            errors.add(name[:MAX_ECHO_CHARS], "invalid_format", problem)
     return check_fault(decode_fields(_INJECTED_FAULT, body, errors), errors)
 
 

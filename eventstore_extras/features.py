@@ -139,7 +139,7 @@ class ReportingUnit(Struct):
 
 
 class Feature(Struct, kw_only=True):
-    """A feature as it is answered (API: Features)."""
+    """A feature in an answer (API: Features)."""
 
     id: str
     name: str
@@ -305,7 +305,10 @@ def _require_published_meter(conn: sqlite3.Connection, environment: str, meter_i
 
 
 def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: Columns | None) -> Feature:
-    """Store a feature, and its meter if it is new. Raises ApiError: not_found, validation_error, already_exists."""
+    """Store a feature, and its meter if it is new.
+
+    Raises ApiError if the existing meter is unknown or archived, or if another feature has the lookup_key.
+    """
     if meter is not None:
         columns = columns | {"meter_id": add_meter(conn, view, meter).id}
     elif columns["meter_id"]:
@@ -322,7 +325,7 @@ def _add_feature(conn: sqlite3.Connection, view: View, columns: Columns, meter: 
 
 
 def _change_feature(conn: sqlite3.Connection, view: View, feature_id: str, columns: Columns) -> Feature:
-    """Store the changes of a feature. Raises ApiError: not_found, or validation_error if only one unit would be set."""
+    """Store the changes of a feature. Raises ApiError if the id is unknown, or if only one unit would be set."""
     before = require_feature(conn, view.environment, feature_id)
     faults = Faults(index=0)
     _check_units({name: getattr(before, name) for name in _UNITS} | columns, faults)
@@ -467,8 +470,8 @@ def _search_query(sent: FeatureSearchIn, sorts: Sequence[Sort], environment: str
     query = list_query("features", sent, sorts, environment, faults)
     faults.check("expand", _check_expand, sent.expand)
     if sent.filters:
-        fields = "lookup_keys, name_contains and the other fields"
-        faults.add("filters", "invalid_format", f"must be empty: this server has no conditions; it takes {fields}")
+        advice = "use lookup_keys, name_contains or another field"
+        faults.add("filters", "invalid_format", f"must be empty: conditions are not supported; {advice}")
     faults.raise_any()
     options = {
         "feature_ids": ("features.id", sent.feature_ids),

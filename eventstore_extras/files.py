@@ -34,7 +34,7 @@ __all__ = [
 Stream = io.BufferedReader | gzip.GzipFile
 _SKIP_BYTES = _PIECE_BYTES = 1024 * 1024
 _HEAD_BYTES = 64 * 1024
-_SPLIT_BYTES = 16 * 1024  # each line copies the rest of the buffer
+_SPLIT_BYTES = 16 * 1024  # small, because each line copies the rest of the buffer
 _MIN_GZIP_READ_BYTES = 4096  # the gzip module reads headers in smaller pieces, data in larger ones
 
 
@@ -48,7 +48,7 @@ class _Arriving:
 
     def read(self, size: int) -> bytes:
         self._before_read()
-        is_header = size < _MIN_GZIP_READ_BYTES  # which the gzip module must get whole
+        is_header = size < _MIN_GZIP_READ_BYTES  # the gzip module needs a whole header
         return self._file.read(size) if is_header else self._file.read1(size)
 
 

@@ -111,7 +111,7 @@ def forward_progress_path(db: str, target: str, environment: str) -> Path:
 def open_forward_progress(
     conn: sqlite3.Connection, db: str, target: str, environment: str
 ) -> ProgressFile[ForwardProgress]:
-    """Return the progress of forwarding to this target; it continues that of earlier runs. Raises StartError."""
+    """Return the progress of forwarding to this target, resumed from its file if there is one. Raises StartError."""
     new = ForwardProgress(target=target, environment=environment)
     return resume_progress(conn, forward_progress_path(db, target, environment), new, _START_OVER)
 
@@ -260,7 +260,7 @@ class Forwarder:
         return await self._reader.read(lambda conn: _next_page(conn, environment, after, max_bytes))
 
     async def lag(self) -> int:
-        """Return how many events wait, as exactly as `_backlog` counts them."""
+        """Return how many events wait; `_backlog` says how exact the number is."""
         return (await self._measure()).events
 
     def lag_now(self) -> int:
@@ -313,7 +313,7 @@ class Forwarder:
         await self._pause(backoff_s)
 
     async def _write_aside(self, rows: Sequence[tuple[Row, str]]) -> Path:
-        """Write undelivered events and their reasons to the file of refused events, as soon as that is possible.
+        """Write undelivered events and their reasons to the file of refused events. Try until the file can be written.
 
         Raises _StoppingError.
         """
@@ -433,9 +433,11 @@ def _chosen_environment(service: Service, name: str | None) -> str:
     keyed = sorted({key.environment for key in service.settings.api_keys})
     names = ", ".join(map(quoted, keyed))
     if name is None and len(keyed) > 1:
-        raise StartError(f"--forward-to needs --forward-environment: the API keys are of several environments, {names}")
+        problem = f"the API keys belong to several environments, {names}"
+        raise StartError(f"--forward-to needs --forward-environment: {problem}")
     if name is not None and name not in keyed:
-        raise StartError(f"--forward-environment is {quoted(name)}, but no API key writes to it: they are of {names}")
+        problem = f"no API key writes to it: the keys belong to {names}"
+        raise StartError(f"--forward-environment is {quoted(name)}, but {problem}")
     return keyed[0] if name is None else name
 
 

@@ -1,6 +1,6 @@
 """Refuses requests that web pages send to a mock, whose key is well known, or to a server with --allow-host.
 
-With DNS rebinding, the name of a page's site comes to mean 127.0.0.1, but requests still name the site in `Host`. If a
+With DNS rebinding, the name of a page's site resolves to 127.0.0.1, but requests still name the site in `Host`. If a
 page sends requests to 127.0.0.1 itself, they name its site in `Origin`.
 """
 

@@ -73,7 +73,7 @@ def _read_entries(
 ) -> Iterator[Entry]:
     """Yield the events of a file of any format, gzipped or not; call before_read() between pieces of a gzipped file.
 
-    Raises InputError when the rest of the file cannot be read, after the entries before it.
+    Yields the entries before a damaged part, then raises InputError.
     """
     try:
         packed = unpacked(file, before_read)
@@ -129,10 +129,10 @@ class _Database:
         self._environment = environment
         self._conn: sqlite3.Connection | None = None
         self._number = 0  # of the environment
-        self.note = ""  # that the environment is new
+        self.note = ""  # for the summary, if the environment is new
 
     def open(self) -> sqlite3.Connection:
-        """Return the connection, opening it first if need be. Raises StartError."""
+        """Return the connection; open it on the first call. Raises StartError."""
         if self._conn is None:
             is_new = not os.path.exists(self.path)
             prepare_file(self.path)
@@ -223,7 +223,7 @@ class _Importer:
         self.without_id = 0
         self.ignored: set[str] = set()  # unknown fields
         self._differing = 0  # events whose id was stored with other content
-        self._named: list[str] = []  # the first of them
+        self._named: list[str] = []  # locations and ids of the first of these
 
     def add(self, entry: Entry) -> bool:
         """Take an entry; return True if it completed a group, which is now stored. Raises InputError, StopError."""
@@ -250,7 +250,7 @@ class _Importer:
         return True
 
     def _stopped_by(self, entry: Entry, faults: list[Fault], unknown: list[str]) -> InputError:
-        """Return the error for a bad entry. Without a good one before it, the file may hold no events."""
+        """Return the error for a bad entry, with another advice if the first entries do not look like events."""
         problem, advice = _problem(entry, faults), None
         if unknown:
             problem += f"; it has the unknown fields {', '.join(map(quoted, unknown[:_MAX_NAMED]))}"
@@ -322,7 +322,7 @@ class _Importer:
 class _Signals:
     """Turns the signals that end a process into KeyboardInterrupt.
 
-    It is raised only before more is read, or between events, so that the events read before are stored first.
+    It is raised only between events or before a read, so that the events already read are stored first.
     """
 
     def __init__(self) -> None:
@@ -429,7 +429,7 @@ def _import_file(
                 done = position
 
         def before_read() -> None:
-            if size is not None:  # a pipe's events cannot be read again: store them before a signal ends the import
+            if size is not None:  # a pipe's events cannot be read again: they are stored before a signal takes effect
                 signals.check()
                 advance_to(file.tell())
 

@@ -142,7 +142,7 @@ class MeterFilter(Struct):
 
 
 class Meter(Struct, kw_only=True):
-    """A meter as it is answered (API: Meters)."""
+    """A meter in an answer (API: Meters)."""
 
     id: str
     name: str
@@ -179,7 +179,7 @@ def _checked_buckets(sent: AggregationIn, kind: str, faults: Faults) -> str | No
         faults.add("bucket_size", "invalid_format", f"goes with {' and '.join(_BUCKETED)} only, not with {kind}")
     if sent.group_by and kind != "MAX":
         faults.add("group_by", "invalid_format", f"goes with MAX only, not with {kind}")
-    if sent.group_by and sent.group_by.startswith("properties."):  # which usage and analytics require
+    if sent.group_by and sent.group_by.startswith("properties."):  # usage and analytics require the prefix
         problem = f"must be the property alone, without properties. before it, got {quoted(sent.group_by)}"
         faults.add("group_by", "invalid_format", problem)
     return bucket_size
@@ -190,7 +190,7 @@ def _checked_aggregation(sent: AggregationIn, faults: Faults) -> Aggregation:
         faults.add("type", "required", f"is required: one of {', '.join(AGGREGATIONS)}")
     kind = faults.check("type", check_aggregation, (sent.type or "").upper()) or "COUNT"
     if sent.expression:
-        reason = "this server computes no formulas, name a field instead"
+        reason = "formulas are not supported, name a field instead"
         faults.add("expression", "invalid_format", f"must be empty, got {quoted(sent.expression)}: {reason}")
     elif kind != "COUNT" and not sent.field:
         faults.add("field", "required", f"is required for {kind}: the property to aggregate")
@@ -224,7 +224,7 @@ def _check_reset(text: str) -> str:
 
 
 def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
-    """Check a meter and return its columns; record what is wrong with it (API: Meters)."""
+    """Check a meter, record its faults, and return its columns (API: Meters)."""
     name = check_name("name", sent.name, faults)
     event_name = check_name("event_name", (sent.event_name or "").strip(), faults)
     aggregation = Aggregation("COUNT")
@@ -245,7 +245,7 @@ def meter_columns(sent: MeterIn, faults: Faults) -> Columns:
 
 
 def filters_in_both(asked: Mapping[str, list[str]], meter: Meter) -> dict[str, list[str]]:
-    """Combine a request's filters with a meter's. If several have one key, keep the values that all of them have."""
+    """Combine a request's filters with a meter's. For a key in several filters, keep the values that all have."""
     filters = dict(asked)
     for condition in meter.filters:
         values = filters.get(condition.key, condition.values)
@@ -296,7 +296,7 @@ def require_meter(conn: sqlite3.Connection, environment: str, meter_id: str) -> 
 
 
 def add_meter(conn: sqlite3.Connection, view: View, columns: Columns) -> Meter:
-    """Store a meter and return it as it is answered."""
+    """Store a meter and return it."""
     insert_row(conn, "meters", view, columns)
     return require_meter(conn, view.environment, columns["id"]).meter
 
@@ -403,7 +403,7 @@ class MeterUsageIn(Struct, forbid_unknown_fields=True):
 
 _METER_USAGE = msgspec.json.Decoder(MeterUsageIn)
 _SHARED_FIELDS = {*MeterUsageIn.__struct_fields__} & {*UsageIn.__struct_fields__}
-_LIFETIME_WINDOWS = 50_000  # buckets to compute at a time
+_BUCKETS_PER_ROUND = 50_000  # of a lifetime value
 
 
 def _usage_in(sent: MeterUsageIn, event_name: str, aggregation: Aggregation) -> UsageIn:
@@ -439,7 +439,7 @@ def _whole_buckets(query: UsageQuery, start_us: int) -> list[Span]:
     """Return up to 50,000 buckets from this time on; only the end of the range cuts one short."""
     buckets = query.windows or Windows("DAY")
     minutes = WINDOW_MINUTES.get(buckets.size, 1440)
-    end_us = min(start_us + _LIFETIME_WINDOWS * minutes * MINUTE_US, query.end_us)
+    end_us = min(start_us + _BUCKETS_PER_ROUND * minutes * MINUTE_US, query.end_us)
     spans = buckets.spans(start_us, end_us)
     return spans if end_us == query.end_us else spans[:-1]
 

@@ -55,7 +55,7 @@ class _Histogram:
 
 
 def _counter(name: str, text: str, values: Mapping[Any, int], labels: Sequence[str] = ()) -> CounterMetricFamily:
-    """Make a counter from its values by label values; prometheus_client adds _total to its name."""
+    """Make a counter with a value for each tuple of label values; prometheus_client adds _total to its name."""
     metric = CounterMetricFamily(name, text, labels=labels)
     for label_values, value in values.items():
         metric.add_metric(label_values, value)
@@ -109,7 +109,7 @@ class Metrics:
         return count
 
     def _on_request(self, scope: Scope, answer: Message, seconds: float) -> None:
-        status = answer.get("status", 499)  # the client went away before its answer, as nginx calls it
+        status = answer.get("status", 499)  # nginx's status for a client that went away before its answer
         route = getattr(scope.get("endpoint"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._requests[route, method, str(status)].observe(seconds)

@@ -198,7 +198,7 @@ class ReceivedRequest(Struct, frozen=True):
     headers: dict[str, str]  # names in lower case, without the key
     body: bytes  # as far as the server has read it
     status: int | None  # None: not answered, or not yet
-    fault: dict[str, Any] | None  # the one that the request met
+    fault: dict[str, Any] | None  # the injected fault that applied to the request
     ignored: list[str] = []  # names in the request that the server ignored; "..." if there are more
 
     @property
@@ -339,7 +339,7 @@ def _convert(arguments: Mapping[str, Any], kind: type[T]) -> T:
 
 
 def _check_arguments(api_keys: object, allowed_hosts: object) -> None:
-    """Raise TypeError if an argument of running_server() has a type that would fail later, or mean something else."""
+    """Raise TypeError if an argument of running_server() has a type that would fail later or be misunderstood."""
     rule = 'api_keys must map keys to names of environments, such as {"key": "development"}'
     if not isinstance(api_keys, Mapping):
         raise TypeError(f"{rule}, got {type(api_keys).__name__}")  # not the value, which may be a key
@@ -360,7 +360,7 @@ def _require_threads() -> None:
     """Raise StartError if threads are replaced."""
     if not _has_threads():
         problem = "running_server() needs threads, which gevent or eventlet has replaced in this process"
-        advice = "patch with thread=False, or run `eventstore serve --mock` as a process of its own"
+        advice = "patch with thread=False, or run `eventstore serve --mock` as a separate process"
         raise StartError(f"{problem}: {advice}")
 
 
@@ -371,7 +371,7 @@ def _share_address(sock: socket.socket) -> None:
 
 
 def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
-    """Return a socket bound to this address, even if another socket has it that does not listen."""
+    """Return a socket bound to this address. Another socket may have the address, unless it listens."""
     sock = socket.socket()
     _share_address(sock)
     sock.bind(address)
@@ -381,8 +381,8 @@ def _bound(address: Any = ("127.0.0.1", 0)) -> socket.socket:
 class _Port:
     """A server in a thread, and its port, which can be closed for a while. A forked child leaves both alone.
 
-    A socket cannot stop listening, so each opening makes a new one. `reserved`, a socket that does not listen, keeps
-    other programs from taking the port meanwhile. If it does listen, the port cannot be opened again.
+    A socket cannot stop listening, so each opening makes a new one. While the port is closed, `reserved`, a bound
+    socket, keeps other programs from taking it. If `reserved` itself listens, the port cannot be opened again.
     """
 
     def __init__(self, server: uvicorn.Server, reserved: socket.socket) -> None:
@@ -449,7 +449,7 @@ class _Port:
             server.servers.append(await asyncio.get_running_loop().create_server(factory, sock=self._listener))
 
     async def _close(self) -> None:
-        with suppress(OSError):  # on macOS; on Linux a forked child's copy of the socket would keep listening
+        with suppress(OSError):  # macOS refuses; on Linux a forked child's copy of the socket would keep listening
             self._listener.shutdown(socket.SHUT_RDWR)
         for listening in self._server.servers:
             listening.close()
@@ -459,7 +459,7 @@ class _Port:
             transport = connection.transport
             number = transport.get_extra_info("socket").fileno()
             with suppress(OSError), socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as copy:
-                copy.shutdown(socket.SHUT_RDWR)  # abort() alone would not if a forked child has the socket as well
+                copy.shutdown(socket.SHUT_RDWR)  # after abort() alone, a forked child's copy would stay connected
             transport.abort()
         if state.tasks:
             await asyncio.wait(state.tasks, timeout=_SHUTDOWN_TIMEOUT_S)
@@ -517,7 +517,7 @@ class MockServer:
         return [msgspec.to_builtins(stored.meter) for stored in found]
 
     def _environment(self, name: str | None) -> str:
-        """Return the name, by default that of `api_key`'s environment. Raises ApiError if it is unknown."""
+        """Return the environment's name, by default that of `api_key`. Raises ApiError if the name is unknown."""
         if name is None:
             return self.api_keys[self.api_key]
         with closing(connect_reader(self._store.path)) as conn:
@@ -560,11 +560,11 @@ class MockServer:
         return self._recorder.take_ignored()
 
     def refuse_connections(self) -> None:
-        """Be unreachable: refuse connections and close open ones, until `accept_connections`. Events stay."""
+        """Refuse connections and close open ones until `accept_connections` is called. Stored events stay."""
         self._port.close()
 
     def accept_connections(self) -> None:
-        """Be reachable again, at the same URL."""
+        """Accept connections again, at the same URL."""
         self._port.open()
 
     @property
@@ -594,7 +594,7 @@ class HasAddress(Protocol):
 
 def _forward_to(target: HasAddress, service: Service, environment: str) -> Forwarder:
     """Make the server forward the environment's events. Raises StartError where `serve --forward-to` does."""
-    from eventstore_extras import forward, sending  # noqa: PLC0415 - they need httpx, which nothing else here does
+    from eventstore_extras import forward, sending  # noqa: PLC0415 - only `forward_to` needs them
 
     sending.require_httpx("forward_to")
     url = sending.target_url(target.url, "forward_to")

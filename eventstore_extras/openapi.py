@@ -113,7 +113,7 @@ _FILTERS = {
 
 # Schemas of fields, where the wire types do not imply them, and whole schemas. Operation.schemas adds more.
 _FIELD_SCHEMAS: dict[str, dict[str, Any]] = {
-    # Names for generated code, which cannot start with a digit: MIN_15.
+    # Names for generated code, in which a name must not start with a digit: MIN_15.
     "WindowSize": enum_schema(WINDOW_SIZES)
     | {"x-enum-varnames": [re.sub(r"(\d+)(\w+)", r"\2_\1", size) for size in WINDOW_SIZES]},
     "Order": enum_schema(ORDERS), "EventSort": enum_schema(SORTS),
@@ -189,7 +189,7 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Any]:
             schemas[name]["properties"] |= more[name]
             needed = [field for field, schema in more[name].items() if not _takes_null(schema)]
             schemas[name]["required"] = [*dict.fromkeys([*schemas[name].get("required", ()), *needed])]
-    # Only the decoder sees a batch as a struct of 1000 fields.
+    # Describe a batch as an array: the type that decodes it is a struct of 1000 fields.
     items = {"type": "array", "minItems": 1, "maxItems": MAX_BATCH, "items": ref(EventIn)}
     schemas["BulkIn"] = {"type": "object", "required": ["events"], "properties": {"events": items}}
     return schemas
@@ -223,7 +223,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.status == 202:
         counts = {f"X-Events-{name}": {"schema": {"type": "integer"}} for name in ("Inserted", "Duplicate")}
         responses["202"]["headers"] |= counts
-    if operation.answer is Health:  # which is also the answer while events cannot be stored
+    if operation.answer is Health:  # a 503 has the same body
         responses["503"] = _response("Events cannot be stored", Health)
     return responses
 
@@ -265,7 +265,7 @@ def openapi_document(rows: Sequence[Operation]) -> dict[str, Any]:
         described = paths.setdefault(operation.public_path, {})[operation.method.lower()] = _describe(operation, names)
         names.add(described["operationId"])
     about = (
-        "FlexPrice's Events API on SQLite. \"API: Usage\" names the section of that name in the project's docs/api.md. "
+        'FlexPrice\'s Events API on SQLite. "API: Usage" names a section of the documentation: see docs/api.md. '
         "OPTIONS on any path answers a browser's preflight request, without a key."
     )
     key = {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "Bound to one environment."}

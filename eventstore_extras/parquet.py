@@ -213,14 +213,14 @@ def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
 # ---------------------------------------------------------------------------------------------- reading: the file
 
 _BATCH_ROWS = 256  # held in memory at once, together with their JSON
-_BATCH_BYTES = 128 * 1024 * 1024  # a batch has fewer rows if they may take more: each value may be as long as a page
+_BATCH_BYTES = 128 * 1024 * 1024  # of a batch, if each text is as long as its column's largest page
 _MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
 _MAX_PAGES_BYTES = 512 * 1024 * 1024  # of the largest pages of all columns of texts
 _STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
 
 
 def _footer(file: BinaryIO) -> bytes:
-    """Return a file's table of contents. Raises InputError if the marks at both ends are wrong: the library panics."""
+    """Return a file's table of contents. Raises InputError if a mark at an end is wrong: the library would panic."""
     file.seek(0)
     start, size = file.read(4), file.seek(0, io.SEEK_END)
     file.seek(max(size - 8, 0))
@@ -276,7 +276,7 @@ def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
 
 
 def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
-    """Yield the rows of a file. Raises InputError when the rest cannot be read, after the rows before it."""
+    """Yield the rows of a file. Yields the rows before a part that cannot be read, then raises InputError."""
     reader = _open_reader(file, _batch_rows_for(*_largest_pages(file)))
     _check_schema(reader.schema, assume_utc)
     number = 0

@@ -1,4 +1,4 @@
-"""Finds the proxy that leads to a target: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in either case.
+"""Finds the proxy that leads to a target: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, in upper or lower case.
 
 httpx would read the same variables, but it fails with a traceback on a value that it does not know, and it matches
 neither networks nor names with a leading dot in NO_PROXY.
@@ -51,7 +51,7 @@ def port_of(url: urllib.parse.SplitResult) -> int:
 
 
 def _address(host: str) -> _IpAddress | None:
-    """Return the address that a host is, or None for a name. Short forms such as 127.1 are addresses."""
+    """Return the host as an IP address, or None if it is a name. Short forms such as 127.1 are addresses."""
     with suppress(ValueError):
         address = ipaddress.ip_address(urllib.parse.unquote(host))
         return getattr(address, "ipv4_mapped", None) or address
@@ -121,7 +121,7 @@ def _check(url: str, source: str) -> Proxy:
 
 
 def find_proxy(url: str) -> Proxy | None:
-    """Return the proxy for a target, or None to connect directly, as to every address of this machine.
+    """Return the proxy for a target. Return None to connect directly, always to this machine.
 
     Raises StartError if the variable that applies to the target cannot be used; ignores the other variables.
     """

@@ -37,7 +37,7 @@ class UnusedFaultWarning(UserWarning):
 
 
 def _no_proxy(name: str) -> str:
-    """Return the value of the variable with this machine added. Clients differ in which case they read."""
+    """Return the value of the variable with this machine added. Some clients read only one of the two cases."""
     present = os.environ.get(name) or os.environ.get(name.swapcase()) or ""
     if present.strip() == "*":  # clients recognize it only alone
         return present

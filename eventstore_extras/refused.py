@@ -92,7 +92,7 @@ def _as_written(value: Any) -> Any:
 
 
 def queued_bytes(row: Row) -> int:
-    """Return the size that the event has in FlexPrice's queue, rounded up by some 100 bytes."""
+    """Return the size that the event has in FlexPrice's queue, overestimated by about 100 bytes."""
     event = structs.asdict(exported_event(row))
     with suppress(ValueError, msgspec.MsgspecError):  # an earlier version stored a number that no float can hold
         event["properties"] = _as_written(msgspec.json.decode(row.properties))
@@ -162,7 +162,7 @@ RULES = (
     Rule("too_long", _find_length, "FlexPrice answers 202, and then its queue refuses the event: it is lost"),
     Rule("time_out_of_range", _find_time, "FlexPrice stores another year"),
     Rule("number_too_large", _find_number, "FlexPrice's consumer fails on it again and again if a meter counts it, "
-         "until it takes in nothing at all"),
+         "and then takes in no more events"),
     Rule("integer_too_large", _find_integer, "FlexPrice cannot read any of the event's properties"),
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The command `eventstore replay`: send stored events once, with filters, to FlexPrice or another eventstore.
 
-A replay first sends the events that exist, oldest first, and then those that arrived meanwhile. It keeps its progress
-in a file, so that the same command continues where the last one stopped.
+A replay first sends the events that exist, oldest first, and then those that arrived during the replay. It keeps its
+progress in a file, so that the same command continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _START_OVER = "with --restart all events are sent again, which does no harm"
 
 class ReplayProgress(Progress, kw_only=True):
     filters: dict[str, str | None]
-    seq: int = msgspec.field(name="arrived")  # the newest event when the replay began, until the first pass is complete
+    seq: int = msgspec.field(name="arrived")  # in the first pass: the newest event when the replay began
     cursor: Cursor | None = None  # every event up to it in order of time is accepted
     is_caught_up: bool = False  # the first pass is complete: only events that arrived after `seq` remain
 
@@ -355,8 +355,8 @@ def add_flags(_: str, add: AddFlag) -> None:
     add("--batch-size", type=_batch_size, default=500, help=f"events per request, at most {MAX_BATCH}")
     add("--concurrency", type=positive(int), default=4, help="requests at the same time")
     add("--give-up-after-s", type=positive(float), default=600.0, help="stop when no batch was accepted for this long")
-    add("--max-event-bytes", metavar="N", type=positive(int), default=MAX_EVENT_BYTES, help="longest event, in "
-        "FlexPrice's queue, that is sent; a longer one is put aside")  # fmt: skip
+    add("--max-event-bytes", metavar="N", type=positive(int), default=MAX_EVENT_BYTES, help="longest event that "
+        "is sent, by its size in FlexPrice's queue; longer ones go to the file of refused events")  # fmt: skip
     add("--everything", action="store_true", help="the target is not FlexPrice: also send what FlexPrice would lose")
     add("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     add("--restart", action="store_true", help="start over instead of continuing where the last run stopped")

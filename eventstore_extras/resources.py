@@ -141,7 +141,7 @@ def archive_row(conn: sqlite3.Connection, table: str, view: View, row_id: str, u
 # ---------------------------------------------------------------------------------------------- Lists
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 50, 1000
-_STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four find nothing
+_STATUSES = ("published", "archived", "deleted", "inactive", "active", "draft")  # the last four match no row
 _SORTS = {"created_at": "created_at_us", "updated_at": "updated_at_us", "name": "name", "id": "id",
           "status": "archived_at_us IS NULL"}  # fmt: skip
 # The fields by which each table can be sorted, with their SQL.
@@ -233,7 +233,7 @@ def _order_by(table: str, sorts: Sequence[Sort], order: str) -> str:
 
 
 def list_query(table: str, sent: _ListIn, sorts: Sequence[Sort], environment: str, faults: Faults) -> ListQuery:
-    """Check the fields that all lists have; record what is wrong with them (API: Lists)."""
+    """Check the fields that all lists have, and record their faults (API: Lists)."""
     where = sql(f"{table}.{IN_ENVIRONMENT}", environment=environment)
     created = _created_within(table, sent, faults)
     status = faults.check("status", _check_status, sent.status)

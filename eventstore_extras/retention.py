@@ -76,7 +76,7 @@ __all__ = [
 
 SPAN = 100_000  # seqs that one query scans
 _FIRST_ROWS, MIN_ROWS, MAX_ROWS = 50, 10, 1000  # to delete in one transaction
-_TARGET_S = 0.005  # for one transaction: requests that store events wait for it and its commit
+_TARGET_S = 0.005  # for one transaction; ingest requests wait for the transaction and its commit
 _PAUSE_FACTOR = 2  # while events arrive, the pause after a transaction is this many times as long as the transaction
 _FIND_EXPIRED = "SELECT count(*), max(seq) FROM (SELECT seq FROM events NOT INDEXED WHERE {} ORDER BY seq LIMIT :rows)"
 _COUNT_KEPT = """
@@ -104,7 +104,7 @@ class Survey(NamedTuple):
 
     expired: int
     events: int
-    newest_us: int  # when the last of them was stored
+    newest_us: int  # when the newest of them was stored
 
 
 class Expired(NamedTuple):
@@ -112,8 +112,8 @@ class Expired(NamedTuple):
 
     before_us: int
     forwarded: Sequence[ForwardProgress]
-    after: int = 0  # only events with a greater seq
-    through: int = 2**63 - 1  # and not a greater one than this
+    after: int = 0  # only events with a seq above this,
+    through: int = 2**63 - 1  # up to and including this
     plausible_us: int = PLAUSIBLE_US  # an event stored earlier than this was stored while the clock was wrong
     keeps_unforwarded: bool = False  # keep all events of environments that are not forwarded
 
@@ -178,7 +178,7 @@ class _Found(NamedTuple):
     """The first events to delete in a span."""
 
     number: int
-    last: int  # seq of the last of them, 0 without any
+    last: int  # seq of the last of them, or 0
     kept: Kept  # the old events before the last one that must stay
     newest: int  # seq of the last event of the table
 
@@ -196,9 +196,9 @@ def _seq_range(conn: sqlite3.Connection) -> tuple[int, int]:
 
 
 class Sweep:
-    """Deletes expired events in order of arrival, in short transactions: ingest requests wait for them.
+    """Deletes expired events in order of arrival, in short transactions, because ingest requests wait for each.
 
-    It pauses between them while events arrive.
+    Pauses between transactions while events arrive.
     """
 
     def __init__(self, path: str, database: Database, expired: Expired) -> None:
@@ -293,25 +293,25 @@ def _lasted_us(duration_us: int) -> str:
 
 
 class SteadyClock:
-    """The wall clock without its jumps into the future, which the monotonic clock shows.
+    """The wall clock without jumps into the future, which it detects with the monotonic clock.
 
-    `newest_us` is when the newest event was stored, 0 without events.
+    `newest_us` is the time when the newest event was stored; 0 without events.
     """
 
     def __init__(self, wall: Callable[[], int], newest_us: int) -> None:
         self._wall = wall
         self._newest_us = newest_us
-        self._read_us = monotonic_us()  # the last time that the clock was believed, and what it said
-        self._said_us = wall()
+        self._read_us = monotonic_us()  # when the wall clock was last believed
+        self._said_us = wall()  # its time at that moment
         self._is_ahead = False
         self.corrections = 0  # jumps into the future that were believed, because the clock had been wrong before
 
     def _was_behind(self, now: int) -> bool:
-        """Return True if the jump to this time corrects a clock that was before 2024, or before stored events."""
+        """Return True if the jump to this time corrects a clock before 2024, or a day behind the newest event."""
         return self._said_us < PLAUSIBLE_US or self._said_us + DAY_US < self._newest_us <= now
 
     def now(self) -> int:
-        """Return the time in microseconds. After a jump into the future it continues with the time before."""
+        """Return the time in microseconds. After a jump into the future, continue as if the clock had not jumped."""
         # Read in this order: a pause between the two looks like a jump ahead, which ends at the next call.
         read_us, said_us = monotonic_us(), self._wall()
         steady_us = self._said_us + read_us - self._read_us
@@ -337,7 +337,7 @@ class SteadyClock:
 # ---------------------------------------------------------------------------------------------- retention
 
 HOUR_US = 3600 * 1_000_000
-CLOCK_INTERVAL_S = 1.0  # between two reads of the clock, which may be changed meanwhile
+CLOCK_INTERVAL_S = 1.0  # between two checks whether the clock has jumped
 MOST_AT_ONCE = 1000  # events that the first sweep may delete even if they are most of the file
 _GAP_DAYS = 7  # the clock may be wrong if nothing was stored for longer than this and twice the retention time
 
@@ -421,7 +421,7 @@ class _Retention:
 
     async def _sweep_hourly(self) -> None:
         newest_us = 0
-        with suppress(ApiError, sqlite3.Error):  # the database cannot be read: the sweep will say so
+        with suppress(ApiError, sqlite3.Error):  # if the database cannot be read, the sweep logs the error
             newest_us = await self._database.read(_newest_stored_us)
         clock = SteadyClock(self._wall, newest_us)
         swept_us: int | None = None

@@ -87,7 +87,7 @@ class PutAside(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Events to send in one request, and between them events that FlexPrice would lose."""
+    """Events to send in one request, and the events between them that are not sent: FlexPrice would lose them."""
 
     rows: list[StoredRow]
     events: list[bytes]  # the same events as JSON
@@ -163,7 +163,7 @@ class Throttle:
         self._last_s = -math.inf
 
     def allows(self) -> bool:
-        """Return True, and start the interval, unless one is running."""
+        """Return True and start an interval, unless one is running."""
         now_s = time.monotonic()
         if now_s - self._last_s < self._interval_s:
             return False
@@ -172,12 +172,12 @@ class Throttle:
 
 
 class Progress(Struct, kw_only=True):
-    """How far sending to one target has come. The names are those in the files, also of earlier versions."""
+    """How far sending to one target has come. Files of earlier versions have the same field names."""
 
     target: str
     environment: str
-    seq: int = 0  # where sending in order of arrival continues: after this event
-    last_seq: int = 0  # of the last event that is accepted or kept back; with `last_id` it identifies the database
+    seq: int = 0  # sending in order of arrival continues after this event
+    last_seq: int = 0  # seq of the last event that was accepted or not sent; identifies the database with `last_id`
     last_id: str = ""
     accepted: int = 0  # events
 
@@ -285,7 +285,7 @@ class Answer(NamedTuple):
     problem: str = ""  # one line, without the key
     retry_after_s: float = 0.0
     duplicates: int = 0  # accepted events that the target already had
-    is_foreign: bool = False  # from a proxy or firewall before the API: says nothing about an event
+    is_foreign: bool = False  # from a proxy or firewall in front of the API: says nothing about an event
 
     def backoff_s(self, waits: int) -> float:
         """Return how long to wait before the next try.
@@ -330,7 +330,7 @@ class Outage:
         self._failed_s: float | None = None  # when it began
         self._works_s: float | None = None  # when the target answered again
         self._is_logged = False
-        self._events = 0  # sent since then
+        self._events = 0  # accepted since `_works_s`
 
     def failed(self, is_logged: bool) -> None:
         """Note that a request failed, and whether the log says so."""
@@ -366,7 +366,7 @@ class Outage:
 
 STALL_TIMEOUT_S = 60.0  # the longest time without a byte from the target
 _REQUEST_TIMEOUT_S = 300.0  # a slow connection needs 80 s for 10 MB
-_ANSWER_BYTES = 1024 * 1024  # the rest of an answer is not read; an error may name each event of a batch
+_ANSWER_BYTES = 1024 * 1024  # read at most this much of an answer; an error may name each event of a batch
 _MAX_MESSAGE_CHARS, _MAX_LINE_CHARS = 300, 2000
 
 
@@ -514,7 +514,7 @@ class Target:
     def _refusal(self, status: int, headers: Mapping[str, str], start: bytes) -> str:
         """Describe an answer other than 202, with what it says about the settings."""
         message, is_own = _error_message(start, self._hider), _is_api_error(start)
-        if status == 401 and (is_own or not message):  # an eventstore's message is about the settings over there
+        if status == 401 and (is_own or not message):  # the API's message names the target's settings, not ours
             message = f"it does not accept the key; give a key of that API as {self._key.setting or self._key.source}"
         problem = f"answered {status}{': ' if message else ''}{message}"
         if status == 401 or (status == 403 and is_own):
@@ -577,7 +577,7 @@ class Target:
                     if len(start) > _ANSWER_BYTES:
                         break
         except Exception as error:
-            is_socks = self.proxy and self.proxy.url.startswith("socks")  # that library raises others
+            is_socks = self.proxy and self.proxy.url.startswith("socks")  # the SOCKS library raises other types
             if not isinstance(error, httpx.RequestError | TimeoutError) and not is_socks:
                 raise
             is_unclear = _outcome_of(status) is Outcome.REFUSED and not _is_api_error(start)
@@ -637,5 +637,5 @@ class Sender:
             breaks += answer.outcome is Outcome.BROKEN
             if answer.outcome is Outcome.BROKEN and breaks > _MAX_BREAKS and len(part.rows) > 1:
                 self._shrink(part)
-            await self._wait(answer, waits)  # even after shrinking: the proxy of a target that is down also breaks off
+            await self._wait(answer, waits)  # even after shrinking: a proxy may break off because the target is down
             waits += 1

@@ -50,13 +50,13 @@ def add_flags(add: AddFlag) -> None:
     add("--forward-to", metavar="URL", help="send every event on to FlexPrice, or another eventstore; its key is "
         "EVENTSTORE_FORWARD_API_KEY, else FLEXPRICE_API_KEY")  # fmt: skip
     add("--forward-environment", metavar="NAME", help="the environment whose events are forwarded; needed if the API "
-        "keys are of several")  # fmt: skip
+        "keys belong to several environments")  # fmt: skip
     add("--forward-interval-ms", type=positive(int), default=1000, help="longest wait for a batch to fill")
-    add("--forward-max-event-bytes", metavar="N", type=positive(int), default=1_000_000, help="longest event, in "
-        "FlexPrice's queue, that is forwarded; a longer one is put aside")  # fmt: skip
+    add("--forward-max-event-bytes", metavar="N", type=positive(int), default=1_000_000, help="longest event that "
+        "is forwarded, by its size in FlexPrice's queue; longer ones go to the file of refused events")  # fmt: skip
     add("--forward-everything", action="store_true", help="the target is not FlexPrice: also forward what FlexPrice "
         "would lose")  # fmt: skip
-    add("--retain-days", metavar="N", type=positive(float), help="delete events that were stored longer ago than that")
+    add("--retain-days", metavar="N", type=positive(float), help="delete events N days after they were stored")
     add("--metrics", metavar="ADDRESS:PORT", help="serve metrics in Prometheus' text format at this address, without a "
         "key")  # fmt: skip
     add("--log-format", choices=["text", "json"], default="text", help="how to write the log")

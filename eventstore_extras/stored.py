@@ -146,7 +146,7 @@ def _connect_for_reading(path: str) -> sqlite3.Connection:
     if os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
         return _connect_uri(path, "rw")
     if logs:
-        with suppress(sqlite3.OperationalError):  # SQLite can read a log beside which it cannot write, if it has a -shm
+        with suppress(sqlite3.OperationalError):  # without write access, SQLite reads a log only if it has a -shm
             return _connect_uri(path, "ro")
         if os.path.exists(f"{path}-shm") or any(map(os.path.getsize, logs)):
             problem = f"{logs[0]} belongs to it, and cannot be read where nothing can be written"

@@ -133,7 +133,7 @@ _KEY = msgspec.json.Decoder(str)
 
 
 class _JsonText:
-    """JSON that is read as it arrives. Each method takes the text that it returns, or yields, from the start."""
+    """JSON that is read as it arrives. Methods take (consume) the text that they return or yield."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -248,7 +248,7 @@ class _JsonText:
         return taken
 
     def _read_more(self) -> bool:
-        """Read as much as there is, or more: each time, an unfinished value is decoded again. False at the end."""
+        """Read at least as much as the buffer has: each call decodes an unfinished value anew. False at the end."""
         rest = self._text[self._at :]
         if len(rest) > _MAX_VALUE_BYTES:
             raise InputError(self._line, f"a value is longer than {_MAX_VALUE_BYTES >> 20} MB")
@@ -267,7 +267,7 @@ class _JsonText:
 def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
     """Yield the elements of an array, or the events of an object or of several, such as a query's pages.
 
-    Raises InputError if the file is not JSON, after the events before that.
+    Yields the events before a part that is not JSON, then raises InputError.
     """
     for index, (line, content) in enumerate(_JsonText(stream).events()):
         is_long = len(content) > limit_bytes + _LINE_OVERHEAD_BYTES

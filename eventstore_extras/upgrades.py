@@ -16,10 +16,10 @@ from eventstore import StartError, log, plural, say
 
 __all__ = ["upgrade"]
 
-# Statements that turn a file of this format into one of the next. They may run on a file that has been upgraded
-# already: a server of an older version that still runs can set the number back.
+# Statements that turn a file of this format into one of the next. They must also succeed on a file that is upgraded
+# already, because a server of an older version that still runs can set the format's number back.
 _STEPS: dict[int, tuple[str, ...]] = {
-    1: (  # leave the id out of two indexes: a fifth of the file
+    1: (  # leave the id out of two indexes: saves a fifth of the file
         "DROP INDEX IF EXISTS events_by_customer",
         "CREATE INDEX events_by_customer ON events (environment, external_customer_id, timestamp_us)",
         "DROP INDEX IF EXISTS events_by_name",
@@ -32,7 +32,7 @@ _REASONS = {  # by SQLite's error code
     sqlite3.SQLITE_INTERRUPT: "it was interrupted; start again",
 }
 _REPORT_INTERVAL_S = 10.0
-_INSTRUCTIONS_PER_EVENT = 22  # that SQLite executes to add an event to both indexes
+_INSTRUCTIONS_PER_EVENT = 22  # of SQLite's virtual machine, to add an event to both indexes
 _HANDLER_INSTRUCTIONS = 100_000
 _ENTRY_BYTES = 20  # of an index entry, without its texts
 

@@ -233,7 +233,7 @@ def usage_query(sent: UsageIn, view: View, faults: Faults) -> UsageQuery:
     faults.check("billing_anchor", parse_time, anchor)
     zone = _parse_zone(sent.timezone or "UTC")
     if zone is UTC and sent.timezone not in (None, "", "UTC"):
-        faults.ignore(["timezone"], f"must be like Europe/Berlin, got {quoted(sent.timezone or '')}: UTC is taken")
+        faults.ignore(["timezone"], f"must be like Europe/Berlin, got {quoted(sent.timezone or '')}: UTC is used")
     property_filters = check_property_filters("filters", sent.filters, faults)
     faults.raise_any()
     kind = kind if kind and sent.property_name else "COUNT"
@@ -309,7 +309,7 @@ def _unique_texts(key: str, rows: str) -> Sql:
 
 
 def _text_hash(text: str) -> str:
-    """Return a text with one character more than the longest that is not hashed."""
+    """Return "#" and a hash: longer by one character than any text that is not hashed, so never equal to one."""
     return "#" + hashlib.blake2b(text.encode(), digest_size=_MAX_TEXT_CHARS // 2).hexdigest()
 
 
@@ -377,7 +377,7 @@ def _count_unique(spans: Iterable[str], field: str) -> int:
     for span in spans:
         texts = _TEXTS.decode(span)
         values.update(texts)
-        if max(len(texts), len(values)) > _MAX_UNIQUE + 1:  # one may be None; the rest may be cut off
+        if max(len(texts), len(values)) > _MAX_UNIQUE + 1:  # one may be None; `_unique_texts` cuts off the rest
             problem = f"has more than {_MAX_UNIQUE} distinct values in this range: take a shorter one, or a window_size"
             raise_fault(field, "out_of_range", problem)
     return len(values - {None})
@@ -445,7 +445,7 @@ def select_cells(conn: sqlite3.Connection, query: UsageQuery, spans: Sequence[Sp
 async def read_all(
     service: Service, operations: Iterable[Callable[[sqlite3.Connection], T]], at_once: int = READER_THREADS
 ) -> list[T]:
-    """Run reading operations at the same time, in all for as long as one may take. If one fails, end the others."""
+    """Run reading operations at the same time; together they may take as long as one query. If one fails, end all."""
     turns = asyncio.Semaphore(at_once)
 
     async def read(operation: Callable[[sqlite3.Connection], T]) -> T:

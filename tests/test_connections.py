@@ -428,8 +428,8 @@ def test_a_socket_unit_of_systemd_passes_its_socket(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @table(("kind", "message"), [
-    ("closed", "is no socket"),
-    ("file", "is no socket"),
+    ("closed", "is not a socket"),
+    ("file", "is not a socket"),
     ("unix", "is not a listening TCP socket"),
     ("not listening", "is not a listening TCP socket"),
     ("two", "LISTEN_FDS must be 1, got '2'"),

@@ -695,8 +695,8 @@ LARGE: dict[str, Callable[[], bytes]] = {  # made on demand: they are large
     "escapes": lambda: b'{"a": "%b"}' % (b"\\n" * 5_100_000),
 }
 LIMIT_ON_VALUES = (
-    "500,000 objects and arrays, where a name counts as two and five commas or ten backslashes as one, "
-    "if longer than 1,000,000 bytes"
+    "500,000 objects and arrays if longer than 1,000,000 bytes, got more; a name counts as two, five commas or ten "
+    "backslashes as one"
 )
 
 
@@ -708,7 +708,7 @@ def test_large_properties_of_very_many_values_are_refused(tmp_path: Path, name: 
         path, sent = ("/v1/events/bulk", b'{"events": [%b]}' % body) if bulk else ("/v1/events", body)
         response = client.post(path, content=sent)
         refused(response)
-        assert f"properties may hold {LIMIT_ON_VALUES}, got more" in response.text
+        assert f"properties may hold {LIMIT_ON_VALUES}" in response.text
         assert store_of(client).writer.waiting_events == 0
 
 
@@ -738,7 +738,7 @@ def test_properties_may_hold_exactly_as_many_values_as_documented(item: str, wei
     rest = 5_000_000 - ((weight + 2) * number - 2) - others
     properties = f'{{"a": {items}, "b": "{"," * (rest // 2)}{"x" * 1_000_000}"}}'
     assert check_properties(properties.encode()) == properties
-    with pytest.raises(FieldError, match=f"may hold {LIMIT_ON_VALUES}, got more"):
+    with pytest.raises(FieldError, match=f"may hold {LIMIT_ON_VALUES}"):
         check_properties(properties.replace("xx", ",x", 1).encode())
 
 

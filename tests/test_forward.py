@@ -781,8 +781,8 @@ def test_two_servers_that_forward_to_each_other_send_each_event_back_once() -> N
         (["--forward-to", "http://me:secret@host/v1"], FORWARDING, "must not have a user or password"),
         (["--forward-to", "http://host"], {"EVENTSTORE_API_KEYS": KEY}, "set EVENTSTORE_FORWARD_API_KEY or FLEXPRICE_API_KEY"),
         (["--forward-to", "http://host"], FORWARDING | {"EVENTSTORE_FORWARD_API_KEY": "two words"}, "EVENTSTORE_FORWARD_API_KEY: an API key is empty, or has a space"),
-        (["--forward-to", "http://host", "--forward-environment", "prod"], FORWARDING, '--forward-environment is "prod", but no API key writes to it: they are of "development"'),
-        (["--forward-to", "http://host", "--api-key", "a=x", "--api-key", "b=y"], FORWARDING, '--forward-to needs --forward-environment: the API keys are of several environments, "x", "y"'),
+        (["--forward-to", "http://host", "--forward-environment", "prod"], FORWARDING, '--forward-environment is "prod", but no API key writes to it: the keys belong to "development"'),
+        (["--forward-to", "http://host", "--api-key", "a=x", "--api-key", "b=y"], FORWARDING, '--forward-to needs --forward-environment: the API keys belong to several environments, "x", "y"'),
         (["--forward-to", "http://localhost:{port}", "--port", "{port}"], FORWARDING, "is this server itself"),
         (["--forward-to", "http://127.0.0.1:{port}/v1", "--port", "{port}", "--host", "0.0.0.0"], FORWARDING, "is this server itself"),
         (["--forward-to", "http://host", "--forward-interval-ms", "0"], FORWARDING, "--forward-interval-ms: must be a number greater than 0"),
@@ -834,7 +834,8 @@ def test_an_environment_with_events_but_without_a_key_is_not_forwarded(tmp_path:
     done = refusal(tmp_path, "serve", "--port", "0", *flags, EVENTSTORE_FORWARD_API_KEY=KEY)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
-        '--forward-environment is "development", but no API key writes to it: they are of "production"' in done.stderr
+        '--forward-environment is "development", but no API key writes to it: the keys belong to "production"'
+        in done.stderr
     )
 
 

@@ -512,7 +512,7 @@ def test_a_bad_fault_is_refused_and_not_added(
 
 @table(
     ("content", "part"),
-    [("", "empty"), ("[]", "body must be an object, got []"), ('{"stauts": 500}', "stauts is no field")],
+    [("", "empty"), ("[]", "body must be an object, got []"), ('{"stauts": 500}', "stauts is not a field")],
 )
 def test_a_body_that_is_not_a_fault_is_refused(mock: MockServer, caller: httpx.Client, content: str, part: str) -> None:
     refused(caller.post("../_mock/faults", content=content), part=part)
