@@ -1962,8 +1962,8 @@ _LONG_ANSWER_BYTES = 65_536  # uvicorn's limit: above it, uvicorn waits for the 
 _PIECE_BYTES = 131_072  # of a long answer, sent at a time
 
 
-class Parts:
-    """Parts of an answer that is JSON already. A long answer is not joined: memory would hold it twice."""
+class _Parts:
+    """_Parts of an answer that is JSON already. A long answer is not joined: memory would hold it twice."""
 
     def __init__(self, *parts: bytes | memoryview) -> None:
         self.parts = parts
@@ -1983,7 +1983,7 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> Any:
-        if isinstance(content, Parts):
+        if isinstance(content, _Parts):
             return content if len(content) >= _LONG_ANSWER_BYTES else b"".join(content.parts)
         return content if isinstance(content, bytes) else ENCODER.encode(content)
 
@@ -2348,7 +2348,7 @@ class _Endpoint:
             raise service.share_is_used()
         try:
             await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-            for piece in (body if isinstance(body, Parts) else Parts(body)).pieces():
+            for piece in (body if isinstance(body, _Parts) else _Parts(body)).pieces():
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})  # uvicorn waits here until the client reads
         finally:
@@ -3089,15 +3089,15 @@ def list_events(
     )  # fmt: skip
 
 
-def _page_parts(query: EventQuery, conn: sqlite3.Connection, limit: int, cut: bool) -> Parts:
+def _page_parts(query: EventQuery, conn: sqlite3.Connection, limit: int, cut: bool) -> _Parts:
     page = list_events(conn, query, limit, cut)
     events, page.events = page.events, Raw(b"[]")
     head, tail = ENCODER.encode(page).split(b"[]", 1)
-    return Parts(head, memoryview(events), tail)
+    return _Parts(head, memoryview(events), tail)
 
 
 async def _events_response(
-    service: Service, request: Request, query: EventQuery, make: Callable[[sqlite3.Connection, int, bool], Parts]
+    service: Service, request: Request, query: EventQuery, make: Callable[[sqlite3.Connection, int, bool], _Parts]
 ) -> Response:
     """Answer with what `make` returns for a connection, a limit on its bytes, and whether it may end early there.
 
@@ -3111,7 +3111,7 @@ async def _events_response(
             return JsonResponse(await store.read(lambda conn: make(conn, _SHORT_PAGE_BYTES, False), quick))
     key = CALLER.get().key
 
-    async def make_long() -> Parts:
+    async def make_long() -> _Parts:
         held, most = request.scope.get("held_bytes", 0), min(_MAX_PAGE_BYTES, shares.limit // 2)
         room = shares.take_half(key, most, own=held)
         request.scope["held_bytes"] = held + room  # _Endpoint gives them back, and takes those of the answer
@@ -3174,7 +3174,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
     wanted.start_time, wanted.end_time = wanted.start_time or EARLIEST, wanted.end_time or LATEST
     query = event_query(wanted, service.view(request), faults)
 
-    def find(conn: sqlite3.Connection, limit: int, cut: bool) -> Parts:
+    def find(conn: sqlite3.Connection, limit: int, cut: bool) -> _Parts:
         event = _select_page(conn, query, limit, cut).events
         if not event:  # GET /v1/events/bulk looks up the event with the id bulk, but its client probably meant POST
             methods = {operation.method for operation in service.operations if operation.path == request["path"]}
@@ -3182,7 +3182,7 @@ async def look_up_event(service: Service, request: Request) -> Response:
             hint = f"; if you mean {request['path']}, use POST" if is_post else ""
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
         head, middle, tail = ENCODER.encode(EventLookup(Raw(b"{}"), [Raw(b"{}")])).split(b"{}")
-        return Parts(head, event, middle, event, tail)
+        return _Parts(head, event, middle, event, tail)
 
     return await _events_response(service, request, query, find)
 
