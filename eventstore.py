@@ -2118,7 +2118,10 @@ class Service:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=3)
-        await asyncio.to_thread(self.store.close)
+        try:
+            await asyncio.to_thread(self.store.close)
+        except RuntimeError:  # the process is ending: it starts no more threads
+            self.store.close()
 
     def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
         """Accept these keys and no others from now on. Do not call it from an event loop: see `add_environments`."""
