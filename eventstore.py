@@ -65,7 +65,7 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
@@ -1194,6 +1194,15 @@ class Shares:
         self.total += amount
         return True
 
+    def take_half(self, key: bytes, most: int, own: int) -> int:
+        """Take half of what is left of the key's share, up to `most`, and return it; see `take`."""
+        used = self._used.get(key, 0)
+        left = self.limit - 0.75 * (self.total - used) - (used - own)
+        amount = max(0, min(most, int(left / 2)))
+        self._used[key] = used + amount
+        self.total += amount
+        return amount
+
     def give_back(self, key: bytes, amount: int) -> None:
         if amount:
             self.total -= amount
@@ -1721,41 +1730,63 @@ class ReaderPool:
         Raises ApiError if too many queries wait (see Shares).
         """
         task = _Task(operation, monotonic_s() + self._timeout_s)
-        if not self._shares.take(task.key, 1):
+        with self._counted(task.key):
+            with self._lock:
+                if self._is_closed:
+                    raise _shutting_down()
+                if self._may_run(task.key) and self._running.total() < _MAX_READER_THREADS:
+                    self._running[task.key] += 1
+                    self._threads.submit(self._run_tasks, task)
+                else:
+                    self._waiting.add(task.key, task)
+            try:
+                answer: T = await self._until_done(task.answer, self._timeout_s)
+                return answer
+            finally:
+                if not task.answer.done():
+                    task.answer.cancel()
+                    task.is_abandoned = True  # interrupts the operation if it runs
+                    with self._lock:
+                        self._waiting.remove(task.key, task)
+                elif not task.answer.cancelled():
+                    task.answer.exception()  # otherwise asyncio logs an exception that nobody has read
+
+    async def run_in_turn(self, turn: Turn, work: Callable[[], Coroutine[Any, Any, T]], spent_s: float) -> T:
+        """Call `work` when its turn comes, with the limits of a query that has already taken spent_s."""
+
+        async def wait_and_work() -> T:
+            async with turn:
+                return await work()
+
+        with self._counted(CALLER.get().key):
+            task = asyncio.create_task(wait_and_work())
+            try:
+                return await self._until_done(task, self._timeout_s - spent_s)
+            finally:
+                task.cancel()
+
+    @contextmanager
+    def _counted(self, key: bytes) -> Iterator[None]:
+        if not self._shares.take(key, 1):
             reason = f"{self._shares.total} queries run or wait, the limit is {self._shares.limit}"
             raise ApiError("service_unavailable", f"{reason}; try again", retry_after_s=1)
         try:
-            answer: T = await self._answer(task)
-            return answer
+            yield
         finally:
-            self._shares.give_back(task.key, 1)
+            self._shares.give_back(key, 1)
 
-    async def _answer(self, task: _Task) -> Any:
-        with self._lock:
-            if self._is_closed:
-                raise _shutting_down()
-            if self._may_run(task.key) and self._running.total() < _MAX_READER_THREADS:
-                self._running[task.key] += 1
-                self._threads.submit(self._run_tasks, task)
-            else:
-                self._waiting.add(task.key, task)
-        gone = asyncio.create_task(CALLER.get().until_gone())
+    async def _until_done(self, answer: asyncio.Future[T], timeout_s: float) -> T:
+        """Return the answer. Raises an error if the client goes away or the time is over."""
+        gone: asyncio.Future[Any] = asyncio.create_task(CALLER.get().until_gone())
         try:
-            await asyncio.wait([task.answer, gone], timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not task.answer.done():
+            await asyncio.wait([answer, gone], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
                 raise gone.result() if gone.done() else TimeoutError
-            return task.answer.result()
+            return answer.result()
         except TimeoutError:
             raise self.too_long() from None
         finally:
             gone.cancel()
-            if not task.answer.done():
-                task.answer.cancel()
-                task.is_abandoned = True  # interrupts the operation if it runs
-                with self._lock:
-                    self._waiting.remove(task.key, task)
-            elif not task.answer.cancelled():
-                task.answer.exception()  # otherwise asyncio logs an exception that nobody has read
 
     def close(self) -> None:
         """End the running queries, refuse the waiting ones, and close the connections."""
@@ -1927,12 +1958,33 @@ class Store:
 _PUBLIC_PATHS = {"/", "/health", "/openapi.json"}
 
 
+_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit: above it, uvicorn waits for the client to read before it sends more
+_PIECE_BYTES = 131_072  # of a long answer, sent at a time
+
+
+class _Parts:
+    """_Parts of an answer that is JSON already. A long answer is not joined: memory would hold it twice."""
+
+    def __init__(self, *parts: bytes | memoryview) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def pieces(self) -> Iterator[bytes]:
+        for part in self.parts:
+            for start in range(0, len(part), _PIECE_BYTES):
+                yield bytes(memoryview(part)[start : start + _PIECE_BYTES])
+
+
 class JsonResponse(Response):
     """A JSON answer. Its content is a value to encode, or bytes that are JSON already."""
 
     media_type = "application/json"
 
-    def render(self, content: object) -> bytes:
+    def render(self, content: object) -> Any:
+        if isinstance(content, _Parts):
+            return content if len(content) >= _LONG_ANSWER_BYTES else b"".join(content.parts)
         return content if isinstance(content, bytes) else ENCODER.encode(content)
 
 
@@ -2055,6 +2107,7 @@ class Service:
         # A commit answers several clients at once, so their next batches arrive together. This lock lets other requests
         # run between two batches: beside 8 such clients, p99 of a page is 19 ms; without the lock, 31 ms.
         self.batch_turn = Turn()
+        self.page_turns: defaultdict[bytes, Turn] = defaultdict(Turn)  # by key, for long pages
         self._logged_minute, self._logged_names = 0, set[str]()
 
     @asynccontextmanager
@@ -2065,7 +2118,10 @@ class Service:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=3)
-        await asyncio.to_thread(self.store.close)
+        try:
+            await asyncio.to_thread(self.store.close)
+        except RuntimeError:  # the process is ending: it starts no more threads
+            self.store.close()
 
     def replace_api_keys(self, api_keys: Sequence[ApiKey]) -> None:
         """Accept these keys and no others from now on. Do not call it from an event loop: see `add_environments`."""
@@ -2085,6 +2141,11 @@ class Service:
         if sent is not None and _REQUEST_ID.fullmatch(sent):
             return sent.decode()
         return self._make_request_id(now_us(), "")
+
+    def share_is_used(self) -> ApiError:
+        reason = f"{self.shares.total} bytes of requests and unread answers are under way"
+        reason = f"{reason}, the limit is {self.shares.limit}; read the answers, then try again"
+        return ApiError("service_unavailable", reason, retry_after_s=1)
 
     def view(self, request: Request) -> View:
         now = self.settings.clock()
@@ -2246,9 +2307,6 @@ def query_of_parameters(
     return parsed
 
 
-_LONG_ANSWER_BYTES = 65_536  # uvicorn's limit: above it, uvicorn waits for the client to read before it sends more
-
-
 class _Endpoint:
     """ASGI application that answers one operation. Starlette would wrap a function, with 7 % fewer single events."""
 
@@ -2285,20 +2343,19 @@ class _Endpoint:
 
     async def _send(self, response: Response, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. A long answer counts towards the key's share until the client has read most of it."""
-        size = len(response.body)
-        if size < _LONG_ANSWER_BYTES:
+        body, service, key = response.body, self._service, CALLER.get().key
+        if len(body) < _LONG_ANSWER_BYTES:
             await response(scope, receive, send)
             return
-        shares, key = self._service.shares, CALLER.get().key
-        if not shares.take(key, size):
-            reason = f"{shares.total} bytes of requests and unread answers are under way, the limit is {shares.limit}"
-            raise ApiError("service_unavailable", f"{reason}; read the answers, then try again", retry_after_s=1)
+        if not service.shares.take(key, len(body)):
+            raise service.share_is_used()
         try:
             await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
-            await send({"type": "http.response.body", "body": response.body, "more_body": True})
+            for piece in (body if isinstance(body, _Parts) else _Parts(body)).pieces():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b""})  # uvicorn waits here until the client reads
         finally:
-            shares.give_back(key, size)
+            service.shares.give_back(key, len(body))
 
 
 def _no_route(operations: Sequence[Operation], path: str) -> ApiError:
@@ -2739,7 +2796,8 @@ MAX_FILTER_KEYS = 50
 MAX_PAGE_SIZE = 100_000
 _GET_PAGE_SIZE = 50
 _QUICK_PAGE_SIZE = 500  # a larger page takes longer than _QUICK_S
-_MAX_PAGE_BYTES = 128 * 1024 * 1024  # a page in the making takes several times its size in memory
+_SHORT_PAGE_SIZE, _SHORT_PAGE_BYTES = 10_000, 8_000_000  # a longer page is made when its key has room for it
+_MAX_PAGE_BYTES = 128 * 1024 * 1024
 _FILTER_COLUMNS = {"external_customer_id": "external_customer_id", "event_name": "event_name", "event_id": "id",
                    "source": "source"}  # fmt: skip
 EVENT_FILTERS = (*_FILTER_COLUMNS, "start_time", "end_time", "property_filters")
@@ -2949,78 +3007,129 @@ class _Position(Struct):
 
 
 _POSITION = msgspec.json.Decoder(_Position)  # made at import: made under freezegun, it would refuse all times
+_SEPARATOR = b"\x1e"  # between events; JSON never contains this character unescaped
 
 
-def _cursor_of(event: str) -> str:
-    """Return the text of the cursor of an event that is given as JSON."""
-    position = _POSITION.decode(event)
+def _cursor_at(events: bytes, start: int) -> str:
+    """Return the text of the cursor of the event that starts there."""
+    end = events.index(b',"properties":', start)  # in a text, the quotes would be escaped
+    position = _POSITION.decode(events[start:end] + b"}")
     return Cursor(to_us(position.timestamp), position.id).text
 
 
 class _Page(NamedTuple):
-    events: list[str]  # as JSON
+    events: bytes  # as JSON, with a _SEPARATOR between them
+    number: int
     has_more: bool
     total: int | None
 
 
-def _fetch_short_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
-    """Return a page that ends early at _MAX_PAGE_BYTES. It has at least one event, however long."""
-    events: list[str] = []
+class _TooLongError(Exception):
+    """A page is longer than it may be now."""
+
+
+def _cut_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: int) -> _Page:
+    """Return a page that ends before `limit` bytes. It has at least one event, however long."""
+    events: list[bytes] = []
     size, total = 0, None
-    for event, total in conn.execute(*statement):
+    for event, total in conn.execute(f"SELECT CAST(event AS BLOB), total FROM ({statement})", statement.values):
         size += len(event)
-        if events and (len(events) == page_size or size > _MAX_PAGE_BYTES):
-            return _Page(events, True, total)
+        if events and (len(events) == page_size or size > limit):
+            return _Page(_SEPARATOR.join(events), len(events), True, total)
         events.append(event)
-    return _Page(events, False, total)
+    return _Page(_SEPARATOR.join(events), len(events), False, total)
 
 
-def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int) -> _Page:
-    """Return the events of _page_statement, fetched as one text.
+def _fetch_page(conn: sqlite3.Connection, statement: Sql, page_size: int, limit: int, cut: bool) -> _Page:
+    """Return the events of _page_statement, fetched as one text. Cut it at `limit` bytes, or raise _TooLongError.
 
     sqlite3 releases the GIL at every row: fetched row by row, a page of 50 takes the server 1.15 times as long.
     """
     usual_bytes = conn.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
-    conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, _MAX_PAGE_BYTES))
+    conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, min(usual_bytes, limit))
     try:
-        joined = f"SELECT group_concat(event, char(30)), max(total) FROM ({statement})"
-        text, total = conn.execute(joined, statement.values).fetchone()
-        events = text.split("\x1e") if text else []  # JSON never contains this character unescaped
-        return _Page(events[:page_size], len(events) > page_size, total)
+        joined = f"SELECT CAST(group_concat(event, char(30)) AS BLOB), count(*), max(total) FROM ({statement})"
+        events, number, total = conn.execute(joined, statement.values).fetchone()
     except sqlite3.DataError:  # the text is too long
-        if usual_bytes == _QUICK_BYTES:  # the caller repeats the query in a reader thread
+        if usual_bytes < limit:  # the caller repeats the query in a reader thread
             raise
+        if not cut:
+            raise _TooLongError from None
+    else:
+        if number > page_size:
+            return _Page(events[: events.rindex(_SEPARATOR)], page_size, True, total)
+        return _Page(events or b"", number, False, total)
     finally:
         conn.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, usual_bytes)
-    return _fetch_short_page(conn, statement, page_size)
+    return _cut_page(conn, statement, page_size, limit)
 
 
-def _select_page(conn: sqlite3.Connection, query: EventQuery) -> _Page:
+def _select_page(conn: sqlite3.Connection, query: EventQuery, limit: int, cut: bool) -> _Page:
     cursor_name = _name_at(conn, query, query.cursor) if query.cursor and query.by_name else ""
-    page = _fetch_page(conn, _page_statement(query, cursor_name), query.page_size)
+    page = _fetch_page(conn, _page_statement(query, cursor_name), query.page_size, limit, cut)
     if query.reads_back:
-        page.events.reverse()
+        page = page._replace(events=_SEPARATOR.join(page.events.split(_SEPARATOR)[::-1]))
     return page
 
 
-def list_events(conn: sqlite3.Connection, query: EventQuery) -> EventPage:
-    """Return one page (API: Queries). Raises ApiError if the cursor of sort=event_name names an unknown event."""
-    events, has_more, total = _select_page(conn, query)
+def list_events(
+    conn: sqlite3.Connection, query: EventQuery, limit: int = _MAX_PAGE_BYTES, cut: bool = True
+) -> EventPage:
+    """Return one page (API: Queries). Raises ApiError if the cursor of sort=event_name names an unknown event.
+
+    Cuts a page that is longer than `limit` bytes, or raises _TooLongError.
+    """
+    events, number, has_more, total = _select_page(conn, query, limit, cut)
     if query.count and not events:
         total = conn.execute(*_count_statement(query)).fetchone()[0]
-    page_size = len(events) if has_more else query.page_size  # a page ends early at _MAX_PAGE_BYTES
-    first, last = (_cursor_of(events[0]), _cursor_of(events[-1])) if events else (None, None)
+    first, last = (_cursor_at(events, 0), _cursor_at(events, events.rfind(_SEPARATOR) + 1)) if events else (None, None)
+    events = events.replace(_SEPARATOR, b",")  # these two copies exist one after the other
+    events = b"[%b]" % events
     return EventPage(
-        events=Raw(f"[{','.join(events)}]"), has_more=has_more, iter_first_key=first, iter_last_key=last,
+        events=Raw(events), has_more=has_more, iter_first_key=first, iter_last_key=last,
         total_count=UNSET if query.count is None else total,
-        offset=None if query.cursor else query.offset + page_size,
+        offset=None if query.cursor else query.offset + (number if has_more else query.page_size),
     )  # fmt: skip
+
+
+def _page_parts(query: EventQuery, conn: sqlite3.Connection, limit: int, cut: bool) -> _Parts:
+    page = list_events(conn, query, limit, cut)
+    events, page.events = page.events, Raw(b"[]")
+    head, tail = ENCODER.encode(page).split(b"[]", 1)
+    return _Parts(head, memoryview(events), tail)
+
+
+async def _events_response(
+    service: Service, request: Request, query: EventQuery, make: Callable[[sqlite3.Connection, int, bool], _Parts]
+) -> Response:
+    """Answer with what `make` returns for a connection, a limit on its bytes, and whether it may end early there.
+
+    A long answer takes up to twice its bytes while it is made. Each key has one of them made at a time, within half of
+    what is left of its share. Raises ApiError if that is too little because of its other requests.
+    """
+    store, shares, start_s = service.store, service.shares, monotonic_s()
+    if query.page_size <= _SHORT_PAGE_SIZE:
+        with suppress(_TooLongError):
+            quick = query.page_size <= _QUICK_PAGE_SIZE
+            return JsonResponse(await store.read(lambda conn: make(conn, _SHORT_PAGE_BYTES, False), quick))
+    key = CALLER.get().key
+
+    async def make_long() -> _Parts:
+        held, most = request.scope.get("held_bytes", 0), min(_MAX_PAGE_BYTES, shares.limit // 2)
+        room = shares.take_half(key, most, own=held)
+        request.scope["held_bytes"] = held + room  # _Endpoint gives them back, and takes those of the answer
+        return await store.read(lambda conn: make(conn, room, room == most), quick=False)
+
+    try:
+        turn = service.page_turns[key]
+        return JsonResponse(await store.readers.run_in_turn(turn, make_long, monotonic_s() - start_s))
+    except _TooLongError:
+        raise service.share_is_used() from None
 
 
 async def _page_response(service: Service, request: Request, sent: EventQueryIn, faults: Faults) -> Response:
     query = event_query(sent, service.view(request), faults)
-    is_quick = query.page_size <= _QUICK_PAGE_SIZE
-    return JsonResponse(await service.store.read(lambda conn: ENCODER.encode(list_events(conn, query)), is_quick))
+    return await _events_response(service, request, query, partial(_page_parts, query))
 
 
 async def list_events_by_parameters(service: Service, request: Request) -> Response:
@@ -3068,17 +3177,17 @@ async def look_up_event(service: Service, request: Request) -> Response:
     wanted.start_time, wanted.end_time = wanted.start_time or EARLIEST, wanted.end_time or LATEST
     query = event_query(wanted, service.view(request), faults)
 
-    def find(conn: sqlite3.Connection) -> bytes:
-        events = _select_page(conn, query).events
-        if not events:  # GET /v1/events/bulk looks up the event with the id bulk, but its client probably meant POST
+    def find(conn: sqlite3.Connection, limit: int, cut: bool) -> _Parts:
+        event = _select_page(conn, query, limit, cut).events
+        if not event:  # GET /v1/events/bulk looks up the event with the id bulk, but its client probably meant POST
             methods = {operation.method for operation in service.operations if operation.path == request["path"]}
             is_post = "POST" in methods and "GET" not in methods
             hint = f"; if you mean {request['path']}, use POST" if is_post else ""
             raise ApiError("not_found", f"no event with the id {quoted(query.filters['id'])} in this environment{hint}")
-        event = Raw(events[0])
-        return ENCODER.encode(EventLookup(event, [event]))
+        head, middle, tail = ENCODER.encode(EventLookup(Raw(b"{}"), [Raw(b"{}")])).split(b"{}")
+        return _Parts(head, event, middle, event, tail)
 
-    return JsonResponse(await service.store.read(find))
+    return await _events_response(service, request, query, find)
 
 
 # ---------------------------------------------------------------------------------------------- Monitoring

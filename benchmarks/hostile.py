@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import socket
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -69,6 +70,19 @@ async def _send_and(port: int, request: bytes, pause_s: float) -> None:
         await asyncio.sleep(0.05)
 
 
+async def _sip(port: int, request: bytes) -> None:
+    """Send a request 20 times at once and read the answers byte by byte; again and again."""
+    loop = asyncio.get_running_loop()
+    while True:
+        with suppress(OSError), socket.socket() as sock:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            await loop.sock_sendall(sock, request * 20)
+            for _ in range(1000):
+                await loop.sock_recv(sock, 1)
+                await asyncio.sleep(0.01)
+
+
 class _Attack(NamedTuple):
     name: str
     clients: int
@@ -106,6 +120,8 @@ _ATTACKS = [
     _Attack("pages with 50 filters over events of 1 MB", 8, _repeat,
             lambda: _request("POST", "/v1/events/query", {"property_filters": _FILTERS, "event_name": "large"})),
     _Attack("20 pages of 10 MB, never read", 20, _hold,
+            lambda: _request("POST", "/v1/events/query", {"event_name": "large", "page_size": 10, **_EVER})),
+    _Attack("200 times 20 pages of 20 MB, read byte by byte", 200, _sip,
             lambda: _request("POST", "/v1/events/query", {"event_name": "large", "page_size": 10, **_EVER})),
     _Attack("150 clients that send full batches", 150, _repeat,
             lambda: _request("POST", "/v1/events/bulk", _batch(100))),

@@ -23,7 +23,7 @@ import httptools
 import uvicorn
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from eventstore import CALLER, CORS_HEADERS, ENCODER, ApiError, ApiKey, Caller, IdMaker, StartError, log, now_us, plural
 
@@ -126,6 +126,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     url = b""
+    _answering: RequestResponseCycle | None = None  # not the newest request, if it is pipelined
     unparsed = b""  # received, and not parsed yet
     waits_to_parse = False  # in _ParsingTurns
     _framing_bytes = 0  # received since the last piece of a body or end of a request: head, chunk sizes, trailers
@@ -161,6 +162,8 @@ class Protocol(HttpToolsProtocol):
             self._write_timer.cancel()
         if self._eof_timer:
             self._eof_timer.cancel()
+        if self._answering and not self._answering.response_complete:
+            self._answering.disconnected = True  # uvicorn tells only the newest of pipelined requests
         self._end_queries(ClientDisconnect())
         super().connection_lost(exc)
 
@@ -261,7 +264,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if self._framing_bytes > MAX_HEAD_BYTES - 2 * _PIECE_BYTES or len(self.headers) > _MAX_HEADERS:
-            length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            line = len(self.parser.get_method()) + len(self.url) + len("  HTTP/1.1\r\n\r\n")
+            length = line + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if length > MAX_HEAD_BYTES or len(self.headers) > _MAX_HEADERS:
                 raise self._head_too_long()
         if not self.parser.should_upgrade():
@@ -377,6 +381,10 @@ class Protocol(HttpToolsProtocol):
         """The digest of the API key of the newest request; empty if it had none."""
         key: ApiKey | None = self.cycle.scope.get("api_key") if self.cycle else None  # type: ignore[assignment]
         return key.digest if key else b""
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        HttpToolsProtocol._start_asgi_task(self, cycle, app)
 
     def on_response_complete(self) -> None:
         was_last = self._last_answer is not None and not self.pipeline

@@ -25,7 +25,7 @@ from arro3.io import read_parquet, write_ndjson, write_parquet
 
 from eventstore import MAX_PROPERTY_DEPTH, MEMBERS, Row, StartError, decoder_of, quoted
 from eventstore_extras.entries import EXPORTED_COLUMNS, PROPERTY_PREFIX, Entry, InputError, TableRow, check_columns
-from eventstore_extras.parquet_pages import PagesError, largest_page
+from eventstore_extras.parquet_pages import PagesError, largest_pages
 
 __all__ = ["parquet_writer", "read_rows"]
 
@@ -213,8 +213,9 @@ def _batch_rows(batch: RecordBatch) -> Iterable[tuple[TableRow, str]]:
 # ---------------------------------------------------------------------------------------------- reading: the file
 
 _BATCH_ROWS = 256  # held in memory at once, together with their JSON
-_BATCH_BYTES = 64 * 1024 * 1024  # of a batch, if each row has a value as large as the largest page
+_BATCH_BYTES = 128 * 1024 * 1024  # of a batch, if each text is as long as its column's largest page
 _MAX_PAGE_BYTES = 256 * 1024 * 1024  # uncompressed
+_MAX_PAGES_BYTES = 512 * 1024 * 1024  # of the largest pages of all columns of texts
 _STACK_BYTES = 256 * 1024 * 1024  # address space, not memory; 1,500 levels overflow the usual 8 MiB
 
 
@@ -234,23 +235,26 @@ def _footer(file: BinaryIO) -> bytes:
     return file.read(footer_bytes)
 
 
-def _largest_page(file: BinaryIO) -> int:
-    """Return the largest size of a page, or 0 if it cannot be read. Raises InputError."""
+def _largest_pages(file: BinaryIO) -> tuple[int, int]:
+    """Return the sizes of the largest pages, or zeros if they cannot be read. Raises InputError."""
     footer = _footer(file)
     try:
-        return largest_page(file, footer)
+        return largest_pages(file, footer)
     except PagesError:  # the library will say why it cannot read the file
-        return 0
+        return 0, 0
     finally:
         file.seek(0)
 
 
-def _batch_rows_for(page_bytes: int) -> int:
-    """Return how many rows to read at once. Raises InputError if one page takes too much memory."""
+def _batch_rows_for(page_bytes: int, pages_bytes: int) -> int:
+    """Return how many rows to read at once. Raises InputError if one page, or one row, may take too much memory."""
     if page_bytes > _MAX_PAGE_BYTES:
         problem = f"has a page of {page_bytes >> 20} MB, at most {_MAX_PAGE_BYTES >> 20} MB are read"
         raise InputError(None, f"{problem}: write smaller pages, or fewer rows in each")
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(page_bytes, 1)))
+    if pages_bytes > _MAX_PAGES_BYTES:
+        problem = f"has columns of texts with pages of {pages_bytes >> 20} MB together"
+        raise InputError(None, f"{problem}, at most {_MAX_PAGES_BYTES >> 20} MB are read: write smaller pages")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(pages_bytes, 1)))
 
 
 def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
@@ -273,7 +277,7 @@ def _open_reader(file: BinaryIO, batch_rows: int) -> RecordBatchReader:
 
 def read_rows(file: BinaryIO, limit_bytes: int, assume_utc: bool) -> Iterator[Entry]:
     """Yield the rows of a file. Yields the rows before a part that cannot be read, then raises InputError."""
-    reader = _open_reader(file, _batch_rows_for(_largest_page(file)))
+    reader = _open_reader(file, _batch_rows_for(*_largest_pages(file)))
     _check_schema(reader.schema, assume_utc)
     number = 0
     while True:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-__all__ = ["PagesError", "largest_page"]
+__all__ = ["PagesError", "largest_pages"]
 
 _MAX_HEADER_BYTES = 64 * 1024  # a header may hold the smallest and the largest value
 _HEADER_BYTES = 256  # enough for most
+_TEXT_TYPES = (6, 7)  # BYTE_ARRAY and FIXED_LEN_BYTE_ARRAY; a value of the other types has up to 12 bytes
 
 
 class PagesError(Exception):
@@ -84,7 +86,9 @@ def _page_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
 
 def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
     """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
-    meta = column[3]  # ColumnMetaData: 7 is the compressed size, 9 and 11 are where data and dictionary begin
+    meta = column[
+        3
+    ]  # ColumnMetaData: 1 is the type, 7 the compressed size, 9 and 11 are where data and dictionary begin
     position = min(meta[9], meta.get(11) or meta[9])
     end = position + meta[7]
     while position < end:
@@ -93,12 +97,19 @@ def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
         position += header_bytes + header[3]
 
 
-def largest_page(file: BinaryIO, footer: bytes) -> int:
-    """Return the largest size of a page, uncompressed, in bytes. Raises PagesError."""
+def largest_pages(file: BinaryIO, footer: bytes) -> tuple[int, int]:
+    """Return the largest size of a page, and the sum of the largest of each column of texts or bytes, uncompressed.
+
+    A value may be as long as its page, so a row may take that sum. Raises PagesError.
+    """
+    largest, texts = 0, Counter[int]()
     try:
-        groups = _Compact(footer).struct().get(4, [])
-        return max(
-            (size for group in groups for column in group.get(1, []) for size in _page_sizes(file, column)), default=0
-        )
+        for group in _Compact(footer).struct().get(4, []):
+            for number, column in enumerate(group.get(1, [])):
+                size = max(_page_sizes(file, column), default=0)
+                largest = max(largest, size)
+                if column[3][1] in _TEXT_TYPES:
+                    texts[number] = max(texts[number], size)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise PagesError from error
+    return largest, texts.total()

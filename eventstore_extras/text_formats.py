@@ -86,7 +86,15 @@ def _line_end(stream: Stream) -> bytes:
 # ---------------------------------------------------------------------------------------------- NDJSON
 
 _LINE_OVERHEAD_BYTES = 1024  # an exported line names every field: it may be longer than the event that was sent
-_MANY_BLANK = 1000  # after this many empty lines, skip those that follow without reading each
+_MANY_BLANK = 1000  # after this many blank lines, skip the empty ones that follow without reading each
+_MAX_BLANK = 2_000_000  # lines of white space, records, or rows of commas, one after another; a spreadsheet has fewer
+
+
+def _check_blank(blank: int, line: int | None, unit: str, place: str = "") -> None:
+    """Raise InputError at the first blank line, record or row too many: a small compressed file may have billions."""
+    if blank > _MAX_BLANK:
+        before = f"{place}is blank like the {plural(_MAX_BLANK, unit)} before it"
+        raise InputError(line, f"{before}: is this a file of events?")
 
 
 def read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
@@ -104,12 +112,13 @@ def read_ndjson(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
         # The first record separator is before the first record.
         number, unit = (lines.number - 1, "row") if is_sequence else (lines.number, "line")
         blank = 0 if content else blank + 1
+        _check_blank(blank, None if is_sequence else number, unit, f"row {number}: " if is_sequence else "")
         if not is_whole:
             yield Entry(number, line[:1000], f"is longer than {limit_bytes} bytes", unit=unit)
         elif content:
             problem = "is a lone {: put each event on one line" if content == b"{" else ""
             yield Entry(number, content, problem, unit=unit)
-        elif blank >= _MANY_BLANK:
+        elif blank % _MANY_BLANK == 0:
             lines.skip_blank()
 
 
@@ -243,7 +252,7 @@ class _JsonText:
         rest = self._text[self._at :]
         if len(rest) > _MAX_VALUE_BYTES:
             raise InputError(self._line, f"a value is longer than {_MAX_VALUE_BYTES >> 20} MB")
-        more = self._stream.read(max(_BUFFER_BYTES, len(rest)))
+        more = self._stream.read(max(_BUFFER_BYTES, min(len(rest), _MAX_VALUE_BYTES - len(rest))))
         self._text, self._at, self._is_whole = rest + more, 0, not more
         return bool(more)
 
@@ -268,6 +277,7 @@ def read_json(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
 # ---------------------------------------------------------------------------------------------- CSV
 
 _MAX_CELLS = 10_000
+_MAX_ROW_LINES = 1_000_000  # in quotes
 _CELL = re.compile(rb',("(?:[^"]++|"")*+"?)?')  # the comma before a cell, and its text if it is in quotes
 _REST_OF_CELL = re.compile(rb'(?:[^"]++|"")*+"?')  # in quotes that were opened in a line before
 
@@ -321,7 +331,7 @@ class _CsvLines:
 
     def begin_row(self) -> None:
         self.row_line = self._lines.number + 1  # where the row begins
-        self._bytes = self._commas = self._cells = 0
+        self._row_lines = self._bytes = self._commas = self._cells = 0
 
     def __iter__(self) -> _CsvLines:
         return self
@@ -336,6 +346,9 @@ class _CsvLines:
         self._bytes += len(line)
         if not is_whole or self._bytes > self._limit_bytes:
             raise InputError(self.row_line, f"is longer than {self._limit_bytes} bytes")
+        self._row_lines += 1
+        if self._row_lines > _MAX_ROW_LINES:
+            raise InputError(self.row_line, f"has more than {_MAX_ROW_LINES} lines")
         self._commas += line.count(b",")
         if self._commas >= _MAX_CELLS:  # most commas may be in quotes: count those between cells
             self._cells += _cells_in(line, is_first)
@@ -362,6 +375,7 @@ def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
     lines = _CsvLines(stream, 2 * limit_bytes)  # a cell's quotes are doubled
     reader = csv.reader(lines, strict=True)
     columns: list[str] = []
+    blank = 0
     while True:
         lines.begin_row()
         try:
@@ -374,7 +388,10 @@ def read_csv(stream: Stream, limit_bytes: int) -> Iterator[Entry]:
         if cells is None:
             return
         if not any(map(str.strip, cells)):
+            blank += 1
+            _check_blank(blank, lines.row_line, "row")
             continue
+        blank = 0
         if columns:
             yield _csv_entry(lines.row_line, columns, cells)
         else:

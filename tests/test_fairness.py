@@ -450,13 +450,18 @@ LONG_QUERIES = {
     "page": request_bytes("GET", "/v1/events"),
     "usage": request_bytes("POST", "/v1/events/usage", b'{"event_name": "call", "aggregation_type": "COUNT"}'),
     "large body": request_bytes("POST", "/v1/events/query", b'{"event_name": "call"' + b" " * 200_000 + b"}"),
+    "pipelined pages": request_bytes("GET", "/v1/events") * 3,
 }
 
 
 @table("query", LONG_QUERIES.values(), ids=LONG_QUERIES)
 @table("how", ["closed", "reset"])
-def test_a_query_ends_when_its_client_closes_the_connection(
-    endless_queries: list[str], monkeypatch: pytest.MonkeyPatch, query: bytes, how: str
+def test_a_query_ends_without_an_error_when_its_client_closes_the_connection(
+    endless_queries: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    query: bytes,
+    how: str,
 ) -> None:
     with waiting(query, monkeypatch) as sock:
         eventually(lambda: "started" in endless_queries)
@@ -464,6 +469,8 @@ def test_a_query_ends_when_its_client_closes_the_connection(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
         eventually(lambda: endless_queries.count("ended") == endless_queries.count("started"))
+        eventually(lambda: caplog.records)  # of the query that has ended
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_client_that_has_shut_down_its_sending_side_is_told_why_its_long_query_ended(
@@ -835,7 +842,7 @@ def test_a_request_that_is_cancelled_or_fails_gives_its_shares_back(tmp_path: Pa
 
 @pytest.mark.slow
 def test_unread_answers_count_towards_the_share_of_their_key(tmp_path: Path) -> None:
-    with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "30000000") as live, ExitStack() as stack:
+    with Live(tmp_path, *TWO_KEYS, "--queue-bytes", "60000000") as live, ExitStack() as stack:
         with live.client() as client:
             store(client, *[event(properties={"text": "x" * 200_000}) for _ in range(50)])
         unread = []

@@ -664,6 +664,37 @@ def test_a_row_of_csv_has_a_bounded_number_of_cells(
     assert (f"{tmp_path}/in:{line}: has more than 10000 cells" in capsys.readouterr().err) is bool(line)
 
 
+BLANK = {  # the limit, the content after which it is exceeded, the blank parts
+    "lines of white space": (b"", b" \t\n", 5, "in:6: is blank like the 5 lines before it"),
+    "lines of white space after an event": (GOOD % 1 + b"\n", b" \r\n", 5, "in:7: is blank like the 5 lines before it"),
+    "records of a sequence": (b"\x1e" + GOOD % 1 + b"\n", b"\x1e\n", 5, "row 7: is blank like the 5 rows before it"),
+    "rows of commas": (b"event_id,event_name,external_customer_id\n1,call,cust\n", b",\n", 5, "in:8: is blank like the 5 rows before it"),
+}  # fmt: skip
+
+
+@table(("start", "blank", "limit", "problem"), BLANK.values(), ids=BLANK)
+def test_the_number_of_blank_lines_one_after_another_is_bounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, start: bytes, blank: bytes,
+    limit: int, problem: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(text_formats, "_MAX_BLANK", limit)
+    rest = {b"\x1e\n": b"\x1e" + GOOD % 2, b",\n": b"2,call,cust\n"}.get(blank, GOOD % 2 + b"\n")
+    imported(tmp_path, start + blank * (limit - (blank[:1] == b"\x1e")) + rest + blank * limit)
+    capsys.readouterr()
+    imported(tmp_path, start + blank * (limit + 1) + rest, status=1)
+    assert problem in capsys.readouterr().err
+
+
+@table(("lines", "status"), [(10, 0), (11, 1)])
+def test_a_row_of_csv_has_a_bounded_number_of_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, lines: int, status: int
+) -> None:
+    monkeypatch.setattr(text_formats, "_MAX_ROW_LINES", 10)
+    row = b'call,"%s"\n' % b"\n".join([b"cust,"] * lines)
+    imported(tmp_path, b"event_name,external_customer_id\n" + row, status=status)
+    assert (f"{tmp_path}/in:2: has more than 10 lines" in capsys.readouterr().err) is bool(status)
+
+
 def test_a_row_of_csv_with_many_lines_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = b"call,cust" + (b',"' + b"\nx" * 400 + b'"') * 4 + b"\n"
     imported(tmp_path, b"event_name,external_customer_id\n" + row, "--max-body-bytes", 1000, status=1)

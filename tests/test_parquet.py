@@ -479,6 +479,33 @@ def test_a_page_that_does_not_fit_into_memory_is_refused(
     assert f"{tmp_path}/in: has a page of 3 MB, at most 1 MB are read: write smaller pages" in capsys.readouterr().err
 
 
+def test_a_row_of_many_columns_that_does_not_fit_into_memory_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "_MAX_PAGES_BYTES", 10 << 20)
+    columns: dict[str, Any] = {f"properties.p{number}": ["x" * (1 << 20)] for number in range(9)}
+    imported(tmp_path, parquet_of(columns), "--max-body-bytes", 10 << 20)
+    columns |= {f"properties.n{number}": [number] for number in range(50)}
+    imported(tmp_path, parquet_of(columns), "--max-body-bytes", 10 << 20)
+    columns |= {f"properties.more{number}": ["x" * (1 << 20)] for number in range(2)}
+    imported(tmp_path, parquet_of(columns), status=1)
+    assert f"{tmp_path}/in: has columns of texts with pages of 11 MB together, at most 10 MB" in capsys.readouterr().err
+
+
+def test_a_batch_has_few_rows_if_many_columns_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, sizes = parquet._batch_rows, []
+
+    def decoded(batch: Any) -> Any:
+        sizes.append(batch.num_rows)
+        return decode(batch)
+
+    monkeypatch.setattr(parquet, "_batch_rows", decoded)
+    monkeypatch.setattr(parquet, "_BATCH_BYTES", 500_000)
+    columns = {f"properties.p{number}": ["x" * 10_000] * 30 for number in range(10)}
+    imported(tmp_path, parquet_of(columns, compression="zstd"))
+    assert (sum(sizes), max(sizes) <= 5) == (30, True)
+
+
 # ---------------------------------------------------------------------------------------------- files that cannot be read
 
 

@@ -900,6 +900,7 @@ def test_a_page_that_would_be_too_long_is_cut_and_the_next_one_continues(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eventstore, "_MAX_PAGE_BYTES", 100_000)
+    monkeypatch.setattr(eventstore, "_SHORT_PAGE_BYTES", 100_000)
     sizes = [20_000] * 10 + [150_000] + [10] * 40 + [60_000, 60_000]
     sent = [
         event(f"{number:02}", timestamp=at(number), properties={"p": "x" * size}) for number, size in enumerate(sizes)
