@@ -68,7 +68,7 @@ def test_added_operations_and_middleware_are_served_and_described_like_the_built
         assert answer.headers["x-stamp"] == store(client, event()).headers["x-stamp"] == "staging"
         refused(client.get("/v1/hello"), 405, "method_not_allowed", "allowed: POST")
         refused(client.get("/v1/nowhere"), 404, "not_found", "/v1/hello")
-        refused(client.post("/hello"), 404, "not_found", 'so "/v1/hello"?')
+        refused(client.post("/hello"), 404, "not_found", 'did you mean "/v1/hello"?')
         answer = client.post("/v1/hello/?nam=a", json={"name": "a"}, headers={"x-request-id": "mine"})
         assert (answer.status_code, answer.json()["text"]) == (200, "hello a of staging")
         assert (answer.headers["x-request-id"], answer.headers["x-ignored"]) == ("mine", "nam")
