@@ -126,6 +126,7 @@ class Protocol(HttpToolsProtocol):
     """
 
     url = b""
+    _lingers = False  # the last answer is sent; what the client still sends is dropped
     _answering: RequestResponseCycle | None = None  # not the newest request, if it is pipelined
     unparsed = b""  # received, and not parsed yet
     waits_to_parse = False  # in _ParsingTurns
@@ -299,6 +300,8 @@ class Protocol(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open until the requests that arrived in full are answered, but end long queries: most
         clients have closed the connection, and only a few have shut down their sending side and still read."""
+        if self._lingers:
+            return False  # closes the connection
         problem = f"the connection's sending side was closed more than {_EOF_S:g} s ago: keep it open until the answer"
         error = ApiError("request_timeout", f"{problem}; the query was ended")
         self._eof_timer = self.loop.call_later(_EOF_S, self._end_queries, error)
@@ -461,6 +464,7 @@ class Protocol(HttpToolsProtocol):
             return
         self.transport.write(self._last_answer)
         self.transport.write_eof()
+        self._lingers = True
         self.flow.resume_reading()
         self._set_timer(_LINGER_S, self._close_transport)
 

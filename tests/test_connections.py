@@ -305,6 +305,24 @@ def test_a_body_whose_chunks_have_less_overhead_than_data_is_stored(line: bytes)
             assert answer_on(sock).status_code == 202
 
 
+REFUSED = {
+    "not HTTP": b"hello\r\n\r\n",
+    "long head": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nx: " + b"a" * 65_536 + b"\r\n\r\n",
+    "chunk": POST + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n",
+}
+
+
+@table("sent", REFUSED.values(), ids=REFUSED)
+def test_a_refused_connection_ends_when_its_client_closes_it(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(connections, "_LINGER_S", 3600)
+    with running_server(api_keys={KEY: "development"}) as server:
+        url = httpx.URL(server.url)
+        with socket.create_connection((url.host, url.port), timeout=30) as sock:
+            sock.sendall(sent)
+            assert answer_on(sock).status_code in (400, 431)
+        eventually(lambda: not server._port._server.server_state.connections)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs uvloop")
 def test_several_connections_are_accepted_in_a_round_of_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     accepted: Counter[int] = Counter()  # by round
