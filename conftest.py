@@ -37,7 +37,7 @@ SEED = int(os.environ.get("EVENTSTORE_TEST_SEED") or random.randrange(2**32))
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite with xdist, and files or tests named on the command line in one process.
 
-    There is one worker per core. If the run includes slow tests, which often wait, there are twice as many, up to 8.
+    Tests often wait, so two cores have three workers, or six if the run includes slow tests; there are at most 12.
 
     `-n 0` and `-p no:xdist` turn this off. With `-n` in addopts, `-p no:xdist` would fail with an unknown option.
     """
@@ -45,8 +45,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = "PYTEST_XDIST_WORKER" in os.environ  # a worker calls this hook too, and must not start workers
     if is_whole and not is_worker and getattr(config.option, "numprocesses", 0) is None:
         cores = os.cpu_count() or 1
-        many = max(cores, min(2 * cores, 8))
-        config.option.numprocesses = "auto" if "not slow" in config.option.markexpr else many
+        many = cores * 3 // 2 if "not slow" in config.option.markexpr else cores * 3
+        config.option.numprocesses = max(cores, min(many, 12))
         config.option.dist = "worksteal"  # neighbours stay together and share their module's server or browser
 
 
