@@ -1187,21 +1187,24 @@ class Shares:
 
         A request gets any amount if no other request holds one.
         """
-        used = self._used.get(key, 0) + amount
-        if key and self.total > own and used > self.limit - 0.75 * (self.total + amount - used):
+        if key and self.total > own and amount > self._left(key):
             return False
-        self._used[key] = used
-        self.total += amount
+        self._add(key, amount)
         return True
 
     def take_half(self, key: bytes, most: int, own: int) -> int:
         """Take half of what is left of the key's share, up to `most`, and return it; see `take`."""
-        used = self._used.get(key, 0)
-        left = self.limit - 0.75 * (self.total - used) - (used - own)
-        amount = max(0, min(most, int(left / 2)))
-        self._used[key] = used + amount
-        self.total += amount
+        amount = max(0, min(most, int((self._left(key) + own) / 2)))
+        self._add(key, amount)
         return amount
+
+    def _left(self, key: bytes) -> float:
+        used = self._used.get(key, 0)
+        return self.limit - 0.75 * (self.total - used) - used
+
+    def _add(self, key: bytes, amount: int) -> None:
+        self._used[key] = self._used.get(key, 0) + amount
+        self.total += amount
 
     def give_back(self, key: bytes, amount: int) -> None:
         if amount:
@@ -1963,7 +1966,7 @@ _PIECE_BYTES = 131_072  # of a long answer, sent at a time
 
 
 class _Parts:
-    """_Parts of an answer that is JSON already. A long answer is not joined: memory would hold it twice."""
+    """The parts of an answer that is JSON already. A long answer is not joined: memory would hold it twice."""
 
     def __init__(self, *parts: bytes | memoryview) -> None:
         self.parts = parts
@@ -1978,7 +1981,7 @@ class _Parts:
 
 
 class JsonResponse(Response):
-    """A JSON answer. Its content is a value to encode, or bytes that are JSON already."""
+    """A JSON answer. Its content is a value to encode, or bytes or _Parts that are JSON already."""
 
     media_type = "application/json"
 
@@ -3109,7 +3112,7 @@ async def _events_response(
     """
     store, shares, start_s = service.store, service.shares, monotonic_s()
     if query.page_size <= _SHORT_PAGE_SIZE:
-        with suppress(_TooLongError):
+        with suppress(_TooLongError):  # then make the page again, as a long one
             quick = query.page_size <= _QUICK_PAGE_SIZE
             return JsonResponse(await store.read(lambda conn: make(conn, _SHORT_PAGE_BYTES, False), quick))
     key = CALLER.get().key

@@ -86,9 +86,8 @@ def _page_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
 
 def _page_sizes(file: BinaryIO, column: dict[int, Any]) -> Iterator[int]:
     """Yield the uncompressed sizes of a column chunk's pages, by jumping from header to header."""
-    meta = column[
-        3
-    ]  # ColumnMetaData: 1 is the type, 7 the compressed size, 9 and 11 are where data and dictionary begin
+    # ColumnMetaData: 1 is the type, 7 the compressed size, 9 and 11 are where data and dictionary begin.
+    meta = column[3]
     position = min(meta[9], meta.get(11) or meta[9])
     end = position + meta[7]
     while position < end:

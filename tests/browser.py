@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
-# Debian's other build of the same browser has no windows or toolbars and needs half as much CPU time. The script of this
-# name in /usr/bin does not pass on the signal that ends the browser.
+# Debian also builds the browser without windows and toolbars, which halves its CPU time. Start the browser itself: the
+# script in /usr/bin does not pass on the signal that ends it.
 CHROMIUM = shutil.which("chromium-headless-shell", path="/usr/lib/chromium") or shutil.which("chromium") or ""
 
 

@@ -283,7 +283,7 @@ def test_the_wheel_works_in_a_clean_environment_and_has_types(tmp_path: Path) ->
 
     # The editable install below uses an isolated build; a second one here would only take time.
     works(sys.executable, "-m", "build", "--no-isolation", "--outdir", wheel.parent, tmp_path / "checkout")
-    works(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")  # a pip of its own takes five seconds
+    works(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")  # installing pip there takes five seconds
     install = (sys.executable, "-m", "pip", "--python", programs / "python", "install")
     works(*install, wheel)
     (package,) = (path.parent for path in (tmp_path / "venv").rglob("debugger.html"))
