@@ -1,6 +1,6 @@
-"""Start servers without starting Python: fork them from a process that has imported everything.
+"""Start servers and commands without starting Python: fork them from a process that has imported everything.
 
-Importing takes a quarter of a second of CPU time, and the slow tests start hundreds of servers.
+Importing takes a quarter of a second of CPU time, and the slow tests start hundreds of processes.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-# Forks for each list of arguments that it receives, and answers with the process id. For a process id it answers with
+MAIN = "import sys, eventstore; sys.exit(eventstore.main())"
+
+# Forks for each piece of code that it receives, and answers with the process id. The files it receives with the code
+# are the new process's standard input, output and errors, then descriptors 3 and up. For a process id it answers with
 # the exit status, or null while the process runs. It ends, and leaves its children alone, when the tests end.
 _TEMPLATE = """if True:
     import importlib, json, os, socket, sys
@@ -28,7 +31,7 @@ _TEMPLATE = """if True:
         importlib.import_module(f"eventstore_extras.{name}")
     tests = socket.socket(fileno=int(sys.argv[2]))
     while True:
-        message, files, *_ = socket.recv_fds(tests, 1 << 18, 2)
+        message, files, *_ = socket.recv_fds(tests, 1 << 18, 9)
         if not message:
             os._exit(0)
         asked = json.loads(message)
@@ -37,14 +40,15 @@ _TEMPLATE = """if True:
             tests.send(json.dumps(os.waitstatus_to_exitcode(status) if pid else None).encode())
         elif (pid := os.fork()) == 0:
             tests.close()
-            for number, file in enumerate(files, 1):
+            for number, file in enumerate(files):
                 os.dup2(file, number)
                 os.close(file)
             os.chdir(asked["folder"])
             os.environ.clear()
             os.environ.update(asked["environ"])
             sys.argv = ["eventstore", *asked["arguments"]]
-            sys.exit(eventstore.main())
+            exec(asked["code"], {})
+            sys.exit()
         else:
             for file in files:
                 os.close(file)
@@ -52,52 +56,78 @@ _TEMPLATE = """if True:
 """
 
 
+class Template:
+    """The process that is forked, started by the words of `prefix` if there are any."""
+
+    def __init__(self, *prefix: str) -> None:
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._turn = threading.Lock()
+        with theirs:
+            command = [
+                *prefix,
+                sys.executable,
+                "-c",
+                _TEMPLATE,
+                str(Path(__file__).parent.parent),
+                str(theirs.fileno()),
+            ]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+
+    def ask(self, question: object, files: Sequence[int] = ()) -> Any:
+        with self._turn:
+            socket.send_fds(self._connection, [json.dumps(question).encode()], files)
+            return json.loads(self._connection.recv(100))
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.wait()
+
+
 @functools.cache
-def _template() -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-c", _TEMPLATE, str(Path(__file__).parent.parent), str(theirs.fileno())]
-        return ours, subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+def _default_template() -> Template:
+    return Template()
 
 
-_turn = threading.Lock()
+class ForkedProcess:
+    """What tests use of subprocess.Popen, for Python code in a forked process."""
 
-
-def _ask(question: object, files: Sequence[int] = ()) -> Any:
-    connection, _ = _template()
-    with _turn:
-        socket.send_fds(connection, [json.dumps(question).encode()], files)
-        return json.loads(connection.recv(100))
-
-
-class ForkedServer:
-    """What tests use of subprocess.Popen, for `eventstore` in a forked process."""
-
-    def __init__(self, arguments: Sequence[str], folder: Path, log: IO[str], environ: dict[str, str]) -> None:
-        read_end, write_end = os.pipe()
-        asked = {"arguments": arguments, "folder": str(folder.resolve()), "environ": environ}
-        self.pid: int = _ask(asked, [write_end, log.fileno()])
-        os.close(write_end)
-        self.stdout: IO[str] = os.fdopen(read_end)
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        files: Sequence[int],
+        environ: dict[str, str],
+        code: str = MAIN,
+        template: Template | None = None,
+    ) -> None:
+        asked = {"arguments": arguments, "folder": str(folder.resolve()), "environ": environ, "code": code}
+        self._template = template or _default_template()
+        self.pid: int = self._template.ask(asked, files)
         self._status: int | None = None
 
     def poll(self) -> int | None:
         """Return the exit status, negative for a signal, or None while the process runs."""
         if self._status is None:
-            self._status = _ask(self.pid)
+            self._status = self._template.ask(self.pid)
         return self._status
 
     def wait(self, timeout: float = 60) -> int:
-        deadline = time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if time.monotonic() > deadline:
+        if self.poll() is None:
+            ended = os.pidfd_open(self.pid)
+            readable, _, _ = select.select([ended], [], [], timeout)
+            os.close(ended)
+            if not readable:
                 raise subprocess.TimeoutExpired(["eventstore"], timeout)
-            time.sleep(0.002)
+        status = self.poll()
+        assert status is not None
         return status
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:  # afterwards another process may have the id
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 from unittest.mock import Mock
 
 import httpx
@@ -31,7 +31,7 @@ from starlette.testclient import TestClient
 
 from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
-from forked import ForkedServer
+from forked import MAIN, ForkedProcess, Template
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
@@ -279,6 +279,35 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
     return run(sys.executable, "-c", code, *arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
 
 
+def changed(module: str, **values: object) -> str:
+    """Return the code of `eventstore` with other values of names in a module of eventstore_extras."""
+    changes = "".join(f"{module}.{name} = {value!r}; " for name, value in values.items())
+    return f"import sys, eventstore; from eventstore_extras import {module}; {changes}sys.exit(eventstore.main())"
+
+
+def forked(
+    folder: Path, *arguments: object, code: str = MAIN, given: bytes = b"", stdout: IO[Any] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `eventstore`, or other code, in a forked process whose working directory is the folder.
+
+    Standard input is a pipe, into which `given` must fit.
+    """
+    if sys.platform != "linux":
+        files = {"capture_output": False, "stdout": stdout or subprocess.PIPE, "stderr": subprocess.PIPE}
+        return python(code, *arguments, cwd=folder, input=given.decode(), **files)
+    read_end, write_end = os.pipe()
+    os.write(write_end, given)
+    os.close(write_end)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        files = [read_end, (stdout or output).fileno(), errors.fileno()]
+        process = ForkedProcess([*map(str, arguments)], folder, files, dict(os.environ), code)
+        os.close(read_end)
+        status = process.wait()
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(arguments, status, output.read(), errors.read())
+
+
 def command_line(*arguments: object) -> int:
     """Run `eventstore` in this process and return its exit status."""
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -395,21 +424,31 @@ SCRIPT = (
 class Live:
     """A context manager for `eventstore serve` in a new process, with `folder` as its working directory."""
 
-    def __init__(self, folder: Path, *flags: str, command: Sequence[object] = (), **environ: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        command: Sequence[object] | Template = (),
+        code: str = MAIN,
+        **environ: str,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.log_file, self.banner = folder / "stderr.txt", ""
-        with self.log_file.open("w") as log:
-            arguments = ["serve", "--port", "0", *flags]
-            self.process: subprocess.Popen[str] | ForkedServer
-            if not command and sys.platform == "linux":
-                self.process = ForkedServer(arguments, folder, log, os.environ | environ)
+        arguments = ["serve", "--port", "0", *flags]
+        read_end, write_end = os.pipe()
+        self.stdout = os.fdopen(read_end)
+        with self.log_file.open("w") as log, os.fdopen(write_end, "w") as output:
+            self.process: subprocess.Popen[str] | ForkedProcess
+            if isinstance(command, Template) or (not command and sys.platform == "linux"):
+                files = [0, output.fileno(), log.fileno()]
+                self.process = ForkedProcess(arguments, folder, files, os.environ | environ, code, command or None)
             else:
-                self.process = subprocess.Popen([*map(str, command or SCRIPT), *arguments], cwd=folder, text=True,
-                                                stdout=subprocess.PIPE, stderr=log, env=os.environ | environ)  # fmt: skip
+                environ = {"PYTHONPATH": str(ROOT)} | environ
+                self.process = subprocess.Popen([*map(str, command or (sys.executable, "-c", code)), *arguments], cwd=folder,
+                                                text=True, stdout=output, stderr=log, env=os.environ | environ)  # fmt: skip
         watchdog = threading.Timer(60, self.process.kill)  # ends the loop below
         watchdog.start()
-        assert self.process.stdout
-        while self.banner.count("curl") < 2 and (line := self.process.stdout.readline()):
+        while self.banner.count("curl") < 2 and (line := self.stdout.readline()):
             self.banner += line
         watchdog.cancel()
         self.curl_lines = re.findall(r"curl .*", self.banner)
@@ -447,8 +486,7 @@ class Live:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        assert self.process.stdout
-        self.process.stdout.close()
+        self.stdout.close()
 
 
 HEAD = f"Host: localhost\r\nx-api-key: {KEY}\r\n".encode()

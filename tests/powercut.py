@@ -8,6 +8,7 @@ missing.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections import defaultdict
@@ -53,8 +54,8 @@ def readable(text: str) -> str:
     return _HEX.sub(lambda match: unhex(match[0]).decode(), text)
 
 
-def calls_of(trace: Path, first_line: int) -> list[Call]:
-    """Return the calls that ended, ordered by when they began; openat is ordered by when it returned.
+def calls_of(trace: Path, first_line: int, from_byte: int) -> list[Call]:
+    """Return the calls that ended after this part of the trace, ordered by when they began; openat is ordered by when it returned.
 
     While one thread is in openat, another may write to and close a descriptor whose number openat then returns for
     another file. Ordered by its beginning, openat would claim that write.
@@ -62,6 +63,7 @@ def calls_of(trace: Path, first_line: int) -> list[Call]:
     begun: dict[str, tuple[int, str, str]] = {}  # by thread
     calls = []
     with trace.open() as lines:
+        lines.seek(from_byte)
         for number, line in enumerate(lines, first_line):
             thread = line.split(" ", 1)[0]
             if not (match := _LINE.match(line)):
@@ -153,10 +155,10 @@ class Recording:
         self._offsets: dict[int, int] = {}  # by descriptor: where the next write() starts
         self._files = 0
 
-    def add(self, trace: Path) -> None:
-        """Add the trace of a run that has ended."""
+    def add(self, trace: Path, from_byte: int = 0) -> None:
+        """Add a run that has ended: the trace, from this byte on."""
         self._starts.append(self._lines)
-        for call in calls_of(trace, self._lines):
+        for call in calls_of(trace, self._lines, from_byte):
             self._lines = max(self._lines, call.done)
             if "<TCP:" in call.arguments or call.name in RECEIVING_CALLS:
                 if _ACCEPTED in call.arguments and (peer := _PEER.search(call.arguments)):
@@ -172,8 +174,8 @@ class Recording:
 
         SQLite's -shm file is ignored, because it does not survive a power cut.
         """
-        file = self.folder / readable(path)
-        return file.name if file.parent == self.folder and not file.name.endswith("-shm") else None
+        folder, name = os.path.split(os.path.join(self.folder, readable(path)))
+        return name if folder == str(self.folder) and not name.endswith("-shm") else None
 
     def _change(self, call: Call, file: int | None, change: Change) -> None:
         self.steps.append(Step(call.begun, call.done, file, change))

@@ -35,6 +35,7 @@ from helpers import (
     SCRIPT,
     Live,
     answer_on,
+    changed,
     event,
     eventually,
     ids,
@@ -47,18 +48,14 @@ from helpers import (
 CONTINUED = POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n"
 
 
-def limited(**limits: float) -> list[str]:
-    """Return the command of a server with other limits in connections.py."""
-    changes = "".join(f"connections.{name} = {value};" for name, value in limits.items())
-    code = f"import sys, eventstore; from eventstore_extras import connections; {changes} sys.exit(eventstore.main())"
-    return [sys.executable, "-c", code]
+limited = partial(changed, "connections")
 
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    command = limited(BODY_TIMEOUT_S=0.5, WRITE_TIMEOUT_S=0.2)
+    code = limited(BODY_TIMEOUT_S=0.5, WRITE_TIMEOUT_S=0.2)
     folder = tmp_path_factory.mktemp("impatient")
-    with Live(folder, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live:
+    with Live(folder, "--api-key", KEY, code=code) as live:
         yield live
 
 
@@ -86,8 +83,8 @@ def test_bodies_that_do_not_arrive_in_time_are_refused_and_their_connections_clo
 @pytest.mark.slow
 def test_a_body_may_take_longer_than_the_limit_while_enough_of_it_arrives(tmp_path: Path) -> None:
     body = json.dumps(event("slow", properties={"text": "x" * 250_000})).encode()
-    command = limited(BODY_TIMEOUT_S=1)
-    with Live(tmp_path, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live, live.connect() as sock:
+    code = limited(BODY_TIMEOUT_S=1)
+    with Live(tmp_path, "--api-key", KEY, code=code) as live, live.connect() as sock:
         sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
         start = time.monotonic()
         for at in range(0, len(body), 20_000):
@@ -131,10 +128,7 @@ def test_a_client_that_does_not_read_its_answer_is_dropped(impatient: Live) -> N
 
 
 def test_for_each_connection_above_the_limit_the_one_idle_for_longest_is_closed(tmp_path: Path) -> None:
-    with (
-        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=20), PYTHONPATH=str(ROOT)) as live,
-        ExitStack() as stack,
-    ):
+    with Live(tmp_path, "--api-key", KEY, code=limited(_MAX_CONNECTIONS=20)) as live, ExitStack() as stack:
         idle = [stack.enter_context(live.connect()) for _ in range(30)]
         with live.client() as client:
             assert store(client, event("a")).status_code == 202
@@ -146,10 +140,7 @@ def test_for_each_connection_above_the_limit_the_one_idle_for_longest_is_closed(
 
 
 def test_a_connection_above_the_limit_is_answered_with_503_if_none_is_idle(tmp_path: Path) -> None:
-    with (
-        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=3), PYTHONPATH=str(ROOT)) as live,
-        ExitStack() as stack,
-    ):
+    with Live(tmp_path, "--api-key", KEY, code=limited(_MAX_CONNECTIONS=3)) as live, ExitStack() as stack:
         busy = [stack.enter_context(live.connect()) for _ in range(3)]
         for sock in busy:
             sock.sendall(CONTINUED)
@@ -161,10 +152,7 @@ def test_a_connection_above_the_limit_is_answered_with_503_if_none_is_idle(tmp_p
 @table("kind", ["idle", "body", "head"])
 def test_the_connections_of_the_key_that_has_the_most_are_closed_first(tmp_path: Path, kind: str) -> None:
     keys = ("--api-key", KEY, "--api-key", "other-key")
-    with (
-        Live(tmp_path, *keys, command=limited(_MAX_CONNECTIONS=100), PYTHONPATH=str(ROOT)) as live,
-        ExitStack() as stack,
-    ):
+    with Live(tmp_path, *keys, code=limited(_MAX_CONNECTIONS=100)) as live, ExitStack() as stack:
         other = stack.enter_context(live.connect())
         other.sendall(posting(BODY).replace(KEY.encode(), b"other-key"))
         assert answer_on(other).status_code == 202
@@ -484,7 +472,7 @@ def test_a_file_descriptor_that_cannot_be_served_on_is_refused_at_the_start(
 
 
 def test_a_request_that_arrives_while_the_server_stops_is_answered_and_closes_its_connection(tmp_path: Path) -> None:
-    with Live(tmp_path, "--api-key", KEY, command=limited(_STOP_S=20), PYTHONPATH=str(ROOT)) as live:
+    with Live(tmp_path, "--api-key", KEY, code=limited(_STOP_S=20)) as live:
         with live.connect() as used, live.connect() as new:
             used.sendall(posting(BODY))
             assert "connection" not in answer_on(used).headers
@@ -500,8 +488,7 @@ def test_a_request_that_arrives_while_the_server_stops_is_answered_and_closes_it
 @pytest.mark.slow
 def test_a_second_sigint_ends_the_server_at_once(tmp_path: Path) -> None:
     code = "import sys, eventstore; eventstore._SHUTDOWN_TIMEOUT_S = 60; sys.exit(eventstore.main())"
-    command = [sys.executable, "-c", code]
-    with Live(tmp_path, "--api-key", KEY, command=command, PYTHONPATH=str(ROOT)) as live:
+    with Live(tmp_path, "--api-key", KEY, code=code) as live:
         with live.client() as client:
             store(client, event("a"))
         with live.connect() as sock:
@@ -530,10 +517,7 @@ def test_answers_that_nobody_reads_are_dropped_when_the_server_stops(tmp_path: P
 
 
 def test_connections_that_never_had_a_request_are_closed_first(tmp_path: Path) -> None:
-    with (
-        Live(tmp_path, "--api-key", KEY, command=limited(_MAX_CONNECTIONS=5), PYTHONPATH=str(ROOT)) as live,
-        ExitStack() as stack,
-    ):
+    with Live(tmp_path, "--api-key", KEY, code=limited(_MAX_CONNECTIONS=5)) as live, ExitStack() as stack:
         used = stack.enter_context(live.connect())
         used.sendall(posting(BODY))
         assert answer_on(used).status_code == 202

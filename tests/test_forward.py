@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections import Counter
@@ -47,7 +46,6 @@ from fake_target import (
 from helpers import (
     KEY,
     NOW,
-    ROOT,
     SCRIPT,
     Json,
     Live,
@@ -726,7 +724,6 @@ def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     tmp_path: Path, trick: str, accepted: int
 ) -> None:
     filled(tmp_path, 3000)
-    environ = FORWARDING | {"PYTHONPATH": str(ROOT)}
 
     def slow(*_: object) -> bool:
         eventually(lambda: live.log_has("the forwarder stops"))
@@ -735,8 +732,8 @@ def test_sigterm_ends_forwarding_within_ten_seconds_and_saves_the_progress(
     tricks: dict[str, list[Trick]] = {"slow": [accept, slow], "refuses": [accept, answering(401)]}
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, FakeTarget(*tricks.get(trick, [])) as target:
         port = {"hangs": silent.getsockname()[1], "is down": 1}.get(trick, target.port)
-        flags, command = ("--forward-to", f"http://127.0.0.1:{port}"), (sys.executable, "-c", TELLS_WHEN_IT_STOPS)
-        with Live(tmp_path, *flags, command=command, **environ) as live, live.client() as client:
+        flags = ("--forward-to", f"http://127.0.0.1:{port}")
+        with Live(tmp_path, *flags, code=TELLS_WHEN_IT_STOPS, **FORWARDING) as live, live.client() as client:
             if trick == "hangs":
                 silent.accept()
             elif trick != "is down":

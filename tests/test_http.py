@@ -11,7 +11,6 @@ import re
 import shutil
 import socket
 import struct
-import sys
 import time
 import urllib.parse
 import weakref
@@ -32,10 +31,10 @@ from helpers import (
     HEAD,
     KEY,
     POST,
-    ROOT,
     Live,
     answer_on,
     becomes,
+    changed,
     counts,
     event,
     eventually,
@@ -503,12 +502,8 @@ DRIPS = {  # the bytes to send first, and those to repeat
 
 @pytest.mark.slow
 def test_a_client_cannot_keep_a_connection_open_with_occasional_bytes(tmp_path: Path) -> None:
-    code = (
-        "import sys, eventstore; from eventstore_extras import connections;"
-        "connections.HEADERS_TIMEOUT_S = connections.BODY_TIMEOUT_S = 0.5; sys.exit(eventstore.main())"
-    )
-    command, flags = [sys.executable, "-c", code], ["--api-key", KEY, "--keep-alive-s", "1"]
-    with Live(tmp_path, *flags, command=command, PYTHONPATH=str(ROOT)) as live, ExitStack() as stack:
+    code = changed("connections", HEADERS_TIMEOUT_S=0.5, BODY_TIMEOUT_S=0.5)
+    with Live(tmp_path, "--api-key", KEY, "--keep-alive-s", "1", code=code) as live, ExitStack() as stack:
         drips = {name: (stack.enter_context(live.connect()), drip) for name, (_, drip) in DRIPS.items()}
         for name, (first, _) in DRIPS.items():
             drips[name][0].sendall(first)

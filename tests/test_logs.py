@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import KEY, ROOT, Live, answer_on, event, eventually, refused, store, table
+from helpers import KEY, Live, answer_on, changed, event, eventually, refused, store, table
 
 LABELLED = ("--api-key", f"{KEY}=production; label=check out")
 
@@ -69,9 +68,8 @@ def test_a_traceback_belongs_to_its_line(tmp_path: Path, log_format: str) -> Non
 
 @pytest.mark.slow
 def test_lines_that_repeat_are_left_out_and_counted(tmp_path: Path) -> None:
-    changed = "from eventstore_extras import logs; logs._PERIOD_S = 0.5; logs._MOST_EQUAL = 5; logs._MOST_SIMILAR = 8;"
-    command = [sys.executable, "-c", f"import sys, eventstore; {changed} sys.exit(eventstore.main())"]
-    with Live(tmp_path, *LABELLED, command=command, PYTHONPATH=str(ROOT)) as live, live.client() as client:
+    code = changed("logs", _PERIOD_S=0.5, _MOST_EQUAL=5, _MOST_SIMILAR=8)
+    with Live(tmp_path, *LABELLED, code=code) as live, live.client() as client:
 
         def left_out() -> bool:
             for _ in range(20):

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import sqlite3
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,8 @@ import pytest
 from eventstore import ENCODER, StartError
 from eventstore_extras import features, forward, meters, refused
 from fake_target import FakeTarget, Handler, lag, reply
-from helpers import KEY, POST, ROOT, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
+from forked import Template
+from helpers import KEY, POST, Live, answer_on, database, event, eventually, feature_of, meter_of, run, table
 from powercut import Disk, Entry, Recording, strace
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
@@ -40,12 +40,12 @@ LATER = "arguments.clock = lambda: eventstore.now_us() + 2 * eventstore.DAY_US *
 FLAGS = ("--api-key", KEY, "--forward-interval-ms", "20", "--retain-days", "1", "--forward-to")
 
 
-def server(number: int, *lines: str) -> list[str]:
-    """Return the command of the server with this number. Its clock makes all events of the previous server due."""
+def server(number: int, *lines: str) -> str:
+    """Return the code of the server with this number. Its clock makes all events of the previous server due."""
     code = ["import sys, eventstore", "from eventstore_extras import forward, retention, sending", FEW_PAGES, OFTEN, *lines,
             "arguments = eventstore.parse_arguments(sys.argv[1:])", LATER.format(number),
             "sys.exit(eventstore.serve(arguments))"]  # fmt: skip
-    return [sys.executable, "-c", "\n".join(code)]
+    return "\n".join(code)
 
 
 # ---------------------------------------------------------------------------------------------- recording
@@ -143,15 +143,27 @@ class Cut(NamedTuple):
 PRESENCE = ((True,) * 8 + (False,), (False,) * 10 + (True,))
 
 
-def wait_for_last_line(file: Path, pattern: re.Pattern[bytes]) -> None:
-    """Wait until a line near the end of the file matches; the file has megabytes."""
-    eventually(lambda: pattern.search(file.read_bytes()[-20_000:]))
+class Tracer(NamedTuple):
+    """A process that strace records; servers are forked from it, so that strace need not record their imports."""
+
+    template: Template
+    trace: Path
+
+    def wait_for_end_of(self, process: int) -> None:
+        ended = re.compile(rb"^%d +\+\+\+ exited" % process, re.MULTILINE)
+        with self.trace.open("rb") as file:
+
+            def last_lines() -> bytes:
+                file.seek(max(self.trace.stat().st_size - 20_000, 0))
+                return file.read()
+
+            eventually(lambda: ended.search(last_lines()))
 
 
 class Run:
     """Two consecutive servers on one folder under strace, and the requests sent to them."""
 
-    def __init__(self, folder: Path, target: PickyTarget, choose: random.Random, *lines: str) -> None:
+    def __init__(self, folder: Path, tracer: Tracer, target: PickyTarget, choose: random.Random, *lines: str) -> None:
         self.data = folder / "data"
         self.data.mkdir(parents=True)
         self.target = target
@@ -160,18 +172,18 @@ class Run:
         self.due: list[set[str]] = []  # by run
         for number in range(2):
             self.due.append({one["event_id"] for sent in self.requests.values() for it in sent for one in it.events})
-            trace = folder / f"trace{number}.txt"
             *first, last = PRESENCE[number]
             target.answers_requests = itertools.chain(first, itertools.repeat(last))
-            command = [*strace(trace), *server(number, *lines)]
-            with Live(self.data, *FLAGS, target.url, command=command, **ENVIRON) as live:
+            start = tracer.trace.stat().st_size
+            with Live(
+                self.data, *FLAGS, target.url, code=server(number, *lines), command=tracer.template, **ENVIRON
+            ) as live:
                 self.send_all([requests_of(6 * number + client, choose) for client in range(6)], live)
                 if last:
                     self.wait_until_nothing_is_due(live)
                 assert live.stop() == 0, live.log
-            ended = re.compile(rb"^%d +\+\+\+ exited" % live.process.pid, re.MULTILINE)
-            wait_for_last_line(trace, ended)
-            self.recording.add(trace)
+            tracer.wait_for_end_of(live.process.pid)
+            self.recording.add(tracer.trace, start)
             self.check_the_recording()
         self.accepted = list(target.accepted_batches)
 
@@ -205,7 +217,7 @@ class Run:
                    self.target.url, set().union(*accepted), self.due[disk.run])  # fmt: skip
 
 
-ENVIRON = {"PYTHONPATH": str(ROOT), "EVENTSTORE_FORWARD_API_KEY": KEY}
+ENVIRON = {"EVENTSTORE_FORWARD_API_KEY": KEY}
 
 # ---------------------------------------------------------------------------------------------- checks
 
@@ -354,8 +366,9 @@ def starts(cut: Cut, target: PickyTarget) -> Iterator[str]:
         if live.stop() != 0:
             yield f"the server did not stop cleanly: {live.log}"
     after = cut._replace(accepted=cut.accepted.union(*target.accepted_batches))
+    passed = after.accepted | in_refused_file(after)
     for (event_id,) in rows(after, "id", "events"):
-        if event_id not in after.accepted | in_refused_file(after):
+        if event_id not in passed:
             yield f"{event_id} is neither accepted nor in the refused file"
     yield from problems(after)
 
@@ -393,12 +406,20 @@ def target() -> Iterator[PickyTarget]:
         yield target
 
 
-@pytest.fixture
-def record(tmp_path: Path, target: PickyTarget, choose: random.Random) -> Callable[..., Run]:
-    in_foreground = [word for word in strace(tmp_path / "trace.txt") if word != "-D"]
+@pytest.fixture(scope="module")
+def tracer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracer]:
+    trace = tmp_path_factory.mktemp("strace") / "trace.txt"
+    in_foreground = [word for word in strace(trace) if word != "-D"]
     if run(*in_foreground, "true").returncode != 0:
         pytest.skip("this process is not allowed to trace another")
-    return lambda *lines: Run(tmp_path / "run", target, choose, *lines)
+    template = Template(*strace(trace))
+    yield Tracer(template, trace)
+    template.close()
+
+
+@pytest.fixture
+def record(tmp_path: Path, tracer: Tracer, target: PickyTarget, choose: random.Random) -> Callable[..., Run]:
+    return lambda *lines: Run(tmp_path / "run", tracer, target, choose, *lines)
 
 
 def check_that_much_happened(a_run: Run) -> None:

@@ -39,13 +39,13 @@ from helpers import (
     KEY,
     NOW,
     POST,
-    ROOT,
     SCRIPT,
     Json,
     Live,
     answer_on,
     ask,
     at,
+    changed,
     counts,
     database,
     event,
@@ -835,13 +835,7 @@ def test_a_thousand_idle_slow_and_vanishing_clients_do_not_stop_other_clients(tm
         assert "Traceback" not in live.log
 
 
-def limited_to(seconds: float) -> list[str]:
-    """Return the command of a server that waits this long for the headers of a request."""
-    code = (
-        "import sys, eventstore; from eventstore_extras import connections;"
-        f"connections.HEADERS_TIMEOUT_S = {seconds}; sys.exit(eventstore.main())"
-    )
-    return [sys.executable, "-c", code]
+IMPATIENT = changed("connections", HEADERS_TIMEOUT_S=2)
 
 
 def threads_and_files(live: Live) -> tuple[int, int]:
@@ -856,7 +850,7 @@ def test_two_thousand_silent_connections_use_no_thread_delay_no_client_and_are_c
     tmp_path: Path, many_files: Any
 ) -> None:
     with ExitStack() as stack:
-        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)))
+        live = stack.enter_context(Live(tmp_path, "--api-key", KEY, code=IMPATIENT))
         client = stack.enter_context(live.client())
         store(client, event("before"))
         threads, files = threads_and_files(live)
@@ -873,7 +867,7 @@ def test_two_thousand_silent_connections_use_no_thread_delay_no_client_and_are_c
 def test_only_a_connection_whose_headers_do_not_arrive_is_closed(tmp_path: Path) -> None:
     one = posting(BODY)
     with (
-        Live(tmp_path, "--api-key", KEY, command=limited_to(2), PYTHONPATH=str(ROOT)) as live,
+        Live(tmp_path, "--api-key", KEY, code=IMPATIENT) as live,
         live.connect() as slow,
         live.connect() as idle,
         live.connect() as half,
