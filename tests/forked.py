@@ -26,8 +26,9 @@ MAIN = "import sys, eventstore; sys.exit(eventstore.main())"
 _TEMPLATE = """if True:
     import importlib, json, os, socket, sys
     sys.path.insert(0, sys.argv[1])
-    import eventstore
-    for name in ("analytics", "connections", "forward", "keys", "logs", "mock", "retention", "serving"):
+    import encodings.idna, eventstore, httpcore, httpx, uvloop, uvicorn.protocols.http.httptools_impl
+    for name in ("analytics", "connections", "forward", "keys", "logs", "mock", "retention", "serving",
+                 "backup", "exporting", "importing", "text_formats"):
         importlib.import_module(f"eventstore_extras.{name}")
     tests = socket.socket(fileno=int(sys.argv[2]))
     while True:

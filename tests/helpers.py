@@ -285,27 +285,59 @@ def changed(module: str, **values: object) -> str:
     return f"import sys, eventstore; from eventstore_extras import {module}; {changes}sys.exit(eventstore.main())"
 
 
-def forked(
-    folder: Path, *arguments: object, code: str = MAIN, given: bytes = b"", stdout: IO[Any] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run `eventstore`, or other code, in a forked process whose working directory is the folder.
+def _start(
+    folder: Path,
+    arguments: Sequence[str],
+    files: Sequence[int],
+    environ: Mapping[str, str],
+    code: str,
+    template: Template | None,
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """Start `eventstore`, or other code, with these files as its standard input, output and errors."""
+    environ = os.environ | environ
+    if sys.platform == "linux":
+        return ForkedProcess(arguments, folder, files, environ, code, template)
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, stdin=files[0], stdout=files[1],
+                            stderr=files[2], env=environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
 
-    Standard input is a pipe, into which `given` must fit.
+
+class Command:
+    """`eventstore`, or other code, in a process that starts faster than Python: it is forked where that is possible.
+
+    Its working directory is the folder. Its standard input is a pipe, into which `given` must fit.
     """
-    if sys.platform != "linux":
-        files = {"capture_output": False, "stdout": stdout or subprocess.PIPE, "stderr": subprocess.PIPE}
-        return python(code, *arguments, cwd=folder, input=given.decode(), **files)
-    read_end, write_end = os.pipe()
-    os.write(write_end, given)
-    os.close(write_end)
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        files = [read_end, (stdout or output).fileno(), errors.fileno()]
-        process = ForkedProcess([*map(str, arguments)], folder, files, dict(os.environ), code)
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        code: str = MAIN,
+        given: bytes = b"",
+        stdout: IO[Any] | None = None,
+        template: Template | None = None,
+        **environ: str,
+    ) -> None:
+        self._arguments = [*map(str, arguments)]
+        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        read_end, write_end = os.pipe()
+        os.write(write_end, given)
+        os.close(write_end)
+        files = [read_end, (stdout or self._output).fileno(), self._errors.fileno()]
+        self.process = _start(folder, self._arguments, files, environ, code, template)
         os.close(read_end)
-        status = process.wait()
-        output.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess(arguments, status, output.read(), errors.read())
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait for its end."""
+        status = self.process.wait(60)
+        with self._output, self._errors:
+            self._output.seek(0)
+            self._errors.seek(0)
+            return subprocess.CompletedProcess(self._arguments, status, self._output.read(), self._errors.read())
+
+
+def forked(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Command."""
+    return Command(folder, *arguments, **options).end()
 
 
 def command_line(*arguments: object) -> int:
@@ -425,12 +457,7 @@ class Live:
     """A context manager for `eventstore serve` in a new process, with `folder` as its working directory."""
 
     def __init__(
-        self,
-        folder: Path,
-        *flags: str,
-        command: Sequence[object] | Template = (),
-        code: str = MAIN,
-        **environ: str,
+        self, folder: Path, *flags: str, command: Sequence[object] | Template = (), code: str = MAIN, **environ: str
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.log_file, self.banner = folder / "stderr.txt", ""
@@ -438,14 +465,15 @@ class Live:
         read_end, write_end = os.pipe()
         self.stdout = os.fdopen(read_end)
         with self.log_file.open("w") as log, os.fdopen(write_end, "w") as output:
-            self.process: subprocess.Popen[str] | ForkedProcess
-            if isinstance(command, Template) or (not command and sys.platform == "linux"):
+            self.process: subprocess.Popen[bytes] | ForkedProcess
+            if isinstance(command, Template) or not command:
                 files = [0, output.fileno(), log.fileno()]
-                self.process = ForkedProcess(arguments, folder, files, os.environ | environ, code, command or None)
+                self.process = _start(
+                    folder, arguments, files, environ, code, command if isinstance(command, Template) else None
+                )
             else:
-                environ = {"PYTHONPATH": str(ROOT)} | environ
-                self.process = subprocess.Popen([*map(str, command or (sys.executable, "-c", code)), *arguments], cwd=folder,
-                                                text=True, stdout=output, stderr=log, env=os.environ | environ)  # fmt: skip
+                self.process = subprocess.Popen([*map(str, command), *arguments], cwd=folder, stdout=output, stderr=log,
+                                                env=os.environ | environ)  # fmt: skip
         watchdog = threading.Timer(60, self.process.kill)  # ends the loop below
         watchdog.start()
         while self.banner.count("curl") < 2 and (line := self.stdout.readline()):

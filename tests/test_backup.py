@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -20,19 +19,18 @@ from eventstore_extras import backup
 from eventstore_extras.forward import forward_progress_path
 from helpers import (
     KEY,
-    SCRIPT,
     STAGING_KEY,
+    Command,
     Live,
     command_line,
     event,
     eventually,
     exported,
+    forked,
     imported,
     lines_of,
     metering,
-    python,
     refused_in_one_line,
-    run,
     serving,
     sizes_in,
     store,
@@ -214,7 +212,7 @@ def check_copy(path: Path, acknowledged: list[str]) -> None:
     assert set(acknowledged) <= stored
 
 
-BACKUP = (*map(str, SCRIPT), "backup", "copy.db", "--force")
+BACKUP = ("backup", "copy.db", "--force")
 KILLED_BACKUP = """
 import os, signal, sys, eventstore
 from eventstore_extras import backup
@@ -227,7 +225,7 @@ eventstore.main(["backup", "copy.db", "--force"])
 
 def check_backup(folder: Path, acknowledged: list[str]) -> None:
     """Back up folder/events.db, and check the copy."""
-    done = run(*BACKUP, cwd=folder)
+    done = forked(folder, *BACKUP)
     assert done.returncode == 0, done.stderr
     check_copy(folder / "copy.db", acknowledged)
 
@@ -242,12 +240,12 @@ def test_copies_hold_acknowledged_events_despite_kills_under_load(tmp_path: Path
             eventually(lambda sent=acknowledged: len(sent) >= 1000)  # type: ignore[misc]
             expected = before + acknowledged[:]
             check_backup(tmp_path, expected)
-            assert python(KILLED_BACKUP, cwd=tmp_path).returncode == -signal.SIGKILL
+            assert forked(tmp_path, code=KILLED_BACKUP).returncode == -signal.SIGKILL
             assert len(list(tmp_path.glob("copy.db.*.tmp"))) == 1
             check_copy(tmp_path / "copy.db", expected)  # the older copy
-            with subprocess.Popen(BACKUP, cwd=tmp_path, stderr=subprocess.PIPE) as last:
-                live.stop(signal.SIGKILL)
-                assert last.wait(60) == 0, last.communicate()
+            last = Command(tmp_path, *BACKUP)
+            live.stop(signal.SIGKILL)
+            assert (done := last.end()).returncode == 0, done.stderr
             check_copy(tmp_path / "copy.db", expected)
         before += acknowledged
         check_backup(tmp_path, before)  # of the database as the killed server left it

@@ -26,6 +26,7 @@ import pytest
 
 from eventstore_extras import connections
 from eventstore_extras.mock import running_server
+from forked import ForkedProcess
 from helpers import (
     BODY,
     HEAD,
@@ -352,11 +353,14 @@ def test_several_connections_are_accepted_in_a_round_of_the_event_loop(monkeypat
 # ---------------------------------------------------------------------------------------------- inherited sockets
 
 
-def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[str]:
+def serve_on(listener: socket.socket, folder: Path) -> subprocess.Popen[bytes] | ForkedProcess:
     fd = listener.fileno()
-    command = (*SCRIPT, "serve", "--fd", str(fd), "--api-key", KEY)
     with (folder / "log").open("a") as log:
-        return subprocess.Popen(command, cwd=folder, pass_fds=[fd], stdout=log, stderr=log, text=True)
+        files = [0, log.fileno(), log.fileno()]
+        if sys.platform == "linux":
+            return ForkedProcess(["serve", "--fd", "3", "--api-key", KEY], folder, [*files, fd], dict(os.environ))
+        command = (*SCRIPT, "serve", "--fd", str(fd), "--api-key", KEY)
+        return subprocess.Popen(command, cwd=folder, pass_fds=[fd], stdout=log, stderr=log)
 
 
 RESTARTS = int(os.environ.get("EVENTSTORE_TEST_STORM", "8"))

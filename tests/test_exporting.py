@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,24 +19,27 @@ import pytest
 
 import eventstore
 from eventstore_extras import stored
+from forked import Template
 from helpers import (
     EVER,
+    KEY,
     NASTY_PROPERTIES,
     NASTY_TEXTS,
     ROOT,
     SCRIPT,
+    Live,
     at,
     command_line,
     counts,
     database,
     event,
     exported,
+    forked,
     ids,
     imported,
     is_root,
     lines_of,
     nasty_folder,
-    python,
     refused_in_one_line,
     run,
     serving,
@@ -44,6 +49,8 @@ from helpers import (
     table,
     write_lock,
 )
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 # ---------------------------------------------------------------------------------------------- formats
 
@@ -142,7 +149,7 @@ def test_pages_join_without_gaps_or_repeats(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path) -> None:
     imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(5000)]))
-    whole = run(*SCRIPT, "export", cwd=tmp_path)
+    whole = forked(tmp_path, "export")
     assert whole.stdout.encode() == exported(tmp_path)
     assert re.fullmatch(r"eventstore: exported 5,000 events; .+ s\n", whole.stderr)
     with subprocess.Popen([*SCRIPT, "export"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -152,7 +159,7 @@ def test_standard_output_holds_only_data_and_may_be_closed_early(tmp_path: Path)
         process.stdout.close()
         assert (process.stderr.read(), process.wait(30)) == (b"", 1)
     imported(tmp_path, b"", "--environment", "production")
-    elsewhere = run(*SCRIPT, "export", "--environment", "production", cwd=tmp_path)
+    elsewhere = forked(tmp_path, "export", "--environment", "production")
     assert (elsewhere.returncode, elsewhere.stdout) == (0, "")
     assert "the database also has events of development" in elsewhere.stderr
 
@@ -200,7 +207,7 @@ def test_an_unknown_environment_is_refused_with_the_known_ones(
 def test_the_name_of_the_output_chooses_the_format(tmp_path: Path, name: str, flags: list[str], start: bytes) -> None:
     imported(tmp_path, lines_of(event("a")))
     for file, open_file in ((tmp_path / name, open), (tmp_path / f"{name}.gz", gzip.open)):
-        assert run(*SCRIPT, "export", "-o", str(file), *flags, cwd=tmp_path).returncode == 0
+        assert forked(tmp_path, "export", "-o", file, *flags).returncode == 0
         with open_file(file, "rb") as written:
             assert written.read().startswith(start)
 
@@ -211,9 +218,7 @@ def test_the_name_of_the_output_chooses_the_format(tmp_path: Path, name: str, fl
 def test_a_full_disk_under_standard_output_is_named(tmp_path: Path, form: str, number: int) -> None:
     imported(tmp_path, lines_of(*[event(f"{n:05}") for n in range(number)]))
     with open("/dev/full", "wb") as full:
-        done = run(
-            *SCRIPT, "export", "--format", form, cwd=tmp_path, capture_output=False, stdout=full, stderr=subprocess.PIPE
-        )
+        done = forked(tmp_path, "export", "--format", form, stdout=full)
     file = "/dev/full" if sys.platform == "linux" else ".*"
     assert done.returncode == 1
     assert re.fullmatch(
@@ -281,24 +286,27 @@ has_unshare = shutil.which("unshare") is not None and run("unshare", "-rm", "tru
 read_only_mount = pytest.mark.skipif(not has_unshare, reason="needs a mount namespace (unshare -rm)")
 
 
-def on_a_read_only_disk(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
-    """Run a command in a folder which it sees as a read-only file system."""
-    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && cd "$0" && exec "$@"'
-    return run("unshare", "-rm", "sh", "-c", mount, folder, *command, stdin=subprocess.DEVNULL)
+READ_ONLY = """
+import os, subprocess, sys, eventstore
+subprocess.run(["sh", "-c", 'mount --bind "$PWD" "$PWD" && mount -o remount,bind,ro "$PWD"'], check=True)
+os.chdir(os.getcwd())
+sys.exit(eventstore.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def on_a_read_only_disk() -> Iterator[Run]:
+    """Runs a command in a folder which it sees as a read-only file system."""
+    template = Template("unshare", "-rm")
+    yield partial(forked, code=READ_ONLY, template=template)
+    template.close()
 
 
 def killed(folder: Path, *events: Any) -> Path:
     """Leave a database as a killed server does: some events are only in the -wal."""
-    code = """if True:
-        import os, sys, eventstore
-        from helpers import serving, store
-        from pathlib import Path
-        with serving(Path(sys.argv[1])) as client:
-            store(client, *eventstore.json.loads(sys.argv[2]))
-            os._exit(0)
-    """
-    done = python(f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n{code}", folder, json.dumps(events))
-    assert done.returncode == 0, done.stderr
+    with Live(folder, "--api-key", KEY) as live, live.client() as client:
+        store(client, *events)
+        live.process.kill()
     assert sizes_in(folder)["events.db-wal"] > 0
     return folder
 
@@ -306,10 +314,10 @@ def killed(folder: Path, *events: Any) -> Path:
 @pytest.mark.slow
 @read_only_mount
 @table("command", READING)
-def test_reading_commands_work_on_a_read_only_disk(tmp_path: Path, command: str) -> None:
+def test_reading_commands_work_on_a_read_only_disk(tmp_path: Path, on_a_read_only_disk: Run, command: str) -> None:
     imported(tmp_path, lines_of(event("a")))
     before = sizes_in(tmp_path)
-    done = on_a_read_only_disk(tmp_path, *SCRIPT, *command.split())
+    done = on_a_read_only_disk(tmp_path, *command.split())
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
     assert ('"event_id":"a"' in done.stdout) is (command == "export")
     assert sizes_in(tmp_path) == before
@@ -317,30 +325,30 @@ def test_reading_commands_work_on_a_read_only_disk(tmp_path: Path, command: str)
 
 @pytest.mark.slow
 @read_only_mount
-def test_a_log_on_a_read_only_disk_is_read_or_the_command_refuses(tmp_path: Path) -> None:
+def test_a_log_on_a_read_only_disk_is_read_or_the_command_refuses(tmp_path: Path, on_a_read_only_disk: Run) -> None:
     killed(tmp_path, event("a"))
-    done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+    done = on_a_read_only_disk(tmp_path, "export")
     assert (done.returncode, '"event_id":"a"' in done.stdout) == (0, True), done.stderr
     (tmp_path / "events.db-shm").unlink()
     for log in ("events.db-wal", "events.db-journal"):
         (tmp_path / "events.db-wal").rename(tmp_path / log)
-        done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+        done = on_a_read_only_disk(tmp_path, "export")
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(rf"eventstore: cannot read \S+/events\.db: \S+/{log} belongs to it, and cannot be read where "
                             r"nothing can be written; copy both to a folder that you can write to\n", done.stderr)  # fmt: skip
         (tmp_path / log).rename(tmp_path / "events.db-wal")
     (tmp_path / "events.db-wal").write_bytes(b"")  # holds nothing
-    done = on_a_read_only_disk(tmp_path, *SCRIPT, "export")
+    done = on_a_read_only_disk(tmp_path, "export")
     assert (done.returncode, "events" in done.stderr) == (0, True), done.stderr
 
 
 @pytest.mark.slow
 @read_only_mount
-def test_the_newest_events_are_read_through_a_read_only_mount(tmp_path: Path) -> None:
+def test_the_newest_events_are_read_through_a_read_only_mount(tmp_path: Path, on_a_read_only_disk: Run) -> None:
     with serving(tmp_path) as client:
         for name in ("a", "b"):
             store(client, event(name))
-            assert f'"event_id":"{name}"' in on_a_read_only_disk(tmp_path, *SCRIPT, "export").stdout
+            assert f'"event_id":"{name}"' in on_a_read_only_disk(tmp_path, "export").stdout
 
 
 @pytest.mark.slow

@@ -46,13 +46,13 @@ from fake_target import (
 from helpers import (
     KEY,
     NOW,
-    SCRIPT,
     Json,
     Live,
     becomes,
     database,
     event,
     eventually,
+    forked,
     python,
     refusal,
     rows_of,
@@ -154,7 +154,7 @@ def test_events_that_another_process_stores_are_sent(tmp_path: Path) -> None:
     (tmp_path / "in.ndjson").write_text(json.dumps(event("imported")))
     with FakeTarget() as target, forwarding(target, db=path) as (server, client):
         store(client, event("over HTTP"))
-        assert run(*SCRIPT, "import", "in.ndjson", cwd=tmp_path).returncode == 0
+        assert forked(tmp_path, "import", "in.ndjson").returncode == 0
         server.wait_until_forwarded()
     assert target.ids == ["over HTTP", "imported"]
 
@@ -627,7 +627,7 @@ def test_a_refused_event_can_be_corrected_and_imported(tmp_path: Path) -> None:
         server.wait_until_forwarded()
         refused = tmp_path / "events.db.refused.ndjson"
         refused.write_text(refused.read_text().replace('"bad"', '"corrected"'))
-        done = run(*SCRIPT, "import", refused.name, cwd=tmp_path)
+        done = forked(tmp_path, "import", refused.name)
         assert done.returncode == 0, done.stderr
         assert "1 new" in done.stderr
         server.wait_until_forwarded()

@@ -27,6 +27,7 @@ from helpers import (
     KEY,
     SCRIPT,
     TEXT_FILE,
+    Command,
     Live,
     at,
     command_line,
@@ -34,9 +35,9 @@ from helpers import (
     event,
     eventually,
     exported,
+    forked,
     imported,
     lines_of,
-    python,
     refuse_to_write,
     refused_in_one_line,
     run,
@@ -88,7 +89,7 @@ FORMATS = {
 @table("content", FORMATS.values(), ids=FORMATS)
 def test_the_format_is_detected_by_the_content(tmp_path: Path, content: bytes, way: str) -> None:
     if way == "standard input":
-        done = run(*SCRIPT, "import", "-", cwd=tmp_path, input=content.decode(), text=True)
+        done = forked(tmp_path, "import", "-", given=content)
         assert (done.returncode, done.stdout) == (0, "")
         assert re.fullmatch(
             r"eventstore: imported 2 events into events\.db( \(created\))?: 2 new, 0 already stored; .+ s\n",
@@ -361,7 +362,7 @@ def test_an_import_that_stops_at_the_first_event_creates_no_database(
 
 def test_a_dry_run_checks_every_event_and_stores_nothing(tmp_path: Path) -> None:
     (tmp_path / "events.ndjson").write_text(json.dumps(event("a") | {"propertes": 1}) + "\n" + json.dumps(event("b")))
-    done = run(*SCRIPT, "import", "events.ndjson", "--dry-run", cwd=tmp_path)
+    done = forked(tmp_path, "import", "events.ndjson", "--dry-run")
     assert done.returncode == 0
     assert not (tmp_path / "events.db").exists()
     assert "would import 2 events into events.db; nothing was stored" in done.stderr
@@ -403,12 +404,12 @@ def test_an_import_that_cannot_start_says_why_in_one_line_and_changes_nothing(
 def test_an_import_and_a_server_share_a_database(tmp_path: Path) -> None:
     (tmp_path / "in.ndjson").write_bytes(lines_of(*[event(f"i{number}") for number in range(20_000)]))
     with Live(tmp_path, "--api-key", KEY) as live, live.client() as client:
-        process = subprocess.Popen([*SCRIPT, "import", "in.ndjson"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        command = Command(tmp_path, "import", "in.ndjson")
         sent = 0
-        while process.poll() is None:
+        while command.process.poll() is None:
             assert client.post("/v1/events", json=event(f"s{sent}")).status_code == 202
             sent += 1
-        assert "20,000 new" in process.communicate()[1]
+        assert "20,000 new" in command.end().stderr
         assert sent > 0
         assert total(client) == 20_000 + sent
     assert "Error" not in live.log
@@ -759,7 +760,7 @@ def test_an_import_needs_no_more_memory_for_a_large_file(tmp_path: Path, form: s
                 lines = {"csv": f"call,cust,{each % 100},{'x' * 5000}\n", "json": f"{',' if each else '['}{sent}"}
                 file.write(lines.get(form, sent + "\n"))
             file.write("]" * (form == "json"))
-        done = python(code, "import", tmp_path / "in", "--db", tmp_path / "events.db")
+        done = forked(tmp_path, "import", "in", code=code)
         assert f"imported {number:,} events" in done.stderr
         peaks += [int(peak_kb) * 1024 for peak_kb in re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)]
     assert (tmp_path / "in").stat().st_size > 25_000_000

@@ -35,11 +35,11 @@ from helpers import (
     command_line,
     event,
     exported,
+    forked,
     imported,
     lines_of,
     nasty_folder,
     page,
-    python,
     refusal,
     run,
     serving,
@@ -214,7 +214,7 @@ def test_an_export_to_a_full_disk_makes_no_file(tmp_path: Path, name: str) -> No
     """The limit on the size of files acts like a full disk: a part of the file is written."""
     imported(tmp_path, lines_of(*[event(os.urandom(20).hex()) for _ in range(5000)]))
     before = sizes_in(tmp_path)
-    done = python(FULL_DISK, "export", "--db", tmp_path / "events.db", "-o", tmp_path / name)
+    done = forked(tmp_path, "export", "-o", tmp_path / name, code=FULL_DISK)
     assert done.returncode == 1
     assert re.fullmatch(
         rf"eventstore: cannot write --output {tmp_path}/{name}: File too large; no file was made\n", done.stderr
@@ -634,17 +634,8 @@ def test_an_export_to_a_terminal_is_refused(tmp_path: Path) -> None:
 
     imported(tmp_path, lines_of(event("a")))
     terminal, screen = pty.openpty()
-    done = run(
-        *SCRIPT,
-        "export",
-        "--format",
-        "parquet",
-        cwd=tmp_path,
-        capture_output=False,
-        stdout=screen,
-        stderr=subprocess.PIPE,
-    )
-    os.close(screen)
+    with os.fdopen(screen, "w") as stdout:
+        done = forked(tmp_path, "export", "--format", "parquet", stdout=stdout)
     os.close(terminal)
     assert (done.returncode, done.stderr) == (
         2,
@@ -661,9 +652,9 @@ def test_without_arro3_the_message_says_what_to_install_and_other_formats_work(t
     code = "import sys; sys.modules['arro3'] = None; import eventstore; sys.exit(eventstore.main())"
     (tmp_path / "lines").write_bytes(lines_of(event("a")))
     (tmp_path / "in").write_bytes(GOOD)
-    assert python(code, "import", "lines", "--db", "old.db", cwd=tmp_path).returncode == 0
-    assert python(code, "export", "--db", "old.db", cwd=tmp_path).returncode == 0
-    done = python(code, *arguments.split(), cwd=tmp_path)
+    assert forked(tmp_path, "import", "lines", "--db", "old.db", code=code).returncode == 0
+    assert forked(tmp_path, "export", "--db", "old.db", code=code).returncode == 0
+    done = forked(tmp_path, *arguments.split(), code=code)
     assert done.returncode == 2
     assert re.fullmatch(
         r"eventstore: Parquet needs arro3: .+ -m pip install arro3-core arro3-io \(or .+\)\n", done.stderr
@@ -682,7 +673,7 @@ def test_import_and_export_need_no_more_memory_for_more_events(tmp_path: Path) -
     """The database stays small, as there are only 100 ids: only holding the file would need more."""
 
     def peak(*arguments: object) -> int:
-        done = python(REPORT, *arguments)
+        done = forked(tmp_path, *arguments, code=REPORT)
         assert "ported" in done.stderr
         (peak_kb,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
         return int(peak_kb) * 1024

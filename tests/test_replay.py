@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from helpers import (
     EVER,
     KEY,
     NOW,
-    SCRIPT,
+    Command,
     Live,
     at,
     command_line,
@@ -27,12 +26,12 @@ from helpers import (
     event,
     eventually,
     exported,
+    forked,
     ids,
     imported,
     lines_of,
     python,
     refuse_to_write,
-    run,
     store,
     stored_ids,
     table,
@@ -215,7 +214,7 @@ def test_replay_sends_events_that_arrived_after_its_start_whatever_their_time(
     def store_more(_handler: Handler, _ids: list[str]) -> bool:
         target.tricks = [accept]
         (source / "more").write_bytes(lines_of(event("older", timestamp=at(-5)), event("newer", timestamp=at(1000))))
-        assert run(*SCRIPT, "import", "more", cwd=source).returncode == 0
+        assert forked(source, "import", "more").returncode == 0
         return False
 
     with StoringTarget(tmp_path / "target", store_more) as target:
@@ -290,22 +289,21 @@ def test_a_replay_that_is_killed_continues_after_the_last_saved_position(tmp_pat
     sent = [event(f"{n:05}", timestamp=at(n * 7919 % 3000)) for n in range(3000)]
     with Live(tmp_path / "source", "--api-key", KEY) as source, Live(tmp_path / "target", "--api-key", KEY) as target:
         (tmp_path / "source" / "in.ndjson").write_bytes(lines_of(*sent))
-        assert run(*SCRIPT, "import", "in.ndjson", cwd=tmp_path / "source").returncode == 0
-        command = [*map(str, SCRIPT), "replay", "--to", target.url, "--batch-size", "10"]
-        environ = os.environ | {"FLEXPRICE_API_KEY": KEY}
+        assert forked(tmp_path / "source", "import", "in.ndjson").returncode == 0
+        replay = partial(
+            Command, tmp_path / "source", "replay", "--to", target.url, "--batch-size", "10", FLEXPRICE_API_KEY=KEY
+        )
         with source.client() as client:
             store(client, event("over HTTP", timestamp=at(0)))
         with target.client() as client:
             for number, status, end in ((signal.SIGKILL, -9, 600), (signal.SIGINT, 1, 1200), (signal.SIGTERM, 1, 1800)):
                 refuse_to_write(tmp_path / "target", f"new.timestamp_us >= {NOW + end}")  # which replay retries
-                process = subprocess.Popen(
-                    command, cwd=tmp_path / "source", env=environ, stderr=subprocess.PIPE, text=True
-                )
+                command = replay()
                 eventually(lambda end=end: total(client) > end - 10)  # type: ignore[misc]
-                process.send_signal(number)
-                message = process.communicate(timeout=30)[1]
-                assert process.returncode == status
-                lines = [line for line in message.splitlines() if "trying again" not in line]
+                command.process.send_signal(number)
+                done = command.end()
+                assert done.returncode == status
+                lines = [line for line in done.stderr.splitlines() if "trying again" not in line]
                 assert len(lines) == (2 if status == 1 else 0)
                 if status == 1:
                     interrupted = r"eventstore: interrupted; .+ are accepted \(cursor .+; the same command continues"
@@ -313,13 +311,13 @@ def test_a_replay_that_is_killed_continues_after_the_last_saved_position(tmp_pat
                 with database(tmp_path / "target") as conn:
                     conn.execute("DROP TRIGGER full")
             assert total(client) < 1801
-        done = run(*command, cwd=tmp_path / "source", env=environ)
+        done = replay().end()
         assert done.returncode == 0
         assert re.match(r"eventstore: continuing at cursor \d+::\d+: 1,\d{3} events were accepted before", done.stderr)
         found = re.search(r"sent .+: ([\d,]+) accepted", done.stderr)
         assert found
         assert 1200 <= int(found[1].replace(",", "")) < 1300
-        exports = [run(*SCRIPT, "export", cwd=tmp_path / name).stdout for name in ("source", "target")]
+        exports = [forked(tmp_path / name, "export").stdout for name in ("source", "target")]
         assert exports[0] == exports[1]
         assert len(exports[0].splitlines()) == 3001
 
@@ -337,7 +335,7 @@ def test_a_signal_ends_replay_even_where_python_ignores_exceptions(source: Path,
         httpx.AsyncClient.send = post
         sys.exit(eventstore.main())
     """
-    done = python(code, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", cwd=source)
+    done = forked(source, "replay", "--to", "http://127.0.0.1:1", "--api-key", "k", code=code)
     assert done.returncode == 1, done.stderr
     assert re.fullmatch(r"eventstore: interrupted; 0 events are accepted \(.+\n", done.stderr)
 

@@ -11,8 +11,6 @@ import re
 import shlex
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
@@ -34,21 +32,21 @@ from helpers import (
     KEY,
     KEYS,
     NOW,
-    ROOT,
-    SCRIPT,
+    Command,
     Live,
     at,
     becomes,
+    changed,
     command_line,
     counts,
     database,
     event,
     eventually,
+    forked,
     ids,
     page,
     refusal,
     rows_of,
-    run,
     store,
     table,
 )
@@ -608,12 +606,11 @@ def test_prune_says_why_it_cannot_start(tmp_path: Path, flags: str, part: str) -
 def test_prune_says_how_many_events_it_deleted_and_kept(tmp_path: Path) -> None:
     path = stored(tmp_path, [(1, NOW), (2, NOW + 1), (1, NOW + 2), (1, NOW + 3), (1, NOW + DAY_US)])
     file = progress(path, "https://host/v1", "development", 1)
-    command = (*SCRIPT, "prune", "--before", "2025-10-16T00:00:00Z")
     waiting = "keeps 2 events of that time until accepted by https://host/v1 (if nothing is forwarded there any more"
     other = '; keeps 1 event of "staging", not forwarded; --delete-unforwarded deletes these'
 
     def pruned(number: int, notes: str, *flags: str) -> list[str]:
-        done = run(*command, *flags, cwd=tmp_path)
+        done = forked(tmp_path, "prune", "--before", "2025-10-16T00:00:00Z", *flags)
         assert (done.returncode, done.stdout) == (0, "")
         did = "would delete" if "--dry-run" in flags else "deleted"
         events = eventstore.plural(number, "event")
@@ -647,7 +644,7 @@ def test_prune_does_not_disturb_a_server_under_load(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         try:
-            done = run(*SCRIPT, "prune", "--before", "2025-10-15T11:00:00Z", cwd=tmp_path)
+            done = forked(tmp_path, "prune", "--before", "2025-10-15T11:00:00Z")
         finally:
             stop.set()
             for thread in threads:
@@ -660,12 +657,7 @@ def test_prune_does_not_disturb_a_server_under_load(tmp_path: Path) -> None:
 
 
 # Many small transactions: the signal arrives before the last one, even on a busy machine.
-IN_SMALL_STEPS = """
-import sys, eventstore
-from eventstore_extras import retention
-retention.MAX_ROWS = 100
-sys.exit(eventstore.main())
-"""
+IN_SMALL_STEPS = changed("retention", MAX_ROWS=100)
 
 
 @pytest.mark.slow
@@ -675,23 +667,22 @@ def test_an_interrupted_prune_says_how_many_events_it_deleted_and_can_continue(
 ) -> None:
     stored(tmp_path, [(1, NOW)] * 30_000)
     flags = ("prune", "--before", "2025-10-16T00:00:00Z")
-    command, environ = [sys.executable, "-c", IN_SMALL_STEPS, *flags], os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environ)
+    command = Command(tmp_path, *flags, code=IN_SMALL_STEPS)
 
     def left() -> int:
         with database(tmp_path) as conn:
             return int(conn.execute("SELECT count(*) FROM events").fetchone()[0])
 
     eventually(lambda: left() < 30_000)
-    process.send_signal(number)
-    message = process.communicate(timeout=30)[1]
+    command.process.send_signal(number)
+    done = command.end()
     remaining = left()
-    assert process.returncode == 1, message
+    assert done.returncode == 1, done.stderr
     assert (
-        message
+        done.stderr
         == f"eventstore: interrupted; {30_000 - remaining:,} events deleted; the same command continues from there\n"
     )
     assert 0 < remaining < 30_000
-    done = run(*SCRIPT, *flags, cwd=tmp_path)
+    done = forked(tmp_path, *flags)
     assert f"deleted {remaining:,} events" in done.stderr
     assert json.dumps(kept_ids(tmp_path)) == "[]"
