@@ -304,6 +304,8 @@ def on_a_read_only_disk() -> Iterator[Run]:
 
 def killed(folder: Path, *events: Any) -> Path:
     """Leave a database as a killed server does: some events are only in the -wal."""
+    with serving(folder):
+        pass  # this makes the file; the server would leave its environments in the -wal
     with Live(folder, "--api-key", KEY) as live, live.client() as client:
         store(client, *events)
         live.process.kill()
