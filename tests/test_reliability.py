@@ -324,6 +324,7 @@ class Sender:
                 )
             except (OSError, http.client.HTTPException):  # the server is gone, or does not listen yet
                 result = None, http.client.HTTPMessage(), b""
+                time.sleep(0.05)
         self.outcomes[result[0]] += 1
         return result
 
@@ -401,7 +402,7 @@ def test_acknowledged_requests_survive_repeated_kill_9(tmp_path: Path, choose: r
                 if kill == STORM_KILLS:
                     stop()
                 else:
-                    time.sleep(choose.choice([0, 0.02, 0.3, 0.6, 1.2]) + choose.random() / 5)
+                    time.sleep(choose.choice([0, 0.02, 0.2, 0.4, 0.8]) + choose.random() / 5)
                 assert live.stop(signal.SIGKILL) == -signal.SIGKILL
             if choose.random() < 0.3:  # the next one dies on its way up, where it recovers the file
                 starting = subprocess.Popen([*SCRIPT, "serve", "--port", "0"], cwd=tmp_path, stdout=subprocess.DEVNULL)
