@@ -115,9 +115,11 @@ class ForkedProcess:
     def wait(self, timeout: float = 60) -> int:
         if self.poll() is None:
             ended = os.pidfd_open(self.pid)
-            readable, _, _ = select.select([ended], [], [], timeout)
+            poll = select.poll()
+            poll.register(ended, select.POLLIN)
+            has_ended = poll.poll(timeout * 1000)
             os.close(ended)
-            if not readable:
+            if not has_ended:
                 raise subprocess.TimeoutExpired(["eventstore"], timeout)
         status = self.poll()
         assert status is not None
