@@ -1008,25 +1008,21 @@ def test_a_signal_under_load_loses_no_acknowledged_event_and_ends_within_ten_sec
 ) -> None:
     senders = [Sender(choose.getrandbits(64), patience=0) for _ in range(8)]
     body = json.dumps(event("slow")).encode()
-    with (
-        Live(tmp_path, "--api-key", KEY) as live,
-        live.connect() as slow,
-        live.connect() as idle,
-        live.connect() as half,
-    ):
-        slow.sendall(posting(body)[:-1])
-        half.sendall(b"POST /v1/events HTTP/1.1\r\nHost:")
-        idle.sendall(POST + b"Content-Length: 0\r\n\r\n")
-        refused(answer_on(idle))  # and the connection stays open
+    with Live(tmp_path, "--api-key", KEY) as live:
         for sender in senders:
             sender.port = int(live.port)
         with sending(senders) as stop:
             eventually(lambda: all(len(sender.acknowledged) > 30 for sender in senders))
-            live.process.send_signal(signal.SIGTERM)
-            assert live.process.wait(10) == 0
-            stop()
-        refused(answer_on(slow), 503, "service_unavailable", "shutting down")
-        assert (idle.recv(1), half.recv(1)) == (b"", b"")
+            with live.connect() as slow, live.connect() as half, live.connect() as idle:
+                slow.sendall(posting(body)[:-1])
+                half.sendall(b"POST /v1/events HTTP/1.1\r\nHost:")
+                idle.sendall(POST + b"Content-Length: 0\r\n\r\n")
+                refused(answer_on(idle))  # and the connection stays open
+                live.process.send_signal(signal.SIGTERM)
+                assert live.process.wait(10) == 0
+                stop()
+                refused(answer_on(slow), 503, "service_unavailable", "shutting down")
+                assert (idle.recv(1), half.recv(1)) == (b"", b"")
         assert "Traceback" not in live.log
     outcomes = sum((sender.outcomes for sender in senders), Counter())
     assert set(outcomes) <= {None, 200, 202, 503}
