@@ -63,12 +63,14 @@ def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any)
     """Return a client of the application in this process, on folder/events.db; use it as a context manager.
 
     Without `db` and `api_keys`, a new file is a copy; give `db` if a test is about how the application creates the file.
+    Queries may take ten minutes, because a busy machine needs more than the default for the largest ones.
     """
     path = folder / "events.db"
     if not settings.keys() & {"db", "api_keys"} and not path.exists():
         path.touch(0o600)  # the mode that the application gives it
         path.write_bytes(_new_file())
-    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW} | settings
+    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW, "query_timeout_s": 600}
+    chosen |= settings
     app = create_app(Settings(**chosen), operations=operations)
     return InProcessClient(app, headers={"x-api-key": KEY})
 
