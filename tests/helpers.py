@@ -329,8 +329,11 @@ class Command:
         os.close(read_end)
 
     def end(self) -> subprocess.CompletedProcess[str]:
-        """Wait for its end."""
-        status = self.process.wait(60)
+        """Wait for its end, at most 60 s."""
+        try:
+            status = self.process.wait(60)
+        finally:
+            self.process.kill()
         with self._output, self._errors:
             self._output.seek(0)
             self._errors.seek(0)
