@@ -123,14 +123,16 @@ def test_the_service_serves_alone_and_names_what_other_commands_need(tmp_path: P
         refused(client.post("/v1/events", content=gzip.compress(b"{}")), part="the body is not valid JSON")
         assert client.get("/").text == DEBUGGER
         assert live.stop() == 0
-    for command in ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "prune --before now",
-                    "serve --port 0 --api-key KEY;role=event_reader", "serve --port 0 --mock", "serve --port 0 --forward-to http://host", "serve --port 0 --retain-days 1"):  # fmt: skip
-        done = run(*alone, *command.split(), cwd=tmp_path, env=os.environ | libraries)
-        assert (done.returncode, done.stdout) == (2, "")
+    commands = ("import in", "export", "replay --to http://127.0.0.1:1 --dry-run", "prune --before now",
+                "serve --port 0 --api-key KEY;role=event_reader", "serve --port 0 --mock", "serve --port 0 --forward-to http://host", "serve --port 0 --retain-days 1")  # fmt: skip
+    code = f"import eventstore; print([eventstore.main(command.split()) for command in {commands}])"
+    done = run(sys.executable, "-S", "-c", code, cwd=tmp_path, env=os.environ | libraries)
+    assert done.stdout == f"{[2] * len(commands)}\n", done.stderr
+    for command, message in zip(commands, done.stderr.splitlines(), strict=True):
         needing = command.split()[3] if command.startswith("serve") else command.split()[0]
         beside = re.escape(str(tmp_path / "eventstore.py"))
         needing += "( with more than KEY or KEY=ENVIRONMENT in it)?"
-        assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}\n", done.stderr)
+        assert re.fullmatch(rf"eventstore: {needing} needs the folder eventstore_extras beside {beside}", message)
 
 
 def test_the_service_imports_no_extras_and_no_pytest() -> None:
