@@ -27,11 +27,11 @@ from unittest.mock import Mock
 
 import httpx
 import pytest
-from starlette.testclient import TestClient
 
 from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
 from forked import ForkedServer
+from in_process import InProcessClient
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
@@ -59,23 +59,25 @@ def _new_file() -> bytes:
         return path.read_bytes()
 
 
-def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any) -> TestClient:
+def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any) -> InProcessClient:
     """Return a client of the application in this process, on folder/events.db; use it as a context manager.
 
     Without `db` and `api_keys`, a new file is a copy; give `db` if a test is about how the application creates the file.
+    Queries may take ten minutes, because a busy machine needs more than the default for the largest ones.
     """
     path = folder / "events.db"
     if not settings.keys() & {"db", "api_keys"} and not path.exists():
         path.touch(0o600)  # the mode that the application gives it
         path.write_bytes(_new_file())
-    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW} | settings
+    chosen: dict[str, Any] = {"db": str(path), "api_keys": KEYS, "clock": lambda: NOW, "query_timeout_s": 600}
+    chosen |= settings
     app = create_app(Settings(**chosen), operations=operations)
-    return TestClient(app, raise_server_exceptions=False, headers={"x-api-key": KEY})
+    return InProcessClient(app, headers={"x-api-key": KEY})
 
 
 def service_of(client: httpx.Client) -> Service:
     """Return the service of an application in this process."""
-    app: Any = cast(TestClient, client).app
+    app: Any = cast(InProcessClient, client).app
     service: Service = app.state.service
     return service
 
@@ -84,7 +86,7 @@ def store_of(client: httpx.Client) -> Store:
     return service_of(client).store
 
 
-def metering(folder: Path, **settings: Any) -> TestClient:
+def metering(folder: Path, **settings: Any) -> InProcessClient:
     """Return a client as `serving` does, of an application with meters and features."""
     return serving(folder, analytics_module.OPERATIONS, **settings)
 

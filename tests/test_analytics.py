@@ -915,10 +915,10 @@ def random_range(choose: random.Random) -> dict[str, Any]:
 def test_analytics_matches_plain_python(ledger: Any, group_by: list[Any]) -> None:
     client, meters, _, countable = ledger
     choose, compared = random.Random(f"analytics {group_by}"), 0
-    for number in range(12):
+    for number in range(6):
         query = random_range(choose) | {"group_by": group_by}
         if number % 3:
-            query["window_size"] = SIZES[number % len(SIZES)]
+            query["window_size"] = choose.choice(SIZES)
         if choose.random() < 0.3:
             query["external_customer_id"] = choose.choice("xyz")
         if choose.random() < 0.3:

@@ -599,7 +599,7 @@ def test_a_refusal_by_a_rate_limit_and_an_internal_error_have_the_common_headers
 ) -> None:
     with serving(tmp_path, rate_limits={"/v1/events": 1}) as client:
         answers = [client.post("/v1/events", json=event()) for _ in range(2)]
-        monkeypatch.setattr(client.app.state.service, "view", None)  # type: ignore[attr-defined]
+        monkeypatch.setattr(client.app.state.service, "view", None)
         answers.append(client.get("/v1/events"))
     assert statuses(answers) == [202, 429, 500]
     assert all(map(has_common_headers, answers))
@@ -725,8 +725,8 @@ def test_what_a_caller_sent_is_escaped_in_messages_and_in_the_log(
             client.post("/v1/meters", json={"name": text, "aggregation": {"type": text, text: 1, "multiplier": text}}),
             client.post("/v1/features", json={"name": "n", "type": text, "meter_id": text, "meter": {text: text}}),
             client.post("/v1/features/search", json={"sort": [{"field": text}], "status": text}), client.get(f"/v1/meters/{escaped}"),
-            client.get("/v1/events", headers={"x-request-id": text.encode(), "x-api-key": text.encode()}),
-            client.post("/v1/events", content=b"x", headers={"content-encoding": text.encode()}),
+            client.get("/v1/events", headers={b"x-request-id": text.encode(), b"x-api-key": text.encode()}),
+            client.post("/v1/events", content=b"x", headers={b"content-encoding": text.encode()}),
         ):  # fmt: skip
             assert answer.status_code >= 400
             body = answer.json()

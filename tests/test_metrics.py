@@ -8,17 +8,15 @@ import socket
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 from unittest.mock import Mock
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.testclient import TestClient
 
-from eventstore import Service, StartError
+from eventstore import StartError
 from eventstore_extras import metrics
-from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refusal, refused, run, store, table
+from helpers import KEY, SCRIPT, Live, at, event, eventually, free_port, refusal, refused, run, service_of, store, table
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -36,12 +34,6 @@ def scraped(port: int) -> tuple[str, Samples]:
         (each.name, tuple(sorted(each.labels.items()))): each.value for family in families for each in family.samples
     }
     return answer.text, samples
-
-
-def service_of(client: httpx.Client) -> Service:
-    app: Any = cast(TestClient, client).app
-    service: Service = app.state.service
-    return service
 
 
 def value(samples: Samples, name: str, **labels: str) -> float:

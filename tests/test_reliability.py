@@ -399,6 +399,7 @@ def test_acknowledged_requests_survive_repeated_kill_9(tmp_path: Path, choose: r
                 for sender in senders:
                     sender.port = int(live.port)
                 if kill == STORM_KILLS:
+                    eventually(lambda: sum(sender.outcomes[201] for sender in senders) > STORM_KILLS)
                     stop()
                 else:
                     time.sleep(choose.choice([0, 0.02, 0.3, 0.6, 1.2]) + choose.random() / 5)
@@ -411,7 +412,6 @@ def test_acknowledged_requests_survive_repeated_kill_9(tmp_path: Path, choose: r
     outcomes = sum((sender.outcomes for sender in senders), Counter())
     assert set(outcomes) <= {None, 200, 201, 202, 409}
     assert outcomes[None] > STORM_KILLS  # requests were cut off
-    assert outcomes[201] > STORM_KILLS  # features were made
     check_ledgers(tmp_path, senders)
     check_features(tmp_path, senders)
 
@@ -780,9 +780,12 @@ def test_requests_beyond_the_queue_are_503s_and_memory_stays_bounded(tmp_path: P
         assert peak_memory_bytes(live) - before < 2**27
         accepted = {event_id for event_id, answer in answers.items() if answer.status_code == 202}
         assert accepted
-        for event_id in answers.keys() - accepted:
-            refused(answers[event_id], 503, "service_unavailable", "bytes")
-            assert int(answers[event_id].headers["Retry-After"]) > 0
+        refusals = [answers[event_id] for event_id in answers.keys() - accepted]
+        for answer in refusals:
+            refused(answer, 503, "service_unavailable")
+            assert int(answer.headers["Retry-After"]) > 0
+        # On a busy machine the requests take longer than the 5 s for which the first of them wait for the lock.
+        assert any("bytes" in answer.json()["message"] for answer in refusals)
         for event_id in answers:  # the server works again
             assert counts(store(client, event(event_id))) == ((0, 1) if event_id in accepted else (1, 0))
         assert live.stop() == 0
