@@ -16,12 +16,12 @@ PLUGINS = ("-p", "no:schemathesis", "-p", "no:hypothesispytest", "-p", "no:anyio
 
 
 def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run the tests in pytester's folder in this process, as a run of its own."""
+    """Run the tests in pytester's folder in this process."""
     return pytester.runpytest_inprocess("-q", *PLUGINS, *flags)
 
 
 def run_tests_in_a_process(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run tests that fork, replace the time or the threads, or look at what is imported."""
+    """Run them in another process: tests that fork, replace the time or threads, or look at what is imported."""
     return pytester.runpytest_subprocess("-q", *PLUGINS, *flags)
 
 

@@ -278,6 +278,7 @@ eventstore.Settings(db=5)  # type: ignore[arg-type]
 eventstore.create_app("events.db")  # type: ignore[arg-type]
 store.closed()  # type: ignore[attr-defined]
 """
+# Reading the types of these libraries takes longer than all the rest.
 CHECKS_OUR_TYPES = """
 [mypy]
 strict = true
