@@ -28,7 +28,7 @@ class Effort(NamedTuple):
     singles: int = 20_000
 
 
-QUICK = Effort((1_000, 2_000), 1, 0.05, 4, 200)
+QUICK = Effort((1_000,), 1, 0.05, 4, 200)
 FULL = Effort((10_000, 1_000_000, 10_000_000))
 
 

@@ -15,7 +15,7 @@ from benchmarks.load import generators
 from benchmarks.measurements import MEASUREMENTS, Figures, Measurement
 from benchmarks.table import format_number, machine, markdown
 
-__all__ = ["ROWS", "compare", "cost_ratio"]
+__all__ = ["ROWS", "Compared", "compare", "cost_ratio", "table_lines"]
 
 _MAX_ROUNDS_S = 120  # after this time no further round: a run that takes minutes does not depend on chance
 
@@ -29,7 +29,7 @@ class _TableRow(NamedTuple):
 ROWS = [_TableRow(name, unit, each.floor_name) for each in MEASUREMENTS for name, unit in each.units.items()]
 
 
-class _Compared(NamedTuple):
+class Compared(NamedTuple):
     """The medians of one row at one table size."""
 
     ours: float
@@ -42,7 +42,7 @@ def cost_ratio(unit: str, value: float, base: float) -> float:
     return base / value if unit.endswith("/s") else value / base
 
 
-def _measure(measurement: Measurement, bench: Bench) -> list[_Compared]:
+def _measure(measurement: Measurement, bench: Bench) -> list[Compared]:
     """Measure floor, ours, floor, ours, ... and return the medians for each row of the measurement."""
     rounds: list[tuple[Figures, Figures]] = []
     start = time.perf_counter()
@@ -53,14 +53,14 @@ def _measure(measurement: Measurement, bench: Bench) -> list[_Compared]:
         pairs = [(ours[i], floor[i]) for floor, ours in rounds]
         ratio = statistics.median(cost_ratio(unit, *pair) for pair in pairs)
         ours, floor = map(statistics.median, zip(*pairs, strict=True))
-        compared.append(_Compared(ours, floor, ratio))
+        compared.append(Compared(ours, floor, ratio))
     return compared
 
 
-def _measure_size(size: int, effort: Effort, folder: Path, pool: ProcessPoolExecutor) -> list[_Compared]:
+def _measure_size(size: int, effort: Effort, folder: Path, pool: ProcessPoolExecutor) -> list[Compared]:
     """Run all measurements on a table of this size; returns one result for each row."""
     print(f"{size:,} events: filling the table", file=sys.stderr, flush=True)
-    compared: list[_Compared] = []
+    compared: list[Compared] = []
     with Bench(folder, size, effort, pool) as bench:
         for measurement in MEASUREMENTS:
             print(f"{size:,} events: {next(iter(measurement.units))}", file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def _measure_size(size: int, effort: Effort, folder: Path, pool: ProcessPoolExec
     return compared
 
 
-def _lines(sizes: Sequence[int], results: Sequence[list[_Compared]]) -> list[list[str]]:
+def table_lines(sizes: Sequence[int], results: Sequence[list[Compared]]) -> list[list[str]]:
     """Return the cells of the table: for each row its floor, three cells for each size, and the growth."""
     head = ["", "floor"]
     for size in sizes:
@@ -88,5 +88,5 @@ def compare(effort: Effort, folder: Path) -> int:
     description = machine(folder)
     with generators(2) as pool:
         results = [_measure_size(size, effort, folder, pool) for size in effort.sizes]
-    print(f"{description}\n\n{markdown(_lines(effort.sizes, results))}")
+    print(f"{description}\n\n{markdown(table_lines(effort.sizes, results))}")
     return 0

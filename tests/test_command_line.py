@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import sqlite3
-import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,23 @@ from helpers import (
 )
 
 
-@pytest.mark.slow
 @table("statements", ["PRAGMA user_version = 3", "PRAGMA user_version = 99", "DROP TABLE environments"])
-def test_a_file_of_another_format_is_refused_and_left_as_it_is(tmp_path: Path, statements: str) -> None:
+def test_a_file_of_another_format_is_refused_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statements: str
+) -> None:
     with serving(tmp_path) as client:
         store(client, event("a"))
     path = tmp_path / "events.db"
     with closing(sqlite3.connect(path)) as conn:
         conn.execute(statements)
     before = path.read_bytes()
-    for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
-        done = run(*SCRIPT, *command.split(), cwd=tmp_path, stdin=subprocess.DEVNULL)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(r"eventstore: events\.db was written by (another|a newer) eventstore \(format .*\): export its events "
-                            r"with the eventstore that wrote it and import them with this one, or .*\n", done.stderr)  # fmt: skip
+    with path.open() as standard_input:
+        monkeypatch.setattr("sys.stdin", standard_input)
+        for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
+            done = refusal(tmp_path, *command.split())
+            assert (done.returncode, done.stdout) == (2, "")
+            assert re.fullmatch(r"eventstore: events\.db was written by (another|a newer) eventstore \(format .*\): export its events "
+                                r"with the eventstore that wrote it and import them with this one, or .*\n", done.stderr)  # fmt: skip
     assert path.read_bytes() == before
 
 
@@ -76,7 +78,6 @@ CANNOT_START = [  # flags, what the message names
 ]
 
 
-@pytest.mark.slow
 @table(("flags", "part"), CANNOT_START)
 def test_serve_says_in_one_line_why_it_cannot_start_and_exits_with_2(tmp_path: Path, flags: str, part: str) -> None:
     (tmp_path / "text.db").write_text(TEXT_FILE)
@@ -90,11 +91,7 @@ def test_serve_says_in_one_line_why_it_cannot_start_and_exits_with_2(tmp_path: P
     before = sizes_in(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = flags.format(taken=taken.getsockname()[1]).split(" ")
-        command = (*SCRIPT, "serve", *(words if "--port" in words else ["--port", "0", *words]))
-        try:
-            done = run(*command, cwd=tmp_path)
-        except subprocess.TimeoutExpired as expired:
-            pytest.fail(f"it started: {expired.stdout!r}")
+        done = refusal(tmp_path, "serve", *(words if "--port" in words else ["--port", "0", *words]))
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"eventstore: .+\n", done.stderr)
     assert part in done.stderr

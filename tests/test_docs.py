@@ -33,7 +33,7 @@ import pytest
 import eventstore
 from eventstore_extras import analytics, features, meters, usage
 from eventstore_extras.mock import MockServer, running_server
-from helpers import eventually, free_port
+from helpers import Live, eventually, free_port, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -108,14 +108,11 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
 
 
 @contextmanager
-def serving(folder: Path, port: int, **variables: str) -> Iterator[subprocess.Popen[Any]]:
+def serving(folder: Path, port: int, **variables: str) -> Iterator[Live]:
     """Run `eventstore serve` in the folder, which holds its events.db."""
-    command = [*EVENTSTORE, "serve", "--port", str(port)]
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment(folder, **variables), stdout=log, stderr=log)
-    with ended(process):
-        wait_for(port, process)
-        yield process
+    with Live(folder, "--port", str(port), **environment(folder, **variables)) as live:
+        yield live
+        live.stop()
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -355,7 +352,7 @@ FLAG = re.compile(r"--[a-z][a-z-]+")
 def help_of(folder: Path, command: str) -> dict[str, str]:
     """Return the flags of a command with their defaults, "" for none."""
     flags = {}
-    shown = run(folder, *EVENTSTORE, command, "--help", COLUMNS="1000").stdout
+    shown = refusal(folder, command, "--help", COLUMNS="1000").stdout
     for text in re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]:
         (name, *_), default = FLAG.findall(text), re.search(r"\(default: (.*)\)$", text, re.MULTILINE)
         flags[name] = default[1] if default else ""
@@ -363,7 +360,6 @@ def help_of(folder: Path, command: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["serve", "import", "export", "replay", "prune", "backup", "keys"])
-@pytest.mark.slow
 def test_every_flag_is_documented_with_its_default(tmp_path: Path, command: str) -> None:
     flags = help_of(tmp_path, command)
     table = section(REFERENCE, f"eventstore {command}", level=3)
@@ -510,13 +506,12 @@ def test_a_backup_of_a_running_server_can_be_restored_as_documented(tmp_path: Pa
     port = free_port()
     (restore,) = blocks(section(RELIABILITY, "Restore"), "sh")
     restore = "\n".join(line for line in restore.splitlines() if line.startswith(("rm ", "cp ", "for ")))
-    with serving(tmp_path, port) as process:
+    with serving(tmp_path, port) as live:
         for number in range(3):
             assert send(port, f"before {number}").status_code == 202
         assert "copied events.db to copy.db: 3 events, checked; " in run(tmp_path, "bash", "-c", here(command)).stdout
         assert send(port, "after").status_code == 202
-        process.kill()  # leaves a -wal, which belongs to the old file
-        process.wait()
+        live.process.kill()  # leaves a -wal, which belongs to the old file
     assert (tmp_path / "events.db-wal").exists()
     (tmp_path / "events.db").write_bytes(b"damaged")
     assert run(tmp_path, "bash", "-c", restore).stdout == ""

@@ -1,21 +1,28 @@
-"""The pytest fixture `flexprice`: each test runs tests that use it in another process."""
+"""The pytest fixture `flexprice`: each test runs tests that use it."""
 
 from __future__ import annotations
 
 import os
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+import eventstore_extras.mock  # noqa: F401 - otherwise each run in this process would import it again
 from helpers import python, table
 
 pytest_plugins = "pytester"
+PLUGINS = ("-p", "no:schemathesis", "-p", "no:hypothesispytest", "-p", "no:anyio")  # they take a second to import
 
 
 def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run the tests in pytester's folder in another process, without plugins that take a second to import."""
-    plugins = ("-p", "no:schemathesis", "-p", "no:hypothesispytest", "-p", "no:anyio")
-    return pytester.runpytest_subprocess("-q", *plugins, *flags)
+    """Run the tests in pytester's folder in this process."""
+    return pytester.runpytest_inprocess("-q", *PLUGINS, *flags)
+
+
+def run_tests_in_a_process(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
+    """Run them in another process: tests that fork, replace the time or threads, or look at what is imported."""
+    return pytester.runpytest_subprocess("-q", *PLUGINS, *flags)
 
 
 @pytest.mark.slow
@@ -117,12 +124,19 @@ def test_flexprice_real_keeps_the_variables(
 
 
 @pytest.mark.slow
-def test_the_variables_are_restored_after_the_run(tmp_path: Path) -> None:
-    (tmp_path / "test_nothing.py").write_text("def test_nothing(flexprice): pass")
-    code = ("import os, pytest; os.environ['FLEXPRICE_API_KEY'] = 'mine'; os.environ.pop('FLEXPRICE_API_HOST', 0); "
-            "status = pytest.main(['-q', '-p', 'no:schemathesis', 'test_nothing.py']); "
-            "print(status, os.environ['FLEXPRICE_API_KEY'], 'FLEXPRICE_API_HOST' in os.environ)")  # fmt: skip
-    assert python(code, cwd=tmp_path).stdout.splitlines()[-1] == "0 mine False"
+def test_the_variables_are_restored_after_the_run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXPRICE_API_KEY", "mine")
+    monkeypatch.delenv("FLEXPRICE_API_HOST", raising=False)
+    pytester.makepyfile("""
+        import os
+
+        def test_it(flexprice):
+            assert os.environ["FLEXPRICE_API_HOST"] == flexprice.url
+            assert os.environ["FLEXPRICE_API_KEY"] == flexprice.api_key
+    """)
+    run_tests(pytester).assert_outcomes(passed=1)
+    assert os.environ["FLEXPRICE_API_KEY"] == "mine"
+    assert "FLEXPRICE_API_HOST" not in os.environ
 
 
 @pytest.mark.slow
@@ -141,7 +155,7 @@ def test_each_xdist_worker_has_its_own_server(pytester: pytest.Pytester) -> None
             pathlib.Path(f"{worker_id}.url").write_text(flexprice.url)
         """
     )
-    run_tests(pytester, "-n", "2").assert_outcomes(passed=8)
+    run_tests_in_a_process(pytester, "-n", "2").assert_outcomes(passed=8)
     urls = [path.read_text() for path in pytester.path.glob("*.url")]
     assert len(urls) == len(set(urls)) == 2
 
@@ -207,7 +221,7 @@ def test_a_run_without_the_fixture_does_not_import_the_server(pytester: pytest.P
             assert sorted(modules) == ["eventstore_extras", "eventstore_extras.pytest_plugin"]
         """
     )
-    run_tests(pytester).assert_outcomes(passed=1)
+    run_tests_in_a_process(pytester).assert_outcomes(passed=1)
 
 
 # ---------------------------------------------------------------------------------------------- outside its tests
@@ -266,7 +280,7 @@ def test_outside_of_its_tests_the_port_refuses_connections_and_open_ones_are_clo
             is_refused()
         """
     )
-    run_tests(pytester).assert_outcomes(passed=8)
+    run_tests_in_a_process(pytester).assert_outcomes(passed=8)
 
 
 @pytest.mark.slow
@@ -371,7 +385,7 @@ def test_a_forked_child_leaves_the_server_alone(pytester: pytest.Pytester) -> No
             assert len(flexprice.events()) == 1
         """
     )
-    run_tests(pytester).assert_outcomes(passed=6)
+    run_tests_in_a_process(pytester).assert_outcomes(passed=6)
 
 
 # ---------------------------------------------------------------------------------------------- proxies
@@ -387,6 +401,7 @@ def test_requests_to_the_server_do_not_go_through_a_proxy(
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("NO_PROXY", "corp.example, .internal")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first request
     pytester.makepyfile(application=MODULE_LEVEL_CLIENT)
     pytester.makepyfile(
         f"""
@@ -419,27 +434,22 @@ NO_PROXY = [  # before the run, and no_proxy and NO_PROXY during it
 
 
 @pytest.mark.slow
-def test_no_proxy_keeps_what_it_has_and_is_restored(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text("""
-import os
-def test_it():
-    seen.append([os.environ["no_proxy"], os.environ["NO_PROXY"]])
-""")
-    code = f"""if True:
-        import builtins, os, pytest
-        builtins.seen = []
-        def proxies():
-            return {{name: value for name, value in os.environ.items() if name.lower() == "no_proxy"}}
-        for before, during in {NO_PROXY}:
-            for name in proxies():
-                del os.environ[name]
-            os.environ.update(before)
-            assert pytest.main(["-q", "-p", "no:schemathesis", "-p", "no:hypothesispytest"]) == 0
-            assert (seen.pop(), proxies()) == (during, before)
-        print("done")
-    """
-    done = python(code, cwd=tmp_path)
-    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+@table(("before", "during"), NO_PROXY)
+def test_no_proxy_keeps_what_it_has_and_is_restored(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, before: dict[str, str], during: list[str]
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    pytester.makepyfile(f"""
+        import os
+
+        def test_it():
+            assert [os.environ["no_proxy"], os.environ["NO_PROXY"]] == {during}
+    """)
+    run_tests(pytester).assert_outcomes(passed=1)
+    assert {name: value for name, value in os.environ.items() if name.lower() == "no_proxy"} == before
 
 
 # ---------------------------------------------------------------------------------------------- replaced clocks and threads
@@ -523,7 +533,7 @@ def test_with_times_replaced(flexprice, monkeypatch):
     pytester.makepyfile(
         test_later="import billing\n\ndef test_later(flexprice):\n    billing.finds_its_events(flexprice)"
     )
-    run_tests(pytester).assert_outcomes(passed=5)
+    run_tests_in_a_process(pytester).assert_outcomes(passed=5)
 
 
 @pytest.mark.slow
@@ -550,7 +560,7 @@ def test_with_gevent_the_fixture_names_the_problem_in_one_line(pytester: pytest.
     patch = "from gevent import monkey\nmonkey.patch_all()\n"
     pytester.makeconftest(patch if where == "conftest.py" else "")
     pytester.makepyfile(f"{patch if where == 'the module' else ''}\ndef test_it(flexprice):\n    assert 0")
-    result = run_tests(pytester, "-W", "ignore")
+    result = run_tests_in_a_process(pytester, "-W", "ignore")
     result.assert_outcomes(errors=1)
     lines = [line for line in result.outlines if "needs threads" in line and not line.startswith("ERROR")]
     assert len(lines) == 1
@@ -572,7 +582,7 @@ def test_the_fixture_works_with_gevent_without_its_threads(pytester: pytest.Pyte
             assert len(flexprice.events()) == 9
         """
     )
-    run_tests(pytester, "-W", "ignore").assert_outcomes(passed=1)
+    run_tests_in_a_process(pytester, "-W", "ignore").assert_outcomes(passed=1)
 
 
 @pytest.mark.slow
@@ -588,7 +598,7 @@ def test_a_run_that_patches_threads_while_the_server_runs_ends(pytester: pytest.
             monkey.patch_all()
         """
     )
-    run_tests(pytester, "-W", "ignore").assert_outcomes(passed=2)
+    run_tests_in_a_process(pytester, "-W", "ignore").assert_outcomes(passed=2)
 
 
 # ---------------------------------------------------------------------------------------------- ignored names
