@@ -64,14 +64,8 @@ class Template:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._turn = threading.Lock()
         with theirs:
-            command = [
-                *prefix,
-                sys.executable,
-                "-c",
-                _TEMPLATE,
-                str(Path(__file__).parent.parent),
-                str(theirs.fileno()),
-            ]
+            root, descriptor = str(Path(__file__).parent.parent), str(theirs.fileno())
+            command = [*prefix, sys.executable, "-c", _TEMPLATE, root, descriptor]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
 
     def ask(self, question: object, files: Sequence[int] = ()) -> Any:
