@@ -7,6 +7,7 @@ import functools
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -346,7 +347,8 @@ def forked(folder: Path, *arguments: object, **options: Any) -> subprocess.Compl
 
 
 def command_line(*arguments: object) -> int:
-    """Run `eventstore` in this process and return its exit status."""
+    """Run `eventstore` in this process and return its exit status. Then undo its changes to signals and log handlers."""
+    logs = [(handler, handler.formatter, [*handler.filters]) for handler in logging.getLogger().handlers]
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     handlers = [signal.getsignal(number) for number in numbers]
     try:
@@ -354,6 +356,8 @@ def command_line(*arguments: object) -> int:
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
+        for log, formatter, filters in logs:
+            log.formatter, log.filters = formatter, filters
 
 
 def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -265,7 +265,7 @@ def test_an_event_whose_connection_is_reset_each_time_is_neither_dropped_nor_ski
 
 
 def test_a_request_without_an_answer_is_sent_again(caplog: Logs, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.5)
     silence = threading.Event()
 
     def hang(*_: object) -> bool:
@@ -276,7 +276,7 @@ def test_a_request_without_an_answer_is_sent_again(caplog: Logs, monkeypatch: Pa
         server.wait_until_forwarded()
         silence.set()
     assert "cannot be reached: ReadTimeout" in caplog.text
-    assert target.ids == ["00000", "00001", "00002"]
+    assert [*dict.fromkeys(target.ids)] == ["00000", "00001", "00002"]  # a slow answer would make it send them once more
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
@@ -497,7 +497,7 @@ def test_the_end_of_each_kind_of_outage_is_logged_once(
     caplog: Logs, monkeypatch: Patch, tricks: list[Trick], began: str
 ) -> None:
     caplog.set_level(logging.INFO, "eventstore")
-    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(sending, "STALL_TIMEOUT_S", 0.5)
     with FakeTarget(*tricks, accept) as target, forwarding(target) as (server, client):
         store(client, *numbered(5))
         eventually(lambda: "works again" in caplog.text)
