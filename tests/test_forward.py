@@ -471,7 +471,7 @@ def test_forwarding_is_behind_with_10001_events_or_after_a_minute_but_not_right_
 
 
 def hang(*_: object) -> bool:
-    time.sleep(0.3)
+    time.sleep(1)
     return False
 
 
@@ -988,13 +988,8 @@ def test_acknowledged_events_reach_the_target_once_despite_kills_and_a_bad_line(
     with BadLine(choose.getrandbits(64)) as line:
 
         def start(name: str) -> None:
-            to_ours = [
-                "--forward-to",
-                line.url,
-                "--forward-interval-ms",
-                "20",
-                "--forward-everything",
-            ]  # hex ids: 4e1234
+            # Some of the ids are numbers: 4e1234.
+            to_ours = ["--forward-to", line.url, "--forward-interval-ms", "20", "--forward-everything"]
             flags = to_ours if name == "source" else []
             servers[name] = Live(folders[name], *flags, **FORWARDING)
             if name == "target":
@@ -1013,6 +1008,7 @@ def test_acknowledged_events_reach_the_target_once_despite_kills_and_a_bad_line(
                         servers.pop(name).__exit__()
                     for name in folders.keys() - servers.keys():
                         start(name)
+                eventually(lambda: line.happened["202"] and len(line.happened) >= 3)
                 stop()
             line.is_calm = True
             with servers["source"].client() as client:
@@ -1025,6 +1021,4 @@ def test_acknowledged_events_reach_the_target_once_despite_kills_and_a_bad_line(
     stored, forwarded = rows_of(folders["source"]), rows_of(folders["target"])
     assert forwarded == stored
     assert forwarded == [known_row(row[1]) for row in stored]
-    assert line.happened["202"], line.happened
-    assert len(line.happened) >= 3, f"too little went wrong: {line.happened}"
     assert not (folders["source"] / "events.db.refused.ndjson").exists()
