@@ -13,11 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+ROOT = Path(__file__).resolve().parent.parent
 MAIN = "import sys, eventstore; sys.exit(eventstore.main())"
 
 # Forks for each piece of code that it receives, and answers with the process id. The files it receives with the code
@@ -64,8 +66,7 @@ class Template:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._turn = threading.Lock()
         with theirs:
-            root, descriptor = str(Path(__file__).parent.parent), str(theirs.fileno())
-            command = [*prefix, sys.executable, "-c", _TEMPLATE, root, descriptor]
+            command = [*prefix, sys.executable, "-c", _TEMPLATE, str(ROOT), str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
 
     def ask(self, question: object, files: Sequence[int] = ()) -> Any:
@@ -128,3 +129,67 @@ class ForkedProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def start(
+    folder: Path,
+    arguments: Sequence[str],
+    files: Sequence[int],
+    environ: Mapping[str, str],
+    code: str = MAIN,
+    template: Template | None = None,
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """Start `eventstore`, or other code, with these files as its standard input, output and errors."""
+    environ = os.environ | environ
+    if sys.platform == "linux":
+        return ForkedProcess(arguments, folder, files, environ, code, template)
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, stdin=files[0], stdout=files[1],
+                            stderr=files[2], env=environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+
+
+def changed(module: str, **values: object) -> str:
+    """Return the code of `eventstore` with other values of names in a module of eventstore_extras."""
+    changes = "".join(f"{module}.{name} = {value!r}; " for name, value in values.items())
+    return f"import sys, eventstore; from eventstore_extras import {module}; {changes}sys.exit(eventstore.main())"
+
+
+class Command:
+    """A running `eventstore`, or other code, with the folder as its working directory.
+
+    Its standard input is a pipe, into which `given` must fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        code: str = MAIN,
+        given: bytes = b"",
+        stdout: IO[Any] | None = None,
+        template: Template | None = None,
+        **environ: str,
+    ) -> None:
+        self._arguments = [*map(str, arguments)]
+        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        read_end, write_end = os.pipe()
+        os.write(write_end, given)
+        os.close(write_end)
+        files = [read_end, (stdout or self._output).fileno(), self._errors.fileno()]
+        self.process = start(folder, self._arguments, files, environ, code, template)
+        os.close(read_end)
+
+    def end(self) -> subprocess.CompletedProcess[str]:
+        """Wait until the command has ended, for 60 s at most, and return its outcome."""
+        try:
+            status = self.process.wait(60)
+        finally:
+            self.process.kill()
+        with self._output, self._errors:
+            self._output.seek(0)
+            self._errors.seek(0)
+            return subprocess.CompletedProcess(self._arguments, status, self._output.read(), self._errors.read())
+
+
+def forked(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a Command to its end."""
+    return Command(folder, *arguments, **options).end()

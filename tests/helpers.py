@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 from unittest.mock import Mock
 
 import httpx
@@ -31,7 +31,7 @@ import pytest
 
 from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
-from forked import MAIN, ForkedProcess, Template
+from forked import MAIN, ForkedProcess, Template, start
 from in_process import InProcessClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,70 +282,6 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
     return run(sys.executable, "-c", code, *arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
 
 
-def changed(module: str, **values: object) -> str:
-    """Return the code of `eventstore` with other values of names in a module of eventstore_extras."""
-    changes = "".join(f"{module}.{name} = {value!r}; " for name, value in values.items())
-    return f"import sys, eventstore; from eventstore_extras import {module}; {changes}sys.exit(eventstore.main())"
-
-
-def _start(
-    folder: Path,
-    arguments: Sequence[str],
-    files: Sequence[int],
-    environ: Mapping[str, str],
-    code: str,
-    template: Template | None,
-) -> subprocess.Popen[bytes] | ForkedProcess:
-    """Start `eventstore`, or other code, with these files as its standard input, output and errors."""
-    environ = os.environ | environ
-    if sys.platform == "linux":
-        return ForkedProcess(arguments, folder, files, environ, code, template)
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, stdin=files[0], stdout=files[1],
-                            stderr=files[2], env=environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
-
-
-class Command:
-    """`eventstore`, or other code, in a process that starts faster than Python: it is forked where that is possible.
-
-    Its working directory is the folder. Its standard input is a pipe, into which `given` must fit.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *arguments: object,
-        code: str = MAIN,
-        given: bytes = b"",
-        stdout: IO[Any] | None = None,
-        template: Template | None = None,
-        **environ: str,
-    ) -> None:
-        self._arguments = [*map(str, arguments)]
-        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
-        read_end, write_end = os.pipe()
-        os.write(write_end, given)
-        os.close(write_end)
-        files = [read_end, (stdout or self._output).fileno(), self._errors.fileno()]
-        self.process = _start(folder, self._arguments, files, environ, code, template)
-        os.close(read_end)
-
-    def end(self) -> subprocess.CompletedProcess[str]:
-        """Wait for its end, at most 60 s."""
-        try:
-            status = self.process.wait(60)
-        finally:
-            self.process.kill()
-        with self._output, self._errors:
-            self._output.seek(0)
-            self._errors.seek(0)
-            return subprocess.CompletedProcess(self._arguments, status, self._output.read(), self._errors.read())
-
-
-def forked(folder: Path, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a Command."""
-    return Command(folder, *arguments, **options).end()
-
-
 def command_line(*arguments: object) -> int:
     """Run `eventstore` in this process and return its exit status. Then undo its changes to signals and log handlers."""
     logs = [(handler, handler.formatter, [*handler.filters]) for handler in logging.getLogger().handlers]
@@ -463,10 +399,18 @@ SCRIPT = (
 
 
 class Live:
-    """A context manager for `eventstore serve` in a new process, with `folder` as its working directory."""
+    """A context manager for `eventstore serve` in a new process, with `folder` as its working directory.
+
+    `command` starts the process. If it is a template, or missing, the process is forked.
+    """
 
     def __init__(
-        self, folder: Path, *flags: str, command: Sequence[object] | Template = (), code: str = MAIN, **environ: str
+        self,
+        folder: Path,
+        *flags: str,
+        command: Sequence[object] | Template | None = None,
+        code: str = MAIN,
+        **environ: str,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.log_file, self.banner = folder / "stderr.txt", ""
@@ -475,11 +419,9 @@ class Live:
         self.stdout = os.fdopen(read_end)
         with self.log_file.open("w") as log, os.fdopen(write_end, "w") as output:
             self.process: subprocess.Popen[bytes] | ForkedProcess
-            if isinstance(command, Template) or not command:
+            if command is None or isinstance(command, Template):
                 files = [0, output.fileno(), log.fileno()]
-                self.process = _start(
-                    folder, arguments, files, environ, code, command if isinstance(command, Template) else None
-                )
+                self.process = start(folder, arguments, files, environ, code, command)
             else:
                 self.process = subprocess.Popen([*map(str, command), *arguments], cwd=folder, stdout=output, stderr=log,
                                                 env=os.environ | environ)  # fmt: skip

@@ -17,16 +17,15 @@ import pytest
 
 from eventstore_extras import backup
 from eventstore_extras.forward import forward_progress_path
+from forked import Command, forked
 from helpers import (
     KEY,
     STAGING_KEY,
-    Command,
     Live,
     command_line,
     event,
     eventually,
     exported,
-    forked,
     imported,
     lines_of,
     metering,

@@ -26,7 +26,7 @@ import pytest
 
 from eventstore_extras import connections
 from eventstore_extras.mock import running_server
-from forked import ForkedProcess
+from forked import ForkedProcess, changed
 from helpers import (
     BODY,
     HEAD,
@@ -36,7 +36,6 @@ from helpers import (
     SCRIPT,
     Live,
     answer_on,
-    changed,
     event,
     eventually,
     ids,

@@ -19,7 +19,7 @@ import pytest
 
 import eventstore
 from eventstore_extras import stored
-from forked import Template
+from forked import Template, forked
 from helpers import (
     EVER,
     KEY,
@@ -34,7 +34,6 @@ from helpers import (
     database,
     event,
     exported,
-    forked,
     ids,
     imported,
     is_root,

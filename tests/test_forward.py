@@ -43,6 +43,7 @@ from fake_target import (
     refusing,
     reply,
 )
+from forked import forked
 from helpers import (
     KEY,
     NOW,
@@ -52,7 +53,6 @@ from helpers import (
     database,
     event,
     eventually,
-    forked,
     python,
     refusal,
     rows_of,
@@ -276,7 +276,11 @@ def test_a_request_without_an_answer_is_sent_again(caplog: Logs, monkeypatch: Pa
         server.wait_until_forwarded()
         silence.set()
     assert "cannot be reached: ReadTimeout" in caplog.text
-    assert [*dict.fromkeys(target.ids)] == ["00000", "00001", "00002"]  # a slow answer would make it send them once more
+    assert [*dict.fromkeys(target.ids)] == [
+        "00000",
+        "00001",
+        "00002",
+    ]  # a slow answer would make it send them once more
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")

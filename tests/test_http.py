@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 
 import eventstore
 from eventstore_extras import connections
+from forked import changed
 from helpers import (
     BODY,
     HEAD,
@@ -34,7 +35,6 @@ from helpers import (
     Live,
     answer_on,
     becomes,
-    changed,
     counts,
     event,
     eventually,

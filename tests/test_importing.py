@@ -23,11 +23,11 @@ import pytest
 from eventstore import MEMBERS
 from eventstore_extras import files, importing, text_formats
 from eventstore_extras.entries import Entry, checked_row
+from forked import Command, forked
 from helpers import (
     KEY,
     SCRIPT,
     TEXT_FILE,
-    Command,
     Live,
     at,
     command_line,
@@ -35,7 +35,6 @@ from helpers import (
     event,
     eventually,
     exported,
-    forked,
     imported,
     lines_of,
     refuse_to_write,

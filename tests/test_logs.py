@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from helpers import KEY, Live, answer_on, changed, event, eventually, refused, store, table
+from forked import changed
+from helpers import KEY, Live, answer_on, event, eventually, refused, store, table
 
 LABELLED = ("--api-key", f"{KEY}=production; label=check out")
 

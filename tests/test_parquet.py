@@ -27,6 +27,7 @@ from pyarrow.parquet import encryption
 import eventstore
 from eventstore import Row
 from eventstore_extras import parquet
+from forked import forked
 from helpers import (
     EVER,
     NOW,
@@ -35,7 +36,6 @@ from helpers import (
     command_line,
     event,
     exported,
-    forked,
     imported,
     lines_of,
     nasty_folder,

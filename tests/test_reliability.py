@@ -32,6 +32,7 @@ import httpx
 import pytest
 
 import eventstore
+from forked import changed
 from helpers import (
     BODY,
     DAY_US,
@@ -45,7 +46,6 @@ from helpers import (
     answer_on,
     ask,
     at,
-    changed,
     counts,
     database,
     event,

@@ -14,11 +14,11 @@ import pytest
 
 from eventstore_extras import sending
 from fake_target import FakeTarget, Handler, StoringTarget, accept, answer_413, answering, cut, refusing, reset
+from forked import Command, forked
 from helpers import (
     EVER,
     KEY,
     NOW,
-    Command,
     Live,
     at,
     command_line,
@@ -26,7 +26,6 @@ from helpers import (
     event,
     eventually,
     exported,
-    forked,
     ids,
     imported,
     lines_of,

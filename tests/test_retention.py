@@ -26,23 +26,21 @@ import eventstore
 from eventstore import Row, Settings, create_app
 from eventstore_extras import forward, retention, sending
 from eventstore_extras.mock import running_server
+from forked import Command, changed, forked
 from helpers import (
     DAY_US,
     EVER,
     KEY,
     KEYS,
     NOW,
-    Command,
     Live,
     at,
     becomes,
-    changed,
     command_line,
     counts,
     database,
     event,
     eventually,
-    forked,
     ids,
     page,
     refusal,
