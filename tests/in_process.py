@@ -1,16 +1,17 @@
 """Send requests to an application in this process.
 
-Starlette's TestClient needs four times the CPU time: 2.4 instead of 0.6 ms for the shortest request, of which the tests
-send tens of thousands.
+The tests send tens of thousands of requests. The shortest takes 0.6 ms of CPU time here, 2.4 ms with Starlette's
+TestClient.
 """
 
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from typing import Any, Self
 
 import httpx
+from anyio.from_thread import start_blocking_portal
 from starlette.applications import Starlette
 
 
@@ -22,7 +23,7 @@ class _Transport(httpx.BaseTransport):
         self.loop: asyncio.AbstractEventLoop
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request.read()  # a body may be an iterator, which the application's event loop could not read
+        request.read()  # a body may be an iterator, which the event loop cannot read
         return asyncio.run_coroutine_threadsafe(self._answer(request), self.loop).result()
 
     async def _answer(self, request: httpx.Request) -> httpx.Response:
@@ -38,29 +39,17 @@ class InProcessClient(httpx.Client):
     def __init__(self, app: Starlette, **options: Any) -> None:
         self.app = app
         self._requests = _Transport(app)
-        self._thread = ThreadPoolExecutor(1)
-        self._running: Future[None]
-        self._stop: asyncio.Event
+        self._running = ExitStack()
         super().__init__(transport=self._requests, base_url="http://testserver", **options)
 
     def __enter__(self) -> Self:
-        started: Future[asyncio.Event] = Future()
-        self._running = self._thread.submit(asyncio.run, self._run(started))
-        both: list[Future[Any]] = [started, self._running]
-        wait(both, return_when=FIRST_COMPLETED)
-        if self._running.done():
-            self._running.result()  # raises what the application raised at its start
-        self._stop = started.result()
+        with self._running as starting:
+            portal = starting.enter_context(start_blocking_portal())
+            starting.enter_context(portal.wrap_async_context_manager(self.app.router.lifespan_context(self.app)))
+            self._requests.loop = portal.call(asyncio.get_running_loop)
+            self._running = starting.pop_all()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._requests.loop.call_soon_threadsafe(self._stop.set)
-        self._running.result()
-        self._thread.shutdown()
-
-    async def _run(self, started: Future[asyncio.Event]) -> None:
-        self._requests.loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        async with self.app.router.lifespan_context(self.app):
-            started.set_result(stop)
-            await stop.wait()
+        self._running.close()
