@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = "import sys, eventstore; sys.exit(eventstore.main())"
 
 # Forks for each piece of code that it receives, and answers with the process id. The files it receives with the code
-# are the new process's standard input, output and errors, then descriptors 3 and up. For a process id it answers with
-# the exit status, or null while the process runs. It ends, and leaves its children alone, when the tests end.
+# become the new process's standard input, output and errors, then its descriptors 3 and up. For a process id it answers
+# with the exit status, or null while the process runs. When the tests end, even if they are killed, it kills the
+# processes that a failed test left behind, and ends.
 _TEMPLATE = """if True:
     import importlib, json, os, socket, sys
     sys.path.insert(0, sys.argv[1])
@@ -32,14 +33,17 @@ _TEMPLATE = """if True:
     for name in ("analytics", "connections", "forward", "keys", "logs", "mock", "retention", "serving",
                  "backup", "exporting", "importing", "text_formats"):
         importlib.import_module(f"eventstore_extras.{name}")
-    tests = socket.socket(fileno=int(sys.argv[2]))
+    tests, running = socket.socket(fileno=int(sys.argv[2])), set()
     while True:
         message, files, *_ = socket.recv_fds(tests, 1 << 18, 9)
         if not message:
+            for pid in running:
+                os.kill(pid, 9)
             os._exit(0)
         asked = json.loads(message)
         if isinstance(asked, int):
             pid, status = os.waitpid(asked, os.WNOHANG)
+            running.discard(pid)
             tests.send(json.dumps(os.waitstatus_to_exitcode(status) if pid else None).encode())
         elif (pid := os.fork()) == 0:
             tests.close()
@@ -53,6 +57,7 @@ _TEMPLATE = """if True:
             exec(asked["code"], {})
             sys.exit()
         else:
+            running.add(pid)
             for file in files:
                 os.close(file)
             tests.send(b"%d" % pid)
@@ -60,7 +65,7 @@ _TEMPLATE = """if True:
 
 
 class Template:
-    """The process that is forked, started by the words of `prefix` if there are any."""
+    """A process that has imported everything, to be forked. The words of `prefix` start it, such as those of strace."""
 
     def __init__(self, *prefix: str) -> None:
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -85,7 +90,7 @@ def _default_template() -> Template:
 
 
 class ForkedProcess:
-    """What tests use of subprocess.Popen, for Python code in a forked process."""
+    """Python code in a forked process, with the methods of subprocess.Popen that tests use."""
 
     def __init__(
         self,
@@ -116,8 +121,8 @@ class ForkedProcess:
             os.close(ended)
             if not has_ended:
                 raise subprocess.TimeoutExpired(["eventstore"], timeout)
-        status = self.poll()
-        assert status is not None
+        while (status := self.poll()) is None:  # strace sees the end first
+            pass
         return status
 
     def send_signal(self, number: int) -> None:
@@ -148,7 +153,7 @@ def start(
 
 
 def changed(module: str, **values: object) -> str:
-    """Return the code of `eventstore` with other values of names in a module of eventstore_extras."""
+    """Return code that runs `eventstore` with other values of these names in a module of eventstore_extras."""
     changes = "".join(f"{module}.{name} = {value!r}; " for name, value in values.items())
     return f"import sys, eventstore; from eventstore_extras import {module}; {changes}sys.exit(eventstore.main())"
 
@@ -156,7 +161,7 @@ def changed(module: str, **values: object) -> str:
 class Command:
     """A running `eventstore`, or other code, with the folder as its working directory.
 
-    Its standard input is a pipe, into which `given` must fit.
+    Its standard input is a pipe that holds `given`, at most 64 KiB.
     """
 
     def __init__(
