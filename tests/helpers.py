@@ -64,7 +64,7 @@ def serving(folder: Path, operations: Sequence[Operation] = (), **settings: Any)
     """Return a client of the application in this process, on folder/events.db; use it as a context manager.
 
     Without `db` and `api_keys`, a new file is a copy; give `db` if a test is about how the application creates the file.
-    Queries may take ten minutes, because a busy machine needs more than the default for the largest ones.
+    Queries may take ten minutes: on a busy machine the largest need more than the default.
     """
     path = folder / "events.db"
     if not settings.keys() & {"db", "api_keys"} and not path.exists():
@@ -401,7 +401,7 @@ SCRIPT = (
 class Live:
     """A context manager for `eventstore serve` in a new process, with `folder` as its working directory.
 
-    `command` starts the process. If it is a template, or missing, the process is forked.
+    `command` is the command to run, or a template to fork; by default the template of all tests is forked.
     """
 
     def __init__(

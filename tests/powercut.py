@@ -55,7 +55,7 @@ def readable(text: str) -> str:
 
 
 def calls_of(trace: Path, first_line: int, from_byte: int) -> list[Call]:
-    """Return the calls that ended after this part of the trace, ordered by when they began; openat is ordered by when it returned.
+    """Return the calls of the trace from this byte on, ordered by when they began, but openat by when it returned.
 
     While one thread is in openat, another may write to and close a descriptor whose number openat then returns for
     another file. Ordered by its beginning, openat would claim that write.
@@ -156,7 +156,7 @@ class Recording:
         self._files = 0
 
     def add(self, trace: Path, from_byte: int = 0) -> None:
-        """Add a run that has ended: the trace, from this byte on."""
+        """Add a run that has ended. Its trace begins at this byte, perhaps within a line of the process before."""
         self._starts.append(self._lines)
         for call in calls_of(trace, self._lines, from_byte):
             self._lines = max(self._lines, call.done)

@@ -49,7 +49,7 @@ def test_a_file_of_another_format_is_refused_and_left_as_it_is(
     with closing(sqlite3.connect(path)) as conn:
         conn.execute(statements)
     before = path.read_bytes()
-    with path.open() as standard_input:
+    with open(os.devnull) as standard_input:
         monkeypatch.setattr("sys.stdin", standard_input)
         for command in ("serve --port 0", "import -", "export", "replay --to http://127.0.0.1:9 --dry-run"):
             done = refusal(tmp_path, *command.split())

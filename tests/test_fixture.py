@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import eventstore_extras.mock  # noqa: F401 - otherwise each run in this process would import it again
+import eventstore_extras.mock  # noqa: F401 - pytester makes each run forget what it imported
 from helpers import python, table
 
 pytest_plugins = "pytester"
@@ -21,7 +21,7 @@ def run_tests(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
 
 
 def run_tests_in_a_process(pytester: pytest.Pytester, *flags: str) -> pytest.RunResult:
-    """Run them in another process: tests that fork, replace the time or threads, or look at what is imported."""
+    """Run tests in another process because they fork, replace the time or threads, or look at what is imported."""
     return pytester.runpytest_subprocess("-q", *PLUGINS, *flags)
 
 

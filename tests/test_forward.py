@@ -276,11 +276,8 @@ def test_a_request_without_an_answer_is_sent_again(caplog: Logs, monkeypatch: Pa
         server.wait_until_forwarded()
         silence.set()
     assert "cannot be reached: ReadTimeout" in caplog.text
-    assert [*dict.fromkeys(target.ids)] == [
-        "00000",
-        "00001",
-        "00002",
-    ]  # a slow answer would make it send them once more
+    # If the target needs 0.5 s on a busy machine, it receives the same events once more.
+    assert [*dict.fromkeys(target.ids)] == ["00000", "00001", "00002"]
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
