@@ -284,13 +284,13 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Complete
 
 def command_line(*arguments: object) -> int:
     """Run `eventstore` in this process and return its exit status. Then undo its changes to signals and log handlers."""
-    logs = [(handler, handler.formatter, [*handler.filters]) for handler in logging.getLogger().handlers]
+    logs = [(log, log.formatter, [*log.filters]) for log in logging.getLogger().handlers]
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         return main([*map(str, arguments)])
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         for log, formatter, filters in logs:
             log.formatter, log.filters = formatter, filters
@@ -391,11 +391,7 @@ def nasty_folder(folder: Path) -> Path:
 # ---------------------------------------------------------------------------------------------- a server in a process
 
 # Runs the module of this checkout. It starts faster than the script, which Python compiles each time.
-SCRIPT = (
-    sys.executable,
-    "-c",
-    f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eventstore; sys.exit(eventstore.main())",
-)
+SCRIPT = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {MAIN}")
 
 
 class Live:

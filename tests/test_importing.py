@@ -731,7 +731,7 @@ def test_an_import_of_nothing_but_blank_lines_can_be_interrupted(
 def test_one_large_event_in_an_array_takes_linear_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frame: str
 ) -> None:
-    """Linear time is 0.3 s here; of the processor, so that a busy machine does not matter."""
+    """Linear time is 0.3 s of CPU time here; on a busy machine it takes no more."""
     monkeypatch.setattr(text_formats, "_BUFFER_BYTES", 1 << 16)
     read_more, parsed = text_formats._JsonText._read_more, []
 
@@ -747,7 +747,7 @@ def test_one_large_event_in_an_array_takes_linear_time(
     assert time.process_time() - started_s < 5
     size = (tmp_path / "in").stat().st_size
     assert size > 100 * text_formats._BUFFER_BYTES
-    assert sum(parsed) < 4 * size  # quadratic: 50 * size
+    assert size <= sum(parsed) < 4 * size  # quadratic: 50 * size
     assert stored_ids(tmp_path) == ["a"]
 
 

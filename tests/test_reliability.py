@@ -324,7 +324,7 @@ class Sender:
                 )
             except (OSError, http.client.HTTPException):  # the server is gone, or does not listen yet
                 result = None, http.client.HTTPMessage(), b""
-                time.sleep(0.05)
+                time.sleep(0.05)  # leave the CPU to the next server
         self.outcomes[result[0]] += 1
         return result
 
