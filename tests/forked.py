@@ -72,7 +72,9 @@ class Template:
         self._turn = threading.Lock()
         with theirs:
             command = [*prefix, sys.executable, "-c", _TEMPLATE, str(ROOT), str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+            self._process = subprocess.Popen(  # Ctrl-C ends the tests alone, which then stop their servers
+                command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL, process_group=0
+            )
 
     def ask(self, question: object, files: Sequence[int] = ()) -> Any:
         with self._turn:
