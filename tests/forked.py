@@ -123,7 +123,7 @@ class ForkedProcess:
             os.close(ended)
             if not has_ended:
                 raise subprocess.TimeoutExpired(["eventstore"], timeout)
-        while (status := self.poll()) is None:  # strace sees the end first
+        while (status := self.poll()) is None:  # strace may see the end first
             pass
         return status
 

@@ -447,7 +447,7 @@ def test_acknowledged_requests_survive_a_power_cut_at_any_moment(
 ) -> None:
     a_run = record()
     check_that_much_happened(a_run)
-    to_start = set(choose.sample(range(CUTS), STARTS))
+    to_start = set(choose.sample(range(CUTS), min(STARTS, CUTS)))
     for disk in a_run.recording.disks(CUTS, choose):
         cut = a_run.cut(disk, tmp_path / f"disk{disk.number}", choose)
         found = problems(cut)
