@@ -307,7 +307,8 @@ def refused_in_one_line(capsys: pytest.CaptureFixture[str], *arguments: object) 
 
 
 def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run `eventstore` in this process, in the folder. Fail if it starts a server."""
+    """Run `eventstore` in this process, in the folder. Fail if it starts a server, or leaves a thread: it would not end."""
+    threads_before = {*threading.enumerate()}
     output, errors = io.StringIO(), io.StringIO()
     server = Mock()
     server.run = lambda **_: pytest.fail("it started")
@@ -320,6 +321,7 @@ def refusal(folder: Path, *arguments: object, **environ: str) -> subprocess.Comp
             status: Any = command_line(*arguments)
         except SystemExit as exit_:
             status = exit_.code
+    assert [thread for thread in {*threading.enumerate()} - threads_before if not thread.daemon] == []
     return subprocess.CompletedProcess(list(map(str, arguments)), status, output.getvalue(), errors.getvalue())
 
 
