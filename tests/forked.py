@@ -29,7 +29,8 @@ MAIN = "import sys, eventstore; sys.exit(eventstore.main())"
 _TEMPLATE = """if True:
     import gc, importlib, json, os, socket, sys
     sys.path.insert(0, sys.argv[1])
-    import encodings.idna, eventstore, httpcore, httpx, uvloop, uvicorn.protocols.http.httptools_impl
+    import anyio._backends._asyncio, encodings.idna, eventstore, httpcore, httpx, uvloop
+    import uvicorn.protocols.http.httptools_impl
     for name in ("analytics", "connections", "forward", "keys", "logs", "mock", "retention", "serving",
                  "backup", "exporting", "importing", "text_formats"):
         importlib.import_module(f"eventstore_extras.{name}")
