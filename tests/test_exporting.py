@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -354,20 +355,21 @@ def test_the_newest_events_are_read_through_a_read_only_mount(tmp_path: Path, on
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_root or not shutil.which("setpriv"), reason="needs root, and setpriv to become another user")
-def test_an_export_of_a_read_only_copy_creates_no_files_beside_it(tmp_path: Path) -> None:
-    imported(tmp_path, lines_of(event("a")))
-    (tmp_path / "events.db").chmod(0o444)
+def test_an_export_of_a_read_only_copy_creates_no_files_beside_it() -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eventstore; sys.exit(eventstore.main(sys.argv[1:]))"
-    ids = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
-    for parent in (tmp_path, *tmp_path.parents):
-        if not parent.stat().st_mode & 0o001:
-            parent.chmod(0o755)
-    done = run(*ids, sys.executable, "-c", code, "export", "--db", tmp_path / "events.db")
-    assert (done.returncode, '"event_id":"a"' in done.stdout) == (0, True), done.stderr
-    (tmp_path / "events.db").chmod(0o600)
-    done = run(*ids, sys.executable, "-c", code, "export", "--db", tmp_path / "events.db")
-    assert (done.returncode, "cannot read the database" in done.stderr) == (2, True), done.stderr
-    assert sorted(sizes_in(tmp_path)) == ["events.db", "in"]
+    as_another_user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable, "-c", code)
+    with tempfile.TemporaryDirectory() as name:  # other users cannot enter tmp_path
+        folder = Path(name)
+        folder.chmod(0o755)
+        imported(folder, lines_of(event("a")))
+        export = (*as_another_user, "export", "--db", folder / "events.db")
+        (folder / "events.db").chmod(0o444)
+        done = run(*export)
+        assert (done.returncode, '"event_id":"a"' in done.stdout) == (0, True), done.stderr
+        (folder / "events.db").chmod(0o600)
+        done = run(*export)
+        assert (done.returncode, "cannot read the database" in done.stderr) == (2, True), done.stderr
+        assert sorted(sizes_in(folder)) == ["events.db", "in"]
 
 
 @table("command", READING)
