@@ -31,10 +31,9 @@ import pytest
 
 from eventstore import EARLIEST, LATEST, ApiKey, Operation, Row, Service, Settings, Store, create_app, main
 from eventstore_extras import analytics as analytics_module
-from forked import MAIN, ForkedProcess, Template, start
+from forked import MAIN, ROOT, ForkedProcess, Template, start
 from in_process import InProcessClient
 
-ROOT = Path(__file__).resolve().parent.parent
 DEBUGGER = (ROOT / "debugger.html").read_text("utf-8")
 KEY, STAGING_KEY = "key-of-development", "key-of-staging"
 KEYS = (ApiKey.hashed(KEY), ApiKey.hashed(STAGING_KEY, "staging"))

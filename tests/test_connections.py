@@ -26,13 +26,12 @@ import pytest
 
 from eventstore_extras import connections
 from eventstore_extras.mock import running_server
-from forked import ForkedProcess, changed
+from forked import ROOT, ForkedProcess, changed
 from helpers import (
     BODY,
     HEAD,
     KEY,
     POST,
-    ROOT,
     SCRIPT,
     Live,
     answer_on,

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from browser import Debugger, ago, heights, needs_browser
-from helpers import ROOT, Live, event, eventually, store, table
+from forked import ROOT
+from helpers import Live, event, eventually, store, table
 
 # ---------------------------------------------------------------------------------------------- usage
 

@@ -26,7 +26,6 @@ from helpers import (
     KEY,
     NASTY_PROPERTIES,
     NASTY_TEXTS,
-    ROOT,
     SCRIPT,
     Live,
     at,
@@ -289,7 +288,7 @@ read_only_mount = pytest.mark.skipif(not has_unshare, reason="needs a mount name
 READ_ONLY = """
 import os, subprocess, sys, eventstore
 subprocess.run(["sh", "-c", 'mount --bind "$PWD" "$PWD" && mount -o remount,bind,ro "$PWD"'], check=True)
-os.chdir(os.getcwd())
+os.chdir(os.getcwd())  # so far, the working directory is below the mount
 sys.exit(eventstore.main())
 """
 
@@ -356,8 +355,7 @@ def test_the_newest_events_are_read_through_a_read_only_mount(tmp_path: Path, on
 @pytest.mark.slow
 @pytest.mark.skipif(not is_root or not shutil.which("setpriv"), reason="needs root, and setpriv to become another user")
 def test_an_export_of_a_read_only_copy_creates_no_files_beside_it() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import eventstore; sys.exit(eventstore.main(sys.argv[1:]))"
-    as_another_user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", sys.executable, "-c", code)
+    as_another_user = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *SCRIPT)
     with tempfile.TemporaryDirectory() as name:  # other users cannot enter tmp_path
         folder = Path(name)
         folder.chmod(0o755)

@@ -19,9 +19,9 @@ from eventstore_extras import exporting
 from eventstore_extras.files import whole_file
 from eventstore_extras.job import StopError
 from eventstore_extras.refused import append_lines
+from forked import ROOT
 from helpers import (
     KEY,
-    ROOT,
     SCRIPT,
     Live,
     command_line,

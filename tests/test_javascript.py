@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from helpers import KEY, ROOT, Live, environ_to_download, run
+from forked import ROOT
+from helpers import KEY, Live, environ_to_download, run
 
 SDK = "@flexprice/sdk@^2.0.1"
 CLIENT = """

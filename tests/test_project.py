@@ -20,7 +20,8 @@ import pytest
 
 import eventstore
 from benchmarks import compare, measurements, soak
-from helpers import DEBUGGER, KEY, ROOT, Live, environ_to_download, event, ids, python, refused, run, store, table
+from forked import ROOT
+from helpers import DEBUGGER, KEY, Live, environ_to_download, event, ids, python, refused, run, store, table
 
 # ---------------------------------------------------------------------------------------------- benchmarks
 

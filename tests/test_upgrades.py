@@ -23,9 +23,9 @@ import eventstore
 from eventstore import StartError, connect, prepare_file
 from eventstore_extras import forward, upgrades
 from eventstore_extras.stored import open_stored
+from forked import ROOT
 from helpers import (
     NOW,
-    ROOT,
     SCRIPT,
     command_line,
     database,
