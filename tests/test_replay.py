@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import signal
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from helpers import (
     event,
     eventually,
     exported,
+    free_port,
     ids,
     imported,
     lines_of,
@@ -193,8 +193,7 @@ def test_replay_sends_smaller_batches_to_a_target_that_resets_large_ones_or_answ
 
 
 def test_replay_gives_up_when_no_batch_is_accepted_for_long(source: Path, capsys: Captured) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     assert replayed(source, url, "--give-up-after-s", 1) == 1
     message = capsys.readouterr().err
     for part in ("no batch was accepted for 1 s (--give-up-after-s)", "cannot be reached", "cursor at the start"):
