@@ -100,6 +100,7 @@ _MAX_RECEIVED, _MAX_RECEIVED_BYTES = 10_000, 64 * 1024 * 1024
 _MAX_IGNORED = 100  # different lines about ignored names, between two calls of `take_ignored`
 _DEFAULT_API_KEY = "eventstore-test-key"
 _SHUTDOWN_TIMEOUT_S = 1
+_CLOSE_TIMEOUT_S = 30  # for requests whose connections were closed; they end within milliseconds on an idle machine
 _FORWARD_INTERVAL_S = 0.01
 
 # ---------------------------------------------------------------------------------------------- the routes under /_mock
@@ -454,6 +455,8 @@ class _Port:
         for listening in self._server.servers:
             listening.close()
         self._server.servers.clear()
+        for _ in range(3):  # an accepted connection appears in `state.connections` only in a later round of the loop
+            await asyncio.sleep(0)
         state = self._server.server_state
         for connection in [*state.connections]:
             transport = connection.transport
@@ -462,7 +465,7 @@ class _Port:
                 copy.shutdown(socket.SHUT_RDWR)  # after abort() alone, a forked child's copy would stay connected
             transport.abort()
         if state.tasks:
-            await asyncio.wait(state.tasks, timeout=_SHUTDOWN_TIMEOUT_S)
+            await asyncio.wait(state.tasks, timeout=_CLOSE_TIMEOUT_S)
 
 
 class MockServer:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -329,6 +329,36 @@ def test_a_server_can_be_unreachable_for_a_while_and_keeps_its_events() -> None:
             server.accept_connections()
             assert counts(send(client)) == (0, 1)
         assert ids_in(server) == ["evt_1"]
+
+
+def test_connections_accepted_just_before_a_server_becomes_unreachable_are_closed_as_well() -> None:
+    is_asked, may_answer = threading.Event(), threading.Event()
+    may_answer.set()
+
+    def clock() -> int:
+        is_asked.set()
+        assert may_answer.wait(60)  # holds up the event loop
+        return NOW
+
+    with running_server(clock=clock, api_keys={KEY: "development"}) as server, ExitStack() as stack:
+        address = ("127.0.0.1", httpx.URL(server.url).port)
+        for _ in range(5):
+            is_asked.clear()
+            may_answer.clear()
+            socks = [stack.enter_context(socket.create_connection(address, timeout=60))]
+            socks[0].sendall(posting(BODY))
+            assert is_asked.wait(60)
+            socks += [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(5)]
+            closing = threading.Thread(target=server.refuse_connections)
+            closing.start()
+            time.sleep(0.01)  # so that the event loop finds the connections and the order to close them together
+            may_answer.set()
+            closing.join()
+            for sock in socks:
+                with suppress(ConnectionResetError):
+                    while sock.recv(1000):
+                        pass
+            server.accept_connections()
 
 
 def test_while_a_server_is_unreachable_no_other_program_gets_its_port() -> None:
