@@ -67,7 +67,7 @@ KEY = os.environ.get("FLEXPRICE_API_KEY", "a real key")
 
 def send():
     body = b'{"event_name": "call", "external_customer_id": "cust"}'
-    return urllib.request.urlopen(urllib.request.Request(HOST + "/events", body, {"x-api-key": KEY}), timeout=5)
+    return urllib.request.urlopen(urllib.request.Request(HOST + "/events", body, {"x-api-key": KEY}), timeout=60)
 """
 
 
@@ -86,7 +86,7 @@ def test_a_client_created_at_import_reaches_only_the_mock(pytester: pytest.Pytes
             start = time.monotonic()
             with pytest.raises(urllib.error.URLError, match="refused"):
                 application.send()
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < 30
 
         def test_with_the_fixture_finds_its_event(flexprice):
             application.send()
