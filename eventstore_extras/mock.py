@@ -532,9 +532,9 @@ class MockServer:
 
     def reset(self) -> None:
         """Forget all events, meters, features, faults and requests."""
-        self._fault_queue.clear()
-        self._recorder.clear()
         _delete_rows(self._store, ["events", "features", "meters"])
+        self._recorder.clear()
+        self._fault_queue.clear()  # last: an event that they no longer refuse must not be deleted
 
     def fail(self, **fault: Unpack[FaultFields]) -> None:
         """Add a fault for the next requests that match, with any key. Takes the fields of POST /_mock/faults.

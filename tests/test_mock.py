@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from eventstore import EVENT_FILTERS, ApiError, Settings, StartError, Store, to_us
+from eventstore_extras import mock as mock_module
 from eventstore_extras.faults import FIELDS, FaultFields, InjectedFault
 from eventstore_extras.mock import EventFilters, MockServer, SettingsFields, running_server
 from helpers import (
@@ -253,6 +254,22 @@ def test_reset_forgets_events_and_faults(mock: MockServer, caller: httpx.Client)
     mock.fail(status=500)
     mock.reset()
     assert (mock.events(), mock.faults()) == ([], [])
+    assert counts(send(caller)) == (1, 0)
+
+
+def test_faults_refuse_events_until_a_reset_has_deleted_the_others(
+    mock: MockServer, caller: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete_rows, statuses = mock_module._delete_rows, []
+
+    def send_and_delete(*arguments: Any) -> int:
+        statuses.append(send(caller).status_code)
+        return delete_rows(*arguments)
+
+    monkeypatch.setattr(mock_module, "_delete_rows", send_and_delete)
+    mock.fail(status=503, times=2)
+    mock.reset()
+    assert (statuses, mock.events(), mock.requests(), mock.faults()) == ([503], [], [], [])
     assert counts(send(caller)) == (1, 0)
 
 
