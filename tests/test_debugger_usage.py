@@ -317,6 +317,26 @@ def test_an_empty_view_shows_what_to_send_first(debugger: Debugger) -> None:
 
 
 @needs_browser
+@table(("name", "begun", "rest", "expected"), [
+    ("event_name", "ca", "ll", "call"),
+    ("property_filters", "model:", "large", "model:large"),
+    ("start_time", "11112026", "\t093000AM", "2026-11-11T05:00:00.000Z"),
+])  # fmt: skip
+def test_text_that_a_user_is_typing_stays_when_a_meter_appears(
+    debugger: Debugger, name: str, begun: str, rest: str, expected: str
+) -> None:
+    store_tokens(debugger, 1)
+    debugger.visit(view="usage", range="own")
+    debugger.opens("#ask h2", "Which events")
+    debugger.find(f"#{name}").send_keys(begun)
+    make_meter(debugger)
+    eventually(lambda: debugger.find("#meter_id").is_displayed())
+    debugger.press(rest)
+    debugger.ask("document.activeElement.blur()")
+    eventually(lambda: debugger.address().get(name) == [expected])
+
+
+@needs_browser
 def test_the_line_below_a_query_creates_a_meter_that_appears_at_once(debugger: Debugger) -> None:
     usage_of_models(
         debugger, event_name="call", aggregation_type="SUM_WITH_MULTIPLIER", property_name="tokens", multiplier="2"
